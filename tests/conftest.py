@@ -1,0 +1,26 @@
+"""Shared by every test: no test reads the developer's own environment, credentials or state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("nightly", deadline=None, max_examples=2_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _no_outside_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A user's variables or credentials.txt must not reach a test, nor a test the user's state."""
+    for name in list(os.environ):
+        if name.startswith(("RUNCOMFY_", "COMFYUI_", "CONJURE_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("RUNCOMFY_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    yield
