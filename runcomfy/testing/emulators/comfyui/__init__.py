@@ -1,0 +1,1 @@
+"""The emulated ComfyUI server: queue, graph execution, files, sockets, and every fault on request."""
