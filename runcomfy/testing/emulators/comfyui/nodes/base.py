@@ -1,9 +1,8 @@
-"""
-What a node of the emulated ComfyUI is, and what it may ask of the server that runs it.
+"""What a node of the emulated ComfyUI is, and what it may ask of the server that runs it.
 
-This module is the seam between the server (queue, graph, cache, sockets) and the node library (pictures, meshes,
-media): either side can be read, tested and replaced without the other. Values that travel along links (pictures,
-meshes, models) are the node library's own business; the server passes them on and never looks inside, except for
+This module is the seam between the server (queue, graph, cache, sockets) and the node library (pictures,
+meshes, media): either side can be read, tested and replaced without the other. Values that travel along links
+are the node library's own business; the server passes them on and never looks inside, except for
 `ExecutionBlocker` and for lists of a class whose output or input is declared to be a list.
 """
 
@@ -21,7 +20,7 @@ from PIL import Image
 
 T = TypeVar("T")
 Inputs = Mapping[str, Any]
-"""A node's arguments by name: literals converted to their declared type, links replaced by what they carry."""
+"""A node's arguments by name: literals converted to their declared type, links by what they carry."""
 
 Graph = dict[str, dict[str, Any]]
 """A workflow in API format: node id -> {"class_type", "inputs", "_meta"?}."""
@@ -54,10 +53,10 @@ class Link:
 class NodeResult:
     """What a node delivered.
 
-    `outputs` has one value for each declared output (or `ExecutionBlocker`, or a `Link` into `expand`). `ui` is what
-    `executed` and the history show: key -> list of values; None for a node that has nothing to show. `expand` is a graph
-    with ids of its own choice, linked among themselves by these ids; the server prefixes them as ComfyUI does
-    (`"1"` of node `"7"` becomes `"7.0.0.1"`) and links to nodes outside keep their ids.
+    `outputs` has one value for each declared output (or `ExecutionBlocker`, or a `Link` into `expand`). `ui` is
+    what `executed` and the history show: key -> list of values; None for a node that has nothing to show.
+    `expand` is a graph with ids of its own choice, linked among themselves by these ids; the server prefixes
+    them as ComfyUI does (`"1"` of node `"7"` becomes `"7.0.0.1"`) and links to nodes outside keep their ids.
     """
 
     outputs: Sequence[Any] = ()
@@ -97,7 +96,7 @@ class InputSpec:
     required: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     optional: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     hidden: Mapping[str, Any] = field(default_factory=dict)
-    """Name -> what the real server injects ("PROMPT", "UNIQUE_ID"…). Shown only: nodes here ask their context."""
+    """Name -> what the real server injects ("PROMPT", "UNIQUE_ID"…). Only shown: nodes ask their context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +122,9 @@ def save_path(
 ) -> SavePath:
     """Expand a `filename_prefix` and find the first free number, as SaveImage and its kin do.
 
-    Known variables are %year% %month% %day% %hour% %minute% %second% %width% %height%; anything else in percent signs
-    stays literal. Creates the subfolder. A prefix that leaves the folder raises a plain `Exception`, which ends
-    the prompt as an execution error with the text of the real server.
+    Known variables are %year% %month% %day% %hour% %minute% %second% %width% %height%; anything else in percent
+    signs stays literal. Creates the subfolder. A prefix that leaves the folder raises a plain `Exception`, which
+    ends the prompt as an execution error with the text of the real server.
     """
     stamp = time.localtime(now())
     known = {
@@ -161,13 +160,21 @@ class NodeHost(Protocol):
 
     async def report_progress(
         self, node_id: str, value: float, maximum: float, preview: Image.Image | None
-    ) -> None: ...
+    ) -> None:
+        """Tell the sockets; raises NodeInterrupted."""
+        ...
 
-    async def report_text(self, node_id: str, text: str) -> None: ...
+    async def report_text(self, node_id: str, text: str) -> None:
+        """Send a text frame."""
+        ...
 
-    async def node_sleep(self, node_id: str, seconds: float) -> None: ...
+    async def node_sleep(self, node_id: str, seconds: float) -> None:
+        """Wait, scaled by the emulator's speed."""
+        ...
 
-    def check_interrupted(self) -> None: ...
+    def check_interrupted(self) -> None:
+        """Raise NodeInterrupted if asked to stop."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +195,7 @@ class NodeContext:
     async def progress(self, value: float, maximum: float, preview: Image.Image | None = None) -> None:
         """Report step `value` of `maximum`, with a preview picture if there is one.
 
-        Raises NodeInterrupted when the prompt was interrupted: this is one of the two places where the real server looks.
+        Raises NodeInterrupted when the prompt was interrupted: the real server looks here and before each node.
         """
         await self.host.report_progress(self.node_id, value, maximum, preview)
 
@@ -209,7 +216,7 @@ class NodeContext:
         self.host.check_interrupted()
 
     def save_path(self, prefix: str, kind: str = "output", *, width: int = 0, height: int = 0) -> SavePath:
-        """`save_path` below the folder of that kind. Looks at the disk: call it inside the writing thread if in doubt."""
+        """`save_path` below the folder of that kind. Looks at the disk."""
         folder = self.folders.of(kind)
         if folder is None:
             raise ValueError(f"no folder of type {kind!r}")
@@ -244,18 +251,18 @@ class NodeClass:
     experimental: bool = False
     api_node: bool = False
     extra_info: Mapping[str, Any] = field(default_factory=dict)
-    """More keys of this class's `/object_info` entry, as some versions and packs have them (output_tooltips, dev_only…)."""
+    """More keys of this class's `/object_info` entry (output_tooltips, search_aliases…)."""
     concurrent: bool = False
     """True for nodes that are async functions on the real server: two of the same prompt overlap."""
     validate: Callable[[Folders, Inputs], bool | str] | None = None
-    """The class's own check at POST /prompt: True, or a text that says what is wrong. Gets the literal inputs only."""
+    """The class's own check at POST /prompt: True, or what is wrong. Gets the literal inputs only."""
     validated_inputs: frozenset[str] = frozenset()
     """Inputs that `validate` looks after: the server leaves out its own range and list checks for them."""
     fingerprint: Callable[[Folders, Inputs], Any] | None = None
-    """What the node depends on beside its inputs (a file's content), as IS_CHANGED does; part of the cache key. NaN
-    means "never cached"."""
+    """What the node depends on beside its inputs (a file's content), as IS_CHANGED does; part of the cache key.
+    NaN means "never cached"."""
     needs: Callable[[Inputs], Sequence[str]] | None = None
-    """For inputs declared `{"lazy": True}`: which of them are wanted, given those known so far (missing ones are
+    """For inputs declared `{"lazy": True}`: which of them are wanted, given those known so far (the others are
     None). Asked again after each answer until it wants nothing new."""
     since: tuple[int, int, int] = (0, 0, 0)
     """First server version that has the class; older emulated versions do not know it."""
