@@ -1,1 +1,1 @@
-"""."""
+"""The ComfyUI server on a machine, over HTTP and WebSocket."""

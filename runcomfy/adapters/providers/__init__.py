@@ -1,1 +1,1 @@
-"""."""
+"""Clouds that rent machines."""

@@ -1,1 +1,1 @@
-"""."""
+"""Where machines, intents, owners and the ledger are kept."""

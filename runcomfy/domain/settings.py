@@ -1,0 +1,126 @@
+"""
+Every setting, frozen, with its unit and default.
+
+Reading them (environment over credentials file over defaults) and naming their sources is `runcomfy.adapters.config`'s
+work. A setting that came from a guess in the provider's facts is here so that it can be changed without us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from decimal import Decimal
+from typing import Final
+
+from runcomfy.domain.money import RateTable
+from runcomfy.domain.secret import Secret
+
+KNOWN_SERVER_TYPES: Final = ("medium", "large", "extra-large", "2x-large", "2xl-turbo")
+"""The complete documented list (RunComfy API reference); other names may be added with a price, untested."""
+
+DEFAULT_API_BASE_URL: Final = "https://api.runcomfy.net"
+"""The prose of RunComfy's API reference; its examples use beta-api.runcomfy.net, which serves the same paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class CloudSettings:
+    """The account and how to talk to its API."""
+
+    base_url: str = DEFAULT_API_BASE_URL
+    user_id: str = ""
+    tokens: tuple[Secret, ...] = ()
+    """One or two: RunComfy shows two so that they can be rotated; the second is used when the first is refused."""
+    workflow_version_id: str = ""
+    server_type: str = "medium"
+    duration: timedelta = timedelta(seconds=3600)
+    """How long a dev server runs, counted from ready."""
+    run_lease: timedelta = timedelta(minutes=10)
+    """How long a machine rented for one job is paid ahead; renewed at half while the job lives (RunComfy's shortest
+    documented durations are 300 to 600 s)."""
+    max_retries: int = 3
+    poll_interval: timedelta = timedelta(seconds=5)
+    boot_timeout: timedelta = timedelta(seconds=1800)
+    comfyui_timeout: timedelta = timedelta(seconds=300)
+    """How long a Ready machine may take until its ComfyUI answers."""
+    request_timeout: timedelta = timedelta(seconds=30)
+    requests_per_second: float = 1.0
+    """The account's limit as documented ("about one per second, some bursts")."""
+    burst: int = 5
+    stop_reserve: int = 2
+    """How many requests of the burst only calls that stop machines may use."""
+    retry_after_cap: timedelta = timedelta(seconds=60)
+    """A Retry-After longer than this is not obeyed to the letter: negative, absurd or hostile values exist."""
+    visibility_window: timedelta = timedelta(seconds=120)
+    """How long a machine may stay out of the provider's lists after its launch."""
+    not_found_grace: timedelta = timedelta(seconds=60)
+    """How long a 404 right after a launch means "not visible yet"."""
+    stop_alarm_after: timedelta = timedelta(minutes=5)
+    """A machine that outlives its stop by this much is shouted about; the stop is still repeated."""
+    plan: str = "payg"
+    max_usd_per_hour: Decimal | None = None
+    """Refuse to launch a type that costs more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComfySettings:
+    """How to talk to ComfyUI servers."""
+
+    execution_timeout: timedelta = timedelta(seconds=3600)
+    poll_interval: timedelta = timedelta(seconds=5)
+    max_retries: int = 3
+    request_timeout: timedelta = timedelta(seconds=30)
+    download_timeout: timedelta = timedelta(minutes=30)
+    """Total time for one file, however slowly it drips."""
+    stall_timeout: timedelta = timedelta(minutes=15)
+    """How long a node may show no progress at all before it counts as stuck (loading a model is silent)."""
+    unreachable_timeout: timedelta = timedelta(minutes=2)
+    """How long a server may not answer before the job is given up (a restart takes 7 to 13 s)."""
+    worker_dead_after: timedelta = timedelta(seconds=20)
+    """How long prompts may wait with nothing running before the worker counts as dead."""
+    ping_interval: timedelta = timedelta(seconds=20)
+    max_output_bytes: int = 8 * 1024**3
+    max_frame_bytes: int = 64 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class FileSettings:
+    """Files on this computer."""
+
+    state_dir: str
+    output_dir: str = "outputs"
+    durable: bool = True
+    """Whether results and database commits are flushed to the disk (fsync) before they count."""
+    max_input_pixels: int = 64_000_000
+    max_output_pixels: int = 250_000_000
+    state_copies: tuple[str, ...] = ()
+    """Further places where a copy of dev_server_state.json is kept, for programs that look there."""
+
+
+@dataclass(frozen=True, slots=True)
+class AppSettings:
+    """The switches CONJURE's orchestrator has."""
+
+    machine_reuse: bool = True
+    """Whether a job may use the dev server."""
+    auto_shutdown: bool = False
+    """Whether a dev server is stopped when a job on it is done."""
+    idle_timeout: timedelta = timedelta(seconds=600)
+    """After how long without a job the dev server counts as idle in reports."""
+    log_level: str = "INFO"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings, and where each came from."""
+
+    cloud: CloudSettings
+    comfy: ComfySettings
+    files: FileSettings
+    app: AppSettings
+    rates: RateTable
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Variable name -> "environment", the credentials file's path, or "default"."""
+    credentials_file: str | None = None
+    warnings: tuple[str, ...] = ()
+    """What is worth telling the user about the settings, for example a credentials file that others can read."""
