@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
+from typing import Any
 
 
 class Step(StrEnum):
@@ -44,3 +46,44 @@ class Progress:
     """How long this step is expected to take, where history tells."""
     preview: bytes | None = None
     """An encoded preview picture (JPEG or PNG), when the server sent one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SocketUp:
+    """The socket to the server is open (again)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SocketDown:
+    """The socket is closed, refused or silent; `reason` says how it was noticed."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A text message of the server about our prompt (or about no prompt in particular, such as `status`)."""
+
+    type: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A preview picture, with the node it belongs to where the server says so."""
+
+    image: bytes
+    mime: str
+    node_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeText:
+    """A progress text of a node."""
+
+    node_id: str
+    text: str
+
+
+ServerEvent = SocketUp | SocketDown | Said | Preview | NodeText
+"""What a subscription to a prompt delivers."""

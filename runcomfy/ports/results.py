@@ -1,0 +1,100 @@
+"""
+Where results go on this computer, and how they are known to be whole.
+
+Names that came from a server are data: every name here is made by us from the job, a counter and the sniffed type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from runcomfy.domain.job import JobId, Output, OutputKind
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """What a file was found to be, by its content."""
+
+    kind: OutputKind
+    mime: str
+    extension: str
+    """With the dot, lower case, by content: `.png`."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Width, height, frames; vertices, triangles; seconds: what decoding told."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFile:
+    """A downloaded and inspected file that waits to be committed."""
+
+    partial: str
+    """Where it lies now, inside the job's folder."""
+    node: str
+    media: Media
+    size_bytes: int
+    sha256: str
+    name: str = ""
+    """The output's name in the sidecar."""
+    file_name: str = ""
+    """The file name wanted, without folder (`flux.png`); empty: made from node and counter."""
+    remote_name: str = ""
+
+
+class JobFolder(Protocol):
+    """The folder of one job. Nothing in it counts as a result before `commit`."""
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        ...
+
+    def partial(self) -> str:
+        """Return a new path for a file being downloaded."""
+        ...
+
+    async def inspect(self, partial: str, *, expected: OutputKind | None = None) -> Media:
+        """Decode the file and say what it is.
+
+        Raises OutputCorrupt if it is broken, a page of HTML, a bomb, or not of the expected kind; the file is kept
+        for diagnosis under a name that says so.
+        """
+        ...
+
+    async def write_text(self, partial: str, text: str) -> tuple[int, str]:
+        """Write a text result; return its size in bytes and sha256."""
+        ...
+
+    async def convert(self, file: ResultFile, to: str) -> ResultFile:
+        """Return the picture in another format (png, jpg, webp); other kinds are returned as they are."""
+        ...
+
+    async def commit(self, files: Sequence[ResultFile], manifest: Mapping[str, Any]) -> tuple[Output, ...]:
+        """Give every file its final name and write `manifest.json`, flushed to the disk once for all; then read back.
+
+        Either everything is there afterwards, or an error is raised and no final name exists. Raises DiskFull.
+        """
+        ...
+
+    async def abandon(self) -> None:
+        """Remove what was not committed; keep files set aside for diagnosis. Remove the folder if it is empty."""
+        ...
+
+
+class Results(Protocol):
+    """This computer's disk."""
+
+    async def check_input(self, path: str, *, kind: str) -> None:
+        """Make sure an input file can be used: exists, is readable, not empty, decodes if it is to be a picture.
+
+        Raises InputFileMissing, InputFileInvalid (not an image, 0 bytes, too many pixels).
+        """
+        ...
+
+    async def open_folder(self, job_id: JobId, *, under: str) -> JobFolder:
+        """Make the folder `under/job_id` for a job's results, and prove that it can be written before money is spent.
+
+        Raises DiskFull, LocalError.
+        """
+        ...
