@@ -62,6 +62,15 @@ class JobRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class FileRef:
+    """A file on the server, by the server's own names. Data only: never a path here."""
+
+    filename: str
+    subfolder: str = ""
+    type: str = "output"
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """One verified result on disk."""
 

@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runcomfy.domain.job import PromptId
+from runcomfy.domain.job import FileRef, PromptId
 from runcomfy.domain.progress import ServerEvent
 
 
@@ -30,15 +30,6 @@ class ServerInfo:
     max_upload_bytes: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     """GPU name and memory, for people."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRef:
-    """A file on the server, by the server's own names. Data only: never a path here."""
-
-    filename: str
-    subfolder: str = ""
-    type: str = "output"
 
 
 @dataclass(frozen=True, slots=True)

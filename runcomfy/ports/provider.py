@@ -2,8 +2,8 @@
 A cloud that rents machines.
 
 No method waits for a machine to boot or to go away; that is the application's patience. Every method may raise
-`AuthRejected`, `AccessDenied`, `WrongUrl` (settings are wrong), `RateLimited` or `ProviderBusy` (after the adapter's own
-retries; worth asking again later) and `AnswerUnreadable` (something else answers in the provider's place).
+`AuthRejected`, `AccessDenied`, `WrongUrl` (settings are wrong), `RateLimited` or `ProviderBusy` (after the adapter's
+own retries; worth asking again later) and `AnswerUnreadable` (something else answers in the provider's place).
 """
 
 from __future__ import annotations
