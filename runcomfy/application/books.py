@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
-from decimal import Decimal
 from typing import Any
 from uuid import uuid4
 
@@ -24,8 +23,6 @@ from runcomfy.domain.machine import (
     Machine,
     MachineEvent,
     MachineId,
-    MachineReport,
-    MachineState,
     Purpose,
     ServerId,
 )

@@ -115,6 +115,7 @@ class Machines:
         Raises what the provider refuses with; LaunchUnclear or LaunchAmbiguous if it stays open whether one was
         started (the intent is kept, and looked after by `reap`).
         """
+        await self._resolve_earlier()
         machine = intent
         for number in range(1, LAUNCH_TRIES + 1):
             before = await self.provider.list_machines()
@@ -138,6 +139,24 @@ class Machines:
             f"{LAUNCH_TRIES} launches in a row were not answered; none of them started a machine",
             hint="try again later, or look at RunComfy's status page",
         )
+
+    async def _resolve_earlier(self) -> None:
+        """End what an earlier, never answered launch of a dead process started: one launch in flight at a time.
+
+        We hold the launch lock, so nobody alive is launching now.
+        """
+        for row in await self.books.rows():
+            if row.state is not MachineState.REQUESTED or row.owner_id == self.books.owner.id:
+                continue
+            taken = await self.books.try_take_over(row, note="its process is gone; resolved before the next launch")
+            if taken is None:
+                continue
+            self.tell(
+                f"an earlier launch ({row.requested_at:%H:%M:%S} UTC) was never answered; looking for its machine"
+            )
+            found = await self.find_launched(taken)
+            if found is not None:
+                await self.stop(found, reason="its launch was never answered and its process is gone")
 
     async def _launch_once(self, machine: Machine) -> Machine | None:
         try:

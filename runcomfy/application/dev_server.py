@@ -1,0 +1,337 @@
+"""
+Keeping one machine for a working day.
+
+A start takes minutes, so one warm machine is shared by every command until its planned stop. Two starts at once end
+with one machine: the launch lock lets one launch, the other waits for what it launched. The machine then belongs to
+no process; its `kept_until` says how long it may live so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+
+from runcomfy.application.finish import finish
+from runcomfy.application.health import Layer, check_comfyui, wait_until_usable
+from runcomfy.application.machines import Boot, Machines
+from runcomfy.application.reaper import Reaper
+from runcomfy.domain.dev_server import DevServerSnapshot
+from runcomfy.domain.exceptions import LocalError, MachineNotFound, RunComfyError, StopUnconfirmed
+from runcomfy.domain.machine import Machine, MachineReport, MachineState, Phase, Purpose
+from runcomfy.domain.money import cost_of, total
+from runcomfy.domain.secret import SecretUrl
+from runcomfy.ports.comfyui import ComfyUI
+from runcomfy.ports.dev_state import DevServerFile
+
+log = logging.getLogger("runcomfy.dev_server")
+
+DEV_PURPOSES = (Purpose.DEV, Purpose.TAKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class DevServerStatus:
+    """The dev server as it really is now. `report` None: the provider does not list it."""
+
+    machine: Machine
+    report: MachineReport | None
+    layers: tuple[Layer, ...]
+    cost_usd: Decimal
+    idle: timedelta | None
+    """How long no job has run on it; None while one runs."""
+    idle_cost_usd: Decimal
+    jobs_running: int
+
+    @property
+    def usable(self) -> bool:
+        """Ready, and ComfyUI answers in every layer."""
+        return bool(self.report and self.report.usable and self.layers and all(layer.ok for layer in self.layers))
+
+
+class DevServer:
+    """Starts, finds, describes and stops the account's dev server."""
+
+    def __init__(self, machines: Machines, file: DevServerFile, comfyui: Callable[[SecretUrl], ComfyUI]) -> None:
+        self._machines = machines
+        self._file = file
+        self._comfyui = comfyui
+        self._clock = machines.clock
+        self._cloud = machines.settings.cloud
+
+    # -- finding -------------------------------------------------------------------------------------------
+
+    async def rows(self) -> list[Machine]:
+        """Return our books' dev servers that may still run, the newest last."""
+        rows = await self._machines.books.rows()
+        return [r for r in rows if r.purpose in DEV_PURPOSES and r.state is not MachineState.STOPPING]
+
+    async def find(self) -> tuple[Machine, MachineReport] | None:
+        """Return the dev server if the provider says that it is Ready; the state file's hint is verified too."""
+        for machine in reversed(await self.rows()):
+            if machine.server_id is None:
+                continue
+            report = await self._machines.provider.get_machine_status(machine.server_id)
+            if report is not None and report.usable:
+                return await self._refreshed(machine, report), report
+            if report is None or report.phase is Phase.GONE:
+                await self._close_if_gone(machine)
+        return await self._from_hint()
+
+    async def _refreshed(self, machine: Machine, report: MachineReport) -> Machine:
+        """Keep up with what the provider says of the stop time, which the user may have changed on its page."""
+        if machine.state in (MachineState.READY, MachineState.BOOTING, MachineState.LOST):
+            return await self._machines.ready(machine, report)
+        return machine
+
+    async def _close_if_gone(self, machine: Machine) -> None:
+        if machine.owner_id is not None:
+            return
+        taken = await self._machines.books.try_take_over(machine, note="not found at the provider")
+        if taken is None:
+            return
+        if await self._machines.gone_unasked(taken, note="stopped without our asking, or at its planned time") is None:
+            await self._machines.books.hand_over(taken, kept_until=taken.kept_until, note="still there")
+        else:
+            await self._file.clear()
+
+    async def _from_hint(self) -> tuple[Machine, MachineReport] | None:
+        """Take up a machine that only the state file knows, if the account really runs it."""
+        server_id = await self._file.hint()
+        if server_id is None or await self._machines.books.row_of(server_id) is not None:
+            return None
+        report = await self._machines.provider.get_machine_status(server_id)
+        if report is None or not report.usable:
+            return None
+        machine = await self._machines.adopt(report, purpose=Purpose.TAKEN, reason="named by the dev server state file")
+        machine = await self._machines.books.hand_over(machine, kept_until=report.stopping_at, note="taken up")
+        return machine, report
+
+    # -- starting ------------------------------------------------------------------------------------------
+
+    async def start(
+        self,
+        *,
+        server_type: str,
+        duration: timedelta,
+        on_boot: Callable[[Boot], None] | None = None,
+        on_wait: Callable[[str], None] | None = None,
+    ) -> tuple[Machine, MachineReport, bool]:
+        """Launch or reuse the one dev server; return it with the provider's word, and whether it was there before.
+
+        Raises ProviderError, BootTimeout, MachineFailed; what was launched is stopped again then.
+        """
+        await Reaper(self._machines).reap(wait=False)
+        intent = self._machines.books.intent(
+            purpose=Purpose.DEV, server_type=server_type, duration=duration, reason="dev server asked for by the user"
+        )
+        while True:
+            found = await self._started_by_another(on_boot)
+            if found is not None:
+                return *found, True
+            async with self._machines.launch_lock():
+                if await self._coming() is not None or await self.find() is not None:
+                    continue  # somebody was quicker: take theirs
+                try:
+                    machine = await self._machines.launch(intent)
+                except BaseException:
+                    await finish(self._machines.settle(intent, reason="the launch was broken off"))
+                    raise
+            return *await self._bring_up(machine, intent, on_boot, on_wait), False
+
+    async def _bring_up(
+        self,
+        machine: Machine,
+        intent: Machine | None,
+        on_boot: Callable[[Boot], None] | None,
+        on_wait: Callable[[str], None] | None,
+    ) -> tuple[Machine, MachineReport]:
+        """Wait for the machine in every layer and leave it running; if that fails, stop it."""
+        try:
+            machine, report = await self._machines.wait_ready(machine, on_boot=on_boot)
+            if report.url is None:
+                raise MachineNotFound("the machine is Ready but has no address")
+            server = self._comfyui(report.url)
+            try:
+                await wait_until_usable(server, within=self._cloud.comfyui_timeout, on_wait=on_wait)
+            finally:
+                await server.close()
+            kept_until = report.stopping_at or (machine.ready_at or self._clock.now()) + machine.duration
+            machine = await self._machines.books.hand_over(machine, kept_until=kept_until, note="dev server is up")
+        except BaseException as error:
+            why = "its start was broken off" if isinstance(error, asyncio.CancelledError) else "it never became usable"
+            await finish(self._end(machine, intent, why))
+            raise
+        await self.publish(machine, report, health="healthy")
+        return machine, report
+
+    async def _end(self, machine: Machine, intent: Machine | None, why: str) -> None:
+        if intent is not None:
+            await self._machines.settle(intent, reason=why)
+            return
+        current = await self._machines.books.latest(machine.id) or machine
+        if current.is_open:
+            await self._machines.stop(current, reason=why)
+
+    async def _coming(self) -> Machine | None:
+        """A dev server that is being started by a living process, or whose starter died on the way."""
+        for machine in reversed(await self.rows()):
+            if machine.state in (MachineState.BOOTING, MachineState.READY) and machine.owner_id is not None:
+                return machine
+        return None
+
+    async def _started_by_another(self, on_boot: Callable[[Boot], None] | None) -> tuple[Machine, MachineReport] | None:
+        """Return the dev server that is there, waiting for one that is coming; take over one whose starter died."""
+        told = False
+        while True:
+            if (found := await self.find()) is not None and found[0].owner_id is None:
+                return await self._still_usable(*found)
+            coming = await self._coming()
+            if coming is None:
+                return None
+            now = self._clock.now()
+            owner = (
+                (await self._machines.store.owners([coming.owner_id])).get(coming.owner_id) if coming.owner_id else None
+            )
+            if owner is None or not self._machines.processes.lives(owner, now=now):
+                taken = await self._machines.books.try_take_over(coming, note="its starter is gone; waiting on")
+                if taken is not None:
+                    return await self._bring_up(taken, None, on_boot, None)
+                continue
+            if not told:
+                self._machines.tell(f"another process (pid {owner.pid}) is starting the dev server; waiting for it")
+                told = True
+            if on_boot is not None:
+                on_boot(Boot("starting (another process)", now - coming.requested_at, None))
+            await asyncio.sleep(self._cloud.poll_interval.total_seconds())
+
+    async def _still_usable(self, machine: Machine, report: MachineReport) -> tuple[Machine, MachineReport] | None:
+        """Return the running dev server if its ComfyUI answers; one that does not is ended, so that a new one comes."""
+        if report.url is None:
+            return None
+        server = self._comfyui(report.url)
+        try:
+            await wait_until_usable(server, within=self._cloud.comfyui_timeout)
+        except RunComfyError as error:
+            self._machines.tell(f"the dev server {machine.server_id} is not usable ({error.message}); replacing it")
+            await self.stop_one(machine, reason="its ComfyUI does not answer")
+            return None
+        finally:
+            await server.close()
+        await self.publish(machine, report, health="healthy")
+        return machine, report
+
+    # -- describing ----------------------------------------------------------------------------------------
+
+    async def status(self) -> DevServerStatus | None:
+        """Return the dev server as it really is, or None if there is none. Also refreshes the state file."""
+        found = await self.find()
+        if found is None:
+            rows = await self.rows()
+            if not rows:
+                with suppress(LocalError):
+                    await self._file.clear()
+                return None
+            return await self._describe(rows[-1], None, ())
+        machine, report = found
+        layers: tuple[Layer, ...] = ()
+        if report.url is not None:
+            server = self._comfyui(report.url)
+            try:
+                layers = tuple((await check_comfyui(server))[0])
+            finally:
+                await server.close()
+        healthy = bool(layers) and all(layer.ok for layer in layers)
+        await self.publish(machine, report, health="healthy" if healthy else "unreachable")
+        return await self._describe(machine, report, layers)
+
+    async def _describe(
+        self, machine: Machine, report: MachineReport | None, layers: tuple[Layer, ...]
+    ) -> DevServerStatus:
+        now = self._clock.now()
+        owners = self._machines.store.owners
+        uses = await self._machines.store.uses([machine.id])
+        users = await owners({use.owner_id for use in uses})
+        living = [u for u in uses if u.owner_id in users and self._machines.processes.lives(users[u.owner_id], now=now)]
+        since = machine.last_used_at or machine.ready_at
+        idle = None if living or since is None else max(now - since, timedelta(0))
+        cost = cost_of(machine, now=now)
+        idle_cost = Decimal(0)
+        if idle is not None and machine.ready_at is not None and since is not None:
+            idle_cost = cost - cost_of(machine, now=max(since, machine.ready_at))
+        return DevServerStatus(machine, report, layers, cost, idle, idle_cost, len(living))
+
+    async def publish(self, machine: Machine, report: MachineReport, *, health: str) -> None:
+        """Write the state file. What cannot be written is said, not raised: the store has the truth."""
+        if report.url is None or machine.server_id is None:
+            return
+        now = self._clock.now()
+        entries = await self._machines.store.ledger()
+        open_cost = cost_of(machine, now=now)
+        snapshot = DevServerSnapshot(
+            server_id=machine.server_id,
+            machine_id=machine.id,
+            user_id=self._cloud.user_id,
+            base_url=report.url,
+            status="running",
+            launch_time=machine.requested_at,
+            workflow_version=machine.workflow_version_id,
+            server_type=machine.server_type,
+            duration=machine.duration,
+            usd_per_hour=machine.usd_per_hour,
+            plan=machine.rate_source,
+            session_cost_usd=open_cost,
+            total_cost_usd=open_cost + total(e for e in entries if e.machine_id != machine.id),
+            written_at=now,
+            ready_at=machine.ready_at,
+            planned_stop_at=machine.planned_stop_at,
+            last_used_at=machine.last_used_at,
+            last_health_check=now,
+            health_status=health,
+        )
+        try:
+            await self._file.publish(snapshot)
+        except LocalError as error:
+            self._machines.tell(f"the dev server state file could not be written: {error.message}")
+
+    # -- ending --------------------------------------------------------------------------------------------
+
+    async def shutdown(self, *, reason: str = "shutdown asked for by the user") -> list[Machine]:
+        """Stop every dev server of the account, and the machine the state file names; return those that ended."""
+        await self._from_hint()
+        doomed = [
+            row
+            for row in await self._machines.books.rows()
+            if row.purpose in DEV_PURPOSES and row.state is not MachineState.REQUESTED
+        ]
+        ended = [await self.stop_one(machine, reason=reason) for machine in doomed]
+        await self._file.clear()
+        return ended
+
+    async def stop_one(self, machine: Machine, *, reason: str) -> Machine:
+        """Stop one dev server on the user's order, whoever holds it."""
+        if machine.owner_id != self._machines.books.owner.id:
+            machine = await self._machines.books.take_over(machine, note=reason)
+        stopped = await self._machines.stop(machine, reason=reason)
+        if stopped.state is not MachineState.STOPPED and stopped.stop_accepted_at is None:
+            raise StopUnconfirmed(f"machine {machine.server_id} was not seen gone")
+        return stopped
+
+    async def extend(self, *, by: timedelta) -> Machine:
+        """Let the dev server run longer by this much; read back and verified."""
+        found = await self.find()
+        if found is None:
+            raise MachineNotFound("there is no running dev server", hint="start one with `comfyctl dev start`")
+        machine, report = found
+        total_time = (report.duration or machine.duration) + by
+        machine = await self._machines.extend(machine, total=total_time)
+        await self.publish(machine, report, health="unknown")
+        return machine
+
+    async def planned_stop(self) -> datetime | None:
+        """When the dev server stops by itself, by our books; no question is asked."""
+        rows = await self.rows()
+        return rows[-1].planned_stop_at if rows else None
