@@ -1,0 +1,27 @@
+"""A clock that runs with the event loop, so that a test that moves the loop's time moves the stamps with it."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+START: Final = datetime(2026, 11, 20, 10, 0, tzinfo=UTC)
+"""When the stories of tests begin: any fixed moment would do."""
+
+
+class LoopClock:
+    """Keeps `runcomfy.ports.clock.Clock`: a fixed start plus the running loop's time."""
+
+    def __init__(self, start: datetime = START) -> None:
+        """`start`: the moment at which the loop's time is zero, as it is when a test under virtual time begins."""
+        self._start = start
+
+    @classmethod
+    def following_the_wall(cls) -> LoopClock:
+        """Return a clock that shows the real time now and goes on by the running loop's time."""
+        return cls(datetime.now(UTC) - timedelta(seconds=asyncio.get_running_loop().time()))
+
+    def now(self) -> datetime:
+        """Return the time, aware, in UTC. Needs a running loop."""
+        return self._start + timedelta(seconds=asyncio.get_running_loop().time())
