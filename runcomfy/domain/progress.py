@@ -8,6 +8,8 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
+from runcomfy.domain.job import PromptId
+
 
 class Step(StrEnum):
     """Which part of a job is being done."""
@@ -49,6 +51,33 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeLabel:
+    """How a node of the workflow is called when people are told about it."""
+
+    title: str = ""
+    class_type: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """One reading of the server's queue: ids that run, and ids that wait in the order in which they will run."""
+
+    running: tuple[str, ...]
+    pending: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """What the server remembers of a prompt that ended."""
+
+    prompt_id: PromptId
+    outputs: Mapping[str, Any]
+    status: str
+    """`success` or `error`; empty if the server left it out."""
+    messages: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SocketUp:
     """The socket to the server is open (again)."""
 
@@ -58,6 +87,8 @@ class SocketDown:
     """The socket is closed, refused or silent; `reason` says how it was noticed."""
 
     reason: str = ""
+    lost: bool = False
+    """Whether an open connection broke; False: it could not be opened, or we closed it ourselves."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from runcomfy.domain.job import FileRef, PromptId
-from runcomfy.domain.progress import ServerEvent
+from runcomfy.domain.progress import HistoryEntry, QueueView, ServerEvent
+
+__all__ = ["ComfyUI", "Fetched", "HistoryEntry", "QueueView", "ServerInfo", "Submitted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +43,6 @@ class Submitted:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueView:
-    """One reading of the server's queue: ids that run, and ids that wait in the order in which they will run."""
-
-    running: tuple[str, ...]
-    pending: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryEntry:
-    """What the server remembers of a prompt that ended."""
-
-    prompt_id: PromptId
-    outputs: Mapping[str, Any]
-    status: str
-    """`success` or `error`; empty if the server left it out."""
-    messages: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Fetched:
     """A file that was downloaded whole."""
 
@@ -79,8 +62,11 @@ class ComfyUI(Protocol):
         """Ask what answers there: version and capabilities. Raises ServerTooOld (before 0.3.45)."""
         ...
 
-    async def node_info(self, classes: Collection[str]) -> Mapping[str, Any]:
-        """Return the node list's entries for these classes; classes the server does not have are left out. Cached."""
+    async def node_info(self, classes: Collection[str], *, fresh: bool = False) -> Mapping[str, Any]:
+        """Return the node list's entries for these classes; classes the server does not have are left out.
+
+        Cached; `fresh` asks again (a file list inside an entry may have changed).
+        """
         ...
 
     async def class_names(self) -> Collection[str]:
@@ -101,6 +87,10 @@ class ComfyUI(Protocol):
         The socket is connected before the block is entered if the server lets us; if not, the block is entered all
         the same and the events say so. The iterator never ends by itself and never raises for a lost connection.
         """
+        ...
+
+    def renew_socket(self, reason: str) -> None:
+        """Say that polling knew more than the open socket did; it is closed and opened again, but not too often."""
         ...
 
     async def submit(self, graph: Mapping[str, Any], *, prompt_id: PromptId) -> Submitted:
