@@ -122,5 +122,7 @@ class Settings:
     sources: Mapping[str, str] = field(default_factory=dict)
     """Variable name -> "environment", the credentials file's path, or "default"."""
     credentials_file: str | None = None
+    rates_file: str | None = None
+    """The user's own rate table, laid over the shipped one."""
     warnings: tuple[str, ...] = ()
     """What is worth telling the user about the settings, for example a credentials file that others can read."""
