@@ -27,6 +27,8 @@ from uuid import uuid4
 from runcomfy.application.books import Books
 from runcomfy.application.finish import finish
 from runcomfy.domain.exceptions import (
+    AccessDenied,
+    AuthRejected,
     BootTimeout,
     LaunchAmbiguous,
     LaunchUnclear,
@@ -34,6 +36,8 @@ from runcomfy.domain.exceptions import (
     MachineLost,
     ProviderError,
     RunComfyError,
+    StopUnconfirmed,
+    WrongUrl,
 )
 from runcomfy.domain.machine import (
     Machine,
@@ -52,6 +56,9 @@ log = logging.getLogger("runcomfy.machines")
 
 LAUNCH_TRIES = 3
 """How often a launch is tried again after it was proven that the earlier try started nothing."""
+HOPELESS_AFTER = timedelta(minutes=1)
+"""How long a stop is repeated against a cloud that rejects the credentials: repeating cannot mend those. The machine's
+own stop time and the next `reap` stand behind it."""
 RESTOP_EVERY = timedelta(seconds=30)
 """How often a stop is repeated while the provider says that it is at it."""
 
@@ -83,6 +90,7 @@ class Machines:
         self.clock = books.clock
         self.settings = books.settings
         self._tries: dict[MachineId, list[MachineId]] = {}
+        self._seen: set[ServerId] = set()
 
     def tell(self, sentence: str) -> None:
         """Say something to the user."""
@@ -273,6 +281,8 @@ class Machines:
                     details={"server_id": server_id},
                 )
             seen = seen or report is not None
+            if report is not None:
+                self._seen.add(server_id)
             gone = report is not None and report.phase in (Phase.GONE, Phase.STOPPING)
             absent = report is None and (seen or elapsed > cloud.not_found_grace)
             if gone or (absent and await self._in_no_list(server_id)):
@@ -408,10 +418,20 @@ class Machines:
         asked = loop.time()
         next_call, next_alarm = asked, asked + cloud.stop_alarm_after.total_seconds()
         delay = min(timedelta(seconds=1), cloud.poll_interval)
-        known = machine.ready_at is not None
+        known = machine.ready_at is not None or server_id in self._seen
         while True:
             if loop.time() >= next_call:
-                machine, accepted = await self._ask_to_stop(machine)
+                try:
+                    machine, accepted = await self._ask_to_stop(machine)
+                except (AuthRejected, AccessDenied, WrongUrl) as error:
+                    if loop.time() - asked >= HOPELESS_AFTER.total_seconds():
+                        raise StopUnconfirmed(
+                            f"machine {server_id} could not be stopped: {error.message}; it may still bill",
+                            hint=f"mend that ({error.hint or error.code}), then `comfyctl machines reap`; "
+                            "or stop it on RunComfy's page",
+                            details={"server_id": server_id, "cause": error.code},
+                        ) from error
+                    accepted = False
                 known = known or accepted
                 next_call = loop.time() + (RESTOP_EVERY if accepted else delay).total_seconds()
             phase = await self._phase(machine)
@@ -443,6 +463,8 @@ class Machines:
         except ProviderError as error:
             self.tell(f"stopping {server_id} failed for now ({error.code}); trying again")
             log.warning("machine_stop_failed", extra={"fields": {**self.books.facts(machine), "error": error.code}})
+            if isinstance(error, (AuthRejected, AccessDenied, WrongUrl)):
+                raise
             return machine, False
         if accepted and machine.stop_accepted_at is None:
             machine = await self.books.change_softly(machine, note="stop accepted", stop_accepted_at=self.clock.now())

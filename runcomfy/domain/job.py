@@ -121,6 +121,8 @@ class JobResult:
     bill: tuple[BillLine, ...] = ()
     error: Mapping[str, Any] | None = None
     exit_code: int = 0
+    exception: Exception | None = field(default=None, repr=False, compare=False)
+    """The error itself, for callers who want it raised."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the job as the object that `--json` prints."""

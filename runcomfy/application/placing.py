@@ -1,0 +1,288 @@
+"""
+Where a job runs: a server that already runs, the warm dev server, or a machine of its own.
+
+All three are one shape, a `Place`, entered and left the same way, so that the cold path and the warm path are the same
+code. Leaving a machine of one's own ends it, whatever happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+
+from runcomfy.application.dev_server import DevServer
+from runcomfy.application.finish import finish
+from runcomfy.application.health import check_comfyui, wait_until_usable
+from runcomfy.application.machines import Boot, Machines
+from runcomfy.application.reaper import Reaper
+from runcomfy.domain.exceptions import LeaseLost, LocalError, MachineLost, ProviderError, RunComfyError
+from runcomfy.domain.job import BillLine, JobId
+from runcomfy.domain.lease import Use
+from runcomfy.domain.machine import Machine, MachineReport, Phase, Purpose
+from runcomfy.domain.money import meter, seconds_between, total
+from runcomfy.domain.progress import Progress, Step
+from runcomfy.domain.secret import SecretUrl
+from runcomfy.ports.comfyui import ComfyUI
+
+log = logging.getLogger("runcomfy.placing")
+
+Show = Callable[[Progress], None]
+TimeStep = Callable[[str], None]
+"""Called with a step's name when the step begins; the orchestrator measures."""
+
+
+@dataclass(slots=True)
+class Place:
+    """A ComfyUI to run on, and what it costs to be there. `bill` is filled when the place is left."""
+
+    server: ComfyUI
+    kind: str
+    """`server`, `dev server` or `own machine`."""
+    alone: bool
+    """Whether nobody else uses the server, so that an interrupt without an id can hit nobody else."""
+    machine: Machine | None = None
+    bill: tuple[BillLine, ...] = ()
+
+    @property
+    def cost_usd(self) -> Decimal:
+        """What being there cost, once it is known."""
+        return sum((line.amount_usd for line in self.bill), Decimal(0))
+
+
+ComfyFactory = Callable[[SecretUrl], ComfyUI]
+
+
+class Placer:
+    """Finds or rents the place for a job."""
+
+    def __init__(
+        self,
+        comfyui: ComfyFactory,
+        cloud: Callable[[], Awaitable[tuple[Machines, DevServer]]],
+        *,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._comfyui = comfyui
+        self._cloud = cloud
+        self.tell = tell
+
+    @asynccontextmanager
+    async def at(
+        self, *, server_url: str | None, server_type: str | None, job_id: JobId, show: Show, step: TimeStep
+    ) -> AsyncIterator[Place]:
+        """Be at the place for the block. A machine of one's own is gone, by the provider's word, when it is left."""
+        if server_url is not None:
+            async with self._at_server(server_url, step) as place:
+                yield place
+            return
+        machines, dev = await self._cloud()
+        warm = None
+        if machines.settings.app.machine_reuse:
+            step("place")
+            warm = await self._warm(machines, dev, job_id)
+        if warm is not None:
+            async with self._at_dev_server(machines, dev, warm, job_id) as place:
+                yield place
+        else:
+            wanted = server_type or machines.settings.cloud.server_type
+            async with self._at_own_machine(machines, wanted, job_id, show, step) as place:
+                yield place
+
+    @asynccontextmanager
+    async def _at_server(self, url: str, step: TimeStep) -> AsyncIterator[Place]:
+        step("check")
+        server = self._comfyui(SecretUrl(url))
+        try:
+            await server.probe()
+            yield Place(server, "server", alone=False)
+        finally:
+            await finish(server.close())
+
+    # -- the dev server ------------------------------------------------------------------------------------
+
+    async def _warm(
+        self, machines: Machines, dev: DevServer, job_id: JobId
+    ) -> tuple[Machine, MachineReport, ComfyUI] | None:
+        """Return the dev server, marked as used by this job, if it is alive in every layer."""
+        found = await dev.find()
+        if found is None or found[1].url is None:
+            return None
+        machine, report = found
+        server = self._comfyui(found[1].url)
+        _, error = await check_comfyui(server)
+        if error is None:
+            use = Use(machine.id, machines.books.owner.id, job_id, machines.clock.now())
+            try:
+                await machines.store.begin_use(use)
+                return machine, report, server
+            except LeaseLost:
+                error = LeaseLost("it is being stopped")
+        await server.close()
+        self.tell(f"the dev server {machine.server_id} is not used: {error.message}")
+        return None
+
+    @asynccontextmanager
+    async def _at_dev_server(
+        self, machines: Machines, dev: DevServer, warm: tuple[Machine, MachineReport, ComfyUI], job_id: JobId
+    ) -> AsyncIterator[Place]:
+        machine, report, server = warm
+        started = machines.clock.now()
+        place = Place(server, "dev server", alone=False, machine=machine)
+        if report.stopping_at is not None and report.stopping_at - started < timedelta(minutes=5):
+            left = max(0.0, (report.stopping_at - started).total_seconds())
+            self.tell(f"the dev server stops in {left:.0f} s; `comfyctl dev extend` lets it run longer")
+        try:
+            yield place
+        except RunComfyError as error:
+            raise await _explained(error, machines, machine) from error
+        finally:
+            ended = machines.clock.now()
+            place.bill = (_share(machine, started, ended),)
+            await finish(self._leave_dev_server(machines, dev, place, report, job_id))
+
+    async def _leave_dev_server(
+        self, machines: Machines, dev: DevServer, place: Place, report: MachineReport, job_id: JobId
+    ) -> None:
+        machine = place.machine
+        await place.server.close()
+        if machine is None:
+            return
+        try:
+            await machines.store.end_use(machine.id, job_id, at=machines.clock.now())
+        except LocalError as error:
+            self.tell(f"could not write down that the job has left the dev server: {error.message}")
+        if machines.settings.app.auto_shutdown:
+            self.tell("stopping the dev server (CONJURE_AUTO_SHUTDOWN is on)")
+            await dev.shutdown(reason="job done and CONJURE_AUTO_SHUTDOWN is on")
+        else:
+            with suppress(LocalError):
+                latest = await machines.store.machine(machine.id)
+                await dev.publish(latest or machine, report, health="healthy")
+
+    # -- a machine of its own ------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _at_own_machine(
+        self, machines: Machines, server_type: str, job_id: JobId, show: Show, step: TimeStep
+    ) -> AsyncIterator[Place]:
+        lease = machines.settings.cloud.run_lease
+        intent = machines.books.intent(
+            purpose=Purpose.RUN, server_type=server_type, duration=lease, reason=f"job {job_id}"
+        )
+        step("place")
+        await Reaper(machines).reap(wait=False)
+        place: Place | None = None
+        keeper: asyncio.Task[None] | None = None
+        machine: Machine | None = None
+        try:
+            show(Progress(Step.LAUNCHING, message=f"launching a {server_type} machine"))
+            async with machines.launch_lock():
+                machine = await machines.launch(intent)
+            step("boot")
+            machine, report = await machines.wait_ready(machine, on_boot=lambda boot: show(_booting(boot)))
+            if report.url is None:
+                raise MachineLost("the machine is Ready but has no address")
+            keeper = asyncio.create_task(self._keep_lease(machines, machine), name=f"lease-{job_id}")
+            step("check")
+            show(Progress(Step.CHECKING, message="the machine is Ready; asking its ComfyUI"))
+            place = Place(self._comfyui(report.url), "own machine", alone=True, machine=machine)
+            await wait_until_usable(
+                place.server,
+                within=machines.settings.cloud.comfyui_timeout,
+                on_wait=lambda why: show(Progress(Step.CHECKING, message=why)),
+            )
+            yield place
+        except RunComfyError as error:
+            raise await _explained(error, machines, machine) from error
+        finally:
+            step("stop")
+            show(Progress(Step.STOPPING, message="stopping the machine"))
+            if keeper is not None:
+                keeper.cancel()
+            if place is not None:
+                await finish(place.server.close())
+            ended = await finish(machines.settle(intent, reason=f"job {job_id} is over"))
+            if place is not None:
+                place.machine = ended
+                place.bill = await finish(_bill(machines, ended))
+
+    async def _keep_lease(self, machines: Machines, machine: Machine) -> None:
+        """Renew what is paid ahead, at half, while the job lives; a machine whose owner dies stops by itself."""
+        lease = machines.settings.cloud.run_lease
+        while True:
+            await asyncio.sleep(lease.total_seconds() / 8)
+            latest = await machines.books.latest(machine.id) or machine
+            now = machines.clock.now()
+            if latest.ready_at is None or latest.planned_stop_at is None or latest.planned_stop_at - now > lease / 2:
+                continue
+            wanted = timedelta(seconds=round(((now - latest.ready_at) + lease).total_seconds()))
+            try:
+                await machines.extend(latest, total=wanted)
+            except (ProviderError, LocalError) as error:
+                # Never assumed longer than confirmed: the next round tries again.
+                log.warning("lease_not_renewed", extra={"fields": {"machine": machine.id, "error": error.code}})
+
+
+def _booting(boot: Boot) -> Progress:
+    about = f", usually {boot.expected.total_seconds():.0f} s" if boot.expected else ""
+    return Progress(
+        Step.BOOTING,
+        message=f"{boot.status}{about}; starting is free",
+        elapsed=boot.elapsed,
+        expected=boot.expected,
+    )
+
+
+async def _explained(error: RunComfyError, machines: Machines, machine: Machine | None) -> RunComfyError:
+    """Return what really happened: a server that fell silent because its machine went away is a lost machine."""
+    if machine is None or machine.server_id is None or isinstance(error, MachineLost):
+        return error
+    if error.code not in ("comfyui-unreachable", "server-restarted", "comfyui-not-found", "download-failed"):
+        return error
+    try:
+        report = await machines.provider.get_machine_status(machine.server_id)
+    except ProviderError:
+        return error
+    if report is not None and report.phase not in (Phase.GONE, Phase.STOPPING, Phase.FAILED):
+        return error
+    return MachineLost(
+        f"machine {machine.server_id} went away during the job ({error.message})",
+        hint="run the job again; look at `comfyctl machines ls` for what still runs",
+        details={"server_id": machine.server_id, "cause": error.code},
+    )
+
+
+def _share(machine: Machine, started: datetime, ended: datetime) -> BillLine:
+    return BillLine(
+        what=f"{machine.server_type} (this job's time on the dev server)",
+        seconds=seconds_between(started, ended),
+        usd_per_hour=machine.usd_per_hour,
+        amount_usd=meter(started, ended, machine.usd_per_hour),
+    )
+
+
+async def _bill(machines: Machines, machine: Machine | None) -> tuple[BillLine, ...]:
+    """Return the ledger's lines of a machine; where the ledger cannot be read, what the machine's own times say."""
+    if machine is None or machine.ready_at is None:
+        return ()
+    try:
+        entries = await machines.store.ledger(machine_id=machine.id)
+    except LocalError:
+        entries = []
+    if entries and total(entries) > 0:
+        return tuple(
+            BillLine(
+                what=f"{machine.server_type} ({entry.note})",
+                seconds=seconds_between(entry.started_at, entry.ended_at),
+                usd_per_hour=entry.usd_per_hour,
+                amount_usd=entry.amount_usd,
+            )
+            for entry in entries
+        )
+    end = machine.stop_accepted_at or machine.gone_at or machines.clock.now()
+    return (replace(_share(machine, machine.ready_at, end), what=machine.server_type),)
