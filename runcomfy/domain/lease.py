@@ -26,7 +26,8 @@ class Owner:
     host: str
     pid: int
     process_started: float
-    """Seconds since the epoch, as the system reports it for that pid."""
+    """When the process with that pid started, in seconds as its process table counts them (since the boot on Linux,
+    else since the epoch): a mark to compare with, not a time to show."""
     command: str
     started_at: datetime
     heartbeat_at: datetime

@@ -1,0 +1,91 @@
+"""
+Bringing a database to the version this program knows: forward only, in one transaction, never past what it knows.
+
+Alembic is imported only when there is something to do; a database that is up to date costs one query.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import Connection, insert, inspect, select, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from runcomfy.adapters.stores.tables import upgrades
+from runcomfy.domain.exceptions import StoreTooNew, StoreUnavailable, foreign_text
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+HEAD: Final = "0001"
+"""The newest revision in `migrations/versions`."""
+
+_REVISION: Final = text("SELECT version_num FROM alembic_version")
+
+
+def revision_of(connection: Connection, where: str) -> str | None:
+    """Return the database's revision, None for an empty one; raise StoreUnavailable if it is not ours."""
+    tables = inspect(connection).get_table_names()
+    if "alembic_version" in tables:
+        found = connection.execute(_REVISION).scalar()
+        return None if found is None else str(found)
+    if tables:
+        raise StoreUnavailable(
+            f"{where} is the database of another program (it has tables {foreign_text(', '.join(sorted(tables)), 80)})",
+            hint="set RUNCOMFY_STATE_DIR to a folder of its own",
+        )
+    return None
+
+
+def upgrade(connection: Connection, where: str, *, at: datetime) -> None:
+    """Bring the database to HEAD, inside the transaction that `connection` is in.
+
+    Raises StoreTooNew if a newer program wrote it, StoreUnavailable if it belongs to another program.
+    """
+    found = revision_of(connection, where)
+    if found == HEAD:
+        return
+    from alembic import command
+    from alembic.script import ScriptDirectory
+
+    config = _config()
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if found is not None and found not in known:
+        raise _too_new(connection, where, found)
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+    connection.execute(insert(upgrades).values(revision=HEAD, program_version=_program_version(), at=at))
+
+
+def _config() -> Config:
+    from alembic.config import Config
+
+    config = Config()
+    folder = str(Path(__file__).with_name("migrations"))
+    config.set_main_option("script_location", folder.replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _too_new(connection: Connection, where: str, found: str) -> StoreTooNew:
+    try:
+        newest = select(upgrades.c.program_version).order_by(upgrades.c.number.desc()).limit(1)
+        writer = connection.execute(newest).scalar()
+    except SQLAlchemyError:  # a newer program may keep this elsewhere
+        writer = None
+    by = f"version {foreign_text(writer, 40)}" if writer else "a newer version"
+    return StoreTooNew(
+        f"the database {where} was written by {by} of this program (revision {foreign_text(found, 40)}; "
+        f"this one is {_program_version()} and knows up to {HEAD})",
+        hint="upgrade: pip install --upgrade runcomfy-orchestrator; or name another folder with RUNCOMFY_STATE_DIR",
+    )
+
+
+def _program_version() -> str:
+    try:
+        return version("runcomfy-orchestrator")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"

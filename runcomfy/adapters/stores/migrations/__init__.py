@@ -1,0 +1,1 @@
+"""Numbered changes of the database. Only ever added to, and only ever forward."""

@@ -1,0 +1,517 @@
+"""
+The store on a database: machines, owners, the ledger, and what processes of an account share.
+
+Written in SQLAlchemy Core so that a server's database can run the same statements; the file it lies in today is
+`sqlite.py`'s care, the tables are in `tables.py`, their versions in `migrate.py`.
+
+All work happens in one thread of its own, one transaction after the other: the event loop never waits for a disk,
+and a writer never meets itself. A call that is cancelled may or may not have been written; ask the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from sqlite3 import Error as SqliteError
+from typing import Any, Final, NoReturn, TypeVar
+
+from sqlalchemy import Connection, Engine, bindparam, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+
+from runcomfy.adapters.stores import bucket as limiter
+from runcomfy.adapters.stores import migrate, tables
+from runcomfy.adapters.stores.errors import is_callers_fault, local_error
+from runcomfy.adapters.stores.sqlite import WRITES, SqliteFile
+from runcomfy.domain.exceptions import LeaseLost, LocalError, StoreUnavailable
+from runcomfy.domain.lease import Owner, Use
+from runcomfy.domain.machine import OPEN, Machine, MachineEvent, MachineId, MachineState, OwnerId, Purpose, Transition
+from runcomfy.domain.money import LedgerEntry
+from runcomfy.ports.clock import Clock
+
+T = TypeVar("T")
+
+GUARDED_FIELDS: Final = frozenset({"id", "state", "since", "owner_id", "epoch"})
+"""What changes only by an event (`Machine.on`) or by `take_over`."""
+
+CHANGEABLE: Final = frozenset(tables.MACHINE_FIELDS) - GUARDED_FIELDS
+
+ENDING: Final = frozenset({MachineState.STOPPING, MachineState.STOPPED, MachineState.NEVER})
+"""States in which no job may begin to use a machine."""
+
+_machines, _uses, _owners, _accounts = tables.machines, tables.machine_uses, tables.owners, tables.accounts
+_story, _ledger = tables.machine_transitions, tables.ledger
+
+# Statements are built once; SQLAlchemy keeps what it compiled them to.
+_MACHINE: Final = select(_machines).where(_machines.c.id == bindparam("machine_id"))
+_MACHINE_LOCKED: Final = _MACHINE.with_for_update()
+_SAVE_MACHINE: Final = update(_machines).where(_machines.c.id == bindparam("key"))
+_NEXT_NUMBER: Final = select(func.coalesce(func.max(_story.c.number), 0) + 1).where(
+    _story.c.machine_id == bindparam("machine_id")
+)
+_STORY: Final = (
+    select(*(_story.c[name] for name in tables.TRANSITION_FIELDS))
+    .where(_story.c.machine_id == bindparam("machine_id"))
+    .order_by(_story.c.number)
+)
+_USES: Final = select(_uses).where(_uses.c.ended_at.is_(None)).order_by(_uses.c.started_at, _uses.c.job_id)
+_ENTRIES: Final = select(*(_ledger.c[name] for name in tables.ENTRY_FIELDS)).order_by(_ledger.c.number)
+_ACCOUNT: Final = select(_accounts).where(_accounts.c.account == bindparam("name")).with_for_update()
+_SAVE_ACCOUNT: Final = update(_accounts).where(_accounts.c.account == bindparam("name"))
+
+
+class SqlStore:
+    """Keeps `runcomfy.ports.store.Store` in a SQLite file; several processes may use the same one."""
+
+    def __init__(
+        self, path: Path, *, clock: Clock, durable: bool = True, busy_timeout: timedelta = timedelta(seconds=10)
+    ) -> None:
+        """Name the file; nothing is touched before `open`.
+
+        `durable`: whether a commit is on the disk before it counts (else a power loss may take the last ones).
+        `busy_timeout`: how long to wait for another program's lock.
+        """
+        self.path = path
+        self._clock = clock
+        self._file = SqliteFile(path, durable=durable, busy_timeout=busy_timeout)
+        self._thread: ThreadPoolExecutor | None = None
+        self._engine: Engine | None = None
+
+    # -- coming and going ----------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open or make the database and bring it to the current version; harmless when repeated."""
+        if self._thread is not None:
+            return
+        self._thread = thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        try:
+            await asyncio.get_running_loop().run_in_executor(thread, self._open)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Finish what was begun and let go of the database. Harmless when repeated."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(thread, self._dispose)
+        finally:
+            thread.shutdown(wait=False)
+
+    async def __aenter__(self) -> SqlStore:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _open(self) -> None:
+        try:
+            with self._file.opening():
+                self._engine = engine = self._file.engine()
+                with engine.connect() as connection:
+                    self._file.check(connection)
+                    found = migrate.revision_of(connection, str(self.path))
+                if found != migrate.HEAD:
+                    with engine.execution_options(**{WRITES: True}).begin() as connection:
+                        migrate.upgrade(connection, str(self.path), at=self._clock.now())
+        except (SQLAlchemyError, SqliteError, OSError) as error:
+            self._fail(error)
+
+    def _dispose(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.dispose()
+
+    async def _read(self, work: Callable[[Connection], T]) -> T:
+        return await self._run(work, {})
+
+    async def _write(self, work: Callable[[Connection], T]) -> T:
+        return await self._run(work, {WRITES: True})
+
+    async def _run(self, work: Callable[[Connection], T], options: Mapping[str, Any]) -> T:
+        if self._thread is None:
+            raise StoreUnavailable("the store is not open", hint="call open() first, or use `async with`")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transaction, work, options)
+
+    def _transaction(self, work: Callable[[Connection], T], options: Mapping[str, Any]) -> T:
+        if self._engine is None:
+            raise StoreUnavailable("the store is not open", hint="call open() first, or use `async with`")
+        try:
+            with self._engine.execution_options(**options).begin() as connection:
+                return work(connection)
+        except (SQLAlchemyError, SqliteError, OSError) as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        if is_callers_fault(error):
+            raise TypeError(f"a value that cannot be stored: {error.args[0]}") from error
+        raise local_error(error, self.path) from error
+
+    # -- owners --------------------------------------------------------------------------------------------
+
+    async def register_owner(self, owner: Owner) -> None:
+        """Write down a process that may hold machines."""
+        values = tables.values_of(owner)
+        await self._write(lambda connection: connection.execute(insert(_owners), values))
+
+    async def heartbeat(self, owner_id: OwnerId, *, at: datetime) -> None:
+        """Say that the owner lives."""
+
+        def work(connection: Connection) -> None:
+            done = connection.execute(update(_owners).where(_owners.c.id == owner_id).values(heartbeat_at=at))
+            _expect_row(done.rowcount, f"owner {owner_id}")
+
+        await self._write(work)
+
+    async def sign_off(self, owner_id: OwnerId, *, at: datetime) -> None:
+        """Say that the owner ended in good order, and end its uses of machines."""
+
+        def work(connection: Connection) -> None:
+            done = connection.execute(update(_owners).where(_owners.c.id == owner_id).values(ended_at=at))
+            _expect_row(done.rowcount, f"owner {owner_id}")
+            mine = (_uses.c.owner_id == owner_id) & _uses.c.ended_at.is_(None)
+            used = select(_uses.c.machine_id).where(mine)
+            connection.execute(update(_machines).where(_machines.c.id.in_(used)).values(last_used_at=at))
+            connection.execute(update(_uses).where(mine).values(ended_at=at))
+
+        await self._write(work)
+
+    async def owners(self, ids: Collection[OwnerId] | None = None) -> Mapping[OwnerId, Owner]:
+        """Return the owners with these ids, or all that have not signed off."""
+        which = _owners.c.ended_at.is_(None) if ids is None else _owners.c.id.in_(set(ids))
+
+        def work(connection: Connection) -> Mapping[OwnerId, Owner]:
+            found = [Owner(*row) for row in connection.execute(select(_owners).where(which))]
+            return {owner.id: owner for owner in found}
+
+        return await self._read(work)
+
+    # -- machines ------------------------------------------------------------------------------------------
+
+    async def add_machine(self, machine: Machine, *, at: datetime, note: str = "") -> None:
+        """Write a launch intent (or a machine taken over), with its first transition."""
+
+        def work(connection: Connection) -> None:
+            connection.execute(insert(_machines), tables.values_of(machine))
+            _tell(connection, machine, at=at, event="added", by=machine.owner_id, note=note, changes={})
+
+        await self._write(work)
+
+    async def machine(self, machine_id: MachineId) -> Machine | None:
+        """Return one machine by our id."""
+        return await self._read(lambda connection: _find(connection, machine_id))
+
+    async def machines(self, *, provider: str, account: str, open_only: bool = True) -> Sequence[Machine]:
+        """Return the account's machines, oldest first."""
+        query = select(_machines).where(_machines.c.provider == provider, _machines.c.account == account)
+        if open_only:
+            query = query.where(_machines.c.state.in_(OPEN))
+        query = query.order_by(_machines.c.requested_at, _machines.c.id)
+        return await self._read(lambda connection: [tables.machine_of(row) for row in connection.execute(query)])
+
+    async def record(
+        self,
+        machine_id: MachineId,
+        event: MachineEvent,
+        *,
+        at: datetime,
+        by: OwnerId,
+        epoch: int | None = None,
+        note: str = "",
+        changes: Mapping[str, Any] | None = None,
+    ) -> Machine:
+        """Apply an event and field changes to the stored machine, and write the transition.
+
+        Raises IllegalTransition; LeaseLost if `epoch` is not the machine's any more; LocalError if there is none;
+        TypeError for a field that does not exist or changes only by an event.
+        """
+        fields = _checked(changes or {})
+
+        def step(machine: Machine) -> Machine:
+            return replace(machine.on(event, at=at), **fields)
+
+        return await self._update(machine_id, step, at=at, by=by, epoch=epoch, event=str(event), note=note)
+
+    async def change(
+        self,
+        machine_id: MachineId,
+        *,
+        at: datetime,
+        by: OwnerId,
+        epoch: int | None = None,
+        note: str = "",
+        **fields: Any,
+    ) -> Machine:
+        """Change fields without an event. Raises as `record` does."""
+        _checked(fields)
+
+        def step(machine: Machine) -> Machine:
+            return replace(machine, **fields)
+
+        return await self._update(machine_id, step, at=at, by=by, epoch=epoch, event="changed", note=note)
+
+    async def take_over(
+        self,
+        machine_id: MachineId,
+        *,
+        expected_owner: OwnerId | None,
+        new_owner: OwnerId | None,
+        at: datetime,
+        note: str,
+    ) -> Machine:
+        """Make somebody else the owner, if `expected_owner` still is; the epoch goes up. Else LeaseLost."""
+
+        def step(machine: Machine) -> Machine:
+            if machine.owner_id != expected_owner:
+                raise LeaseLost(
+                    f"machine {machine.id} is held by {machine.owner_id or 'nobody'}, not by "
+                    f"{expected_owner or 'nobody'}",
+                    hint="another comfyctl was quicker; see `comfyctl machines ls`",
+                )
+            return replace(machine, owner_id=new_owner, epoch=machine.epoch + 1)
+
+        by = new_owner or expected_owner
+        event = "taken-over" if new_owner is not None else "let-go"
+        return await self._update(machine_id, step, at=at, by=by, epoch=None, event=event, note=note)
+
+    async def _update(
+        self,
+        machine_id: MachineId,
+        step: Callable[[Machine], Machine],
+        *,
+        at: datetime,
+        by: OwnerId | None,
+        epoch: int | None,
+        event: str,
+        note: str,
+    ) -> Machine:
+        def work(connection: Connection) -> Machine:
+            before = _held(connection, machine_id)
+            if epoch is not None and epoch != before.epoch:
+                raise LeaseLost(
+                    f"machine {machine_id} was taken over by {before.owner_id or 'nobody'} in the meantime",
+                    hint="another comfyctl looks after it now; see `comfyctl machines ls`",
+                    details={"epoch": before.epoch, "expected_epoch": epoch},
+                )
+            after = step(before)
+            values = tables.values_of(after)
+            del values["id"]
+            connection.execute(_SAVE_MACHINE, {"key": machine_id, **values})
+            changes = {
+                name: tables.as_text(value)
+                for name, value in values.items()
+                if value != getattr(before, name) and name not in ("state", "since")
+            }
+            _tell(connection, after, at=at, event=event, by=by, note=note, changes=changes)
+            return after
+
+        return await self._write(work)
+
+    async def story(self, machine_id: MachineId) -> Sequence[Transition]:
+        """Return everything that happened to the machine, in order."""
+        key = {"machine_id": machine_id}
+        return await self._read(lambda connection: [Transition(*row) for row in connection.execute(_STORY, key)])
+
+    async def boot_times(self, *, provider: str, server_type: str, limit: int = 20) -> Sequence[timedelta]:
+        """Return how long the newest machines of a type took from request to ready, newest first.
+
+        Machines that were taken over do not count: nobody knows when they were asked for.
+        """
+        query = (
+            select(_machines.c.requested_at, _machines.c.ready_at)
+            .where(
+                _machines.c.provider == provider,
+                _machines.c.server_type == server_type,
+                _machines.c.purpose != Purpose.TAKEN,
+                _machines.c.ready_at >= _machines.c.requested_at,  # a clock was set back in between
+            )
+            .order_by(_machines.c.ready_at.desc())
+            .limit(limit)
+        )
+        return await self._read(
+            lambda connection: [ready_at - requested_at for requested_at, ready_at in connection.execute(query)]
+        )
+
+    # -- uses ----------------------------------------------------------------------------------------------
+
+    async def begin_use(self, use: Use) -> None:
+        """Say that a living job uses a machine; said again, the newer words count.
+
+        Raises LeaseLost if the machine is already stopping or stopped.
+        """
+
+        def work(connection: Connection) -> None:
+            machine = _held(connection, use.machine_id)
+            if machine.state in ENDING:
+                raise LeaseLost(
+                    f"machine {machine.id} is {machine.state}: no job can start on it",
+                    hint="run the job again; it gets another machine",
+                )
+            values = tables.values_of(use)
+            same = (_uses.c.machine_id == use.machine_id) & (_uses.c.job_id == use.job_id)
+            if connection.execute(update(_uses).where(same).values(values)).rowcount == 0:
+                connection.execute(insert(_uses), values)
+
+        await self._write(work)
+
+    async def end_use(self, machine_id: MachineId, job_id: str, *, at: datetime) -> None:
+        """Say that the job no longer uses the machine; also stamps the machine's last use. Harmless when repeated."""
+
+        def work(connection: Connection) -> None:
+            _held(connection, machine_id)
+            living = (_uses.c.machine_id == machine_id) & (_uses.c.job_id == job_id) & _uses.c.ended_at.is_(None)
+            if connection.execute(update(_uses).where(living).values(ended_at=at)).rowcount:
+                connection.execute(update(_machines).where(_machines.c.id == machine_id).values(last_used_at=at))
+
+        await self._write(work)
+
+    async def uses(self, machine_ids: Collection[MachineId] | None = None) -> Sequence[Use]:
+        """Return the uses that have not ended."""
+        query = _USES if machine_ids is None else _USES.where(_uses.c.machine_id.in_(set(machine_ids)))
+        return await self._read(lambda connection: [Use(*row) for row in connection.execute(query)])
+
+    # -- money ---------------------------------------------------------------------------------------------
+
+    async def post(self, entries: Sequence[LedgerEntry]) -> None:
+        """Add entries to the ledger, all or none. What is there is never changed."""
+        values = [tables.values_of(entry) for entry in entries]
+        if values:
+            await self._write(lambda connection: connection.execute(insert(_ledger), values))
+
+    async def ledger(self, *, machine_id: MachineId | None = None) -> Sequence[LedgerEntry]:
+        """Return the entries in the order in which they were written."""
+        query = _ENTRIES if machine_id is None else _ENTRIES.where(_ledger.c.machine_id == machine_id)
+        return await self._read(lambda connection: [LedgerEntry(*row) for row in connection.execute(query)])
+
+    # -- what the processes of one account share -----------------------------------------------------------
+
+    async def reserve_request(
+        self, account: str, *, now: datetime, per_second: float, burst: int, reserve: int, urgent: bool
+    ) -> timedelta:
+        """Take the account's next free moment for a request and return how long to wait until it.
+
+        How the moments are given out, and what a jumping clock does, is told in `bucket.py`.
+        """
+
+        def work(connection: Connection) -> timedelta:
+            after, wait = limiter.take(
+                _bucket(connection, account),
+                now=now,
+                per_second=per_second,
+                burst=burst,
+                reserve=reserve,
+                urgent=urgent,
+            )
+            _save_bucket(connection, account, after)
+            return wait
+
+        return await self._write(work)
+
+    async def hold_requests(self, account: str, *, now: datetime, wait: timedelta) -> None:
+        """Let no request of the account start before `now + wait`; moments already given out stay as they are."""
+
+        def work(connection: Connection) -> None:
+            _save_bucket(connection, account, limiter.hold(_bucket(connection, account), now=now, wait=wait))
+
+        await self._write(work)
+
+    async def take_launch_lock(self, account: str, *, owner_id: OwnerId, now: datetime) -> OwnerId:
+        """Try to become the one process of the account that may launch; return the holder (self if it worked)."""
+
+        def work(connection: Connection) -> OwnerId:
+            holder = _account(connection, account).launch_lock_owner
+            if holder is not None:
+                return OwnerId(holder)
+            values = {"launch_lock_owner": owner_id, "launch_lock_at": now}
+            connection.execute(_SAVE_ACCOUNT, {"name": account, **values})
+            return owner_id
+
+        return await self._write(work)
+
+    async def break_launch_lock(self, account: str, *, holder: OwnerId) -> None:
+        """Free the lock if `holder` still has it (its own, or that of a dead process)."""
+        mine = (_accounts.c.account == account) & (_accounts.c.launch_lock_owner == holder)
+        freed = update(_accounts).where(mine).values(launch_lock_owner=None, launch_lock_at=None)
+        await self._write(lambda connection: connection.execute(freed))
+
+
+# -- inside a transaction --------------------------------------------------------------------------------------
+
+
+def _find(connection: Connection, machine_id: MachineId) -> Machine | None:
+    row = connection.execute(_MACHINE, {"machine_id": machine_id}).one_or_none()
+    return None if row is None else tables.machine_of(row)
+
+
+def _held(connection: Connection, machine_id: MachineId) -> Machine:
+    """Read a machine that is about to change; nobody else changes it until this transaction ends."""
+    row = connection.execute(_MACHINE_LOCKED, {"machine_id": machine_id}).one_or_none()
+    if row is None:
+        raise _no_row(f"machine {machine_id}")
+    return tables.machine_of(row)
+
+
+def _tell(
+    connection: Connection,
+    machine: Machine,
+    *,
+    at: datetime,
+    event: str,
+    by: OwnerId | None,
+    note: str,
+    changes: Mapping[str, str | None],
+) -> None:
+    number = connection.execute(_NEXT_NUMBER, {"machine_id": machine.id}).scalar_one()
+    row = {"machine_id": machine.id, "number": number, "at": at, "event": event, "state": str(machine.state)}
+    connection.execute(insert(_story), {**row, "by": by or "", "note": note, "changes": dict(changes)})
+
+
+def _account(connection: Connection, account: str) -> Any:
+    """Read the account's row, which is made at its first use; nobody else changes it until this transaction ends."""
+    if (row := connection.execute(_ACCOUNT, {"name": account}).one_or_none()) is not None:
+        return row
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    connection.execute(dialect.insert(_accounts).on_conflict_do_nothing(), {"account": account, "urgent_until": ()})
+    return connection.execute(_ACCOUNT, {"name": account}).one()
+
+
+def _bucket(connection: Connection, account: str) -> limiter.Bucket:
+    row = _account(connection, account)
+    return limiter.Bucket(row.seen_at, row.line_until, row.urgent_until, row.hold_until)
+
+
+def _save_bucket(connection: Connection, account: str, bucket: limiter.Bucket) -> None:
+    connection.execute(
+        _SAVE_ACCOUNT,
+        {
+            "name": account,
+            "seen_at": bucket.seen_at,
+            "line_until": bucket.line_until,
+            "urgent_until": bucket.urgent_until,
+            "hold_until": bucket.hold_until,
+        },
+    )
+
+
+def _checked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    if wrong := sorted(set(fields) - CHANGEABLE):
+        raise TypeError(f"not a field of a machine that may be changed: {', '.join(wrong)}")
+    return fields
+
+
+def _expect_row(count: int, what: str) -> None:
+    if not count:
+        raise _no_row(what)
+
+
+def _no_row(what: str) -> LocalError:
+    return LocalError(
+        f"the database has no {what}", hint="was the database replaced, or does RUNCOMFY_STATE_DIR name another one?"
+    )

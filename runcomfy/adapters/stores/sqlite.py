@@ -1,0 +1,206 @@
+"""
+The database as a file: made so that nobody else can read it, refused where SQLite cannot keep its promises.
+
+A server's database (PostgreSQL) has none of these cares; they are kept apart from `sql.py` for that.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+
+import psutil
+from sqlalchemy import Connection, Engine, StaticPool, create_engine, event
+
+from runcomfy.adapters.stores.errors import corrupt, locked
+from runcomfy.domain.exceptions import StoreUnavailable
+
+NETWORK_FILE_SYSTEMS: Final = frozenset(
+    {"nfs", "nfs3", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "afpfs", "afs", "ncpfs", "webdav", "davfs", "ceph"}
+    | {"lustre", "beegfs", "gpfs", "glusterfs", "sshfs"}
+    | {f"fuse.{name}" for name in ("sshfs", "rclone", "s3fs", "gcsfuse", "goofys", "glusterfs", "ceph", "davfs2")}
+)
+"""What SQLite's write-ahead log does not work on: its readers share memory, which other computers do not have.
+Not in the list are file systems that are sometimes local (9p, virtiofs): there the attempt to switch it on decides."""
+
+WRITES: Final = "runcomfy_writes"
+"""Execution option of connections whose transactions take the write lock at once."""
+
+_CHECKED_UP_TO_BYTES: Final = 64 * 1024 * 1024
+"""Files larger than this are not read through at every start."""
+
+_RETRY_LOCK_AFTER_SECONDS: Final = 0.01
+
+
+class SqliteFile:
+    """One database file. Every method blocks and belongs into the store's thread."""
+
+    def __init__(self, path: Path, *, durable: bool, busy_timeout: timedelta) -> None:
+        self.path = path
+        self._durable = durable
+        self._busy_seconds = busy_timeout.total_seconds()
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Be the only one, of all processes, who makes or upgrades the file; make the folder first.
+
+        Raises StoreUnavailable if another process does not come to an end, or the file is on another computer.
+        """
+        self._make_folder()
+        where = self.path.parent.resolve()
+        if (kind := network_file_system(where)) is not None:
+            raise StoreUnavailable(
+                f"{where} is on a network file system ({kind}), where SQLite loses data",
+                hint="set RUNCOMFY_STATE_DIR to a folder on a disk of this computer",
+            )
+        lock = os.open(self.path.with_name(self.path.name + ".lock"), _flags(os.O_CREAT | os.O_RDWR), 0o600)
+        try:
+            deadline = time.monotonic() + self._busy_seconds
+            while not _try_lock(lock):
+                if time.monotonic() > deadline:
+                    raise locked(self.path)
+                time.sleep(_RETRY_LOCK_AFTER_SECONDS)
+            self._make_file()
+            yield
+        finally:
+            os.close(lock)  # which also unlocks it
+
+    def engine(self) -> Engine:
+        """Return an engine with one connection, in which transactions begin as WRITES says."""
+        # hide_parameters: values (a machine's id is part of its address) stay out of error texts.
+        engine = create_engine("sqlite://", creator=self._connect, poolclass=StaticPool, hide_parameters=True)
+        event.listen(engine, "begin", _begin)
+        return engine
+
+    def check(self, connection: Connection) -> None:
+        """Raise StoreCorrupt if the file's pages contradict themselves. Files above 64 MB are not read through."""
+        if self.path.stat().st_size > _CHECKED_UP_TO_BYTES:
+            return
+        verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        if verdict != "ok":
+            raise corrupt(self.path, str(verdict))
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path,
+            timeout=self._busy_seconds,
+            isolation_level=None,  # transactions begin and end where we say
+            check_same_thread=False,  # the pool may close it from another thread; it is used from one
+            cached_statements=256,
+        )
+        try:
+            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            if mode != "wal":
+                raise StoreUnavailable(
+                    f"the file system of {self.path} does not support SQLite's write-ahead log",
+                    hint="set RUNCOMFY_STATE_DIR to a folder on a disk of this computer",
+                )
+            connection.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'NORMAL'}")
+            if self._durable:
+                connection.execute("PRAGMA fullfsync=ON")  # macOS: reach the platter, not only the disk's cache
+                connection.execute("PRAGMA checkpoint_fullfsync=ON")
+            connection.execute("PRAGMA foreign_keys=ON")
+            connection.execute("PRAGMA cell_size_check=ON")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _make_folder(self) -> None:
+        missing = [folder for folder in (self.path.parent, *self.path.parent.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            try:
+                folder.mkdir(0o700)
+            except FileExistsError:
+                continue  # another process was quicker
+            _sync_folder(folder.parent)
+
+    def _make_file(self) -> None:
+        try:
+            handle = os.open(self.path, _flags(os.O_CREAT | os.O_EXCL | os.O_RDWR), 0o600)
+        except FileExistsError:
+            # Never opened here: closing any handle of the file would drop the locks of this process's connections.
+            found = self.path.lstat()
+            if not stat.S_ISREG(found.st_mode):
+                raise StoreUnavailable(
+                    f"{self.path} is not a file of its own",
+                    hint="name the real folder with RUNCOMFY_STATE_DIR instead of linking the database",
+                ) from None
+            if os.name != "nt" and stat.S_IMODE(found.st_mode) & 0o077:
+                self.path.chmod(0o600)
+            return
+        os.close(handle)
+        _sync_folder(self.path.parent)
+
+
+def network_file_system(folder: Path) -> str | None:
+    """Return the kind of network file system a folder is on, or None if it is local or cannot be told."""
+    if sys.platform == "win32" and str(folder).startswith("\\\\"):
+        return "a network share"
+    try:
+        parts = psutil.disk_partitions(all=True)
+    except (OSError, RuntimeError):
+        return None
+    return kind_of(folder, ((part.mountpoint, part.fstype, part.opts) for part in parts))
+
+
+def kind_of(folder: Path, mounts: Iterable[tuple[str, str, str]]) -> str | None:
+    """Return the network file system among `mounts` (where, kind, options) that holds the folder, or None."""
+    holding = [mount for mount in mounts if folder.is_relative_to(mount[0])]
+    if not holding:
+        return None
+    # Of mounts on the same place, the last one covers the others.
+    _, kind, options = max(enumerate(holding), key=lambda item: (len(Path(item[1][0]).parts), item[0]))[1]
+    if kind.lower() in NETWORK_FILE_SYSTEMS:
+        return kind.lower()
+    return "a network drive" if "remote" in options.split(",") else None
+
+
+def _begin(connection: Connection) -> None:
+    # Writers queue up at BEGIN, where SQLite waits; a later upgrade from reading to writing would fail at once.
+    if connection.get_execution_options().get(WRITES):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _flags(flags: int) -> int:
+    return flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder, so that a new name in it outlives a power loss; Windows does that by itself."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(handle: int) -> bool:
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(handle: int) -> bool:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
