@@ -341,6 +341,8 @@ def _plain(value: Any, shown: str, depth: int = 0) -> Any:
     """Copy a value into plain dicts and lists; refuse what is not JSON."""
     if depth > MAX_DEPTH:
         raise WorkflowInvalid(f"{shown} is nested too deeply to be a ComfyUI graph", hint=EXPORT_HINT)
+    if isinstance(value, int) and value.bit_length() > 1024:
+        raise WorkflowInvalid(f"{shown} has a number with hundreds of digits", hint="no node takes such a number")
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
