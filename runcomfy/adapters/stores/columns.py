@@ -47,6 +47,20 @@ def _unreadable(value: object, what: str) -> StoreCorrupt:
     )
 
 
+class SafeText(TypeDecorator[str]):
+    """Text that any database takes: what is no Unicode (file names, a hostile server's words) is written escaped."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise TypeError(f"not a text: {value!r}")
+        return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
 class UtcTime(TypeDecorator[datetime]):
     """An aware time; given back in UTC."""
 

@@ -20,8 +20,19 @@ from runcomfy.domain.exceptions import (
 )
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_WRITE_FAILED: Final = frozenset(
+    {
+        sqlite3.SQLITE_IOERR_WRITE,
+        sqlite3.SQLITE_IOERR_FSYNC,
+        sqlite3.SQLITE_IOERR_DIR_FSYNC,
+        sqlite3.SQLITE_IOERR_TRUNCATE,
+        sqlite3.SQLITE_IOERR_SHMSIZE,
+    }
+)
+"""A quota, a size limit, a dying disk: SQLite calls only ENOSPC a full disk."""
+
 _FREE_ENOUGH: Final = 1024 * 1024
-"""With less than this free, an I/O error while writing is taken for a full disk (SQLite does not always say so)."""
+"""With less than this free, an I/O error is taken for a full disk."""
 
 STILL_STOPS: Final = (
     "machines can still be seen and ended: `comfyctl machines ls` lists what the provider runs, "
@@ -63,7 +74,8 @@ def corrupt(path: Path, what: str) -> StoreCorrupt:
 def disk_full(path: Path) -> DiskFull:
     """Return the error for a database that could not be written whole; what was there is unharmed."""
     return DiskFull(
-        f"the disk is full: nothing could be written to {path}", hint=f"free some space in {path.parent}; {STILL_STOPS}"
+        f"the disk is full or takes no more from this user: nothing could be written to {path}",
+        hint=f"free some space in {path.parent}; {STILL_STOPS}",
     )
 
 
@@ -87,7 +99,9 @@ def _of_sqlite(error: sqlite3.Error, path: Path) -> LocalError:
             return corrupt(path, text)
         case sqlite3.SQLITE_CONSTRAINT:
             return LocalError(f"the database refused it: {foreign_text(text)}")
-        case sqlite3.SQLITE_IOERR | sqlite3.SQLITE_CANTOPEN if _no_space(path):
+        case sqlite3.SQLITE_IOERR if code in _WRITE_FAILED or _no_space(path):
+            return disk_full(path)
+        case sqlite3.SQLITE_CANTOPEN if _no_space(path):
             return disk_full(path)
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
             return StoreUnavailable(

@@ -80,16 +80,17 @@ class SqlStore:
         self._file = SqliteFile(path, durable=durable, busy_timeout=busy_timeout)
         self._thread: ThreadPoolExecutor | None = None
         self._engine: Engine | None = None
+        self._writing: Engine | None = None
 
     # -- coming and going ----------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Open or make the database and bring it to the current version; harmless when repeated."""
-        if self._thread is not None:
-            return
-        self._thread = thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         try:
-            await asyncio.get_running_loop().run_in_executor(thread, self._open)
+            at = self._clock.now()  # a clock may need the event loop, so it is not asked from the thread
+            await self._in_thread(lambda: self._open(at))
         except BaseException:
             await self.close()
             raise
@@ -111,40 +112,51 @@ class SqlStore:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _open(self) -> None:
+    def _open(self, at: datetime) -> None:
+        if self._engine is not None:
+            return
         try:
             with self._file.opening():
-                self._engine = engine = self._file.engine()
-                with engine.connect() as connection:
-                    self._file.check(connection)
-                    found = migrate.revision_of(connection, str(self.path))
-                if found != migrate.HEAD:
-                    with engine.execution_options(**{WRITES: True}).begin() as connection:
-                        migrate.upgrade(connection, str(self.path), at=self._clock.now())
+                engine = self._file.engine()
+                try:
+                    self._bring_up(engine, at)
+                except BaseException:
+                    engine.dispose()
+                    raise
         except (SQLAlchemyError, SqliteError, OSError) as error:
             self._fail(error)
+        self._writing = engine.execution_options(**{WRITES: True})
+        self._engine = engine
+
+    def _bring_up(self, engine: Engine, at: datetime) -> None:
+        with engine.connect() as connection:
+            self._file.check(connection)
+            found = migrate.revision_of(connection, str(self.path))
+        if found != migrate.HEAD:
+            with engine.execution_options(**{WRITES: True}).begin() as connection:
+                migrate.upgrade(connection, str(self.path), at=at)
 
     def _dispose(self) -> None:
-        engine, self._engine = self._engine, None
+        engine, self._engine, self._writing = self._engine, None, None
         if engine is not None:
             engine.dispose()
 
     async def _read(self, work: Callable[[Connection], T]) -> T:
-        return await self._run(work, {})
+        return await self._in_thread(lambda: self._transaction(self._engine, work))
 
     async def _write(self, work: Callable[[Connection], T]) -> T:
-        return await self._run(work, {WRITES: True})
+        return await self._in_thread(lambda: self._transaction(self._writing, work))
 
-    async def _run(self, work: Callable[[Connection], T], options: Mapping[str, Any]) -> T:
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         if self._thread is None:
-            raise StoreUnavailable("the store is not open", hint="call open() first, or use `async with`")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transaction, work, options)
+            raise _not_open()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _transaction(self, work: Callable[[Connection], T], options: Mapping[str, Any]) -> T:
-        if self._engine is None:
-            raise StoreUnavailable("the store is not open", hint="call open() first, or use `async with`")
+    def _transaction(self, engine: Engine | None, work: Callable[[Connection], T]) -> T:
+        if engine is None:
+            raise _not_open()
         try:
-            with self._engine.execution_options(**options).begin() as connection:
+            with engine.begin() as connection:
                 return work(connection)
         except (SQLAlchemyError, SqliteError, OSError) as error:
             self._fail(error)
@@ -509,6 +521,10 @@ def _checked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 def _expect_row(count: int, what: str) -> None:
     if not count:
         raise _no_row(what)
+
+
+def _not_open() -> StoreUnavailable:
+    return StoreUnavailable("the store is not open", hint="call open() first, or use `async with`")
 
 
 def _no_row(what: str) -> LocalError:

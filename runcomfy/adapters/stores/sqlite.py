@@ -6,6 +6,7 @@ A server's database (PostgreSQL) has none of these cares; they are kept apart fr
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import stat
@@ -178,11 +179,16 @@ def _sync_folder(folder: Path) -> None:
     """Flush a folder, so that a new name in it outlives a power loss; Windows does that by itself."""
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        # A folder that we may pass but not read, or a file system without the notion: nothing more can be done.
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 if sys.platform == "win32":

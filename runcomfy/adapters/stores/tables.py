@@ -12,9 +12,9 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import JSON, BigInteger, Column, Double, ForeignKey, Index, Integer, MetaData, Row, Table, Text
+from sqlalchemy import JSON, BigInteger, Column, Double, ForeignKey, Index, Integer, MetaData, Row, Table
 
-from runcomfy.adapters.stores.columns import Exact, Microseconds, ServerIds, Times, UtcTime, Word, time_text
+from runcomfy.adapters.stores.columns import Exact, Microseconds, SafeText, ServerIds, Times, UtcTime, Word, time_text
 from runcomfy.domain.lease import Owner, Use
 from runcomfy.domain.machine import Machine, MachineState, Purpose, Transition
 from runcomfy.domain.money import LedgerEntry
@@ -24,11 +24,11 @@ metadata = MetaData()
 owners: Final = Table(
     "owners",
     metadata,
-    Column("id", Text, primary_key=True),
-    Column("host", Text, nullable=False),
+    Column("id", SafeText, primary_key=True),
+    Column("host", SafeText, nullable=False),
     Column("pid", BigInteger, nullable=False),
     Column("process_started", Double, nullable=False),
-    Column("command", Text, nullable=False),
+    Column("command", SafeText, nullable=False),
     Column("started_at", UtcTime, nullable=False),
     Column("heartbeat_at", UtcTime, nullable=False),
     Column("ended_at", UtcTime),
@@ -38,29 +38,29 @@ Index("ix_owners_ended_at", owners.c.ended_at)
 machines: Final = Table(
     "machines",
     metadata,
-    Column("id", Text, primary_key=True),
-    Column("provider", Text, nullable=False),
-    Column("account", Text, nullable=False),
+    Column("id", SafeText, primary_key=True),
+    Column("provider", SafeText, nullable=False),
+    Column("account", SafeText, nullable=False),
     Column("purpose", Word(Purpose), nullable=False),
-    Column("server_type", Text, nullable=False),
+    Column("server_type", SafeText, nullable=False),
     Column("duration", Microseconds, nullable=False),
     Column("usd_per_hour", Exact, nullable=False),
-    Column("rate_source", Text, nullable=False),
+    Column("rate_source", SafeText, nullable=False),
     Column("requested_at", UtcTime, nullable=False),
     Column("since", UtcTime, nullable=False),
     Column("state", Word(MachineState), nullable=False),
-    Column("workflow_version_id", Text, nullable=False),
-    Column("reason", Text, nullable=False),
+    Column("workflow_version_id", SafeText, nullable=False),
+    Column("reason", SafeText, nullable=False),
     # Not a foreign key: what an owner rented must be writable and endable whatever became of the owner's row.
-    Column("owner_id", Text),
+    Column("owner_id", SafeText),
     Column("epoch", Integer, nullable=False),
     Column("before_ids", ServerIds, nullable=False),
-    Column("server_id", Text),
+    Column("server_id", SafeText),
     Column("ready_at", UtcTime),
     Column("planned_stop_at", UtcTime),
     Column("kept_until", UtcTime),
     Column("stop_asked_at", UtcTime),
-    Column("stop_reason", Text, nullable=False),
+    Column("stop_reason", SafeText, nullable=False),
     Column("stop_accepted_at", UtcTime),
     Column("gone_at", UtcTime),
     Column("last_used_at", UtcTime),
@@ -71,13 +71,13 @@ Index("ix_machines_boots", machines.c.provider, machines.c.server_type, machines
 machine_transitions: Final = Table(
     "machine_transitions",
     metadata,
-    Column("machine_id", Text, ForeignKey("machines.id"), primary_key=True),
+    Column("machine_id", SafeText, ForeignKey("machines.id"), primary_key=True),
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("at", UtcTime, nullable=False),
-    Column("event", Text, nullable=False),
-    Column("state", Text, nullable=False),
-    Column("by", Text, nullable=False),
-    Column("note", Text, nullable=False),
+    Column("event", SafeText, nullable=False),
+    Column("state", SafeText, nullable=False),
+    Column("by", SafeText, nullable=False),
+    Column("note", SafeText, nullable=False),
     # What else changed with it, by field name, as text: enough to answer later who moved a planned stop to when.
     Column("changes", JSON(none_as_null=True), nullable=False),
 )
@@ -85,9 +85,9 @@ machine_transitions: Final = Table(
 machine_uses: Final = Table(
     "machine_uses",
     metadata,
-    Column("machine_id", Text, ForeignKey("machines.id"), primary_key=True),
-    Column("owner_id", Text, nullable=False),
-    Column("job_id", Text, primary_key=True),
+    Column("machine_id", SafeText, ForeignKey("machines.id"), primary_key=True),
+    Column("owner_id", SafeText, nullable=False),
+    Column("job_id", SafeText, primary_key=True),
     Column("started_at", UtcTime, nullable=False),
     Column("ended_at", UtcTime),
 )
@@ -97,14 +97,14 @@ ledger: Final = Table(
     "ledger",
     metadata,
     Column("number", Integer, primary_key=True, autoincrement=True),
-    Column("machine_id", Text, ForeignKey("machines.id"), nullable=False),
+    Column("machine_id", SafeText, ForeignKey("machines.id"), nullable=False),
     Column("started_at", UtcTime, nullable=False),
     Column("ended_at", UtcTime, nullable=False),
     Column("usd_per_hour", Exact, nullable=False),
     Column("amount_usd", Exact, nullable=False),
     Column("recorded_at", UtcTime, nullable=False),
-    Column("job_id", Text),
-    Column("note", Text, nullable=False),
+    Column("job_id", SafeText),
+    Column("note", SafeText, nullable=False),
     # Numbers are never given out twice, so the order of the ledger is the order of writing for ever.
     sqlite_autoincrement=True,
 )
@@ -113,12 +113,12 @@ Index("ix_ledger_machine_id", ledger.c.machine_id)
 accounts: Final = Table(
     "accounts",
     metadata,
-    Column("account", Text, primary_key=True),
+    Column("account", SafeText, primary_key=True),
     Column("seen_at", UtcTime),
     Column("line_until", UtcTime),
     Column("urgent_until", Times, nullable=False),
     Column("hold_until", UtcTime),
-    Column("launch_lock_owner", Text),
+    Column("launch_lock_owner", SafeText),
     Column("launch_lock_at", UtcTime),
 )
 
@@ -126,8 +126,8 @@ upgrades: Final = Table(
     "upgrades",
     metadata,
     Column("number", Integer, primary_key=True, autoincrement=True),
-    Column("revision", Text, nullable=False),
-    Column("program_version", Text, nullable=False),
+    Column("revision", SafeText, nullable=False),
+    Column("program_version", SafeText, nullable=False),
     Column("at", UtcTime, nullable=False),
 )
 
