@@ -1,0 +1,343 @@
+"""
+What a file is, and whether it is whole: judged by its content, never by its name.
+
+`inspect` is for results and raises OutputCorrupt; `check_input_image` is for files the user gives and raises
+InputFileMissing or InputFileInvalid. Both block, so callers run them in a thread. The formats themselves are known by
+`media_picture`, `media_mesh`, `media_video` and `media_audio`; this module tells them apart and decides what runs in a
+process of its own (`media_child`).
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Final
+
+from runcomfy.adapters import media_child, media_picture
+from runcomfy.adapters.files import local_error, open_regular
+from runcomfy.adapters.media_picture import Header, TooManyPixels
+from runcomfy.adapters.media_source import Corrupt, Source
+from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, OutputCorrupt, foreign_text
+from runcomfy.domain.job import OutputKind
+from runcomfy.ports.results import Media
+
+INLINE_PIXELS: Final = 32_000_000
+"""Stills up to this size are decoded in this process: at most 128 MB for a moment. Larger ones get a process of their
+own, whose memory and time are limited."""
+INLINE_ANIMATION_PIXELS: Final = 8_000_000
+"""For GIF and WEBP, whose decoders hold several copies of the canvas."""
+INLINE_BYTES: Final = 64 << 20
+
+_BIG_DECODES: Final = threading.BoundedSemaphore(2)
+_BIG_PIXELS: Final = 4_000_000
+"""Pictures above this size are decoded two at a time, so that many jobs at once do not add up to gigabytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sniffed:
+    """What the first bytes say."""
+
+    kind: OutputKind
+    mime: str
+    extension: str
+    words: str
+    """For people: `a PNG picture`."""
+    picture: str = ""
+    """Pillow's name of a picture format that is checked to the last pixel."""
+    check: Callable[[Source], Mapping[str, Any]] | None = None
+    """For other formats that are checked; returns details."""
+
+
+_PICTURES: Final = {
+    "PNG": Sniffed(OutputKind.IMAGE, "image/png", ".png", "a PNG picture", "PNG"),
+    "JPEG": Sniffed(OutputKind.IMAGE, "image/jpeg", ".jpg", "a JPEG picture", "JPEG"),
+    "GIF": Sniffed(OutputKind.IMAGE, "image/gif", ".gif", "a GIF picture", "GIF"),
+    "WEBP": Sniffed(OutputKind.IMAGE, "image/webp", ".webp", "a WEBP picture", "WEBP"),
+}
+TEXT: Final = Sniffed(OutputKind.TEXT, "text/plain", ".txt", "text")
+HTML: Final = Sniffed(OutputKind.TEXT, "text/html", ".txt", "a web page (HTML)")
+"""Set aside as .txt: nobody should open a stranger's page by clicking on it."""
+UNKNOWN: Final = Sniffed(OutputKind.FILE, "application/octet-stream", ".bin", "a file of an unknown format")
+
+
+def _signature(source: Source) -> Sniffed | None:
+    """Tell by magic numbers; None if there is none that is known."""
+    head = source.head
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _PICTURES["PNG"]
+    if head.startswith(b"\xff\xd8\xff"):
+        return _PICTURES["JPEG"]
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return _PICTURES["GIF"]
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return _PICTURES["WEBP"]
+    return None
+
+
+def sniff(source: Source, expected: OutputKind | None = None) -> Sniffed:
+    """Tell what a file is by its first bytes. Text is not read to its end here."""
+    found = _signature(source)
+    if found is not None:
+        return found
+    if not _is_text(source.head, final=source.size <= len(source.head)):
+        return UNKNOWN
+    if _is_html(source.head):
+        return HTML
+    return TEXT
+
+
+def _is_text(data: bytes, *, final: bool) -> bool:
+    if b"\0" in data:
+        return False
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data, final)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+_HTML_STARTS: Final = (b"<!doctype html", b"<html", b"<head", b"<body", b"<title", b"<script")
+
+
+def _is_html(head: bytes) -> bool:
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    while start.startswith((b"<!--", b"<?xml")):
+        start = start.partition(b">")[2].lstrip()
+    return start.startswith(_HTML_STARTS)
+
+
+def _check_text(source: Source) -> Mapping[str, Any]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    characters = 0
+    try:
+        for piece in source.pieces(0, source.size):
+            if b"\0" in piece:
+                raise Corrupt("it begins as text but goes on as something else (a zero byte)")
+            characters += len(decoder.decode(piece))
+        characters += len(decoder.decode(b"", final=True))
+    except UnicodeDecodeError as error:
+        raise Corrupt(f"it begins as text but is not valid UTF-8 ({error.reason})") from error
+    return {"characters": characters}
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    max_pixels: int,
+    expected: OutputKind | None = None,
+    plain_text: bool = False,
+) -> Media:
+    """Decode a file and say what it is.
+
+    `expected` is what it must be; None and FILE accept every kind. `plain_text` says that it is text which came as
+    text (not as a file): then it may be empty, and may be about HTML. A link or a device is refused.
+
+    Raises OutputCorrupt (broken, empty, a page of HTML, more than `max_pixels`, not of the expected kind) and
+    LocalError (the file cannot be read).
+    """
+    try:
+        with open_regular(path) as file:
+            return _inspect(Source(file), path, max_pixels, expected, plain_text)
+    except Corrupt as error:
+        reason = foreign_text(error)
+        raise OutputCorrupt(
+            f"a result is not usable: {reason}",
+            hint="run the job again; if it happens again, look at the node that writes this file",
+            details={"reason": reason},
+        ) from error
+    except OSError as error:
+        raise local_error(error, path, "read") from error
+
+
+def _inspect(
+    source: Source, path: str | os.PathLike[str], max_pixels: int, expected: OutputKind | None, plain_text: bool
+) -> Media:
+    if plain_text:
+        return Media(OutputKind.TEXT, TEXT.mime, TEXT.extension, _check_text(source))
+    if not source.size:
+        raise Corrupt("it is empty (0 bytes)")
+    found = sniff(source, expected)
+    if found is HTML:
+        raise Corrupt(f"it is {found.words} where {_wanted(expected)} is expected")
+    if not _fits(found, expected):
+        raise Corrupt(f"it looks like {found.words} where {_wanted(expected)} is expected")
+    details: Mapping[str, Any] = {}
+    try:
+        if found.picture:
+            details = _check_picture(source, found.picture, path, max_pixels)
+        elif found.check is not None:
+            details = found.check(source)
+        elif found is TEXT:
+            details = _check_text(source)
+    except Corrupt as error:
+        if found is not TEXT or expected is OutputKind.TEXT:
+            raise Corrupt(f"it looks like {found.words}, but {error}") from error
+        found = UNKNOWN  # many formats begin with readable lines
+    return Media(found.kind, found.mime, found.extension, details)
+
+
+def _wanted(expected: OutputKind | None) -> str:
+    return {
+        OutputKind.IMAGE: "a picture",
+        OutputKind.MESH: "a mesh",
+        OutputKind.VIDEO: "a video",
+        OutputKind.AUDIO: "sound",
+        OutputKind.TEXT: "text",
+    }.get(expected or OutputKind.FILE, "a result")
+
+
+def _fits(found: Sniffed, expected: OutputKind | None) -> bool:
+    return expected in {None, OutputKind.FILE, found.kind}
+
+
+def _check_picture(source: Source, form: str, path: str | os.PathLike[str], max_pixels: int) -> Mapping[str, Any]:
+    header = media_picture.read_header(source, form, max_pixels=max_pixels)
+    details: dict[str, Any] = {"width": header.width, "height": header.height, "frames": header.frames}
+    if _inline(header, source.size):
+        return details | _decode_here(source.file, header)
+    if header.proven:
+        # Each row was counted and each checksum compared; decoding would only add the memory for all rows at once.
+        return details
+    return details | media_child.decode(path, header, size_bytes=source.size)
+
+
+def _inline(header: Header, size_bytes: int) -> bool:
+    moving = header.frames > 1 or header.format in {"GIF", "WEBP"}
+    return header.pixels <= (INLINE_ANIMATION_PIXELS if moving else INLINE_PIXELS) and size_bytes <= INLINE_BYTES
+
+
+def _decode_here(file: BinaryIO, header: Header) -> dict[str, Any]:
+    if header.pixels <= _BIG_PIXELS:
+        return media_picture.decode(file, header)
+    with _BIG_DECODES:
+        return media_picture.decode(file, header)
+
+
+# --- what the user gives -----------------------------------------------------------------------------------
+
+_ALSO_ACCEPTED: Final = {b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+"""Formats that ComfyUI loads too. They are the user's own files, so Pillow may try them."""
+
+
+def check_input_file(path: str | os.PathLike[str]) -> int:
+    """Make sure a file can be sent: it is there, ordinary, readable and not empty; return its size in bytes.
+
+    Raises InputFileMissing, InputFileInvalid.
+    """
+    with _open_input(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def check_input_image(path: str | os.PathLike[str], max_pixels: int) -> None:
+    """Make sure a file is a whole picture that ComfyUI can load, before anything is paid.
+
+    Too many pixels are seen in the header, without decoding. Raises InputFileMissing, InputFileInvalid.
+    """
+    with _open_input(path) as file:
+        source = Source(file)
+        try:
+            found = sniff(source)
+            if found.picture:
+                media_picture.read_header(source, found.picture, max_pixels=max_pixels, whole=False)
+                _check_picture(source, found.picture, path, max_pixels)
+            elif form := next((name for magic, name in _ALSO_ACCEPTED.items() if source.head.startswith(magic)), ""):
+                _decode_other(file, form, max_pixels)
+            else:
+                raise InputFileInvalid(
+                    f"{_shown(path)} is not a picture: it looks like {found.words}",
+                    hint="give a PNG, JPEG, WEBP or GIF file",
+                )
+        except TooManyPixels as error:
+            raise InputFileInvalid(
+                f"{_shown(path)} is too large: {error}",
+                hint="make the picture smaller, or raise RUNCOMFY_MAX_INPUT_PIXELS",
+                details={"width": error.width, "height": error.height, "max_pixels": max_pixels},
+            ) from error
+        except Corrupt as error:
+            raise InputFileInvalid(
+                f"{_shown(path)} is damaged: {foreign_text(error)}",
+                hint="open it in a picture viewer and save it again, or take another file",
+            ) from error
+        except OSError as error:
+            raise _input_error(error, path) from error
+
+
+def _open_input(path: str | os.PathLike[str]) -> BinaryIO:
+    try:
+        file = open_regular(path, follow=True)
+    except (OSError, ValueError) as error:
+        raise _input_error(error, path) from error
+    if not os.fstat(file.fileno()).st_size:
+        file.close()
+        raise InputFileInvalid(f"{_shown(path)} is empty (0 bytes)", hint="take another file, or make it again")
+    return file
+
+
+def _input_error(error: Exception, path: str | os.PathLike[str]) -> InputFileMissing | InputFileInvalid:
+    if os.path.isdir(path):  # noqa: PTH112 - never raises, whatever the path holds
+        return InputFileInvalid(f"{_shown(path)} is a folder, not a file", hint="give the file inside it")
+    if isinstance(error, FileNotFoundError):
+        return InputFileMissing(
+            f"there is no file {_shown(path)}", hint="check the path; it is relative to this folder"
+        )
+    if isinstance(error, PermissionError):
+        return InputFileMissing(f"{_shown(path)} cannot be read: no permission", hint="check the file's permissions")
+    reason = foreign_text(getattr(error, "strerror", None) or error)
+    return InputFileMissing(f"{_shown(path)} cannot be read: {reason}", hint="check the path, or take another file")
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    return foreign_text(os.fspath(path), limit=512)
+
+
+def _decode_other(file: BinaryIO, form: str, max_pixels: int) -> None:
+    from PIL import Image
+
+    file.seek(0)
+    try:
+        with Image.open(file, formats=[form]) as picture:
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise TooManyPixels(width, height, max_pixels)
+            picture.load()
+    except Corrupt:
+        raise
+    except Exception as error:
+        raise Corrupt(f"it cannot be decoded ({str(error) or type(error).__name__})") from error
+
+
+def likely_extension(path: str | os.PathLike[str]) -> str:
+    """Return the ending that fits the first bytes of a file, broken or not. Raises OSError."""
+    with open_regular(path) as file:
+        source = Source(file)
+        return sniff(source).extension if source.size else UNKNOWN.extension
+
+
+# --- converting --------------------------------------------------------------------------------------------
+
+CONVERTIBLE: Final[Mapping[str, str]] = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
+"""Format -> file extension."""
+
+
+def convert(path: str, target: str, to: str, *, max_pixels: int) -> Media:
+    """Write the picture at `path` to the new file `target` in another format; return what was written, inspected.
+
+    Raises OutputCorrupt (that format cannot hold it), LocalError, DiskFull.
+    """
+    with open_regular(path) as file:
+        source = Source(file)
+        header = media_picture.read_header(source, sniff(source).picture, max_pixels=max_pixels)
+        try:
+            if _inline(header, source.size):
+                media_picture.convert(file, header, target, to)
+            else:
+                media_child.convert(path, header, target, to, size_bytes=source.size)
+        except Corrupt as error:
+            raise OutputCorrupt(
+                f"a picture could not be converted to {to}: {foreign_text(error)}",
+                hint="run without --convert, and convert the picture yourself",
+            ) from error
+    return inspect(target, max_pixels=max_pixels, expected=OutputKind.IMAGE)
