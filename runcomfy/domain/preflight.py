@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from runcomfy.domain.exceptions import PreflightFailed, foreign_text
 from runcomfy.domain.workflow import close_matches
@@ -148,7 +148,7 @@ class _Spec:
     def choices(self) -> list[Any] | None:
         """The choices in either spelling; None if the input is not a choice, or its choices are not known."""
         if isinstance(self.type, list):
-            return cast("list[Any]", self.type)
+            return self.type
         found = self.options.get("options") if self.type == "COMBO" else None
         return found if isinstance(found, list) else None
 
@@ -443,8 +443,7 @@ def _unfold_autogrow(spec: _Spec) -> Iterator[_Spec]:
     else:
         return
     groups = template.get("input")
-    for group in groups if isinstance(groups, Mapping) else ():
-        inner = groups[group]
+    for group, inner in groups.items() if isinstance(groups, Mapping) else ():
         if not isinstance(inner, Mapping) or not inner:
             continue
         raw = next(iter(inner.values()))

@@ -1,0 +1,30 @@
+"""Public door: workflows and what goes into them. It lives in `runcomfy.domain.workflow` and its neighbours."""
+
+from runcomfy.domain.binding import Applied, BoundWorkflow, Upload, bind, fit_seeds, into_range, parse_value
+from runcomfy.domain.preflight import FileToCheck, Problem, files_to_check, preflight, require_runnable
+from runcomfy.domain.sidecar import NamedInput, NamedOutput, NeededModel, NeededPack, SeedRange, Sidecar
+from runcomfy.domain.workflow import Link, Node, Workflow
+
+__all__ = [
+    "Applied",
+    "BoundWorkflow",
+    "FileToCheck",
+    "Link",
+    "NamedInput",
+    "NamedOutput",
+    "NeededModel",
+    "NeededPack",
+    "Node",
+    "Problem",
+    "SeedRange",
+    "Sidecar",
+    "Upload",
+    "Workflow",
+    "bind",
+    "files_to_check",
+    "fit_seeds",
+    "into_range",
+    "parse_value",
+    "preflight",
+    "require_runnable",
+]

@@ -1,0 +1,21 @@
+"""Public door: results in a server's history. It lives in `runcomfy.domain.workflow_io`."""
+
+from runcomfy.domain.workflow_io import (
+    DeclaredOutput,
+    FileRef,
+    FoundOutput,
+    MatchedOutput,
+    find_outputs,
+    guess_kind,
+    match_declared,
+)
+
+__all__ = [
+    "DeclaredOutput",
+    "FileRef",
+    "FoundOutput",
+    "MatchedOutput",
+    "find_outputs",
+    "guess_kind",
+    "match_declared",
+]
