@@ -1,8 +1,8 @@
 """Public door: results in a server's history. It lives in `runcomfy.domain.workflow_io`."""
 
+from runcomfy.domain.job import FileRef
 from runcomfy.domain.workflow_io import (
     DeclaredOutput,
-    FileRef,
     FoundOutput,
     MatchedOutput,
     find_outputs,
