@@ -15,7 +15,7 @@ from runcomfy.testing.emulators.comfyui.process import ServerProcess
 
 routes = web.RouteTableDef()
 
-MODEL_FOLDERS = [
+MODEL_FOLDERS = (
     "checkpoints",
     "configs",
     "loras",
@@ -43,7 +43,7 @@ MODEL_FOLDERS = [
     "geometry_estimation",
     "optical_flow",
     "detection",
-]
+)
 
 MODEL_SUFFIXES = {".ckpt", ".pt", ".pt2", ".bin", ".pth", ".safetensors", ".pkl", ".sft", ".onnx"}
 
@@ -163,7 +163,7 @@ async def embeddings(request: web.Request) -> web.Response:
 @routes.get("/models")
 async def model_kinds(request: web.Request) -> web.Response:
     """Kinds of models."""
-    return web.json_response(MODEL_FOLDERS)
+    return web.json_response(list(MODEL_FOLDERS))
 
 
 @routes.get("/models/{kind}")

@@ -183,7 +183,7 @@ class ServerProcess:
     def vanish(self, prompt_id: str) -> None:
         """Let a prompt disappear without a trace; what runs is cut off."""
         self.queue.history.pop(prompt_id, None)
-        self.queue.delete(lambda item: item[1] == prompt_id)
+        self.queue.delete_id(prompt_id)
         if self.current is not None and self.current.prompt_id == prompt_id and self._run_task is not None:
             self._run_task.cancel()
 

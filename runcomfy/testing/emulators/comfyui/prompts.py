@@ -113,7 +113,7 @@ async def post_queue(request: web.Request) -> web.Response:
         queue.wipe()
     if "delete" in body:
         for wanted in body["delete"]:
-            queue.delete(lambda item, wanted=wanted: item[1] == wanted)
+            queue.delete_id(wanted)
     return web.Response()
 
 
@@ -125,10 +125,8 @@ async def post_interrupt(request: web.Request) -> web.Response:
         body: Any = await request.json()
     except ValueError:
         body = {}
-    wanted = body.get("prompt_id")
-    if not (wanted and process.capabilities.targeted_interrupt) or any(
-        item[1] == wanted for item in process.queue.running.values()
-    ):
+    wanted = body.get("prompt_id") if process.capabilities.targeted_interrupt else None
+    if not wanted or any(item[1] == wanted for item in process.queue.running.values()):
         process.interrupt()
     return web.Response()
 

@@ -116,6 +116,10 @@ class PromptQueue:
                 return True
         return False
 
+    def delete_id(self, prompt_id: object) -> bool:
+        """Remove the first waiting prompt of that id; True if there was one."""
+        return self.delete(lambda item: item[1] == prompt_id)
+
     def set_flag(self, name: str, value: object) -> None:
         """Ask the worker for something when it is idle."""
         self.flags[name] = value

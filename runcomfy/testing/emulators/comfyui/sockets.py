@@ -86,7 +86,7 @@ class SocketHub:
         return isinstance(sid, str) and sid in self.sockets and bool(self.sockets[sid].features.get(feature))
 
     async def publish(self) -> None:
-        """Send what is queued, for ever. Raises TypeError for a client id that cannot be a key, as the real one does."""
+        """Send what is queued, for ever. Raises TypeError for a client id that cannot be a key."""
         while True:
             frame = await self._frames.get()
             await self._awake()

@@ -13,7 +13,7 @@ Version = tuple[int, int, int]
 
 
 def parse_version(text: str) -> Version:
-    """`"0.3.64"` -> (0, 3, 64); missing parts are 0. Raises ValueError for anything that does not begin as a version."""
+    """`"0.3.64"` -> (0, 3, 64); missing parts are 0. Raises ValueError for what is no version."""
     found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", text.strip())
     if found is None:
         raise ValueError(f"not a ComfyUI version: {text!r}")
