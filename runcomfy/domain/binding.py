@@ -76,6 +76,11 @@ class BoundWorkflow:
         """Of the bound graph as canonical JSON, before uploads got their names."""
         return canonical_sha256(self.graph)
 
+    @property
+    def waiting(self) -> frozenset[Place]:
+        """Return (node id, input name) of every input that waits for its upload."""
+        return frozenset((upload.node_id, upload.input_name) for upload in self.uploads)
+
     def with_uploads(self, names: Mapping[Upload, str]) -> Graph:
         """Return the graph to submit: a copy in which every upload is named as the server named it.
 

@@ -200,7 +200,7 @@ class _Check:
     def _unknown_class(self, node_id: str) -> None:
         class_type = self._class(node_id)
         hint = PAGE_ONLY.get(class_type, "install the node pack that has it, or use another machine image")
-        meant = close_matches(class_type, self._class_names)
+        meant = close_matches(class_type, {*self._class_names, *self._info} - {class_type})
         if meant and class_type not in PAGE_ONLY:
             hint = f"did you mean {' or '.join(foreign_text(name, 60) for name in meant)}? Otherwise {hint}"
         self._add(node_id, "", "unknown-class", f"the server has no node class {_shown(class_type)}", hint)
