@@ -11,6 +11,9 @@ Why that keeps the limit: at no moment are more than `burst` requests started wh
 others at most `burst - reserve` can be, of the urgent ones at most `reserve`. Slots do not overlap and none begins
 before its request, hence no window of length t sees more than `burst + per_second * t` starts.
 
+A hold (the provider said Retry-After) means that its own count differs from ours: afterwards one request starts, then
+one per slot, and the reserve of the urgent ones.
+
 The stamps come from wall clocks, which jump. A clock that went forward only fills the bucket. A clock behind the
 newest stamp by less than the bucket takes to fill is another process's that read it a moment earlier: the newest
 stamp is taken for now. Behind by more, it was set back: all stamps are moved with it.
@@ -57,7 +60,10 @@ def take(
     slot = timedelta(microseconds=math.ceil(1_000_000 / per_second))
     bucket = _as_of(bucket, now, tolerance=burst * slot)
     start = max(filter(None, (now, bucket.seen_at, bucket.hold_until)))
-    end = max(start, bucket.line_until or start) + slot
+    line = max(start, bucket.line_until or start)
+    if bucket.hold_until is not None:
+        line = max(line, bucket.hold_until + (burst - reserve - 1) * slot)
+    end = line + slot
     if urgent:
         coming = [at for at in bucket.urgent_until if at > start]
         moment = end - burst * slot

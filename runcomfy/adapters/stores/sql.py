@@ -70,7 +70,7 @@ class SqlStore:
     def __init__(
         self, path: Path, *, clock: Clock, durable: bool = True, busy_timeout: timedelta = timedelta(seconds=10)
     ) -> None:
-        """Name the file; nothing is touched before `open`.
+        """Name the file, or `:memory:`; nothing is touched before `open`.
 
         `durable`: whether a commit is on the disk before it counts (else a power loss may take the last ones).
         `busy_timeout`: how long to wait for another program's lock.

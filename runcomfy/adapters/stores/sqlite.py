@@ -32,6 +32,9 @@ NETWORK_FILE_SYSTEMS: Final = frozenset(
 """What SQLite's write-ahead log does not work on: its readers share memory, which other computers do not have.
 Not in the list are file systems that are sometimes local (9p, virtiofs): there the attempt to switch it on decides."""
 
+IN_MEMORY: Final = Path(":memory:")
+"""Not a file: a database that ends with its store, for whom no file can be had."""
+
 WRITES: Final = "runcomfy_writes"
 """Execution option of connections whose transactions take the write lock at once."""
 
@@ -55,6 +58,9 @@ class SqliteFile:
 
         Raises StoreUnavailable if another process does not come to an end, or the file is on another computer.
         """
+        if self.path == IN_MEMORY:
+            yield
+            return
         self._make_folder()
         where = self.path.parent.resolve()
         if (kind := network_file_system(where)) is not None:
@@ -83,7 +89,7 @@ class SqliteFile:
 
     def check(self, connection: Connection) -> None:
         """Raise StoreCorrupt if the file's pages contradict themselves. Files above 64 MB are not read through."""
-        if self.path.stat().st_size > _CHECKED_UP_TO_BYTES:
+        if self.path == IN_MEMORY or self.path.stat().st_size > _CHECKED_UP_TO_BYTES:
             return
         verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
         if verdict != "ok":
@@ -99,7 +105,7 @@ class SqliteFile:
         )
         try:
             mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-            if mode != "wal":
+            if mode != "wal" and self.path != IN_MEMORY:
                 raise StoreUnavailable(
                     f"the file system of {self.path} does not support SQLite's write-ahead log",
                     hint="set RUNCOMFY_STATE_DIR to a folder on a disk of this computer",
