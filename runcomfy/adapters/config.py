@@ -79,12 +79,13 @@ def load_settings(
     here = _working_directory(cwd)
     problems: list[ConfigurationError] = []
     file = _read_file(variables, here, problems)
+    unread = bool(problems)
     layers = _layers(overrides or {}, variables, file, problems)
     values, flaws = read_layers([layer for layer, _ in layers])
     sources = _sources([layer for layer, _ in layers])
     problems += [_invalid(BY_NAME[f.name], f.words, sources[f.name], insecure=f.insecure) for f in flaws]
     _check_address(values, sources, file, problems)
-    if require_cloud:
+    if require_cloud and not unread:  # without the file that was named, who knows what is missing
         problems += _missing(values, file, layers, problems, version=require_version)
     settings = _sections(values, variables, here, problems)
     if problems:

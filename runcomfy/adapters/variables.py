@@ -212,7 +212,8 @@ SERVER_TYPE_NAME: Final = _text("machine type", f"write one of {', '.join(KNOWN_
 ADDRESS: Final = _text("address", f"write {DEFAULT_API_BASE_URL}, or http:// with a loopback host", check_base_url)
 ID: Final = _text("id", "copy it whole from RunComfy's pages")
 PATH: Final = _text("path", "write a path", _path, place=True)
-PATHS: Final = _text("paths", f"write paths with {os.pathsep!r} between them", _path_list, place=True)
+NAMED: Final = _text("path", "name a file that exists", place=True)
+PATHS: Final = _text("paths", "write paths with : between them (on Windows ;)", _path_list, place=True)
 USER: Final = Kind(Annotated[str, BeforeValidator(str)], "id", "copy it from the address of RunComfy's dashboard", True)
 TOKEN: Final = Kind(Annotated[Secret, BeforeValidator(_token)], "token", "copy it from RunComfy's profile page", True)
 
@@ -244,7 +245,7 @@ VARIABLES: Final = (
         "cloud.workflow_version_id",
         "Version id of the saved workflow that machines are launched with (version_id in the credentials file).",
     ),
-    Variable("RUNCOMFY_CREDENTIALS_FILE", PATH, "", "The credentials file to read in place of the usual ones."),
+    Variable("RUNCOMFY_CREDENTIALS_FILE", NAMED, "", "The credentials file to read in place of the usual ones."),
     Variable(
         "RUNCOMFY_DEFAULT_SERVER_TYPE", SERVER_TYPE_NAME, "cloud.server_type", "Machine type, unless one is given."
     ),

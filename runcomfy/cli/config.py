@@ -72,8 +72,8 @@ _INTRODUCTION = """# Settings
 Every setting is an environment variable. The environment wins over the credentials file, the file over the default;
 `comfyctl config show` prints what holds and where it came from. A variable that is empty counts as not set.
 
-The credentials file is the first of these that exists: what `RUNCOMFY_CREDENTIALS_FILE` names, `./credentials.txt`,
-`runcomfy/credentials.txt` (below the working directory, then beside the package in a checkout), `credentials.txt` in the
+The credentials file is the first of these that exists: what `RUNCOMFY_CREDENTIALS_FILE` names; `./credentials.txt`;
+`runcomfy/credentials.txt`, below the working directory, then beside the package in a checkout; `credentials.txt` in the
 user's configuration folder. It holds one `key:value` per line (`credentials.example.txt` is one to fill in). Beside the
 keys named below it may hold any other variable, except paths: those come from the environment only. An address of the
 API that stands in a file below the working directory is used only with tokens from that same file.
