@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __path__ = extend_path(__path__, __name__)
 
 if TYPE_CHECKING:
-    from runcomfy.bootstrap import connect
+    from runcomfy.connection import connect
     from runcomfy.domain.exceptions import RunComfyError
     from runcomfy.domain.job import JobRequest, JobResult, Output
     from runcomfy.domain.progress import Progress
@@ -25,7 +25,7 @@ __all__ = ["JobRequest", "JobResult", "Output", "Progress", "RunComfyError", "co
 __version__ = "0.1.0"
 
 _HOMES = {
-    "connect": "runcomfy.bootstrap",
+    "connect": "runcomfy.connection",
     "RunComfyError": "runcomfy.domain.exceptions",
     "JobRequest": "runcomfy.domain.job",
     "JobResult": "runcomfy.domain.job",

@@ -63,11 +63,13 @@ class Placer:
     def __init__(
         self,
         comfyui: ComfyFactory,
+        given_server: Callable[[str], ComfyUI],
         cloud: Callable[[], Awaitable[tuple[Machines, DevServer]]],
         *,
         tell: Callable[[str], None],
     ) -> None:
         self._comfyui = comfyui
+        self._given_server = given_server
         self._cloud = cloud
         self.tell = tell
 
@@ -96,12 +98,9 @@ class Placer:
     @asynccontextmanager
     async def _at_server(self, url: str, step: TimeStep) -> AsyncIterator[Place]:
         step("check")
-        server = self._comfyui(SecretUrl(url))
-        try:
-            await server.probe()
-            yield Place(server, "server", alone=False)
-        finally:
-            await finish(server.close())
+        server = self._given_server(url)  # kept warm by its giver, for the next job
+        await server.probe()
+        yield Place(server, "server", alone=False)
 
     # -- the dev server ------------------------------------------------------------------------------------
 

@@ -1,0 +1,158 @@
+"""
+The one place that picks concrete adapters.
+
+`App` wires one process: settings, the store, the account's provider, ComfyUI clients, the results folder. Everything
+that needs the cloud is opened when it is first needed, so that a job on a given server needs neither credentials nor a
+database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import workflows
+from runcomfy.adapters.clock import SystemClock
+from runcomfy.adapters.config import load_settings
+from runcomfy.adapters.dev_server_file import PublishedDevServer
+from runcomfy.adapters.dev_server_state import DevServerStateManager
+from runcomfy.adapters.workflow_files import WorkflowFiles
+from runcomfy.application.books import Books, quiet
+from runcomfy.application.dev_server import DevServer
+from runcomfy.application.machines import Machines
+from runcomfy.application.orchestrator import RunComfyOrchestrator
+from runcomfy.application.owner import OwnerSession
+from runcomfy.application.placing import Placer
+from runcomfy.domain.machine import Machine
+from runcomfy.domain.secret import SecretUrl
+from runcomfy.domain.settings import Settings
+from runcomfy.ports.clock import Clock
+from runcomfy.ports.comfyui import ComfyUI
+from runcomfy.ports.provider import Provider
+from runcomfy.ports.store import Store
+
+STORE_NAME = "runcomfy.sqlite3"
+Tell = Callable[[str], None]
+
+
+class App:
+    """One process of the product. `async with App(...) as app:`; what is open is closed when the block is left."""
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        clock: Clock | None = None,
+        tell: Tell = quiet,
+    ) -> None:
+        self._overrides = dict(overrides or {})
+        self.settings = settings or load_settings(overrides=self._overrides)
+        self.clock = clock or SystemClock()
+        self.tell = tell
+        self._stack = AsyncExitStack()
+        self._opening = asyncio.Lock()
+        self._cloud: tuple[Machines, DevServer] | None = None
+        self._given: dict[str, ComfyUI] = {}
+
+    async def __aenter__(self) -> App:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close clients, sign off as an owner, close the store."""
+        given, self._given = list(self._given.values()), {}
+        for server in given:
+            await server.close()
+        await self._stack.aclose()
+
+    # -- the cloud -----------------------------------------------------------------------------------------
+
+    async def cloud(self, *, in_memory: bool = False) -> tuple[Machines, DevServer]:
+        """Return what rents and ends machines, opened on first use.
+
+        `in_memory` keeps no books: only for stopping and listing machines when the database cannot be used.
+
+        Raises ConfigurationError (credentials), LocalError (the store).
+        """
+        async with self._opening:
+            if self._cloud is None:
+                self._cloud = await self._open_cloud(in_memory=in_memory)
+            return self._cloud
+
+    async def _open_cloud(self, *, in_memory: bool) -> tuple[Machines, DevServer]:
+        from runcomfy.adapters.processes import ProcessTable
+        from runcomfy.adapters.stores.sql import SqlStore
+
+        settings = (
+            load_settings(overrides=self._overrides, require_cloud=True) if self._own_settings() else self.settings
+        )
+        folder = Path(settings.files.state_dir)
+        path = Path(":memory:") if in_memory else folder / STORE_NAME
+        store = await self._stack.enter_async_context(SqlStore(path, clock=self.clock, durable=settings.files.durable))
+        provider = await self._provider(store)
+        processes = ProcessTable()
+        session = await self._stack.enter_async_context(OwnerSession(store, processes, self.clock))
+        books = Books(
+            store, self.clock, settings, session.owner, provider=provider.name, account=provider.account, tell=self.tell
+        )
+        machines = Machines(provider, processes, books)
+        manager = DevServerStateManager(folder / "dev_server_state.json", copies=settings.files.state_copies)
+        return machines, DevServer(machines, PublishedDevServer(manager), self.comfyui)
+
+    def _own_settings(self) -> bool:
+        """Whether the settings lack what the cloud needs, so that they are read once more for the error they give."""
+        cloud = self.settings.cloud
+        return not (cloud.user_id and cloud.tokens and cloud.workflow_version_id)
+
+    async def _provider(self, store: Store) -> Provider:
+        from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient, account_of
+        from runcomfy.application.limiter import StoreLimiter
+
+        cloud = self.settings.cloud
+        limiter = StoreLimiter(store, account_of(cloud), cloud, self.clock)
+        return await self._stack.enter_async_context(RunComfyAPIClient(cloud, clock=self.clock, limiter=limiter))
+
+    def held(self) -> list[Machine]:
+        """Return what this process has rented and not ended, as far as it knows."""
+        return list(self._cloud[0].books.held.values()) if self._cloud is not None else []
+
+    # -- ComfyUI -------------------------------------------------------------------------------------------
+
+    def comfyui(self, url: SecretUrl) -> ComfyUI:
+        """Return a new client of the ComfyUI at `url`; whoever asked closes it."""
+        from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
+
+        return ComfyUIWorkflowClient(url, self.settings.comfy, clock=self.clock, durable=self.settings.files.durable)
+
+    def given_server(self, url: str) -> ComfyUI:
+        """Return the client of a server that the user named; kept warm until the app is closed."""
+        if url not in self._given:
+            self._given[url] = self.comfyui(SecretUrl(url))
+        return self._given[url]
+
+    # -- jobs ----------------------------------------------------------------------------------------------
+
+    def orchestrator(self) -> RunComfyOrchestrator:
+        """Return what runs jobs."""
+        from runcomfy.adapters.results import DiskResults
+
+        return RunComfyOrchestrator(
+            settings=self.settings,
+            clock=self.clock,
+            results=DiskResults(self.settings.files),
+            placer=Placer(self.comfyui, self.given_server, self.cloud, tell=self.tell),
+            load_workflow=self.workflow_files(),
+            random_int=random.SystemRandom().randint,
+        )
+
+    @staticmethod
+    def workflow_files() -> WorkflowFiles:
+        """Return what loads workflows, shipped ones and files."""
+        return WorkflowFiles(workflows.names, workflows.load)

@@ -1,0 +1,37 @@
+"""How commands open the product: settings with their warnings, the log, and words for a hurried leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from runcomfy.bootstrap import App
+from runcomfy.cli.output import show_warnings, tell
+from runcomfy.cli.runner import Interrupts
+from runcomfy.cli.words import still_billing
+from runcomfy.domain.settings import Settings
+
+
+def load(overrides: Mapping[str, Any] | None = None, *, require_cloud: bool = False, quiet: bool = False) -> Settings:
+    """Load the settings, start the log, show warnings. Raises ConfigurationError."""
+    from runcomfy.adapters.config import load_settings
+    from runcomfy.adapters.log import configure_logging
+
+    settings = load_settings(overrides=overrides, require_cloud=require_cloud)
+    configure_logging(settings)
+    if not quiet:
+        show_warnings(settings)
+    return settings
+
+
+def open_app(
+    interrupts: Interrupts,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    require_cloud: bool = False,
+    quiet: bool = False,
+) -> App:
+    """Return the product, not yet entered, with its last words prepared."""
+    app = App(load(overrides, require_cloud=require_cloud, quiet=quiet), overrides=overrides, tell=tell)
+    interrupts.last_words = lambda: still_billing(app.held())
+    return app

@@ -1,0 +1,367 @@
+"""
+The dev server's commands, for `comfyctl dev` and for the script `runcomfy/dev_server_startup.py`.
+
+The script keeps the flags that CONJURE's own has; what each verb does is in `runcomfy.application.dev_server`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runcomfy.cli.runner import Interrupts, run_async
+
+if TYPE_CHECKING:
+    from runcomfy.application.dev_server import DevServer, DevServerStatus
+    from runcomfy.bootstrap import App
+    from runcomfy.domain.machine import Machine, MachineReport
+
+NONE_RUNS = "there is no active development server"
+
+
+# -- start and restart -------------------------------------------------------------------------------------
+
+
+def start_command(
+    *, server_type: str | None, duration: str | None, warm_up: bool, monitor: bool, show_url: bool, no_interactive: bool
+) -> int:
+    """Launch or reuse the dev server; return the exit code."""
+
+    async def work(interrupts: Interrupts) -> int:
+        async with _app(interrupts) as app:
+            seconds = _duration(duration) or app.settings.cloud.duration
+            kind = server_type or app.settings.cloud.server_type
+            await _start(app, kind, seconds, warm_up=warm_up, show_url=show_url)
+            if monitor:
+                return await _monitor(app, interrupts, ask=not no_interactive)
+        return 0
+
+    return run_async(work)
+
+
+def restart_command(
+    *, server_type: str | None, duration: str | None, warm_up: bool, monitor: bool, show_url: bool, no_interactive: bool
+) -> int:
+    """Stop the dev server and launch one like it; return the exit code."""
+
+    async def work(interrupts: Interrupts) -> int:
+        async with _app(interrupts) as app:
+            _, dev = await app.cloud()
+            rows = await dev.rows()
+            kind = server_type or (rows[-1].server_type if rows else app.settings.cloud.server_type)
+            seconds = _duration(duration) or (rows[-1].duration if rows else app.settings.cloud.duration)
+            await _shutdown(app, dev)
+            await _start(app, kind, seconds, warm_up=warm_up, show_url=show_url)
+            if monitor:
+                return await _monitor(app, interrupts, ask=not no_interactive)
+        return 0
+
+    return run_async(work)
+
+
+def _app(interrupts: Interrupts) -> App:
+    from runcomfy.cli.app import open_app
+
+    return open_app(interrupts, require_cloud=True)
+
+
+def _duration(text: str | None) -> timedelta | None:
+    from runcomfy.domain.durations import parse_duration
+    from runcomfy.domain.exceptions import ValueInvalid
+
+    if text is None:
+        return None
+    span = parse_duration(text)
+    if not span:
+        raise ValueInvalid("a dev server cannot run for no time", hint="give --duration in seconds, e.g. 3600")
+    return span
+
+
+async def _start(app: App, server_type: str, duration: timedelta, *, warm_up: bool, show_url: bool) -> None:
+    from runcomfy.cli.progress_display import Display
+    from runcomfy.cli.words import show_span
+    from runcomfy.domain.progress import Progress, Step
+
+    with Display() as display:
+        app.tell = display.tell
+        _, dev = await app.cloud()
+
+        def on_boot(boot: Any) -> None:
+            usual = f", usually {show_span(boot.expected)}" if boot.expected else ""
+            percent = 0.0
+            if boot.expected:
+                percent = min(95.0, 100.0 * boot.elapsed / boot.expected)
+            display(Progress(Step.BOOTING, percent=percent, message=f"{boot.status}{usual}; starting is free"))
+
+        display(Progress(Step.LAUNCHING, message=f"looking for the dev server, else launching a {server_type} machine"))
+        machine, report, reused = await dev.start(
+            server_type=server_type,
+            duration=duration,
+            on_boot=on_boot,
+            on_wait=lambda why: display(Progress(Step.CHECKING, message=why)),
+        )
+        if reused and machine.server_type != server_type:
+            display.tell(
+                f"a {machine.server_type} dev server was there already; "
+                f"`comfyctl dev restart --server-type {server_type}` replaces it"
+            )
+        _describe_start(machine, report, reused=reused, show_url=show_url)
+        if warm_up:
+            await _warm_up(app, display)
+
+
+def _describe_start(machine: Machine, report: MachineReport, *, reused: bool, show_url: bool) -> None:
+    from runcomfy.cli.words import show_time
+
+    url = (report.url.reveal() if show_url else report.url.masked) if report.url else "-"
+    click.echo(f"dev server {'reused' if reused else 'ready'}: {machine.server_type} machine {machine.server_id}")
+    click.echo(f"  address  {url}" + ("" if show_url else "  (--show-url shows it whole)"))
+    click.echo(f"  price    ${machine.usd_per_hour} per hour ({machine.rate_source})")
+    click.echo(f"  stops    {show_time(report.stopping_at or machine.planned_stop_at)} (planned)")
+
+
+async def _warm_up(app: App, display: Any) -> None:
+    """Run the workflow once on a plain grey picture. A failure is said; the server stays up."""
+    import tempfile
+
+    from runcomfy.domain.job import JobRequest
+
+    with tempfile.TemporaryDirectory(prefix="comfyctl-warm-up-") as folder:
+        image = await asyncio.to_thread(_grey_picture, folder)
+        request = JobRequest("generate_flux_mesh", image=image, prompt="a grey sphere", out_dir=folder)
+        result = await app.orchestrator().run(request, on_progress=display)
+    if result.exception is None:
+        click.echo(f"  warm-up  done in {result.timings.get('execute', 0.0):.0f} s")
+    else:
+        display.tell(f"the warm-up failed ({result.exception}); the dev server stays up")
+
+
+def _grey_picture(folder: str) -> str:
+    from pathlib import Path
+
+    from PIL import Image
+
+    path = Path(folder) / "grey.png"
+    Image.new("RGB", (512, 512), (128, 128, 128)).save(path)
+    return str(path)
+
+
+# -- status ------------------------------------------------------------------------------------------------
+
+
+def status_command(*, show_url: bool = False, as_json: bool = False) -> int:
+    """Show the dev server as it really is; return 0 also when there is none."""
+
+    async def work(interrupts: Interrupts) -> int:
+        from runcomfy.cli.output import show_json
+
+        async with _app(interrupts) as app:
+            _, dev = await app.cloud()
+            status = await dev.status()
+            idle_after = app.settings.app.idle_timeout
+        facts = _facts(status, show_url=show_url) if status is not None else None
+        if as_json:
+            show_json(facts)
+        elif status is None or facts is None:
+            click.echo(NONE_RUNS)
+        else:
+            _print_status(status, facts, idle_after)
+        return 0
+
+    return run_async(work)
+
+
+def _facts(status: DevServerStatus, *, show_url: bool) -> dict[str, Any]:
+    from runcomfy.cli.words import show_span, show_time
+
+    machine, report = status.machine, status.report
+    url = None
+    if report is not None and report.url is not None:
+        url = report.url.reveal() if show_url else report.url.masked
+    up = None
+    if machine.ready_at is not None:
+        from runcomfy.adapters.clock import SystemClock
+
+        up = show_span(SystemClock().now() - machine.ready_at)
+    return {
+        "Server ID": machine.server_id,
+        "Status": report.status if report else "not found at the provider",
+        "Base URL": url,
+        "Server Type": machine.server_type,
+        "Uptime": up,
+        "Total Cost": f"${status.cost_usd:.4f}",
+        "Price": f"${machine.usd_per_hour} per hour",
+        "Stops At": show_time(machine.planned_stop_at),
+        "Jobs Running": status.jobs_running,
+        "Idle For": show_span(status.idle) if status.idle is not None else None,
+        "Idle Cost": f"${status.idle_cost_usd:.4f}",
+        "Health": [{"layer": layer.name, "ok": layer.ok, "detail": layer.detail} for layer in status.layers],
+        "Usable": status.usable,
+    }
+
+
+def _print_status(status: DevServerStatus, facts: dict[str, Any], idle_after: timedelta) -> None:
+    from runcomfy.domain.exceptions import foreign_text
+
+    click.echo("development server")
+    for name, value in facts.items():
+        if name in ("Health", "Usable") or value is None:
+            continue
+        click.echo(f"  {name + ':':<15} {value}")
+    for layer in status.layers:
+        click.echo(f"  {'ok ' if layer.ok else 'BAD'} {layer.name}: {foreign_text(layer.detail)}")
+    click.echo("healthy" if status.usable else "not reachable or not usable")
+    if status.idle is not None and status.idle > idle_after:
+        click.echo(
+            f"nothing ran on it for {facts['Idle For']}, which cost {facts['Idle Cost']}: "
+            "`comfyctl dev shutdown` ends that"
+        )
+
+
+# -- shutdown, extend --------------------------------------------------------------------------------------
+
+
+def shutdown_command() -> int:
+    """Stop the dev server; nothing running counts as success."""
+
+    async def work(interrupts: Interrupts) -> int:
+        async with _app(interrupts) as app:
+            _, dev = await app.cloud()
+            await _shutdown(app, dev)
+        return 0
+
+    return run_async(work)
+
+
+async def _shutdown(app: App, dev: DevServer) -> None:
+    from runcomfy.application.finish import finish
+    from runcomfy.domain.money import cost_of, show_usd
+
+    ended = await finish(dev.shutdown())
+    if not ended:
+        click.echo(NONE_RUNS)
+    for machine in ended:
+        spent = show_usd(cost_of(machine, now=app.clock.now()))
+        click.echo(f"{machine.server_type} machine {machine.server_id}: {machine.state}; it cost {spent}")
+
+
+def extend_command(time: str) -> int:
+    """Let the dev server run longer."""
+
+    async def work(interrupts: Interrupts) -> int:
+        from runcomfy.cli.words import show_time
+
+        by = _duration(time)
+        async with _app(interrupts) as app:
+            _, dev = await app.cloud()
+            machine = await dev.extend(by=by or timedelta(0))
+        click.echo(f"machine {machine.server_id} now stops at {show_time(machine.planned_stop_at)}")
+        return 0
+
+    return run_async(work)
+
+
+# -- monitor -----------------------------------------------------------------------------------------------
+
+
+def monitor_command(*, no_interactive: bool) -> int:
+    """Stay and watch the dev server."""
+
+    async def work(interrupts: Interrupts) -> int:
+        async with _app(interrupts) as app:
+            return await _monitor(app, interrupts, ask=not no_interactive)
+
+    return run_async(work)
+
+
+async def _monitor(app: App, interrupts: Interrupts, *, ask: bool) -> int:
+    from runcomfy.cli.monitor import watch_dev_server
+
+    machines, dev = await app.cloud()
+    interrupts.listens = True
+    ended_by_itself = await watch_dev_server(machines, dev, app.comfyui, interrupts.event)
+    if ended_by_itself:
+        return 0
+    if ask and sys.stdin.isatty():
+        interrupts.again()
+        answer = await asyncio.to_thread(_ask, "[s]top the machine, or [l]eave it running? ")
+        if answer.strip().lower().startswith("s"):
+            await _shutdown(app, dev)
+            return 0
+    click.echo("left running; `comfyctl dev shutdown` stops it")
+    return 0
+
+
+def _ask(question: str) -> str:
+    try:
+        return input(question)
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+# -- the script --------------------------------------------------------------------------------------------
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--server-type", metavar="TYPE", help="medium, large, extra-large, 2x-large, 2xl-turbo.")
+@click.option("--duration", metavar="SECONDS", help="How long it runs, from ready (default 3600).")
+@click.option("--no-interactive", is_flag=True, help="Never read stdin.")
+@click.option("--status", "verb", flag_value="status", help="Show the dev server as it really is.")
+@click.option("--shutdown", "verb", flag_value="shutdown", help="Stop the dev server.")
+@click.option("--restart", "verb", flag_value="restart", help="Stop it and start one like it.")
+@click.option("--extend", metavar="SECONDS", help="Let it run longer by this much.")
+@click.option("--warm-up", is_flag=True, help="Run the workflow once, so that its models are loaded.")
+@click.option("--monitor", is_flag=True, help="Stay and show queue, progress and cost.")
+@click.option("--show-url", is_flag=True, help="Show the whole address; who knows it can use the machine.")
+def script(verb: str | None, extend: str | None, **options: Any) -> int:
+    """Launch (or reuse) one warm development server, look at it, stop it."""
+    if extend is not None:
+        return extend_command(extend)
+    if verb == "status":
+        return status_command(show_url=options["show_url"])
+    if verb == "shutdown":
+        return shutdown_command()
+    return restart_command(**options) if verb == "restart" else start_command(**options)
+
+
+def main() -> None:
+    """Run the script and exit with its code."""
+    from runcomfy.cli.main import call
+
+    sys.exit(call(script, name="dev_server_startup.py"))
+
+
+class DevServerManager:
+    """The verbs as coroutines, for programs; credentials come from the environment and credentials.txt."""
+
+    async def launch_server(
+        self, server_type: str | None = None, duration: float | None = None, interactive: bool = False
+    ) -> bool:
+        """Launch or reuse the dev server; raises RunComfyError if that fails. `interactive` reads nothing today."""
+        async with self._open() as app:
+            span = timedelta(seconds=duration) if duration is not None else app.settings.cloud.duration
+            await _start(app, server_type or app.settings.cloud.server_type, span, warm_up=False, show_url=False)
+        return True
+
+    async def shutdown_server(self) -> bool:
+        """Stop the dev server; nothing running counts as success."""
+        async with self._open() as app:
+            _, dev = await app.cloud()
+            await _shutdown(app, dev)
+        return True
+
+    async def get_status(self) -> DevServerStatus | None:
+        """Return the dev server as it really is."""
+        async with self._open() as app:
+            _, dev = await app.cloud()
+            return await dev.status()
+
+    def _open(self) -> App:
+        from runcomfy.bootstrap import App
+        from runcomfy.cli.app import load
+
+        return App(load(require_cloud=True))

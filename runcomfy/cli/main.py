@@ -1,0 +1,111 @@
+"""`comfyctl`: the table of commands, loaded when they are used, and the one border where errors become exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
+
+import click
+
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "run": ("runcomfy.cli.run:run", "Run a workflow and bring its verified results."),
+    "dev": ("runcomfy.cli.dev:dev", "Start, look at, extend and stop the one warm dev server."),
+    "machines": ("runcomfy.cli.machines:machines", "See what the account runs; stop, adopt, reap."),
+    "workflows": ("runcomfy.cli.workflows:workflows", "List, show and check workflows."),
+    "config": ("runcomfy.cli.config:config", "Show every setting and where it came from."),
+    "doctor": ("runcomfy.cli.doctor:doctor", "Test each layer alone and say which one is wrong."),
+    "demo": ("runcomfy.cli.demo:demo", "The whole product on an emulated cloud: no account, no GPU."),
+    "emulator": ("runcomfy.cli.emulator:emulator", "Run the emulated cloud in the foreground."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, so that `--help` stays quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command, or return None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(import_module(module), attribute)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{module}:{attribute} is not a command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table without importing anything."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(None, "--version", package_name="runcomfy-orchestrator", prog_name="comfyctl")
+def comfyctl() -> None:
+    """Run ComfyUI workflows on machines rented by the second: verified files out, the machine surely stopped.
+
+    Exit codes: 0 done, 1 internal error, 2 bad input, 3 configuration, 4 provider, 5 the workflow failed, 6 timeout,
+    7 results failed verification, 8 refused by a budget, 9 local disk or database, 130 interrupted.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(call(comfyctl, arguments))
+
+
+def call(command: click.Command, arguments: Sequence[str] | None = None, *, name: str = "comfyctl") -> int:
+    """Run a command and return its exit code; every error ends here, as two lines on stderr."""
+    try:
+        result = command.main(args=arguments, prog_name=name, standalone_mode=False)
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
+    except click.Abort:
+        return 130
+    except click.ClickException as error:
+        _two_lines(error.format_message(), _usage_hint(error, name))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has left; say nothing more
+        return 1
+    except Exception as error:  # noqa: BLE001 - the border: nothing leaves as a traceback
+        return _failed(error)
+    return result if isinstance(result, int) else 0
+
+
+def _usage_hint(error: click.ClickException, name: str) -> str:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else name
+    return f"see `{path} --help`"
+
+
+def _failed(error: Exception) -> int:
+    from runcomfy.cli.output import show_error
+    from runcomfy.domain.exceptions import RunComfyError
+
+    if not isinstance(error, RunComfyError):
+        import logging
+
+        logging.getLogger("runcomfy.cli").error("defect", exc_info=error)
+        kind, text = type(error).__name__, str(error)
+        error = RunComfyError(
+            f"unexpected {kind}: {text}", hint="this is a defect of the program; state/logs has the details"
+        )
+    show_error(error)
+    return error.exit_code
+
+
+def _two_lines(message: str, hint: str) -> None:
+    click.echo(f"error: {message}", err=True)
+    click.echo(f"  -> {hint}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Sentences about machines that more than one command says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from runcomfy.domain.machine import Machine, MachineState
+
+
+def still_billing(held: Sequence[Machine]) -> list[str]:
+    """Return what may still bill when the process leaves at once, and how to stop it."""
+    if not held:
+        return ["left at once; nothing that this command rented still runs"]
+    lines = ["left at once. This may still run and bill:"]
+    for machine in held:
+        if machine.state is MachineState.REQUESTED:
+            lines.append(f"  a {machine.server_type} machine whose launch was not answered yet")
+            continue
+        lines.append(
+            f"  {machine.server_type} machine {machine.server_id} at ${machine.usd_per_hour}/h: "
+            f"stop it with `comfyctl machines stop {machine.server_id}`"
+        )
+    lines.append("`comfyctl machines reap` ends all of it.")
+    return lines
+
+
+def show_time(at: datetime | None) -> str:
+    """Return a time in the user's own zone, to the second."""
+    return at.astimezone().strftime("%Y-%m-%d %H:%M:%S") if at is not None else "-"
+
+
+def show_span(span: timedelta) -> str:
+    """Return a duration for people: `1h 5m`, `3m 20s`, `8s`."""
+    seconds = max(0, int(span.total_seconds()))
+    if seconds >= 3600:
+        return f"{seconds // 3600}h {seconds % 3600 // 60}m"
+    return f"{seconds // 60}m {seconds % 60}s" if seconds >= 60 else f"{seconds}s"
