@@ -14,7 +14,7 @@ from typing import Self
 
 from aiohttp import web
 
-from runcomfy.testing.emulators.comfyui import files, info, prompts
+from runcomfy.testing.emulators.comfyui import files, info, jobs, prompts, users
 from runcomfy.testing.emulators.comfyui.faults import FaultPlan
 from runcomfy.testing.emulators.comfyui.keys import PROCESS, process_of
 from runcomfy.testing.emulators.comfyui.middleware import RequestRecord, make_middlewares
@@ -270,9 +270,10 @@ def _add_routes(app: web.Application, process: ServerProcess) -> None:
 
     definitions = [
         definition
-        for table in (prompts.routes, files.routes, info.routes, *_later_tables(process))
+        for table in _tables(process.capabilities)
         for definition in table
         if isinstance(definition, web.RouteDef)
+        and (process.capabilities.jobs_cancel or not definition.path.endswith("/cancel"))
     ]
     definitions.append(web.get("/ws", websocket))
     for definition in definitions:
@@ -284,5 +285,8 @@ def _add_routes(app: web.Application, process: ServerProcess) -> None:
     app.router.add_get("/{path:.*}", nothing)
 
 
-def _later_tables(process: ServerProcess) -> list[web.RouteTableDef]:
-    return []
+def _tables(can: Capabilities) -> list[web.RouteTableDef]:
+    tables = [prompts.routes, files.routes, info.routes, users.routes]
+    if can.jobs:
+        tables.append(jobs.routes)
+    return tables
