@@ -2,23 +2,22 @@
 What a file is, and whether it is whole: judged by its content, never by its name.
 
 `inspect` is for results and raises OutputCorrupt; `check_input_image` is for files the user gives and raises
-InputFileMissing or InputFileInvalid. Both block, so callers run them in a thread. The formats themselves are known by
-`media_picture`, `media_mesh`, `media_video` and `media_audio`; this module tells them apart and decides what runs in a
-process of its own (`media_child`).
+InputFileMissing or InputFileInvalid. Both block, so callers run them in a thread. The formats are told apart by
+`media_sniff` and known by `media_picture`, `media_mesh`, `media_video` and `media_audio`; this module decides what runs
+in a process of its own (`media_child`).
 """
 
 from __future__ import annotations
 
-import codecs
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, BinaryIO, Final
 
 from runcomfy.adapters import media_child, media_picture
 from runcomfy.adapters.files import local_error, open_regular
 from runcomfy.adapters.media_picture import Header, TooManyPixels
+from runcomfy.adapters.media_sniff import HTML, TEXT, UNKNOWN, Sniffed, sniff
 from runcomfy.adapters.media_source import Corrupt, Source
 from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, OutputCorrupt, foreign_text
 from runcomfy.domain.job import OutputKind
@@ -34,93 +33,6 @@ INLINE_BYTES: Final = 64 << 20
 _BIG_DECODES: Final = threading.BoundedSemaphore(2)
 _BIG_PIXELS: Final = 4_000_000
 """Pictures above this size are decoded two at a time, so that many jobs at once do not add up to gigabytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sniffed:
-    """What the first bytes say."""
-
-    kind: OutputKind
-    mime: str
-    extension: str
-    words: str
-    """For people: `a PNG picture`."""
-    picture: str = ""
-    """Pillow's name of a picture format that is checked to the last pixel."""
-    check: Callable[[Source], Mapping[str, Any]] | None = None
-    """For other formats that are checked; returns details."""
-
-
-_PICTURES: Final = {
-    "PNG": Sniffed(OutputKind.IMAGE, "image/png", ".png", "a PNG picture", "PNG"),
-    "JPEG": Sniffed(OutputKind.IMAGE, "image/jpeg", ".jpg", "a JPEG picture", "JPEG"),
-    "GIF": Sniffed(OutputKind.IMAGE, "image/gif", ".gif", "a GIF picture", "GIF"),
-    "WEBP": Sniffed(OutputKind.IMAGE, "image/webp", ".webp", "a WEBP picture", "WEBP"),
-}
-TEXT: Final = Sniffed(OutputKind.TEXT, "text/plain", ".txt", "text")
-HTML: Final = Sniffed(OutputKind.TEXT, "text/html", ".txt", "a web page (HTML)")
-"""Set aside as .txt: nobody should open a stranger's page by clicking on it."""
-UNKNOWN: Final = Sniffed(OutputKind.FILE, "application/octet-stream", ".bin", "a file of an unknown format")
-
-
-def _signature(source: Source) -> Sniffed | None:
-    """Tell by magic numbers; None if there is none that is known."""
-    head = source.head
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _PICTURES["PNG"]
-    if head.startswith(b"\xff\xd8\xff"):
-        return _PICTURES["JPEG"]
-    if head.startswith((b"GIF87a", b"GIF89a")):
-        return _PICTURES["GIF"]
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return _PICTURES["WEBP"]
-    return None
-
-
-def sniff(source: Source, expected: OutputKind | None = None) -> Sniffed:
-    """Tell what a file is by its first bytes. Text is not read to its end here."""
-    found = _signature(source)
-    if found is not None:
-        return found
-    if not _is_text(source.head, final=source.size <= len(source.head)):
-        return UNKNOWN
-    if _is_html(source.head):
-        return HTML
-    return TEXT
-
-
-def _is_text(data: bytes, *, final: bool) -> bool:
-    if b"\0" in data:
-        return False
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(data, final)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-_HTML_STARTS: Final = (b"<!doctype html", b"<html", b"<head", b"<body", b"<title", b"<script")
-
-
-def _is_html(head: bytes) -> bool:
-    start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    while start.startswith((b"<!--", b"<?xml")):
-        start = start.partition(b">")[2].lstrip()
-    return start.startswith(_HTML_STARTS)
-
-
-def _check_text(source: Source) -> Mapping[str, Any]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    characters = 0
-    try:
-        for piece in source.pieces(0, source.size):
-            if b"\0" in piece:
-                raise Corrupt("it begins as text but goes on as something else (a zero byte)")
-            characters += len(decoder.decode(piece))
-        characters += len(decoder.decode(b"", final=True))
-    except UnicodeDecodeError as error:
-        raise Corrupt(f"it begins as text but is not valid UTF-8 ({error.reason})") from error
-    return {"characters": characters}
 
 
 def inspect(
@@ -156,41 +68,42 @@ def _inspect(
     source: Source, path: str | os.PathLike[str], max_pixels: int, expected: OutputKind | None, plain_text: bool
 ) -> Media:
     if plain_text:
-        return Media(OutputKind.TEXT, TEXT.mime, TEXT.extension, _check_text(source))
+        return _check(source, TEXT, path, max_pixels)
     if not source.size:
         raise Corrupt("it is empty (0 bytes)")
     found = sniff(source, expected)
-    if found is HTML:
-        raise Corrupt(f"it is {found.words} where {_wanted(expected)} is expected")
-    if not _fits(found, expected):
-        raise Corrupt(f"it looks like {found.words} where {_wanted(expected)} is expected")
-    details: Mapping[str, Any] = {}
+    wanted = _WANTED.get(expected or OutputKind.FILE, "a result")
+    if found is HTML or expected not in {None, OutputKind.FILE, found.kind, *found.also}:
+        raise Corrupt(f"it looks like {found.words} where {wanted} is expected")
     try:
-        if found.picture:
-            details = _check_picture(source, found.picture, path, max_pixels)
-        elif found.check is not None:
-            details = found.check(source)
-        elif found is TEXT:
-            details = _check_text(source)
+        media = _check(source, found, path, max_pixels)
     except Corrupt as error:
-        if found is not TEXT or expected is OutputKind.TEXT:
-            raise Corrupt(f"it looks like {found.words}, but {error}") from error
-        found = UNKNOWN  # many formats begin with readable lines
+        if found is TEXT and expected is not OutputKind.TEXT:
+            # Many formats begin with readable lines; these are then files of a format that is not known here.
+            return _check(source, UNKNOWN, path, max_pixels)
+        raise Corrupt(f"it looks like {found.words}, but {error}") from error
+    moving = media.details.get("frames", 0) > 1  # an animated picture is as good as a video
+    if expected is OutputKind.VIDEO and media.kind in {OutputKind.AUDIO, OutputKind.IMAGE} and not moving:
+        raise Corrupt(f"it looks like {found.words}, but has no moving pictures")
+    if expected is OutputKind.AUDIO and media.kind is OutputKind.VIDEO:
+        raise Corrupt(f"it looks like {found.words} where sound is expected")
+    return media
+
+
+_WANTED: Final = {
+    OutputKind.IMAGE: "a picture",
+    OutputKind.MESH: "a mesh",
+    OutputKind.VIDEO: "a video",
+    OutputKind.AUDIO: "sound",
+    OutputKind.TEXT: "text",
+}
+
+
+def _check(source: Source, found: Sniffed, path: str | os.PathLike[str], max_pixels: int) -> Media:
+    if found.check is not None:
+        return found.check(source)
+    details = _check_picture(source, found.picture, path, max_pixels) if found.picture else {}
     return Media(found.kind, found.mime, found.extension, details)
-
-
-def _wanted(expected: OutputKind | None) -> str:
-    return {
-        OutputKind.IMAGE: "a picture",
-        OutputKind.MESH: "a mesh",
-        OutputKind.VIDEO: "a video",
-        OutputKind.AUDIO: "sound",
-        OutputKind.TEXT: "text",
-    }.get(expected or OutputKind.FILE, "a result")
-
-
-def _fits(found: Sniffed, expected: OutputKind | None) -> bool:
-    return expected in {None, OutputKind.FILE, found.kind}
 
 
 def _check_picture(source: Source, form: str, path: str | os.PathLike[str], max_pixels: int) -> Mapping[str, Any]:

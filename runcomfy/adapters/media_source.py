@@ -30,6 +30,7 @@ class Source:
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(min(self.size, 4096))
         """The first bytes, for telling what it is."""
+        self._reads_left = 200_000 + self.size // 64
 
     def at(self, offset: int, count: int) -> bytes:
         """Return exactly `count` bytes from `offset`. Raises Corrupt if the file does not have them."""
@@ -37,6 +38,10 @@ class Source:
             raise Corrupt(f"it ends too early: {count} bytes are expected at {offset}, the file has {self.size}")
         if count > SMALL_READ:
             raise Corrupt(f"a part of it claims {count} bytes, more than is sensible")
+        self._reads_left -= 1
+        if self._reads_left < 0:
+            # Parts of some bytes each, millions of them, are only sent to keep a reader busy.
+            raise Corrupt("it has an absurd number of parts")
         if offset + count <= len(self.head):
             return self.head[offset : offset + count]
         self.file.seek(offset)

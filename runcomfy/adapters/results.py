@@ -69,6 +69,8 @@ _KEPT_EXTENSIONS: Final[Mapping[OutputKind, frozenset[str]]] = {
 }
 # fmt: on
 """Endings that a wanted or remote name may keep because the content cannot tell: none of them is a program."""
+_TELL_LITTLE: Final = frozenset({".txt", ".bin", ".zip", ".gz"})
+"""What content alone says of text, of unknown formats, and of formats that are archives (.usdz, .npz, .spz)."""
 
 
 class DiskResults:
@@ -413,8 +415,8 @@ def final_names(files: Sequence[ResultFile], taken: set[str]) -> list[str]:
 def _extension(file: ResultFile) -> str:
     """The content decides; where it cannot (text, unknown formats), a harmless ending of the wanted name stays."""
     kept = _KEPT_EXTENSIONS.get(file.media.kind, frozenset())
-    if file.media.extension in {media.TEXT.extension, media.UNKNOWN.extension}:
-        for name in (file.file_name, file.remote_name):
+    if file.media.extension in _TELL_LITTLE:
+        for name in (file.file_name, file.remote_name[:_REMOTE_NAME_LIMIT]):
             ending = os.path.splitext(safe_name(name))[1].lower()  # noqa: PTH122
             if ending.removeprefix(".") in kept:
                 return ending
