@@ -52,6 +52,10 @@ UNFINISHED: Final = 99.0
 _EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
+def _nothing() -> Mapping[str, Any]:
+    return _EMPTY
+
+
 class Ending(StrEnum):
     """Why nothing more is to be waited for."""
 
@@ -121,9 +125,9 @@ class Run:
     node: str | None = None
     value: float | None = None
     maximum: float | None = None
-    shares: Mapping[str, float] = _EMPTY
+    shares: Mapping[str, float] = field(default_factory=_nothing)
     """Node of the workflow -> how much of it is done, 0 to 1."""
-    inner: Mapping[str, float] = _EMPTY
+    inner: Mapping[str, float] = field(default_factory=_nothing)
     """The same for nodes that others expanded into."""
     cached: frozenset[str] = frozenset()
     percent: float = 0.0
@@ -138,7 +142,7 @@ class Evidence:
     failure: Failure | None = None
     marked: bool = False
     """The end marker was seen: `executing` without a node."""
-    outputs: Mapping[str, Any] = _EMPTY
+    outputs: Mapping[str, Any] = field(default_factory=_nothing)
     """What `executed` messages delivered; used only if the history was deleted after a heard success."""
 
 
@@ -167,7 +171,7 @@ class WatchState:
 
     prompt_id: str
     began: float
-    labels: Mapping[str, NodeLabel] = _EMPTY
+    labels: Mapping[str, NodeLabel] = field(default_factory=_nothing)
     limits: Limits = field(default_factory=Limits)
     run: Run = field(default_factory=Run)
     evidence: Evidence = field(default_factory=Evidence)
