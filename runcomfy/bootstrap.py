@@ -96,7 +96,7 @@ class App:
         folder = Path(settings.files.state_dir)
         path = Path(":memory:") if in_memory else folder / STORE_NAME
         store = await self._stack.enter_async_context(SqlStore(path, clock=self.clock, durable=settings.files.durable))
-        provider = await self._provider(store)
+        provider = await self._provider(store, settings)
         processes = ProcessTable()
         session = await self._stack.enter_async_context(OwnerSession(store, processes, self.clock))
         books = Books(
@@ -111,12 +111,13 @@ class App:
         cloud = self.settings.cloud
         return not (cloud.user_id and cloud.tokens and cloud.workflow_version_id)
 
-    async def _provider(self, store: Store) -> Provider:
-        from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient, account_of
+    async def _provider(self, store: Store, settings: Settings) -> Provider:
+        from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
         from runcomfy.application.limiter import StoreLimiter
 
-        cloud = self.settings.cloud
-        limiter = StoreLimiter(store, account_of(cloud), cloud, self.clock)
+        cloud = settings.cloud
+        account = RunComfyAPIClient(cloud, clock=self.clock).account  # known without asking anybody
+        limiter = StoreLimiter(store, account, cloud, self.clock)
         return await self._stack.enter_async_context(RunComfyAPIClient(cloud, clock=self.clock, limiter=limiter))
 
     def held(self) -> list[Machine]:

@@ -1,0 +1,74 @@
+"""`comfyctl doctor`: which layer is wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from runcomfy.cli.runner import Interrupts, run_async
+
+if TYPE_CHECKING:
+    from runcomfy.application.doctor import Finding
+
+
+@click.command()
+@click.option("--server", metavar="URL", help="Test a ComfyUI instead of the account.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(server: str | None, as_json: bool) -> int:
+    """Test each layer alone and say which one is wrong. Launches and changes nothing."""
+    return run_async(lambda interrupts: _doctor(interrupts, server, as_json=as_json))
+
+
+async def _doctor(interrupts: Interrupts, server: str | None, *, as_json: bool) -> int:
+    from runcomfy.application.doctor import examine_server
+    from runcomfy.cli.app import open_app
+
+    async with open_app(interrupts, quiet=as_json) as app:
+        found = await examine_server(app.given_server(server)) if server else await _examine_account()
+    return _report(found, as_json=as_json)
+
+
+async def _examine_account() -> list[Finding]:
+    from runcomfy.adapters.clock import SystemClock
+    from runcomfy.adapters.config import load_settings
+    from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
+    from runcomfy.application.doctor import Finding, examine_cloud
+    from runcomfy.domain.exceptions import CredentialsMissing
+
+    try:
+        loaded = load_settings(require_cloud=True, require_version=False)
+    except CredentialsMissing as error:
+        return [Finding("credentials", ok=False, detail=error.message, error=error)]
+    found = [Finding("credentials", ok=True, detail=f"from {loaded.credentials_file or 'the environment'}")]
+    async with RunComfyAPIClient(loaded.cloud, clock=SystemClock()) as provider:
+        return [*found, *await examine_cloud(loaded, provider, provider.probe_host)]
+
+
+def _report(found: list[Finding], *, as_json: bool) -> int:
+    from runcomfy.cli.output import show_error, show_json
+    from runcomfy.domain.exceptions import foreign_text
+
+    if as_json:
+        show_json(
+            [
+                {
+                    "layer": f.layer,
+                    "ok": f.ok,
+                    "skipped": f.skipped,
+                    "detail": f.detail,
+                    **({"error": f.error.as_dict()} if f.error else {}),
+                }
+                for f in found
+            ]
+        )
+    else:
+        for finding in found:
+            word = "ok  " if finding.ok else "--  " if finding.skipped else "BAD "
+            click.echo(f"{word} {finding.layer}: {foreign_text(finding.detail, 300)}")
+    bad = next((f.error for f in found if f.error is not None), None)
+    if bad is None:
+        return 0
+    if not as_json:
+        show_error(bad)
+    return bad.exit_code
