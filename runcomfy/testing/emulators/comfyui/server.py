@@ -277,9 +277,9 @@ def _add_routes(app: web.Application, process: ServerProcess) -> None:
     ]
     definitions.append(web.get("/ws", websocket))
     for definition in definitions:
-        app.router.add_route(definition.method, definition.path, definition.handler)
+        definition.register(app.router)  # a GET is registered with its HEAD
         if not definition.path.startswith(("/internal", "/api/")):
-            app.router.add_route(definition.method, f"/api{definition.path}", definition.handler)
+            web.route(definition.method, f"/api{definition.path}", definition.handler).register(app.router)
     app.router.add_get("/", root)
     # Unknown paths fall through to the static web files of the real server: GET is a 404, the rest a 405.
     app.router.add_get("/{path:.*}", nothing)
