@@ -139,6 +139,8 @@ def find_credentials(env: Mapping[str, str], cwd: Path) -> CredentialsFile:
 
 
 def _named_path(named: str, cwd: Path) -> Path:
+    if named == os.devnull:  # no file at all; on Windows it would not be one below the working directory
+        return Path(named)
     try:
         return cwd / Path(named).expanduser()
     except RuntimeError as error:  # "~somebody" who does not exist

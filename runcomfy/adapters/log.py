@@ -60,15 +60,20 @@ _UNMISTAKABLE: Final = 8
 # --- secrets ----------------------------------------------------------------------------------------------
 
 _PATTERNS: Final = (
-    (re.compile(r"(?i)\b(bearer)\s+[^\s\"',;]+"), r"\1 ***"),
-    (re.compile(r"(?i)\b(basic)\s+[a-z0-9+/=]{16,}"), r"\1 ***"),
-    (re.compile(r"(?i)\b(authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?)(?!bearer|basic)[^\s\"',;]+"), r"\1***"),
+    ("bearer", re.compile(r"(?i)\b(bearer)\s+[^\s\"',;]+"), r"\1 ***"),
+    ("basic", re.compile(r"(?i)\b(basic)\s+[a-z0-9+/=]{16,}"), r"\1 ***"),
+    (
+        "authorization",
+        re.compile(r"(?i)\b(authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?)(?!bearer|basic)[^\s\"',;]+"),
+        r"\1***",
+    ),
     # A machine's host name is all that is needed to use it. A label of the DNS has at most 63 characters.
-    (re.compile(r"(?i)[a-z0-9][a-z0-9_-]{0,62}?-comfyui\.(?=[a-z0-9])"), "***-comfyui."),
-    (re.compile(r"://[^/\s@]{1,200}@"), "://***@"),
-    (re.compile(r"(?i)([?&](?:access_|api_)?(?:token|key|sig|signature|password)=)[^&\s\"']+"), r"\1***"),
+    ("-comfyui.", re.compile(r"(?i)[a-z0-9][a-z0-9_-]{0,62}?-comfyui\.(?=[a-z0-9])"), "***-comfyui."),
+    ("://", re.compile(r"://[^/\s@]{1,200}@"), "://***@"),
+    ("=", re.compile(r"(?i)([?&](?:access_|api_)?(?:token|key|sig|signature|password)=)[^&\s\"']+"), r"\1***"),
 )
-_SECRET_KEY: Final = re.compile(r"(?i)token|secret|passw|authorization|api_?key|cookie|^user_?id$")
+"""What must occur in a text, in lower case, for the pattern to be worth a search; the pattern; what it becomes."""
+_SECRET_KEY: Final = re.compile(r"(?i)token|secret|passw|authorization|api[-_]?key|cookie|^user_?id$")
 
 
 class Redactor:
@@ -92,8 +97,10 @@ class Redactor:
         """Return the text without secrets."""
         if self._pattern is not None:
             text = self._pattern.sub("***", text)
-        for pattern, instead in _PATTERNS:
-            text = pattern.sub(instead, text)
+        lower = text.lower()
+        for needle, pattern, instead in _PATTERNS:
+            if needle in lower:
+                text = pattern.sub(instead, text)
         return text
 
 
