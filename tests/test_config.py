@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -196,6 +197,21 @@ def test_the_state_folder_is_the_one_that_is_named_else_the_checkouts(tmp_path: 
     assert state.path({}) == ROOT / "state"
     assert load({}).files.state_dir == str(ROOT / "state")
     assert load({"RUNCOMFY_STATE_DIR": "here"}, cwd=tmp_path).files.state_dir == str(tmp_path / "here")
+
+
+def test_installed_the_state_lies_in_the_users_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "site-packages" / "state" / "__init__.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_bytes(Path(state.__file__).read_bytes())
+    spec = importlib.util.spec_from_file_location("installed_state", installed)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    found = module.path({})
+    assert found.name == "runcomfy-orchestrator"
+    assert not found.is_relative_to(tmp_path / "site-packages")
 
 
 def test_copies_of_the_state_file_may_be_files_or_folders(tmp_path: Path) -> None:

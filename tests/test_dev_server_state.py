@@ -108,6 +108,19 @@ def test_conjure_can_build_the_state_with_its_own_six_arguments() -> None:
     assert (state.server_type, state.total_cost, state.last_health_check) == ("medium", 0.0, None)
 
 
+def test_it_lies_in_the_state_folder_unless_told_otherwise(tmp_path: Path) -> None:
+    assert DevServerStateManager().state_file_path == tmp_path / "state" / "dev_server_state.json"
+    assert DevServerStateManager(str(tmp_path / "x.json")).state_file_path == tmp_path / "x.json"
+
+
+def test_a_file_that_cannot_be_read_is_one_of_our_errors(path: Path) -> None:
+    path.mkdir(parents=True)
+    with pytest.raises(LocalError):
+        manager(path).load_server_state()
+    with pytest.raises(LocalError):
+        manager(path).clear_server_state()
+
+
 def test_without_a_server_there_is_nothing(path: Path) -> None:
     assert manager(path).load_server_state() is None
     assert not manager(path).has_active_server()
