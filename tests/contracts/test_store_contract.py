@@ -9,10 +9,7 @@ import pytest
 
 from runcomfy.adapters.stores.sql import SqlStore
 from runcomfy.testing.clock import LoopClock
-
-pytest.register_assert_rewrite("runcomfy.testing.contracts.store")
-
-from runcomfy.testing.contracts.store import StoreContract  # noqa: E402
+from runcomfy.testing.contracts.store import StoreContract
 
 
 class TestSqliteFile(StoreContract):

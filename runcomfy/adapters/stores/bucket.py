@@ -86,4 +86,11 @@ def _as_of(bucket: Bucket, now: datetime, *, tolerance: timedelta) -> Bucket:
     if bucket.seen_at is None or now >= bucket.seen_at:
         return replace(bucket, seen_at=now)
     behind = bucket.seen_at - now
-    return bucket if behind <= tolerance else bucket.moved(-behind)
+    if behind <= tolerance:
+        return bucket
+    moved, latest = bucket.moved(-behind), now + tolerance
+    return replace(
+        moved,
+        line_until=moved.line_until and min(moved.line_until, latest),
+        urgent_until=tuple(min(at, latest) for at in moved.urgent_until),
+    )
