@@ -1,7 +1,15 @@
 """Public door: workflows and what goes into them. It lives in `runcomfy.domain.workflow` and its neighbours."""
 
 from runcomfy.domain.binding import Applied, BoundWorkflow, Upload, bind, fit_seeds, into_range, parse_value
-from runcomfy.domain.preflight import FileToCheck, Problem, files_to_check, preflight, require_runnable
+from runcomfy.domain.preflight import (
+    FileToCheck,
+    ModelFile,
+    Problem,
+    files_to_check,
+    model_files,
+    preflight,
+    require_runnable,
+)
 from runcomfy.domain.sidecar import NamedInput, NamedOutput, NeededModel, NeededPack, SeedRange, Sidecar
 from runcomfy.domain.workflow import Link, Node, Workflow
 
@@ -10,6 +18,7 @@ __all__ = [
     "BoundWorkflow",
     "FileToCheck",
     "Link",
+    "ModelFile",
     "NamedInput",
     "NamedOutput",
     "NeededModel",
@@ -24,6 +33,7 @@ __all__ = [
     "files_to_check",
     "fit_seeds",
     "into_range",
+    "model_files",
     "parse_value",
     "preflight",
     "require_runnable",

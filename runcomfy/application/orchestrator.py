@@ -280,11 +280,11 @@ class RunComfyOrchestrator:
         info = await server.node_info(prepared.workflow.class_types)
         bound = fit_seeds(prepared.bound, info)
         run.seeds = bound.seeds
-        problems = preflight(bound.graph, info)
-        if any(p.class_type not in info for p in problems):
+        problems = preflight(bound.graph, info, uploads=bound.waiting)
+        if any(p.code == "unknown-class" for p in problems):
             # Only now is the whole list worth its price: it tells what an unknown class was meant to be.
             names = await server.class_names()
-            problems = preflight(bound.graph, {**{name: {} for name in names}, **info}) if names else problems
+            problems = preflight(bound.graph, info, uploads=bound.waiting, class_names=names)
         if problems:
             raise refused(problems)
         return bound

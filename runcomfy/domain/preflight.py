@@ -31,6 +31,7 @@ FOLDER_BY_INPUT: Final[Mapping[str, str]] = {
     "unet_name": "diffusion_models",
     "vae_name": "vae",
     "vae": "vae",
+    "controlnet_path": "xlabs/controlnets",
     "clip_name": "text_encoders",
     "clip_name1": "text_encoders",
     "clip_name2": "text_encoders",
@@ -49,10 +50,9 @@ FOLDER_BY_CLASS: Final[Mapping[str, str]] = {
     "PhotoMakerLoader": "photomaker",
     "AudioEncoderLoader": "audio_encoders",
     "ModelPatchLoader": "model_patches",
-    "LoadFluxControlNet": "xlabs/controlnets",
-    "PartPacker_Loader": "PartPacker",
+    "PartPacker_Loader.checkpoint": "PartPacker",
 }
-"""Where the input's name alone does not tell."""
+"""Where the input's name does not tell, or tells wrongly."""
 
 STALE_LISTS: Final = frozenset({("LoadLatent", "latent")})
 """Inputs whose class checks the file itself although nothing in the node list says so."""
@@ -82,6 +82,17 @@ class Problem:
     def as_dict(self) -> dict[str, str]:
         """Return the problem as it appears in `--json`."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model file that the graph names."""
+
+    node_id: str
+    input_name: str
+    file: str
+    folder: str
+    """Below the server's `models` folder; empty if it cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +130,16 @@ def files_to_check(
     check = _Check(graph, node_info, set(uploads), ())
     check.run()
     return check.files
+
+
+def model_files(graph: Mapping[str, Any]) -> list[ModelFile]:
+    """Return the model files that the graph names, as far as their names tell."""
+    return [
+        ModelFile(node_id, name, value, _folder(str(raw.get("class_type", "")), name))
+        for node_id, raw in graph.items()
+        for name, value in raw.get("inputs", {}).items()
+        if isinstance(value, str) and value.lower().endswith(MODEL_EXTENSIONS)
+    ]
 
 
 def require_runnable(problems: Sequence[Problem], *, where: str = "the server") -> None:
@@ -319,7 +340,7 @@ class _Check:
         meant = close_matches(value, names) if isinstance(value, str) else []
         did_you_mean = f"did you mean {' or '.join(foreign_text(name, 120) for name in meant)}? " if meant else ""
         if _is_model(value, names):
-            folder = FOLDER_BY_CLASS.get(self._class(node_id)) or FOLDER_BY_INPUT.get(spec.name)
+            folder = _folder(self._class(node_id), spec.name)
             where = f"models/{folder}" if folder else "the folder this node reads its models from"
             self._add(
                 node_id,
@@ -473,6 +494,11 @@ def _types_fit(received: Any, wanted: Any) -> bool:
         # A list of choices and a named type: text does not fit a choice. Two lists are for the server to compare.
         return bool(sides) is False or "COMBO" in sides[0]
     return bool(sides[0] & sides[1])
+
+
+def _folder(class_type: str, input_name: str) -> str:
+    by_class = FOLDER_BY_CLASS.get(f"{class_type}.{input_name}") or FOLDER_BY_CLASS.get(class_type)
+    return by_class or FOLDER_BY_INPUT.get(input_name, "")
 
 
 def _is_model(value: Any, choices: Sequence[str]) -> bool:

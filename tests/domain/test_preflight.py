@@ -15,7 +15,7 @@ import workflows
 from runcomfy.domain.binding import bind
 from runcomfy.domain.exceptions import BadInput, PreflightFailed
 from runcomfy.domain.job import JobRequest
-from runcomfy.domain.preflight import Problem, files_to_check, preflight, require_runnable
+from runcomfy.domain.preflight import Problem, files_to_check, model_files, preflight, require_runnable
 from runcomfy.domain.sidecar import Sidecar
 from runcomfy.domain.workflow import Workflow
 
@@ -260,6 +260,24 @@ def test_a_missing_model_is_named_with_the_folder_it_belongs_in(
     assert {f"{problem.node_id}.{problem.input_name}" for problem in problems} == places
     assert {problem.code for problem in problems} == {"missing-model"}
     assert folder in problems[0].hint
+
+
+def test_the_models_a_graph_names_are_listed_with_their_folders() -> None:
+    found = {
+        f"{model.node_id}.{model.input_name}": (model.file, model.folder) for model in model_files(shipped_graph())
+    }
+    assert found == {
+        "4.clip_name1": ("clip_l.safetensors", "text_encoders"),
+        "4.clip_name2": ("t5xxl_fp8_e4m3fn.safetensors", "text_encoders"),
+        "8.vae_name": ("ae.safetensors", "vae"),
+        "10.unet_name": ("flux1-dev-fp8.safetensors", "diffusion_models"),
+        "13.controlnet_path": ("flux-depth-controlnet-v3.safetensors", "xlabs/controlnets"),
+        "25.ckpt_name": ("depth_anything_vitl14.pth", "checkpoints"),
+        "30.checkpoint": ("flow.pt", "PartPacker"),
+        "30.vae": ("partpacker_vae.pt", "vae"),
+    }
+    vision = {"1": {"class_type": "CLIPVisionLoader", "inputs": {"clip_name": "v.safetensors"}}}
+    assert [model.folder for model in model_files(vision)] == ["clip_vision"]
 
 
 def test_a_missing_node_pack_is_named_node_by_node() -> None:
