@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from aiohttp import web
 
 from runcomfy.testing.emulators.runcomfy.faults import SPLASH
 from runcomfy.testing.emulators.runcomfy.machines import ComfyServer, EmulatedMachine, call, in_seconds
+
+_log = logging.getLogger("runcomfy.emulator")
 
 ComfyUIFactory = Callable[[EmulatedMachine], ComfyServer]
 """Makes the server of a machine."""
@@ -87,7 +90,14 @@ def spawn(machine: EmulatedMachine, work: Coroutine[Any, Any, None]) -> None:
     """Do something about the machine in a task of its own, which ends with the cloud at the latest."""
     task = asyncio.get_running_loop().create_task(work)
     machine.work.add(task)
-    task.add_done_callback(machine.work.discard)
+
+    def done(task: asyncio.Task[None]) -> None:
+        machine.work.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            machine.errors.append(error)
+            _log.error("emulated machine %s failed", machine.server_id, exc_info=error)
+
+    task.add_done_callback(done)
 
 
 async def _replace(machine: EmulatedMachine, make: ComfyUIFactory, host: str) -> None:

@@ -133,6 +133,8 @@ class EmulatedMachine:
     """The port that ComfyUI will take, when something else has it before."""
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     work: set[asyncio.Task[None]] = field(default_factory=set)
+    errors: list[BaseException] = field(default_factory=list)
+    """What went wrong in the emulator itself; `stop` raises it."""
 
     @property
     def bills(self) -> bool:

@@ -170,7 +170,10 @@ class RunComfyEmulator:
         return self.url
 
     async def stop(self) -> None:
-        """End everything: machines, their ComfyUI, the API. Harmless when repeated."""
+        """End everything: machines, their ComfyUI, the API. Harmless when repeated.
+
+        Raises what went wrong in the emulator itself, if anything did.
+        """
         self._closing.set()
         for machine in self.machines.values():
             machine.cancel_timers()
@@ -184,6 +187,11 @@ class RunComfyEmulator:
         if self._own_folder is not None:
             self._own_folder.cleanup()
             self._own_folder = None
+        errors = [error for machine in self.machines.values() for error in machine.errors]
+        for machine in self.machines.values():
+            machine.errors.clear()
+        if errors:
+            raise errors[0]
 
     async def __aenter__(self) -> RunComfyEmulator:
         await self.start()
