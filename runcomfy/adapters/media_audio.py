@@ -125,8 +125,8 @@ def _table(polynomial: int, bits: int) -> list[int]:
     for byte in range(256):
         value = byte << (bits - 8)
         for _ in range(8):
-            value = (value << 1 ^ polynomial) if value >> (bits - 1) else value << 1
-        made.append(value & ((1 << bits) - 1))
+            value = value << 1 ^ (polynomial if value >> (bits - 1) & 1 else 0)
+        made.append(value & (1 << bits) - 1)
     return made
 
 

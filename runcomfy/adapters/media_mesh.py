@@ -389,14 +389,22 @@ def check_ply(source: Source) -> Mapping[str, Any]:
             current = int(words[2])
             counts[words[1][:40]] = current
         elif words[:1] == ["property"] and len(words) >= 3:
-            # A list takes at least its own count; a number in text at least one digit and a space.
-            size = _PLY_SIZES.get(words[1], 1) if words[1] != "list" else _PLY_SIZES.get(words[2], 1)
-            least += current * (size if binary else 2)
+            least += current * _ply_least(words[1:], binary=binary)
     if not counts.get("vertex"):
         raise Corrupt("it holds no vertices")
     if source.size < len(text) + len(end) + least:
         raise Corrupt("it is cut off: it is shorter than what its header counts")
     return {"vertices": counts["vertex"]} | ({"triangles": counts["face"]} if counts.get("face") else {})
+
+
+def _ply_least(words: list[str], *, binary: bool) -> int:
+    """Return the fewest bytes that one property can take: a number in text is at least a digit and a space."""
+    if words[0] != "list":
+        return _PLY_SIZES.get(words[0], 1) if binary else 2
+    corners = 3 if words[-1] in {"vertex_indices", "vertex_index"} else 0
+    if not binary:
+        return 2 + 2 * corners
+    return _PLY_SIZES.get(words[1], 1) + corners * (_PLY_SIZES.get(words[2], 1) if len(words) > 2 else 1)
 
 
 # --- text: OBJ and STL -------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ANIMATION_PIXELS: Final = 400_000_000
 """How many pixels of an animation are decoded, all frames together: some seconds. Later frames are checked by
 structure only, and the details say how many were decoded."""
+JPEG_FULL_PIXELS: Final = 32_000_000
+"""Larger JPEG pictures are read in full and decoded at an eighth of their size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,8 +359,11 @@ def decode(file: BinaryIO, header: Header) -> dict[str, Any]:
         with Images.open(file, formats=[header.format]) as picture:
             if picture.size != (header.width, header.height):
                 raise Corrupt("its header contradicts itself")
-            picture.load()
             mode = picture.mode
+            if header.format == "JPEG" and header.pixels > JPEG_FULL_PIXELS:
+                # Reads every byte of pixel data, and keeps one pixel of 64: a cut is seen, the memory is not needed.
+                picture.draft(mode, (1, 1))
+            picture.load()
             frames = 1
             most = max(1, ANIMATION_PIXELS // header.pixels)
             while frames < min(header.frames, most):

@@ -128,7 +128,8 @@ class _Mp4:
         total = size * count if size else sum(sum(values) for values in self._table(start, stop, count, "I"))
         if total > self._source.size:
             raise Corrupt("it is cut off: its samples are longer than the file")
-        self.details["samples"] = max(count, self.details.get("samples", 0))
+        if count:
+            self.details["samples"] = max(count, self.details.get("samples", 0))
 
     def _offsets(self, start: int, stop: int, count: int, code: str) -> None:
         for values in self._table(start, stop, count, code):
