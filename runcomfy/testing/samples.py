@@ -163,9 +163,9 @@ def webm(*, track: int = 1, blocks: int = 3, live: bool = False) -> bytes:
         element(b"\x44\x89", struct.pack(">d", 1500.0)),
     )
     shape = element(b"\xe0", element(b"\xb0", b"\x40"), element(b"\xba", b"\x30"))
-    tracks = element(
-        b"\x16\x54\xae\x6b", element(b"\xae", element(b"\xd7", b"\1"), element(b"\x83", bytes([track])), shape)
-    )
+    codec = element(b"\x86", b"V_VP8" if track == 1 else b"A_OPUS")
+    entry = [element(b"\xd7", b"\1"), element(b"\x73\xc5", b"\1"), element(b"\x83", bytes([track])), codec]
+    tracks = element(b"\x16\x54\xae\x6b", element(b"\xae", *entry, *([shape] if track == 1 else [])))
     body = [element(b"\xa3", b"\x81\0\0\x80", b"\x55" * 20) for _ in range(blocks)]
     cluster = element(b"\x1f\x43\xb6\x75", element(b"\xe7", b"\0"), *body, open_end=live)
     return head + element(b"\x18\x53\x80\x67", info, tracks, cluster, open_end=live)
