@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import shutil
 import sqlite3
-import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
-import psutil
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
@@ -28,7 +25,6 @@ from sqlalchemy import Table, create_engine
 
 from runcomfy.adapters.stores import migrate, tables
 from runcomfy.adapters.stores.sql import SqlStore
-from runcomfy.adapters.stores.sqlite import kind_of, network_file_system
 from runcomfy.domain.exceptions import (
     DiskFull,
     LeaseLost,
@@ -350,6 +346,21 @@ async def test_a_value_of_the_wrong_kind_is_the_callers_mistake(store: SqlStore)
     assert await store.machine(machine.id) == machine
 
 
+async def test_a_change_and_its_story_are_one_transaction(store: SqlStore, path: Path) -> None:
+    machine = await ready(store)
+    with somebody_else(path) as connection:
+        connection.execute(
+            "CREATE TRIGGER broken BEFORE INSERT ON machine_transitions BEGIN SELECT RAISE(ABORT, 'not today'); END"
+        )
+    with pytest.raises(LocalError, match="not today"):
+        await store.record(machine.id, MachineEvent.SILENT, at=NOW, by=ALICE)
+    assert await store.machine(machine.id) == machine
+    other = a_machine()
+    with pytest.raises(LocalError, match="not today"):
+        await store.add_machine(other, at=NOW)
+    assert await store.machine(other.id) is None
+
+
 async def test_what_happened_cannot_be_rewritten(store: SqlStore, path: Path) -> None:
     machine = await ready(store)
     await store.post([an_entry(machine)])
@@ -418,89 +429,6 @@ async def test_opening_waits_for_a_lock_only_so_long(path: Path) -> None:
         with pytest.raises(StoreUnavailable, match="locked"):
             await a_store(path).open()
     assert (await filled(path)).state is MachineState.READY
-
-
-def test_network_file_systems_are_told_from_local_ones() -> None:
-    mounts = [
-        ("/", "ext4", "rw"),
-        ("/mnt/data", "nfs4", "rw"),
-        ("/mnt/data/ssd", "xfs", "rw"),
-        ("/z", "ntfs", "rw,remote"),
-    ]
-    assert kind_of(Path("/home/me"), mounts) is None
-    assert kind_of(Path("/mnt/data/state"), mounts) == "nfs4"
-    assert kind_of(Path("/mnt/data/ssd/state"), mounts) is None
-    assert kind_of(Path("/mnt/database"), mounts) is None
-    assert kind_of(Path("/z/state"), mounts) == "a network drive"
-    assert kind_of(Path("/home"), []) is None
-    assert kind_of(Path("/home"), [*mounts, ("/", "CIFS", "")]) == "cifs"
-
-
-def test_the_temporary_folder_of_tests_is_on_a_local_disk(tmp_path: Path) -> None:
-    assert network_file_system(tmp_path) is None
-
-
-async def test_a_network_file_system_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = psutil.disk_partitions(all=True)[0]._replace(mountpoint=str(path.parents[1].resolve()), fstype="nfs4")
-    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [part])  # noqa: A006 - psutil's name
-    with pytest.raises(StoreUnavailable, match="nfs4") as caught:
-        await a_store(path).open()
-    assert "RUNCOMFY_STATE_DIR" in caught.value.hint
-    assert not path.exists()
-
-
-# -- rights ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_umask() -> Iterator[None]:
-    before = os.umask(0)
-    yield
-    os.umask(before)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows gives rights by list, not by bits")
-@pytest.mark.usefixtures("no_umask")
-async def test_nobody_else_can_read_what_is_made(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "runcomfy.sqlite3"
-    async with SqlStore(path, clock=LoopClock()) as store:
-        await ready(store)
-        made = {item.name: stat.S_IMODE(item.stat().st_mode) for item in path.parent.iterdir()}
-    assert {f"{path.name}{end}" for end in ("", "-wal", "-shm")} <= set(made)
-    assert set(made.values()) == {0o600}
-    assert [stat.S_IMODE(folder.stat().st_mode) for folder in path.parents[:2]] == [0o700, 0o700]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows gives rights by list, not by bits")
-async def test_a_file_that_others_could_read_is_closed_to_them(path: Path) -> None:
-    machine = await filled(path)
-    path.chmod(0o644)
-    async with a_store(path) as store:
-        assert await store.machine(machine.id) == machine
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-@pytest.mark.skipif(os.name == "nt", reason="making links needs a right there")
-@pytest.mark.parametrize("name", ["", ".lock"])
-async def test_a_link_in_the_databases_place_is_not_followed(path: Path, tmp_path: Path, name: str) -> None:
-    path.parent.mkdir()
-    target = tmp_path / "target"
-    target.touch()
-    path.with_name(path.name + name).symlink_to(target)
-    with pytest.raises(StoreUnavailable):
-        await a_store(path).open()
-    assert target.read_bytes() == b""
-
-
-@pytest.mark.parametrize("kind", ["a file where the folder belongs", "a folder where the file belongs"])
-async def test_odd_places_are_named(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "state" / "runcomfy.sqlite3"
-    if kind.startswith("a file"):
-        path.parent.touch()
-    else:
-        path.mkdir(parents=True)
-    with pytest.raises(StoreUnavailable, match=r"runcomfy\.sqlite3"):
-        await a_store(path).open()
 
 
 # -- two stores, and the machine in memory -----------------------------------------------------------------------

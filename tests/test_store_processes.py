@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ import pytest
 from runcomfy.adapters.stores.sql import SqlStore
 from runcomfy.domain.machine import Machine, MachineState
 from runcomfy.testing.clock import LoopClock
-from runcomfy.testing.contracts.store import ready
+from runcomfy.testing.contracts.store import NOW, ready
 
 
 @pytest.fixture
@@ -94,6 +95,31 @@ async def test_four_processes_that_start_at_once_share_one_new_database(path: Pa
         assert len(await store.machines(provider="runcomfy", account="shared")) == 4
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT count(*) FROM upgrades").fetchone() == (1,)
+
+
+@pytest.mark.processes
+async def test_four_processes_that_write_about_one_machine_lose_nothing(path: Path) -> None:
+    machine = await filled(path)
+    body = "\n    ".join(
+        [
+            "for number in range(25):",
+            f"    await store.change('{machine.id}', at=words.NOW, by=str(os.getpid()), note=str(number))",
+            "    await store.reserve_request('a', now=words.NOW, per_second=1, burst=5, reserve=2, urgent=False)",
+        ]
+    )
+    processes = [a_process(path, body) for _ in range(4)]
+    let_go(processes)
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    async with a_store(path) as store:
+        story = await store.story(machine.id)
+        assert [step.number for step in story] == list(range(1, 104))
+        for process in processes:
+            mine = [step.note for step in story if step.by == str(process.pid)]
+            assert mine == [str(number) for number in range(25)]
+        wait = await store.reserve_request("a", now=NOW, per_second=1, burst=5, reserve=2, urgent=False)
+        assert wait == timedelta(seconds=100 + 1 - 3)
 
 
 @pytest.mark.processes
