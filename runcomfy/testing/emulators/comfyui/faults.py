@@ -24,7 +24,7 @@ class SocketFault:
 
     Attributes:
         refuse: answer the handshake with this status.
-        silent: half-open: accepted, then no frame, no pong, no close.
+        silent_after: half-open: after that many frames no more, and no pong, no close either.
         abort_after: end the connection without a close frame after that many frames.
         duplicate: every frame twice.
         reorder: frames swap places in pairs.
@@ -33,7 +33,7 @@ class SocketFault:
     """
 
     refuse: int | None = None
-    silent: bool = False
+    silent_after: int | None = None
     abort_after: int | None = None
     duplicate: bool = False
     reorder: bool = False
@@ -86,6 +86,17 @@ class PromptFault:
     no_outputs: bool = False
 
 
+PROXY_PAGE = (
+    b"<!doctype html><html><head><title>502 Bad Gateway</title></head>"
+    b"<body><h1>502 Bad Gateway</h1><p>nginx</p></body></html>"
+)
+
+MALFORMED_JSON = b'{"queue_running": [[0, "half'
+INVALID_UTF8 = b'{"error": "\xff\xfe\xc3\x28"}'
+NOT_A_NUMBER = b'{"value": NaN, "max": Infinity}'
+DEEP_NESTING = b"[" * 5_000_000 + b"]" * 5_000_000
+"""10 MB that a recursive parser does not survive."""
+
 Corruption = Callable[[bytes, int], bytes]
 """Changes a body; the second argument counts the reads of that path through this fault, from 1."""
 
@@ -127,6 +138,61 @@ class Fault:
     redirect: str | None = None
     twice: bool = False
     keep: int | None = None
+
+    @classmethod
+    def page(cls, status: int = 200) -> Fault:
+        """A proxy's page in HTML instead of the answer; nothing is done."""
+        return cls(work=False, status=status, body=PROXY_PAGE)
+
+    @classmethod
+    def error(cls, status: int, *, work: bool = False, body: bytes = b"") -> Fault:
+        """An error status; with `work` although the server did what was asked."""
+        return cls(work=work, status=status, body=body, content_type="text/plain; charset=utf-8")
+
+    @classmethod
+    def lost(cls, *, work: bool = True) -> Fault:
+        """The connection is reset instead of an answer."""
+        return cls(work=work, reply="lost")
+
+    @classmethod
+    def never(cls, *, work: bool = True) -> Fault:
+        """No answer, and no end."""
+        return cls(work=work, reply="never")
+
+    @classmethod
+    def late(cls, seconds: float) -> Fault:
+        """A good answer, later."""
+        return cls(delay=seconds)
+
+    @classmethod
+    def cut(cls, after: int) -> Fault:
+        """The body ends after that many bytes, and the connection with it."""
+        return cls(truncate=after)
+
+    @classmethod
+    def slow(cls, bytes_per_second: float) -> Fault:
+        """A body in drops."""
+        return cls(rate=bytes_per_second)
+
+    @classmethod
+    def flood(cls) -> Fault:
+        """A body that never ends."""
+        return cls(work=False, endless=True)
+
+    @classmethod
+    def corrupted(cls, how: Corruption) -> Fault:
+        """The body, changed; see `corruption`."""
+        return cls(corrupt=how)
+
+    @classmethod
+    def redirected(cls, location: str = "self") -> Fault:
+        """A redirect to elsewhere, or in a loop."""
+        return cls(work=False, redirect=location)
+
+    @classmethod
+    def saying(cls, body: bytes, content_type: str = "application/json; charset=utf-8", *, work: bool = True) -> Fault:
+        """Any body instead of the real one, as if it were good."""
+        return cls(work=work, body=body, content_type=content_type)
 
 
 @dataclass(slots=True)

@@ -237,21 +237,27 @@ def _locate(request: web.Request) -> Path | web.Response:
 def _plain(request: web.Request, path: Path) -> web.StreamResponse:
     guarded = process_of(request).capabilities.guarded_downloads
     kind = content_type(path.name)
-    headers = {"Content-Disposition": f'filename="{path.name}"'}
+    headers = {"Content-Disposition": _disposition(path)}
     if guarded:
         headers["X-Content-Type-Options"] = "nosniff"
+        if kind in ACTIVE_TYPES:
+            headers |= {"Vary": "Sec-Fetch-Dest", "Cache-Control": "no-store"}
         shown_as_picture = kind == "image/svg+xml" and request.headers.get("Sec-Fetch-Dest") == "image"
         if kind in ACTIVE_TYPES and not shown_as_picture:
             kind = "application/octet-stream"
-            headers["Content-Disposition"] = f'attachment; filename="{path.name}"'
-            headers["Cache-Control"] = "no-store"
+            headers["Content-Disposition"] = f"attachment; {headers['Content-Disposition']}"
     headers["Content-Type"] = kind
     return web.FileResponse(path, headers=headers)
 
 
+def _disposition(path: Path) -> str:
+    name = path.name.replace("\\", "\\\\").replace('"', '\\"')
+    return f'filename="{name}"'
+
+
 async def _picture(path: Path, make: Any, *arguments: str) -> web.Response:
     body, kind = await asyncio.get_running_loop().run_in_executor(None, make, path, *arguments)
-    headers = {"Content-Disposition": f'filename="{path.name}"'}
+    headers = {"Content-Disposition": _disposition(path)}
     return web.Response(body=body, content_type=kind, headers=headers)
 
 

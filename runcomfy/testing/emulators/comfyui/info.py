@@ -69,6 +69,7 @@ async def system_stats(request: web.Request) -> web.Response:
             {"name": "comfyui-frontend-package", "installed": "1.49.6", "required": "1.49.6"},
             {"name": "comfyui-workflow-templates", "installed": "0.11.44", "required": "0.11.44"},
         ]
+        system["deploy_environment"] = "emulated"
     system["python_version"] = platform.python_version()
     system["pytorch_version"] = "0.0.0+emulated"
     system["embedded_python"] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
@@ -27,8 +28,7 @@ class BadQuery(web.HTTPBadRequest):
     """A 400 with the jobs API's own body."""
 
     def __init__(self, text: str) -> None:
-        body = web.json_response({"error": text})
-        super().__init__(body=body.body, content_type="application/json")
+        super().__init__(text=json.dumps({"error": text}), content_type="application/json")
 
 
 def _is_3d(name: object) -> bool:

@@ -17,6 +17,10 @@ FAULT = "runcomfy.fault"
 """Request key of the fault this call was given."""
 
 
+class OutsideFolder(Exception):
+    """A path leaves the folder it belongs to: 403, empty."""
+
+
 def process_of(request: web.Request) -> ServerProcess:
     """The server process that answers."""
     return request.app[PROCESS]

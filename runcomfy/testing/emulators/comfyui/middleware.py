@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 from yarl import URL
 
-from runcomfy.testing.emulators.comfyui.keys import FAULT, Handler
+from runcomfy.testing.emulators.comfyui.keys import FAULT, Handler, OutsideFolder
 from runcomfy.testing.emulators.comfyui.misbehave import misbehave
 from runcomfy.testing.emulators.comfyui.process import ServerProcess
 
@@ -77,6 +77,8 @@ def make_middlewares(process: ServerProcess, requests: list[RequestRecord]) -> l
             return await handler(request)
         except web.HTTPException:
             raise
+        except OutsideFolder:
+            return web.Response(status=403)
         except Exception:  # noqa: BLE001 - whatever a handler did not expect is a plain 500, as in aiohttp
             return plain_500()
 

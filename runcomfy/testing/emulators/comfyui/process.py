@@ -95,6 +95,7 @@ class ServerProcess:
             current_node=self._current_node,
             features=self.features if self.capabilities.modern_progress else None,
             awake=self.awake,
+            over=self.over,
         )
         self._worker: asyncio.Task[None] | None = None
         self._publisher: asyncio.Task[None] | None = None

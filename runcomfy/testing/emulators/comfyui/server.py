@@ -213,7 +213,7 @@ class ComfyUIEmulator:
             self.folders.input,
             self.folders.output,
             self.folders.temp,
-            self.folders.user,
+            self.folders.user / "default",
             self.folders.models,
         ):
             folder.mkdir(parents=True, exist_ok=True)

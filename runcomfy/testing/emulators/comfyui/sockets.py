@@ -41,6 +41,11 @@ class ClientSocket:
     held: Frame | None = None
     features: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def silent(self) -> bool:
+        """Whether the server has given up on it without saying so."""
+        return self.fault.silent_after is not None and self.sent >= self.fault.silent_after
+
     def abort(self) -> None:
         """End the connection without a close frame (1006 at the other side)."""
         if self.request.transport is not None:
@@ -57,6 +62,7 @@ class SocketHub:
         current_node: Callable[[str], str | None],
         features: Callable[[], dict[str, Any]] | None,
         awake: Callable[[], Awaitable[object]],
+        over: asyncio.Event,
     ) -> None:
         self.sockets: dict[str, ClientSocket] = {}
         """By client id: the socket that gets its messages, which is not every socket that is open."""
@@ -65,6 +71,7 @@ class SocketHub:
         self._current_node = current_node
         self._features = features
         self._awake = awake
+        self._over = over
         self._frames: asyncio.Queue[Frame] = asyncio.Queue()
 
     def send(self, event: str, data: Any, sid: Any) -> None:
@@ -98,7 +105,7 @@ class SocketHub:
 
     async def _deliver(self, socket: ClientSocket, frame: Frame) -> None:
         for one in socket.fault.frames(socket, frame):
-            if socket.fault.silent:
+            if socket.silent:
                 continue
             if socket.fault.abort_after is not None and socket.sent >= socket.fault.abort_after:
                 socket.abort()
@@ -153,9 +160,9 @@ class SocketHub:
             await self._awake()
             if message.type in (WSMsgType.CLOSED, WSMsgType.ERROR):
                 return
-            if socket.fault.silent:
+            if socket.silent:
                 if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING):
-                    return
+                    await self._over.wait()
                 continue
             if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING):
                 await socket.ws.close()

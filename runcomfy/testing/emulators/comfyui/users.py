@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
-from runcomfy.testing.emulators.comfyui.keys import process_of
+from runcomfy.testing.emulators.comfyui.keys import OutsideFolder, process_of
 from runcomfy.testing.emulators.comfyui.process import ServerProcess
 
 routes = web.RouteTableDef()
@@ -115,25 +115,22 @@ async def post_setting(request: web.Request) -> web.Response:
 
 
 def _user_path(request: web.Request, name: str) -> Path:
-    """A path below the user's folder. Raises HTTPForbidden for one outside."""
+    """A path below the user's folder. Raises OutsideFolder for one outside."""
     home = _home(request).resolve()
     path = Path(os.path.abspath(home / unquote(name)))  # noqa: PTH100 - textually, as the real server
     if not path.is_relative_to(home):
-        raise web.HTTPForbidden(text="", content_type="application/octet-stream")
+        raise OutsideFolder(name)
     return path
 
 
 @routes.get("/userdata")
 async def list_userdata(request: web.Request) -> web.Response:
     """Files of a folder."""
-    home = _home(request)
+    _user(request)
     if not (folder := request.query.get("dir")):
         return web.Response(status=400, text="Directory not provided")
     root = _user_path(request, folder)
-    if not root.is_relative_to(home.resolve()):
-        return web.Response(status=403)
-    if not root.is_dir():
-        return web.Response(status=404)
+    root.mkdir(parents=True, exist_ok=True)
     found = root.rglob("*") if request.query.get("recurse", "").lower() == "true" else root.glob("*")
     return web.json_response(sorted(path.relative_to(root).as_posix() for path in found if path.is_file()))
 
