@@ -497,6 +497,8 @@ def _types_fit(received: Any, wanted: Any) -> bool:
 
 
 def _folder(class_type: str, input_name: str) -> str:
+    if class_type.endswith("Preprocessor"):
+        return ""  # these fetch their models themselves, into a folder of their own
     by_class = FOLDER_BY_CLASS.get(f"{class_type}.{input_name}") or FOLDER_BY_CLASS.get(class_type)
     return by_class or FOLDER_BY_INPUT.get(input_name, "")
 

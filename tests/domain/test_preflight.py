@@ -272,7 +272,7 @@ def test_the_models_a_graph_names_are_listed_with_their_folders() -> None:
         "8.vae_name": ("ae.safetensors", "vae"),
         "10.unet_name": ("flux1-dev-fp8.safetensors", "diffusion_models"),
         "13.controlnet_path": ("flux-depth-controlnet-v3.safetensors", "xlabs/controlnets"),
-        "25.ckpt_name": ("depth_anything_vitl14.pth", "checkpoints"),
+        "25.ckpt_name": ("depth_anything_vitl14.pth", ""),
         "30.checkpoint": ("flow.pt", "PartPacker"),
         "30.vae": ("partpacker_vae.pt", "vae"),
     }
