@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["runcomfy.testing.plugin"]
+
 # The contract suites ship with the package; their asserts are to explain themselves like those in this folder.
 pytest.register_assert_rewrite("runcomfy.testing.contracts")
 

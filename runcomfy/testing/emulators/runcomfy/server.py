@@ -159,12 +159,18 @@ class RunComfyEmulator:
     # --- life ---------------------------------------------------------------------------------------------
 
     async def start(self) -> str:
-        """Listen, and return the base address."""
-        self._runner = web.ServerRunner(web.Server(self._serve, access_log=None), shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self._port)
-        await site.start()
-        self._port = self._runner.addresses[0][1]
+        """Listen, and return the base address. Harmless when repeated. Raises OSError if the port is taken."""
+        if self._runner is not None:
+            return self.url
+        runner = web.ServerRunner(web.Server(self._serve, access_log=None), shutdown_timeout=0.1)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, self._host, self._port).start()
+        except OSError:
+            await runner.cleanup()
+            raise
+        self._runner = runner
+        self._port = runner.addresses[0][1]
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"http://{host}:{self._port}"
         return self.url

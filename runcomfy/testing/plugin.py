@@ -1,0 +1,65 @@
+"""
+Fixtures for tests against the emulators: an emulated cloud that fails a test which leaves a machine on.
+
+Load it with `pytest_plugins = ["runcomfy.testing.plugin"]`. Times are the running loop's, so that the fixtures work
+under virtual time (looptime) as well as in real time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from runcomfy.domain.secret import Secret
+from runcomfy.domain.settings import CloudSettings
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marker that shapes the `cloud` fixture."""
+    config.addinivalue_line(
+        "markers", "cloud(**options): the arguments of RunComfyEmulator for this test's `cloud` fixture"
+    )
+
+
+@pytest.fixture
+def clock() -> LoopClock:
+    """The time of the test's story: a fixed start plus the loop's time. The emulated cloud has the same."""
+    return LoopClock()
+
+
+@pytest_asyncio.fixture
+async def _listening_cloud(request: pytest.FixtureRequest, clock: LoopClock) -> AsyncIterator[RunComfyEmulator]:
+    options: dict[str, Any] = {"now": clock.now}
+    for marker in reversed(list(request.node.iter_markers("cloud"))):
+        options.update(marker.kwargs)
+    async with RunComfyEmulator(**options) as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def cloud(_listening_cloud: RunComfyEmulator) -> Iterator[RunComfyEmulator]:
+    """An emulated cloud with machines that boot in 180 s; at the end nothing may bill.
+
+    `@pytest.mark.cloud(comfyui=False, boot_time=60)` passes arguments to `RunComfyEmulator`.
+    """
+    yield _listening_cloud
+    # Looked at before the loop runs again: under virtual time, anything planned would happen at once then.
+    if _listening_cloud.billing:
+        pytest.fail(f"machines were left on: {', '.join(_listening_cloud.billing)}")
+
+
+@pytest.fixture
+def cloud_settings(cloud: RunComfyEmulator) -> CloudSettings:
+    """Settings that point at the emulated cloud."""
+    tokens = [cloud.token] if cloud.second_token is None else [cloud.token, cloud.second_token]
+    return CloudSettings(
+        base_url=cloud.url,
+        user_id=cloud.user_id,
+        tokens=tuple(Secret(token) for token in tokens),
+        workflow_version_id=str(cloud.workflows[0]["version_id"]),
+    )
