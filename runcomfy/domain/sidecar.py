@@ -134,7 +134,7 @@ class Sidecar:
         shown = f"the sidecar of {name}" if name else "the sidecar"
         try:
             text = toml_text if isinstance(toml_text, str) else toml_text.decode("utf-8-sig")
-            raw = tomllib.loads(text)
+            raw = tomllib.loads(text.removeprefix("\ufeff"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise WorkflowInvalid(
                 f"{shown} is not TOML: {foreign_text(error)}", hint="correct the .toml file beside the workflow"

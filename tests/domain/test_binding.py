@@ -189,6 +189,20 @@ GUIDER = {
 }
 
 
+THROUGH_A_CHAIN = {
+    "1": node("StringTrim", string="words", mode="both"),
+    "2": node("StringPass", string=["1", 0]),
+    "3": node("CLIPTextEncode", text=["2", 0]),
+    "4": node("KSampler", positive=["3", 0]),
+}
+
+CONDITIONING_ONLY = {
+    "1": node("TextEncodeQwenImageEdit", prompt="old"),
+    "2": node("CLIPTextEncode", text="not reached"),
+    "3": node("VendorPipe", conditioning=["1", 0], neg_conditioning=["2", 0]),
+}
+
+
 @pytest.mark.parametrize(
     ("graph", "places"),
     [
@@ -198,6 +212,8 @@ GUIDER = {
         ({"1": node("CLIPTextEncode", text=""), "2": node("SaveText", text="")}, ["1.text"]),
         ({"1": node("PrimitiveString", value=""), "2": node("SaveText", text=["1", 0])}, ["1.value"]),
         (shipped("generate_flux_mesh")[0].graph, ["34.clip_l", "34.t5xxl"]),
+        (THROUGH_A_CHAIN, ["1.string"]),
+        (CONDITIONING_ONLY, ["1.prompt"]),
     ],
 )
 def test_a_prompt_finds_the_text_that_feeds_the_sampler(graph: dict[str, Any], places: list[str]) -> None:
@@ -215,8 +231,14 @@ def test_a_prompt_with_two_homes_or_none_is_an_error_that_says_how_to_go_on() ->
     refiner = {**SDXL, "16": node("CLIPTextEncode", text=""), "13": node("KSampler", positive=["16", 0])}
     with pytest.raises(TargetAmbiguous):
         plain(refiner, prompt="x")
-    with pytest.raises(TargetUnknown, match="--prompt has nowhere to go"):
-        plain({"1": node("LoadImage", image="a")}, prompt="x")
+    forked = {
+        "1": node("StringConcatenate", string_a="a", string_b="b"),
+        "2": node("CLIPTextEncode", text=["1", 0]),
+        "3": node("KSampler", positive=["2", 0]),
+    }
+    for graph in ({"1": node("LoadImage", image="a")}, forked):
+        with pytest.raises(TargetUnknown, match="--prompt has nowhere to go"):
+            plain(graph, prompt="x")
 
 
 @pytest.mark.parametrize(

@@ -409,6 +409,24 @@ def test_rows_of_inputs_need_their_first_ones() -> None:
     assert judged(image0=["1", 0], image1=["1", 3]) == {"images.image1: bad-link"}
 
 
+def test_slots_that_bring_inputs_of_their_own_bring_them_only_when_used() -> None:
+    slot = ["COMFY_DYNAMICSLOT_V3", {"slotType": "IMAGE", "inputs": {"required": {"strength": ["FLOAT", {"max": 1}]}}}]
+    names = [
+        "COMFY_AUTOGROW_V3",
+        {"template": {"input": {"required": {"v": ["INT", {}]}}, "names": ["a", "b"], "min": 1}},
+    ]
+    info = {"N": entry([], output_node=True, extra=slot, values=names)}
+
+    def judged(**inputs: Any) -> set[str]:
+        graph = {"1": {"class_type": "N", "inputs": {name.replace("__", "."): v for name, v in inputs.items()}}}
+        return {f"{problem.input_name}: {problem.code}" for problem in preflight(graph, info)}
+
+    assert judged(values__a=1) == set()
+    assert judged(values__a=1, extra="x") == {"extra.strength: input-missing"}
+    assert judged(values__a=1, extra="x", extra__strength=2) == {"extra.strength: value-too-large"}
+    assert judged(values__b="no") == {"values.a: input-missing", "values.b: value-unreadable"}
+
+
 def test_only_what_an_output_node_needs_is_judged() -> None:
     bad = {"class_type": "EmptyImage", "inputs": {}}
     good = {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}}
