@@ -67,7 +67,6 @@ def test_a_pid_that_was_given_out_again_is_somebody_else(me: Owner, seconds: flo
 
 
 @pytest.mark.processes
-@pytest.mark.fault(64)
 def test_a_process_lives_while_it_is_stopped_and_dies_when_it_is_killed(
     me: Owner, child: subprocess.Popen[str]
 ) -> None:

@@ -4,17 +4,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sqlite3
 import stat
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
+from sqlalchemy.exc import SQLAlchemyError, StatementError
 
+from runcomfy.adapters.stores.errors import local_error
 from runcomfy.adapters.stores.sql import SqlStore
-from runcomfy.adapters.stores.sqlite import kind_of, network_file_system
-from runcomfy.domain.exceptions import StoreUnavailable
+from runcomfy.adapters.stores.sqlite import SqliteFile, kind_of, network_file_system
+from runcomfy.domain.exceptions import DiskFull, LocalError, StoreCorrupt, StoreTooNew, StoreUnavailable
 from runcomfy.domain.machine import Machine
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.contracts.store import ready
@@ -113,3 +118,50 @@ async def test_odd_places_are_named(tmp_path: Path, kind: str) -> None:
         path.mkdir(parents=True)
     with pytest.raises(StoreUnavailable, match=r"runcomfy\.sqlite3"):
         await a_store(path).open()
+
+
+@pytest.mark.fault(55)
+async def test_opening_waits_only_so_long_for_another_that_opens(path: Path) -> None:
+    patience = timedelta(seconds=0.1)
+    with SqliteFile(path, durable=False, busy_timeout=patience).opening():
+        with pytest.raises(StoreUnavailable, match="locked"):
+            await SqlStore(path, clock=LoopClock(), busy_timeout=patience).open()
+    assert (await filled(path)).id
+
+
+def of_sqlite(code: int, text: str) -> sqlite3.Error:
+    error = sqlite3.OperationalError(text)
+    error.sqlite_errorcode = code
+    return error
+
+
+@pytest.mark.fault(54)
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFull),
+        (of_sqlite(sqlite3.SQLITE_FULL, "database or disk is full"), DiskFull),
+        (of_sqlite(sqlite3.SQLITE_IOERR_FSYNC, "disk I/O error"), DiskFull),
+        (of_sqlite(sqlite3.SQLITE_IOERR_WRITE, "disk I/O error"), DiskFull),
+        (of_sqlite(sqlite3.SQLITE_IOERR_READ, "disk I/O error"), StoreUnavailable),
+        (OSError(errno.EMFILE, "Too many open files"), StoreUnavailable),
+        (OSError(errno.EACCES, "Permission denied"), StoreUnavailable),
+        (of_sqlite(sqlite3.SQLITE_CANTOPEN, "unable to open database file"), StoreUnavailable),
+        (of_sqlite(sqlite3.SQLITE_READONLY, "attempt to write a readonly database"), StoreUnavailable),
+        (of_sqlite(sqlite3.SQLITE_NOMEM, "out of memory"), StoreUnavailable),
+        (of_sqlite(sqlite3.SQLITE_CORRUPT, "database disk image is malformed"), StoreCorrupt),
+        (sqlite3.OperationalError("no such table: machines"), StoreCorrupt),
+        (StoreTooNew("newer"), StoreTooNew),
+        (SQLAlchemyError("something\x1b[31m new"), StoreUnavailable),
+        (StatementError("(wrapped)", None, None, StoreCorrupt("seen inside")), StoreCorrupt),
+    ],
+)
+def test_every_failure_has_a_word_and_a_way_out(path: Path, error: Exception, ours: type[LocalError]) -> None:
+    path.parent.mkdir()
+    told = local_error(error, path)
+    assert type(told) is ours
+    assert "\x1b" not in told.message
+    if told is not error and not isinstance(error, StatementError):
+        assert str(path) in told.message
+        assert told.hint

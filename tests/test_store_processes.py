@@ -123,7 +123,6 @@ async def test_four_processes_that_write_about_one_machine_lose_nothing(path: Pa
 
 
 @pytest.mark.processes
-@pytest.mark.fault(1)
 async def test_an_intent_outlives_the_process_that_is_killed_right_after(path: Path) -> None:
     body = "\n    ".join(
         [
