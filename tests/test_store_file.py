@@ -123,9 +123,10 @@ async def test_odd_places_are_named(tmp_path: Path, kind: str) -> None:
 @pytest.mark.fault(55)
 async def test_opening_waits_only_so_long_for_another_that_opens(path: Path) -> None:
     patience = timedelta(seconds=0.1)
-    with SqliteFile(path, durable=False, busy_timeout=patience).opening():
-        with pytest.raises(StoreUnavailable, match="locked"):
-            await SqlStore(path, clock=LoopClock(), busy_timeout=patience).open()
+    other = SqliteFile(path, durable=False, busy_timeout=patience)
+    store = SqlStore(path, clock=LoopClock(), busy_timeout=patience)
+    with other.opening(), pytest.raises(StoreUnavailable, match="locked"):
+        await store.open()
     assert (await filled(path)).id
 
 
