@@ -16,11 +16,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
-from runcomfy.domain.exceptions import BadInput, TargetUnknown, ValueInvalid, foreign_text
+from runcomfy.domain.exceptions import BadInput, TargetUnknown, ValueInvalid, WorkflowInvalid, foreign_text
 from runcomfy.domain.guess import guess_image, guess_prompt, guess_seeds
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.sidecar import NamedInput, SeedRange, Sidecar, fits_range
-from runcomfy.domain.workflow import Graph, Workflow, canonical_sha256, check_cycles, close_matches, copy_json, is_link
+from runcomfy.domain.workflow import (
+    Graph,
+    Workflow,
+    canonical_sha256,
+    check_cycles,
+    close_matches,
+    copy_json,
+    is_link,
+    plain_json,
+)
 from runcomfy.domain.workflow_io import DeclaredOutput
 
 RANDOM_SEED_MAX: Final = 2**32 - 1
@@ -181,13 +190,12 @@ def _not_finite(word: str) -> float:
 def _value(value: Any, graph: Mapping[str, Any], shown: str) -> Any:
     """Return a value as it goes into an input; refuse what ComfyUI cannot read."""
     try:
-        text = json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
+        plain = plain_json(value, "")
+    except WorkflowInvalid:
         raise ValueInvalid(
-            f"{foreign_text(shown, 80)} cannot be sent: it is not JSON, or a number in it is not finite",
+            f"{foreign_text(shown, 80)} cannot be sent: it is not JSON, too deep, or a number in it is not finite",
             hint="use texts, finite numbers, true, false, null, lists and objects",
         ) from None
-    plain = json.loads(text)
     if isinstance(plain, list) and not is_link(plain, graph):
         return {"__value__": plain}
     return plain
@@ -398,7 +406,7 @@ class _Binder:
         if isinstance(value, str):
             parsed = parse_value(value, current, self._graph)
         else:
-            parsed = _value(value, self._graph, repr(value))
+            parsed = _value(value, self._graph, f"the value for {_target(place)}")
         self._relinked = self._relinked or is_link(parsed, self._graph)
         return parsed
 

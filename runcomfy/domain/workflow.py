@@ -122,7 +122,7 @@ class Workflow:
             raise WorkflowInvalid(
                 f"{shown} is JSON, but {_kind(found)} instead of an object of nodes", hint=EXPORT_HINT
             )
-        clean = _plain(found, shown)
+        clean = plain_json(found, shown)
         wrapped = clean.get("prompt")
         if isinstance(wrapped, dict) and "class_type" not in wrapped:
             clean = wrapped
@@ -337,8 +337,8 @@ def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not a JSON value")
 
 
-def _plain(value: Any, shown: str, depth: int = 0) -> Any:
-    """Copy a value into plain dicts and lists; refuse what is not JSON."""
+def plain_json(value: Any, shown: str, depth: int = 0) -> Any:
+    """Copy a value into plain dicts and lists. Raises WorkflowInvalid for what is not JSON, or too deep."""
     if depth > MAX_DEPTH:
         raise WorkflowInvalid(f"{shown} is nested too deeply to be a ComfyUI graph", hint=EXPORT_HINT)
     if isinstance(value, int) and value.bit_length() > 1024:
@@ -350,7 +350,7 @@ def _plain(value: Any, shown: str, depth: int = 0) -> Any:
             raise WorkflowInvalid(f"{shown} has a number that is not finite", hint="JSON knows no NaN and no infinity")
         return value
     if isinstance(value, (list, tuple)):
-        return [_plain(item, shown, depth + 1) for item in value]
+        return [plain_json(item, shown, depth + 1) for item in value]
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -358,7 +358,7 @@ def _plain(value: Any, shown: str, depth: int = 0) -> Any:
                     f"{shown}: {foreign_text(repr(key), 60)} is used as a name, but names and node ids are texts",
                     hint=f"write {foreign_text(repr(str(key)), 60)}",
                 )
-        return {key: _plain(item, shown, depth + 1) for key, item in value.items()}
+        return {key: plain_json(item, shown, depth + 1) for key, item in value.items()}
     raise WorkflowInvalid(f"{shown} holds a {type(value).__name__}, which JSON cannot express", hint="use plain values")
 
 
