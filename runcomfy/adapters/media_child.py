@@ -78,7 +78,7 @@ def _exchange(request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
             capture_output=True,
             timeout=seconds,
             check=False,
-            env=_environment(),
+            env=child_environment(),
             # Ctrl+C in the terminal is for the parent, which decides what becomes of this one.
             start_new_session=os.name != "nt",
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
@@ -100,7 +100,8 @@ def _exchange(request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
     return answer
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
+    """Return the variables a decoder gets: what Python needs to start, and where this package is."""
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     root = str(Path(__file__).resolve().parents[2])
     return kept | {"PYTHONPATH": os.pathsep.join([root, *(entry for entry in sys.path if entry)])}

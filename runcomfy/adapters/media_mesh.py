@@ -352,8 +352,9 @@ def check_binary_stl(source: Source) -> Mapping[str, Any]:
     per_piece = CHUNK // _STL_FACE
     for first in range(0, faces, per_piece):
         count = min(per_piece, faces - first)
-        raw = source.at(_STL_HEADER + first * _STL_FACE, count * _STL_FACE)
-        values = array("f", _gather(raw, 48, _STL_FACE, count))
+        # Normals come first; writers leave nonsense there for faces without area, and readers compute their own.
+        raw = source.at(_STL_HEADER + first * _STL_FACE, count * _STL_FACE)[12:]
+        values = array("f", _gather(raw, 36, _STL_FACE, count))
         if sys.byteorder == "big":
             values.byteswap()
         if not math.isfinite(sum(values)):

@@ -1,0 +1,660 @@
+"""A result is what its bytes say, whole to the last pixel, vertex, box or page; anything else is refused."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import json
+import os
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from runcomfy.adapters import media
+from runcomfy.adapters.media import check_input_file, check_input_image
+from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, LocalError, OutputCorrupt
+from runcomfy.domain.job import OutputKind
+from runcomfy.ports.results import Media
+from runcomfy.testing import samples
+
+IMAGE, MESH, VIDEO, AUDIO, TEXT, FILE = (
+    OutputKind.IMAGE,
+    OutputKind.MESH,
+    OutputKind.VIDEO,
+    OutputKind.AUDIO,
+    OutputKind.TEXT,
+    OutputKind.FILE,
+)
+LIMIT = 250_000_000
+
+Inspect = Callable[..., Media]
+
+
+@pytest.fixture
+def inspect(tmp_path: Path) -> Inspect:
+    """Inspect some bytes as a result."""
+
+    def run(content: bytes, expected: OutputKind | None = None, **options: Any) -> Media:
+        path = tmp_path / "result"
+        path.write_bytes(content)
+        return media.inspect(path, **{"max_pixels": LIMIT, "expected": expected} | options)
+
+    return run
+
+
+@pytest.fixture
+def refusal(inspect: Inspect) -> Callable[..., str]:
+    """Return why some bytes are refused."""
+
+    def run(content: bytes, expected: OutputKind | None = None, **options: Any) -> str:
+        with pytest.raises(OutputCorrupt) as caught:
+            inspect(content, expected, **options)
+        assert caught.value.hint
+        assert caught.value.exit_code == 7
+        return caught.value.message
+
+    return run
+
+
+Refusal = Callable[..., str]
+
+
+def noise(width: int, height: int, seed: int = 1) -> Image.Image:
+    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(width * height * 3))
+
+
+# --- what whole files are found to be ---
+
+WHOLE: dict[str, tuple[bytes, OutputKind, str, dict[str, Any]]] = {
+    "png": (samples.png(), IMAGE, ".png", {"width": 64, "height": 48, "frames": 1, "mode": "RGB"}),
+    "jpeg": (samples.picture("JPEG"), IMAGE, ".jpg", {"width": 64, "height": 48}),
+    "progressive jpeg": (samples.picture("JPEG", progressive=True), IMAGE, ".jpg", {"width": 64}),
+    "gif": (samples.picture("GIF"), IMAGE, ".gif", {"frames": 1}),
+    "animated gif": (samples.picture("GIF", frames=3), IMAGE, ".gif", {"frames": 3, "frames_decoded": 3}),
+    "webp": (samples.picture("WEBP"), IMAGE, ".webp", {"width": 64, "height": 48}),
+    "lossless webp": (samples.picture("WEBP", lossless=True), IMAGE, ".webp", {"width": 64, "height": 48}),
+    "animated webp": (samples.picture("WEBP", frames=3), IMAGE, ".webp", {"frames": 3, "frames_decoded": 3}),
+    "animated png": (samples.picture("PNG", frames=3), IMAGE, ".png", {"frames": 3, "frames_decoded": 3}),
+    "glb": (samples.glb(), MESH, ".glb", {"vertices": 4, "triangles": 4, "meshes": 1}),
+    "obj": (samples.obj(), MESH, ".obj", {"vertices": 4, "triangles": 4}),
+    "stl": (samples.stl(), MESH, ".stl", {"triangles": 4}),
+    "ply": (samples.ply(), MESH, ".ply", {"vertices": 4, "triangles": 4}),
+    "mp4": (samples.mp4(), VIDEO, ".mp4", {"seconds": 1.5, "width": 64, "height": 48, "samples": 3}),
+    "mov": (samples.mp4(brand=b"qt  "), VIDEO, ".mov", {"seconds": 1.5}),
+    "m4a": (samples.mp4(handler=b"soun"), AUDIO, ".m4a", {"seconds": 1.5}),
+    "webm": (samples.webm(), VIDEO, ".webm", {"seconds": 1.5, "width": 64, "height": 48, "blocks": 3}),
+    "live webm": (samples.webm(live=True), VIDEO, ".webm", {"blocks": 3}),
+    "webm sound": (samples.webm(track=2), AUDIO, ".webm", {"blocks": 3}),
+    "wav": (samples.wav(), AUDIO, ".wav", {"seconds": 0.1, "channels": 1, "sample_rate": 8000}),
+    "flac": (samples.flac(), AUDIO, ".flac", {"seconds": 0.372, "sample_rate": 44_100}),
+    "opus": (samples.ogg(), AUDIO, ".opus", {"seconds": 0.06, "codecs": ["opus"]}),
+    "mp3": (samples.mp3(), AUDIO, ".mp3", {"seconds": 0.104, "sample_rate": 44_100}),
+    "mp3 without tag": (samples.mp3(tag=False), AUDIO, ".mp3", {"seconds": 0.104}),
+    "text": ("größer als ☃".encode(), TEXT, ".txt", {"characters": 12}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("expect", [True, False])
+def test_whole_files_are_told_by_their_content(inspect: Inspect, name: str, expect: bool) -> None:
+    content, kind, extension, details = WHOLE[name]
+    found = inspect(content, kind if expect else None)
+    assert (found.kind, found.extension) == (kind, extension)
+    assert details.items() <= found.details.items()
+
+
+@pytest.mark.parametrize(
+    ("content", "extension"),
+    [
+        (b"\0\1\2\3" * 30, ".bin"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", ".pdf"),
+        (b"II*\0" + bytes(60), ".tif"),
+        (struct.pack(">I", 28) + b"ftypavif" + bytes(60), ".avif"),
+        (b"readable lines\n" * 400 + b"\0\0\0", ".bin"),
+    ],
+)
+def test_other_formats_are_kept_as_files(inspect: Inspect, content: bytes, extension: str) -> None:
+    for expected in (None, FILE):
+        assert (inspect(content, expected).kind, inspect(content, expected).extension) == (FILE, extension)
+
+
+@pytest.mark.fault(50)
+@pytest.mark.parametrize("expected", [None, *OutputKind])
+def test_a_web_page_is_never_a_result(refusal: Refusal, expected: OutputKind | None) -> None:
+    for page in (samples.HTML, b"\xef\xbb\xbf  <!-- x --><HTML>", b'<?xml version="1.0"?><html xmlns="x">'):
+        assert "web page" in refusal(page, expected)
+
+
+@pytest.mark.fault(50)
+@pytest.mark.parametrize("expected", [IMAGE, MESH, VIDEO, AUDIO])
+def test_an_error_in_json_is_not_media(refusal: Refusal, expected: OutputKind) -> None:
+    refusal(b'{"error": {"type": "not_found", "message": "no such file"}}', expected)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_files_of_another_kind_are_refused(refusal: Refusal, name: str) -> None:
+    content, kind, _, details = WHOLE[name]
+    animated = details.get("frames", 1) > 1
+    for expected in {IMAGE, MESH, VIDEO, AUDIO} - {kind} - ({VIDEO} if animated else set()):
+        refusal(content, expected)
+
+
+def test_an_animation_may_stand_for_a_video_and_a_still_may_not(inspect: Inspect, refusal: Refusal) -> None:
+    assert inspect(samples.picture("WEBP", frames=2), VIDEO).kind is IMAGE
+    assert "no moving pictures" in refusal(samples.picture("WEBP"), VIDEO)
+
+
+def test_nothing_is_not_a_result_unless_it_came_as_text(inspect: Inspect, refusal: Refusal) -> None:
+    assert "0 bytes" in refusal(b"")
+    assert inspect(b"", plain_text=True).kind is TEXT
+    assert inspect(samples.HTML, plain_text=True).kind is TEXT
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links as on POSIX")
+def test_a_link_is_not_a_result(tmp_path: Path) -> None:
+    """Threats S1 and S16."""
+    (tmp_path / "real").write_bytes(samples.png())
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(LocalError):
+        media.inspect(tmp_path / "link", max_pixels=LIMIT)
+
+
+# --- PNG ---
+
+
+@pytest.mark.fault(51)
+def test_every_changed_byte_of_a_png_is_seen(refusal: Refusal) -> None:
+    whole = samples.png(8, 8)
+    for position in range(8, len(whole)):
+        broken = bytearray(whole)
+        broken[position] ^= 0x10
+        refusal(bytes(broken), IMAGE)
+
+
+@pytest.mark.fault(51)
+@pytest.mark.parametrize("name", ["png", "jpeg", "progressive jpeg", "gif", "animated gif", "webp", "animated png"])
+def test_every_cut_of_a_picture_is_seen(refusal: Refusal, name: str) -> None:
+    whole = WHOLE[name][0]
+    for length in (1, 4, 8, 20, *range(30, len(whole), 37), len(whole) - 1):
+        refusal(whole[:length], IMAGE)
+
+
+@pytest.mark.fault(51)
+def test_a_png_whose_checksums_fit_but_whose_rows_are_missing(refusal: Refusal) -> None:
+    """Decoders show the missing half as black and say nothing."""
+    rows = b"".join(b"\0" + bytes(range(30)) for _ in range(5))
+    cut = samples.png_from(samples.png_header(10, 10), samples.png_chunk(b"IDAT", zlib.compress(rows)))
+    with Image.open(io.BytesIO(cut)) as picture:
+        picture.load()
+    assert "155 bytes of rows are missing" in refusal(cut, IMAGE)
+
+
+@pytest.mark.fault(51)
+def test_a_png_whose_compressed_rows_break_off(refusal: Refusal) -> None:
+    packed = zlib.compress(os.urandom(31 * 10))
+    refusal(samples.png_from(samples.png_header(10, 10), samples.png_chunk(b"IDAT", packed[:150])), IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "reason"),
+    [
+        ((samples.png_header(10, 10),), "no pixel data"),
+        ((samples.png_header(0, 10),), "0 x 10"),
+        ((samples.png_header(10, 10, color=5),), "values that PNG does not have"),
+        ((samples.png_header(10, 10, depth=3),), "values that PNG does not have"),
+        ((samples.png_chunk(b"IDAT", b""),), "header is missing"),
+        (
+            (samples.png_header(4, 4, color=3), samples.png_chunk(b"IDAT", zlib.compress(bytes(20)))),
+            "palette is missing",
+        ),
+        (
+            (samples.png_header(4, 4), samples.png_chunk(b"IDAT", zlib.compress(b"\x09" * 52))),
+            "unknown filter",
+        ),
+    ],
+)
+def test_png_files_that_contradict_themselves(refusal: Refusal, chunks: tuple[bytes, ...], reason: str) -> None:
+    assert reason in refusal(samples.png_from(*chunks), IMAGE)
+
+
+@given(
+    width=st.integers(1, 40),
+    height=st.integers(1, 40),
+    form=st.sampled_from([(0, 1), (0, 8), (0, 16), (2, 8), (2, 16), (4, 8), (6, 8), (6, 16)]),
+    pieces=st.integers(1, 400),
+)
+def test_any_shape_of_png_is_counted_row_by_row(
+    tmp_path_factory: pytest.TempPathFactory, width: int, height: int, form: tuple[int, int], pieces: int
+) -> None:
+    color, depth = form
+    bits = depth * {0: 1, 2: 3, 4: 2, 6: 4}[color]
+    rows = random.Random(width).randbytes(((width * bits + 7) // 8 + 1) * height)
+    stride = len(rows) // height
+    rows = bytes(b % 5 if n % stride == 0 else b for n, b in enumerate(rows))
+    packed = zlib.compress(rows, 1)
+    chunks = [samples.png_chunk(b"IDAT", packed[n : n + pieces]) for n in range(0, len(packed), pieces)]
+    path = tmp_path_factory.mktemp("png") / "x"
+    path.write_bytes(samples.png_from(samples.png_header(width, height, color=color, depth=depth), *chunks))
+    found = media.inspect(path, max_pixels=LIMIT, expected=IMAGE)
+    assert (found.details["width"], found.details["height"]) == (width, height)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 9), (64, 64)])
+def test_interlaced_png(inspect: Inspect, refusal: Refusal, size: tuple[int, int]) -> None:
+    width, height = size
+    # The seven passes as the specification numbers them: first column and row, then the steps.
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = b""
+    for x, y, dx, dy in passes:
+        columns = len(range(x, width, dx))
+        rows += (b"\0" + bytes(columns * 3)) * len(range(y, height, dy)) if columns else b""
+    header = samples.png_header(width, height, interlace=1)
+    whole = samples.png_from(header, samples.png_chunk(b"IDAT", zlib.compress(rows)))
+    assert inspect(whole, IMAGE).details["width"] == width
+    assert "missing" in refusal(samples.png_from(header, samples.png_chunk(b"IDAT", zlib.compress(rows[:-1]))), IMAGE)
+
+
+def test_a_picture_over_the_limit_is_refused_by_its_header(refusal: Refusal) -> None:
+    header_only = samples.png_from(samples.png_header(20_000, 20_000))
+    assert "400 megapixels; 250 megapixels are allowed" in refusal(header_only, IMAGE)
+
+
+def test_a_jpeg_without_its_last_two_bytes(refusal: Refusal) -> None:
+    assert "end marker" in refusal(samples.picture("JPEG")[:-2], IMAGE)
+
+
+def test_bytes_after_a_picture_do_no_harm(inspect: Inspect) -> None:
+    """Phones append films to photographs, and some nodes append their own data."""
+    assert inspect(samples.picture("JPEG") + b"more", IMAGE).extension == ".jpg"
+    assert inspect(samples.png() + b"more", IMAGE).extension == ".png"
+
+
+# --- GLB ---
+
+
+def change(edit: Callable[[dict[str, Any]], object]) -> bytes:
+    document, binary = samples.gltf()
+    document = copy.deepcopy(document)
+    edit(document)
+    return samples.glb(document, binary)
+
+
+@pytest.mark.fault(51)
+def test_every_cut_of_a_glb_is_seen(refusal: Refusal) -> None:
+    whole = samples.glb()
+    for length in range(1, len(whole)):
+        refusal(whole[:length], MESH)
+    refusal(whole + b"\0\0\0\0", MESH)
+
+
+@pytest.mark.fault(51)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_vertex_that_is_not_a_finite_number(refusal: Refusal, value: float) -> None:
+    vertices = [*samples.TETRAHEDRON[:3], (0.0, value, 1.0)]
+    assert "finite" in refusal(samples.glb(*samples.gltf(vertices)), MESH)
+
+
+@pytest.mark.fault(51)
+def test_a_face_that_names_a_vertex_that_is_not_there(refusal: Refusal) -> None:
+    assert "vertex 4 and has only 4" in refusal(samples.glb(*samples.gltf(faces=[(0, 1, 4)])), MESH)
+
+
+def _set(*keys: str | int, to: object) -> Callable[[dict[str, Any]], object]:
+    def edit(document: dict[str, Any]) -> None:
+        at: Any = document
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = to
+
+    return edit
+
+
+@pytest.mark.fault(51)
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (_set("asset", to={"version": "1.0"}), "glTF 2"),
+        (_set("meshes", to=[]), "no vertices"),
+        (_set("meshes", to="x"), "malformed"),
+        (_set("meshes", 0, "primitives", to=[]), "no vertices"),
+        (_set("meshes", 0, "primitives", 0, "attributes", to={}), "no vertex positions"),
+        (_set("meshes", 0, "primitives", 0, "attributes", "POSITION", to=9), "does not have"),
+        (_set("meshes", 0, "primitives", 0, "attributes", "POSITION", to=-1), "POSITION"),
+        (_set("meshes", 0, "primitives", 0, "indices", to=0), "not whole numbers"),
+        (_set("accessors", 0, "count", to=5), "outside its buffer view"),
+        (_set("accessors", 0, "count", to=2**31), "outside its buffer view"),
+        (_set("accessors", 0, "count", to=float("nan")), "count"),
+        (_set("accessors", 0, "type", to="VEC9"), "type"),
+        (_set("accessors", 0, "byteOffset", to=10**30), "outside its buffer view"),
+        (_set("accessors", 0, "bufferView", to=7), "does not have"),
+        (_set("bufferViews", 0, "byteLength", to=10**6), "outside its buffer"),
+        (_set("bufferViews", 0, "buffer", to=1), "outside its buffer"),
+        (_set("bufferViews", 0, "byteStride", to=4), "outside its buffer view"),
+        (_set("buffers", 0, "byteLength", to=10**9), "promised"),
+        (_set("buffers", 0, "uri", to="mesh.bin"), "outside itself"),
+        (_set("buffers", 0, "uri", to="http://169.254.169.254/latest"), "outside itself"),
+        (_set("buffers", 0, "uri", to="data:application/octet-stream;base64,!!"), "cannot be read"),
+        (_set("images", to=[{"uri": "file:///etc/passwd"}]), "outside itself"),
+        (_set("accessors", 0, to={"componentType": 5126, "count": 4, "type": "VEC3"}), "no data"),
+    ],
+)
+def test_glb_files_that_contradict_themselves(
+    refusal: Refusal, edit: Callable[[dict[str, Any]], object], reason: str
+) -> None:
+    assert reason in refusal(change(edit), MESH)
+
+
+def test_glb_with_interleaved_vertices(inspect: Inspect, refusal: Refusal) -> None:
+    document, _ = samples.gltf()
+    for middle, fine in ((0.5, True), (float("nan"), False)):
+        # Position and normal side by side; the normal holds a NaN, which is nobody's business.
+        points = b"".join(struct.pack("<6f", x, y, z * middle, float("nan"), 0, 0) for x, y, z in samples.TETRAHEDRON)
+        corners = b"".join(struct.pack("<3H", *face) for face in samples.FACES)
+        document["buffers"] = [{"byteLength": len(points) + len(corners)}]
+        document["bufferViews"] = [
+            {"buffer": 0, "byteLength": len(points), "byteStride": 24},
+            {"buffer": 0, "byteOffset": len(points), "byteLength": len(corners)},
+        ]
+        if fine:
+            assert inspect(samples.glb(document, points + corners), MESH).details["vertices"] == 4
+        else:
+            assert "finite" in refusal(samples.glb(document, points + corners), MESH)
+
+
+def test_glb_with_sparse_vertices(inspect: Inspect, refusal: Refusal) -> None:
+    document, binary = samples.gltf()
+    start = len(binary)
+    document["bufferViews"] += [
+        {"buffer": 0, "byteOffset": start, "byteLength": 4},
+        {"buffer": 0, "byteOffset": start + 4, "byteLength": 12},
+    ]
+    document["buffers"][0]["byteLength"] = start + 16
+    document["accessors"][0]["sparse"] = {
+        "count": 1,
+        "indices": {"bufferView": 2, "componentType": 5123},
+        "values": {"bufferView": 3},
+    }
+    extra = struct.pack("<HH", 2, 0)
+    assert inspect(samples.glb(document, binary + extra + struct.pack("<3f", 1, 2, 3)), MESH).kind is MESH
+    assert "finite" in refusal(samples.glb(document, binary + extra + struct.pack("<3f", 1, float("inf"), 3)), MESH)
+    document["accessors"][0]["sparse"]["count"] = 2
+    assert "sparse" in refusal(samples.glb(document, binary + extra + struct.pack("<3f", 1, 2, 3)), MESH)
+
+
+def test_packed_geometry_is_accepted_and_named(inspect: Inspect, refusal: Refusal) -> None:
+    draco, binary = samples.gltf()
+    primitive = draco["meshes"][0]["primitives"][0]
+    primitive["extensions"] = {"KHR_draco_mesh_compression": {"bufferView": 0, "attributes": {"POSITION": 0}}}
+    for accessor in draco["accessors"]:
+        del accessor["bufferView"]
+    assert inspect(samples.glb(draco, binary), MESH).details["packed"] == ["draco"]
+    primitive["extensions"]["KHR_draco_mesh_compression"]["bufferView"] = 5
+    assert "missing" in refusal(samples.glb(draco, binary), MESH)
+
+    meshopt, binary = samples.gltf()
+    meshopt["buffers"].append({"byteLength": 10**6, "extensions": {"EXT_meshopt_compression": {"fallback": True}}})
+    packed = {"buffer": 0, "byteOffset": 0, "byteLength": 20, "count": 4, "byteStride": 12, "mode": "ATTRIBUTES"}
+    meshopt["bufferViews"][0] = {
+        "buffer": 1,
+        "byteLength": 48,
+        "byteStride": 12,
+        "extensions": {"EXT_meshopt_compression": packed},
+    }
+    assert inspect(samples.glb(meshopt, binary), MESH).details["packed"] == ["meshopt"]
+    packed["byteLength"] = 10**5
+    assert "outside its buffer" in refusal(samples.glb(meshopt, binary), MESH)
+
+
+def test_gltf_in_json_must_carry_its_buffers(inspect: Inspect, refusal: Refusal) -> None:
+    document, binary = samples.gltf()
+    document["buffers"][0]["uri"] = "data:application/octet-stream;base64," + base64.b64encode(binary).decode()
+    found = inspect(json.dumps(document).encode(), MESH)
+    assert (found.extension, found.details["vertices"]) == (".gltf", 4)
+    document["buffers"][0]["uri"] = "mesh.bin"
+    assert "never fetched" in refusal(json.dumps(document).encode(), MESH)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"v 0 0 0\nv 1 0 0\nv 0 nan 0\nf 1 2 3\n", "finite"),
+        (b"v 0 0 0\nv 1 0 0\nv 0 1\nf 1 2 3\n", "finite"),
+        (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 4\n", "not there"),
+        (b"v 0 0 0\nv x 0 0\n", "not a number"),
+        (samples.ply().replace(b"vertex 4", b"vertex 400000"), "cut off"),
+        (samples.ply().replace(b"end_header", b"xxx_header"), "no end"),
+        (samples.ply()[:-20], "cut off"),
+        (b"solid x\nfacet normal 0 0 1\nouter loop\nendloop\nendfacet\n", "last line"),
+        (samples.stl()[:96] + struct.pack("<f", float("nan")) + samples.stl()[100:], "finite"),
+    ],
+)
+def test_other_meshes_that_are_broken(refusal: Refusal, content: bytes, reason: str) -> None:
+    assert reason in refusal(content, MESH)
+
+
+def test_stl_in_text(inspect: Inspect) -> None:
+    facet = "facet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\n"
+    assert inspect(f"solid x\n{facet * 3}endsolid x\n".encode()).details == {"triangles": 3}
+
+
+# --- video and sound ---
+
+
+@pytest.mark.fault(51)
+def test_an_mp4_without_its_description(refusal: Refusal) -> None:
+    whole = samples.mp4()
+    assert "moov" in refusal(whole[: whole.index(b"moov") - 4], VIDEO)
+
+
+@pytest.mark.fault(51)
+@pytest.mark.parametrize("name", ["mp4", "webm", "wav", "flac", "opus", "stl", "mp3"])
+def test_every_cut_of_a_container_is_seen(refusal: Refusal, name: str) -> None:
+    content, kind, _, _ = WHOLE[name]
+    # MP3 has neither a count nor an end: without a first frame that counts, a cut between frames is a shorter song.
+    seams = {20 + 417 * n for n in (2, 3)} if name == "mp3" else set()
+    for length in set(range(1, len(content), 1 if len(content) < 900 else 13)) - seams:
+        refusal(content[:length], kind)
+
+
+@pytest.mark.fault(51)
+@pytest.mark.parametrize("name", ["flac", "opus"])
+def test_every_changed_byte_of_checksummed_sound_is_seen(refusal: Refusal, name: str) -> None:
+    content, kind, _, _ = WHOLE[name]
+    first = content.index(b"\xff\xf8") if name == "flac" else 0
+    for position in range(first, len(content)):
+        broken = bytearray(content)
+        broken[position] ^= 0x10
+        refusal(bytes(broken), kind)
+
+
+def test_a_song_that_counts_its_frames_is_seen_to_be_cut(inspect: Inspect, refusal: Refusal) -> None:
+    count = b"\xff\xfb\x90\xc0" + b"\0" * 17 + b"Xing" + struct.pack(">III", 3, 8, 417 * 9)
+    whole = count.ljust(417, b"\0") + samples.mp3(frames=8, tag=False)
+    assert inspect(whole, AUDIO).extension == ".mp3"
+    assert "8 frames are promised, 7 are there" in refusal(whole[: 417 * 7], AUDIO)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "reason"),
+    [
+        (samples.mp4(samples=()), VIDEO, "no media data"),
+        (samples.mp4().replace(b"trak", b"free"), VIDEO, "moov"),
+        (samples.mp4().replace(struct.pack(">III", 0, 0, 3), struct.pack(">III", 0, 0, 2**31)), VIDEO, "longer"),
+        (samples.mp4().replace(struct.pack(">III", 0, 0, 3), struct.pack(">III", 0, 10**6, 3)), VIDEO, "cut off"),
+        (
+            samples.mp4(brand=b"isom").replace(struct.pack(">III", 0, 1, 36), struct.pack(">III", 0, 1, 9999)),
+            VIDEO,
+            "behind",
+        ),
+        (samples.webm(blocks=0), VIDEO, "no media data"),
+        (samples.webm().replace(b"webm", b"webx"), VIDEO, "neither"),
+        (samples.webm().replace(b"\x16\x54\xae\x6b", b"\x1c\x53\xbb\x6b"), VIDEO, "tracks is missing"),
+        (samples.wav(samples=0), AUDIO, "no sound data"),
+        (samples.wav().replace(b"fmt ", b"fmtx"), AUDIO, "format description"),
+        (samples.flac(frames=0), AUDIO, "no sound data"),
+        (samples.ogg()[:-31], AUDIO, "last page"),
+        (samples.mp3(frames=1), AUDIO, "no sound data"),
+    ],
+)
+def test_containers_that_contradict_themselves(refusal: Refusal, content: bytes, kind: OutputKind, reason: str) -> None:
+    assert reason in refusal(content, kind)
+
+
+def test_an_ogg_page_that_is_missing_in_the_middle(refusal: Refusal) -> None:
+    whole = samples.ogg(pages=4)
+    third = [n for n in range(len(whole)) if whole.startswith(b"OggS", n)][3]
+    fourth = whole.index(b"OggS", third + 1)
+    assert "order" in refusal(whole[:third] + whole[fourth:], AUDIO)
+
+
+# --- anything at all ---
+
+ANY_KIND = st.sampled_from([None, *OutputKind])
+
+
+@settings(max_examples=300)
+@given(data=st.data(), name=st.sampled_from(sorted(WHOLE)), expected=ANY_KIND)
+def test_damage_is_refused_or_harmless_and_never_a_crash(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str, expected: OutputKind | None
+) -> None:
+    content = bytearray(WHOLE[name][0])
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(content)))
+    path = tmp_path_factory.mktemp("any") / "x"
+    path.write_bytes(content[:cut] if data.draw(st.booleans()) else content)
+    try:
+        found = media.inspect(path, max_pixels=1_000_000, expected=expected)
+    except OutputCorrupt as error:
+        assert error.message  # noqa: PT017 - both ends are allowed; nothing else is
+    else:
+        assert found.extension.startswith(".")
+
+
+STARTS = [
+    b"", b"\x89PNG\r\n\x1a\n", samples.png()[:33], b"\xff\xd8\xff", b"GIF89a", b"RIFF\x30\0\0\0WEBP",
+    b"RIFF\x30\0\0\0WAVE", b"glTF\2\0\0\0", b"\0\0\0\x18ftypisom", b"\x1a\x45\xdf\xa3", b"fLaC", b"OggS", b"ID3",
+    b"\xff\xfb\x90\xc0", b"ply\n", b"solid x\nfacet", b"v 1 2 3\n", b'{"asset":', b"<",
+]  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(start=st.sampled_from(STARTS), rest=st.binary(max_size=400), expected=ANY_KIND)
+def test_any_bytes_are_refused_or_named_and_never_a_crash(
+    tmp_path_factory: pytest.TempPathFactory, start: bytes, rest: bytes, expected: OutputKind | None
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "x"
+    path.write_bytes(start + rest)
+    try:
+        assert media.inspect(path, max_pixels=1_000_000, expected=expected).mime
+    except OutputCorrupt as error:
+        assert error.message  # noqa: PT017
+
+
+# --- the process of its own ---
+
+
+@pytest.mark.processes
+def test_large_pictures_are_decoded_in_a_process_of_their_own(
+    inspect: Inspect, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "INLINE_PIXELS", 1000)
+    monkeypatch.setattr(media, "INLINE_ANIMATION_PIXELS", 1000)
+    assert inspect(samples.picture("JPEG"), IMAGE).details["frames_decoded"] == 1
+    assert inspect(samples.picture("WEBP", frames=3), IMAGE).details["frames_decoded"] == 3
+    broken = samples.picture("WEBP", lossless=True)
+    assert "cannot be decoded" in refusal(broken[:25] + b"\xff" * (len(broken) - 25), IMAGE)
+    # A PNG is proven row by row and needs no decoder.
+    assert "frames_decoded" not in inspect(samples.png(), IMAGE).details
+
+
+def test_the_process_that_decodes_sees_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threat S3: a decoder that is taken over by a picture finds no token in its environment."""
+    from runcomfy.adapters import media_child
+
+    monkeypatch.setenv("RUNCOMFY_API_TOKEN", "canary-token")
+    assert not any("canary-token" in value for value in media_child.child_environment().values())
+
+
+# --- what the user gives ---
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_pictures_that_comfyui_can_load_are_accepted(tmp_path: Path, form: str) -> None:
+    (tmp_path / "input").write_bytes(samples.picture(form))
+    check_input_image(tmp_path / "input", 64_000_000)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty (0 bytes)"),
+        (b"just text", "looks like text"),
+        (samples.HTML, "looks like a web page"),
+        (samples.glb(), "looks like a GLB mesh"),
+        (samples.mp4(), "looks like an MP4 video"),
+        (b"\0\1\2\3" * 8, "unknown format"),
+        (samples.png()[:-30], "damaged"),
+        (samples.picture("JPEG")[:300], "damaged"),
+        (samples.picture("BMP")[:500], "damaged"),
+        (samples.png_from(samples.png_header(10_000, 10_000)), "100 megapixels; 64 megapixels are allowed"),
+        (struct.pack("<6sHHB", b"GIF89a", 10_000, 10_000, 0) + b"\0\0;", "100 megapixels"),
+    ],
+)
+def test_inputs_that_cannot_be_used_are_refused_in_two_lines(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "input.png").write_bytes(content)
+    with pytest.raises(InputFileInvalid) as caught:
+        check_input_image(tmp_path / "input.png", 64_000_000)
+    assert words in caught.value.message
+    assert "input.png" in caught.value.message
+    assert caught.value.hint
+    assert "\n" not in caught.value.message + caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+def test_a_picture_of_100_megapixels_is_refused_by_its_header(tmp_path: Path) -> None:
+    """Its pixels would not even decode: they are not looked at."""
+    broken = samples.png_from(samples.png_header(10_000, 10_000), samples.png_chunk(b"IDAT", b"not pixels"))
+    (tmp_path / "huge.png").write_bytes(broken)
+    with pytest.raises(InputFileInvalid) as caught:
+        check_input_image(tmp_path / "huge.png", 64_000_000)
+    assert caught.value.details == {"width": 10_000, "height": 10_000, "max_pixels": 64_000_000}
+    assert "RUNCOMFY_MAX_INPUT_PIXELS" in caught.value.hint
+
+
+def test_inputs_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputFileMissing, match=r"no file .*gone\.png"):
+        check_input_image(tmp_path / "gone.png", 1)
+    with pytest.raises(InputFileInvalid, match="folder"):
+        check_input_image(tmp_path, 1)
+    with pytest.raises(InputFileMissing):
+        check_input_file("a\0b")
+    if os.name != "nt":
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(InputFileMissing, match="ordinary"):
+            check_input_file(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_an_input_without_permission(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(samples.png())
+    (tmp_path / "secret.png").chmod(0)
+    with pytest.raises(InputFileMissing, match="permission"):
+        check_input_image(tmp_path / "secret.png", 64_000_000)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links as on POSIX")
+def test_the_user_s_own_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "real.png").write_bytes(samples.png())
+    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
+    check_input_image(tmp_path / "link.png", 64_000_000)
+    assert check_input_file(tmp_path / "link.png") == len(samples.png())
