@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp.web_request import FileField
 from PIL import Image
 
-from runcomfy.testing.emulators.comfyui.keys import fault_of, process_of
+from runcomfy.testing.emulators.comfyui.keys import fault_of_this_call, process_of
 from runcomfy.testing.emulators.comfyui.nodes.base import Folders
 
 routes = web.RouteTableDef()
@@ -80,7 +80,7 @@ class Upload:
 
     def __init__(self, request: web.Request, form: Any) -> None:
         self._process = process_of(request)
-        self._keep = fault_of(request).keep
+        self._keep = fault_of_this_call().keep
         self.form = form
         self.kind = ""
         self.subfolder = ""

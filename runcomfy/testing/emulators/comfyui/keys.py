@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from aiohttp import web
 
@@ -13,8 +15,19 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 PROCESS = web.AppKey("process", ServerProcess)
 
-FAULT = "runcomfy.fault"
-"""Request key of the fault this call was given."""
+NO_FAULT = Fault()
+
+_fault: ContextVar[Fault] = ContextVar("fault_of_this_call", default=NO_FAULT)
+
+
+@contextmanager
+def struck_by(fault: Fault) -> Iterator[None]:
+    """Let `fault_of_this_call` be that fault while this call is handled."""
+    token = _fault.set(fault)
+    try:
+        yield
+    finally:
+        _fault.reset(token)
 
 
 class OutsideFolder(Exception):
@@ -26,7 +39,6 @@ def process_of(request: web.Request) -> ServerProcess:
     return request.app[PROCESS]
 
 
-def fault_of(request: web.Request) -> Fault:
+def fault_of_this_call() -> Fault:
     """The fault of this call, one without effect if there is none."""
-    fault: Fault = request.get(FAULT) or Fault()
-    return fault
+    return _fault.get()

@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 from yarl import URL
 
-from runcomfy.testing.emulators.comfyui.keys import FAULT, Handler, OutsideFolder
+from runcomfy.testing.emulators.comfyui.keys import Handler, OutsideFolder, struck_by
 from runcomfy.testing.emulators.comfyui.misbehave import misbehave
 from runcomfy.testing.emulators.comfyui.process import ServerProcess
 
@@ -66,8 +66,8 @@ def make_middlewares(process: ServerProcess, requests: list[RequestRecord]) -> l
         if found is None:
             response = await handler(request)
         else:
-            request[FAULT] = found[0]
-            response = await misbehave(process, request, handler, *found)
+            with struck_by(found[0]):
+                response = await misbehave(process, request, handler, *found)
         await process.awake()
         return response
 

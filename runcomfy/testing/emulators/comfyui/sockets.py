@@ -163,6 +163,7 @@ class SocketHub:
             if socket.silent:
                 if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING):
                     await self._over.wait()
+                    return
                 continue
             if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING):
                 await socket.ws.close()
