@@ -243,10 +243,7 @@ def whole_seconds(span: timedelta) -> int:
 def _server_id(entry: Mapping[str, Any]) -> ServerId | None:
     value = entry.get("server_id")
     if isinstance(value, int) and not isinstance(value, bool):
-        try:
-            value = str(value)
-        except ValueError:  # longer than Python writes down
-            return None
+        value = str(value)
     return ServerId(value) if isinstance(value, str) and _ID.fullmatch(value) else None
 
 
