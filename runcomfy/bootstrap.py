@@ -49,11 +49,14 @@ class App:
         overrides: Mapping[str, Any] | None = None,
         clock: Clock | None = None,
         tell: Tell = quiet,
+        launches: bool = True,
     ) -> None:
+        """Nothing is opened yet. `launches=False`: the workflow version id, which launching needs, may be missing."""
         self._overrides = dict(overrides or {})
         self.settings = settings or load_settings(overrides=self._overrides)
         self.clock = clock or SystemClock()
         self.tell = tell
+        self._launches = launches
         self._stack = AsyncExitStack()
         self._opening = asyncio.Lock()
         self._cloud: tuple[Machines, DevServer] | None = None
@@ -90,9 +93,10 @@ class App:
         from runcomfy.adapters.processes import ProcessTable
         from runcomfy.adapters.stores.sql import SqlStore
 
-        settings = (
-            load_settings(overrides=self._overrides, require_cloud=True) if self._own_settings() else self.settings
-        )
+        settings = self.settings
+        if not self._has_credentials():
+            # Read once more for the error that names every missing value with the place to set it.
+            settings = load_settings(overrides=self._overrides, require_cloud=True, require_version=self._launches)
         folder = Path(settings.files.state_dir)
         path = Path(":memory:") if in_memory else folder / STORE_NAME
         store = await self._stack.enter_async_context(SqlStore(path, clock=self.clock, durable=settings.files.durable))
@@ -106,10 +110,9 @@ class App:
         manager = DevServerStateManager(folder / "dev_server_state.json", copies=settings.files.state_copies)
         return machines, DevServer(machines, PublishedDevServer(manager), self.comfyui)
 
-    def _own_settings(self) -> bool:
-        """Whether the settings lack what the cloud needs, so that they are read once more for the error they give."""
+    def _has_credentials(self) -> bool:
         cloud = self.settings.cloud
-        return not (cloud.user_id and cloud.tokens and cloud.workflow_version_id)
+        return bool(cloud.user_id and cloud.tokens and (cloud.workflow_version_id or not self._launches))
 
     async def _provider(self, store: Store, settings: Settings) -> Provider:
         from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
@@ -129,7 +132,9 @@ class App:
     def comfyui(self, url: SecretUrl) -> ComfyUI:
         """Return a new client of the ComfyUI at `url`; whoever asked closes it."""
         from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
+        from runcomfy.adapters.log import register_secret
 
+        register_secret(url)
         return ComfyUIWorkflowClient(url, self.settings.comfy, clock=self.clock, durable=self.settings.files.durable)
 
     def given_server(self, url: str) -> ComfyUI:

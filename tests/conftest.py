@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from runcomfy.adapters.log import unconfigure_logging
 
 pytest_plugins = ["runcomfy.testing.plugin"]
 
@@ -19,12 +22,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
-def _no_outside_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_outside_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A user's variables or credentials.txt must not reach a test, nor a test the user's state."""
     for name in list(os.environ):
         if name.startswith(("RUNCOMFY_", "COMFYUI_", "CONJURE_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("RUNCOMFY_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("RUNCOMFY_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("NO_COLOR", "1")
-    return
+    yield
+    unconfigure_logging()

@@ -42,8 +42,8 @@ def _state(snapshot: DevServerSnapshot) -> DevServerState:
         launch_time=snapshot.launch_time.isoformat(),
         workflow_version=snapshot.workflow_version,
         server_type=snapshot.server_type,
-        total_cost=_dollars(snapshot.total_cost_usd),
-        session_cost=_dollars(snapshot.session_cost_usd),
+        total_cost=_dollars(snapshot.cost_usd),
+        session_cost=_dollars(snapshot.cost_usd),
         last_health_check=_stamp(snapshot.last_health_check),
         health_status=snapshot.health_status,
         machine_id=snapshot.machine_id,
@@ -52,7 +52,8 @@ def _state(snapshot: DevServerSnapshot) -> DevServerState:
         estimated_duration=int(snapshot.duration.total_seconds()),
         last_used=_stamp(snapshot.last_used_at),
         usd_per_hour=str(snapshot.usd_per_hour),
-        rate_source=snapshot.plan,
+        plan=snapshot.plan,
+        rate_source=snapshot.rate_source,
         updated_time=_stamp(snapshot.written_at),
     )
 

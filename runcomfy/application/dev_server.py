@@ -23,7 +23,7 @@ from runcomfy.application.reaper import Reaper
 from runcomfy.domain.dev_server import DevServerSnapshot
 from runcomfy.domain.exceptions import LocalError, MachineNotFound, RunComfyError, StopUnconfirmed
 from runcomfy.domain.machine import Machine, MachineReport, MachineState, Phase, Purpose
-from runcomfy.domain.money import cost_of, total
+from runcomfy.domain.money import cost_of
 from runcomfy.domain.secret import SecretUrl
 from runcomfy.ports.comfyui import ComfyUI
 from runcomfy.ports.dev_state import DevServerFile
@@ -269,8 +269,6 @@ class DevServer:
         if report.url is None or machine.server_id is None:
             return
         now = self._clock.now()
-        entries = await self._machines.store.ledger()
-        open_cost = cost_of(machine, now=now)
         snapshot = DevServerSnapshot(
             server_id=machine.server_id,
             machine_id=machine.id,
@@ -282,9 +280,9 @@ class DevServer:
             server_type=machine.server_type,
             duration=machine.duration,
             usd_per_hour=machine.usd_per_hour,
-            plan=machine.rate_source,
-            session_cost_usd=open_cost,
-            total_cost_usd=open_cost + total(e for e in entries if e.machine_id != machine.id),
+            plan=self._cloud.plan,
+            rate_source=machine.rate_source,
+            cost_usd=cost_of(machine, now=now),
             written_at=now,
             ready_at=machine.ready_at,
             planned_stop_at=machine.planned_stop_at,

@@ -12,12 +12,18 @@ from runcomfy.cli.words import still_billing
 from runcomfy.domain.settings import Settings
 
 
-def load(overrides: Mapping[str, Any] | None = None, *, require_cloud: bool = False, quiet: bool = False) -> Settings:
+def load(
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    require_cloud: bool = False,
+    launches: bool = True,
+    quiet: bool = False,
+) -> Settings:
     """Load the settings, start the log, show warnings. Raises ConfigurationError."""
     from runcomfy.adapters.config import load_settings
     from runcomfy.adapters.log import configure_logging
 
-    settings = load_settings(overrides=overrides, require_cloud=require_cloud)
+    settings = load_settings(overrides=overrides, require_cloud=require_cloud, require_version=launches)
     configure_logging(settings)
     if not quiet:
         show_warnings(settings)
@@ -29,9 +35,11 @@ def open_app(
     overrides: Mapping[str, Any] | None = None,
     *,
     require_cloud: bool = False,
+    launches: bool = True,
     quiet: bool = False,
 ) -> App:
-    """Return the product, not yet entered, with its last words prepared."""
-    app = App(load(overrides, require_cloud=require_cloud, quiet=quiet), overrides=overrides, tell=tell)
+    """Return the product, not yet entered, with its last words prepared. What never launches needs no version id."""
+    settings = load(overrides, require_cloud=require_cloud, launches=launches, quiet=quiet)
+    app = App(settings, overrides=overrides, tell=tell, launches=launches)
     interrupts.last_words = lambda: still_billing(app.held())
     return app

@@ -45,7 +45,6 @@ async def _demo(interrupts: Interrupts, image: str | None, prompt: str, seed: in
     from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 
     click.echo("DEMO: the cloud is emulated on this computer and no GPU model runs; nothing here costs money.")
-    interrupts.listens = True
     with TemporaryDirectory(prefix="comfyctl-demo-", ignore_cleanup_errors=True) as folder:
         cloud = RunComfyEmulator(boot_time=BOOT_SECONDS, delete_takes=0.3, requests_per_second=50.0, burst=50)
         async with cloud:
@@ -78,6 +77,7 @@ def shipped_picture() -> Path:
 
 
 async def _on(cloud: RunComfyEmulator, overrides: Mapping[str, str], request: Any, interrupts: Interrupts) -> int:
+    from runcomfy.application.finish import finish
     from runcomfy.bootstrap import App
     from runcomfy.cli.app import load
     from runcomfy.cli.progress_display import Display
@@ -95,11 +95,12 @@ async def _on(cloud: RunComfyEmulator, overrides: Mapping[str, str], request: An
                 f"   {machine.server_type} machine {machine.server_id} is ready, ${machine.usd_per_hour} per hour"
             )
             click.echo("2. running generate_flux_mesh: a depth-guided picture, then a mesh from it")
+            interrupts.listens = True
             try:
                 result = await app.orchestrator().run(request, on_progress=display, cancel=interrupts.event)
             finally:
                 click.echo("3. stopping the machine")
-                stopped = await dev.shutdown(reason="the demo is over")
+                stopped = await finish(dev.shutdown(reason="the demo is over"))
         _show(result)
         for machine in stopped:
             await _show_machine_bill(machines.store, machine)

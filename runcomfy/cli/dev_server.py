@@ -32,7 +32,7 @@ def start_command(
     """Launch or reuse the dev server; return the exit code."""
 
     async def work(interrupts: Interrupts) -> int:
-        async with _app(interrupts) as app:
+        async with _app(interrupts, launches=True) as app:
             seconds = _duration(duration) or app.settings.cloud.duration
             kind = server_type or app.settings.cloud.server_type
             await _start(app, kind, seconds, warm_up=warm_up, show_url=show_url)
@@ -49,7 +49,7 @@ def restart_command(
     """Stop the dev server and launch one like it; return the exit code."""
 
     async def work(interrupts: Interrupts) -> int:
-        async with _app(interrupts) as app:
+        async with _app(interrupts, launches=True) as app:
             _, dev = await app.cloud()
             rows = await dev.rows()
             kind = server_type or (rows[-1].server_type if rows else app.settings.cloud.server_type)
@@ -63,10 +63,10 @@ def restart_command(
     return run_async(work)
 
 
-def _app(interrupts: Interrupts) -> App:
+def _app(interrupts: Interrupts, *, launches: bool = False) -> App:
     from runcomfy.cli.app import open_app
 
-    return open_app(interrupts, require_cloud=True)
+    return open_app(interrupts, require_cloud=True, launches=launches)
 
 
 def _duration(text: str | None) -> timedelta | None:

@@ -31,7 +31,7 @@ async def _ls(interrupts: Interrupts, *, as_json: bool) -> int:
     from runcomfy.cli.app import open_app
     from runcomfy.cli.output import show_json
 
-    async with open_app(interrupts, require_cloud=True, quiet=as_json) as app:
+    async with open_app(interrupts, require_cloud=True, launches=False, quiet=as_json) as app:
         cloud = await _cloud_or_memory(app)
         reports = {report.server_id: report for report in await cloud.provider.list_machines()}
         verdicts = await Reaper(cloud).verdicts()
@@ -128,7 +128,7 @@ async def _stop(interrupts: Interrupts, server_id: str) -> int:
     from runcomfy.application.finish import finish
     from runcomfy.cli.app import open_app
 
-    async with open_app(interrupts, require_cloud=True) as app:
+    async with open_app(interrupts, require_cloud=True, launches=False) as app:
         cloud = await _cloud_or_memory(app)
         machine = await _taken(cloud, server_id, note="stop asked for by the user")
         ended = await finish(cloud.stop(machine, reason="stop asked for by the user"))
@@ -174,7 +174,7 @@ async def _adopt(interrupts: Interrupts, server_id: str) -> int:
     from runcomfy.cli.app import open_app
     from runcomfy.cli.words import show_time
 
-    async with open_app(interrupts, require_cloud=True) as app:
+    async with open_app(interrupts, require_cloud=True, launches=False) as app:
         cloud, _ = await app.cloud()
         machine = await _taken(cloud, server_id, note="adopted by the user")
         machine = await cloud.books.hand_over(
@@ -200,7 +200,7 @@ async def _reap(interrupts: Interrupts, *, wait: bool, as_json: bool) -> int:
     from runcomfy.cli.app import open_app
     from runcomfy.cli.output import show_json
 
-    async with open_app(interrupts, require_cloud=True, quiet=as_json) as app:
+    async with open_app(interrupts, require_cloud=True, launches=False, quiet=as_json) as app:
         cloud, _ = await app.cloud()
         done = await Reaper(cloud).reap(wait=wait)
         if as_json:
@@ -255,7 +255,7 @@ async def _show(interrupts: Interrupts, server_id: str) -> int:
     from runcomfy.cli.words import show_time
     from runcomfy.domain.exceptions import MachineNotFound, foreign_text
 
-    async with open_app(interrupts, require_cloud=True) as app:
+    async with open_app(interrupts, require_cloud=True, launches=False) as app:
         cloud, _ = await app.cloud()
         rows = [m for m in await cloud.books.rows(open_only=False) if server_id in (m.server_id, m.id)]
         if not rows:

@@ -25,10 +25,10 @@ class DevServerSnapshot:
     duration: timedelta
     usd_per_hour: Decimal
     plan: str
-    session_cost_usd: Decimal
+    rate_source: str
+    """Where the price comes from, with its date."""
+    cost_usd: Decimal
     """What this machine has cost so far."""
-    total_cost_usd: Decimal
-    """What all machines of the account have cost so far, by our ledger."""
     written_at: datetime
     ready_at: datetime | None = None
     planned_stop_at: datetime | None = None
