@@ -73,7 +73,7 @@ class Replay:
         return self.results
 
     async def _play(self, event: Event) -> None:
-        if event["dir"] == "http-req":
+        if event["dir"] == "http-req" and "note" not in event:
             self._pending[event["n"]] = asyncio.create_task(self._ask(event))
         elif event["dir"] == "ws-open":
             await self._open(event)
@@ -100,7 +100,6 @@ class Replay:
             arguments["data"], headers["Content-Type"] = body, content_type
         path = self.bindings.translate(event["path"])
         url = URL(self.url + path, encoded=True)
-        headers.setdefault("Accept-Encoding", "identity")
         try:
             async with (
                 asyncio.timeout(self._patience(event)),

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import math
 import traceback
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -311,7 +312,7 @@ class Execution:
         ui: dict[str, list[Any]] = {}
         for result in results:
             for key, values in (result.ui or {}).items():
-                ui.setdefault(key, []).extend(values)
+                ui.setdefault(key, []).extend(self._registered(value) for value in values)
         if ui:
             self._show(node_id, ui)
         if any(result.expand is not None for result in results):
@@ -321,6 +322,13 @@ class Execution:
         outputs = _merged(node, [result.outputs for result in results])
         self._keep(node_id, CacheEntry(outputs, self._ui.get(node_id)))
         return True
+
+    def _registered(self, value: Any) -> Any:
+        """A ui value; with `--enable-assets` file references carry an asset id."""
+        options = self._process.options
+        if options.enable_assets and self._process.capabilities.assets and isinstance(value, dict):
+            return {**value, "id": str(uuid.uuid4())} if "filename" in value else value
+        return value
 
     def _show(self, node_id: str, ui: Mapping[str, Any]) -> None:
         real = self._graph.real(node_id)

@@ -159,7 +159,7 @@ class ServerProcess:
         flags: dict[str, Any] = {"supports_preview_metadata": True}
         if can.jobs_count_3d:
             flags["supports_model_type_tags"] = True
-        flags["max_upload_size"] = int(size) if size == int(size) else size
+        flags["max_upload_size"] = size
         if can.jobs:
             flags["extension"] = {"manager": {"supports_v4": True}}
         if can.jobs_count_3d:
