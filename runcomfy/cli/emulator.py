@@ -41,6 +41,7 @@ from runcomfy.cli.runner import Interrupts, run_async
 @click.option("--no-rate-limit", is_flag=True, help="Never answer 429.")
 @click.option(
     "--shell",
+    "form",
     type=click.Choice(["posix", "powershell"]),
     default="powershell" if sys.platform == "win32" else "posix",
     show_default=True,
@@ -55,7 +56,7 @@ def emulator(
     *,
     no_comfyui: bool,
     no_rate_limit: bool,
-    shell: str,
+    form: str,
     as_json: bool,
 ) -> int:
     """Run the emulated cloud in the foreground until Ctrl+C. No GPU, no model, no money.
@@ -81,7 +82,7 @@ def emulator(
             raise click.ClickException(f"cannot listen at port {port}: {error.strerror or error}") from error
         async with cloud:
             named = cloud.environment()
-            click.echo(json.dumps(named) if as_json else environment_lines(named, shell=shell))
+            click.echo(json.dumps(named) if as_json else environment_lines(named, form=form))
             sys.stdout.flush()  # whoever started us through a pipe waits for these lines
             tell(f"the cloud at {cloud.url} is emulated: no GPU model runs and nothing costs money")
             tell(f"what bills there: {cloud.url}/__emulator__/bill; end it with Ctrl+C")
@@ -94,8 +95,8 @@ def emulator(
     return run_async(serve)
 
 
-def environment_lines(named: Mapping[str, str], *, shell: str) -> str:
-    """Return lines that set the variables when pasted into that shell."""
-    if shell == "powershell":
+def environment_lines(named: Mapping[str, str], *, form: str) -> str:
+    """Return lines that set the variables when pasted into a shell of that form."""
+    if form == "powershell":
         return "\n".join(f"$env:{name} = '{value.replace(chr(39), chr(39) * 2)}'" for name, value in named.items())
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in named.items())
