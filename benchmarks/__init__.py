@@ -1,0 +1,1 @@
+"""Measurements, each by one command, compared within one run: `python -m benchmarks [NAME…]` prints JSON lines."""

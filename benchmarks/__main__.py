@@ -1,0 +1,19 @@
+"""`python -m benchmarks [overhead|watching|startup]…`: all of them unless named."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import overhead, startup, watching
+
+ALL = {"startup": startup.main, "overhead": overhead.main, "watching": watching.main}
+
+
+def main() -> None:
+    for name in sys.argv[1:] or ALL:
+        if name not in ALL:
+            sys.exit(f"no benchmark {name!r}; there are: {', '.join(ALL)}")
+        ALL[name]()
+
+
+main()
