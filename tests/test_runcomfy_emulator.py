@@ -110,8 +110,8 @@ async def test_the_life_of_a_machine(call: Caller, cloud: RunComfyEmulator) -> N
 
 
 async def test_the_bill_is_seconds_from_ready_to_the_stop(call: Caller, cloud: RunComfyEmulator) -> None:
-    first = (await call.launch(server_type="large"))["server_id"]
-    second = (await call.launch(server_type="medium"))["server_id"]
+    first = (await call.launch(3600, "large"))["server_id"]
+    second = (await call.launch(3600, "medium"))["server_id"]
     await asyncio.sleep(180 + 721)
     await call("DELETE", f"servers/{first}")
     await asyncio.sleep(60)
