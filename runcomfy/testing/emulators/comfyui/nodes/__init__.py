@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 
-from runcomfy.testing.emulators.comfyui.nodes import images, probes
+from runcomfy.testing.emulators.comfyui.nodes import images, probes, text
 from runcomfy.testing.emulators.comfyui.nodes.base import NodeClass
 
-NODE_CLASSES: Mapping[str, NodeClass] = {node.name: node for module in (images, probes) for node in module.CLASSES}
+NODE_CLASSES: Mapping[str, NodeClass] = {
+    node.name: node for module in (images, probes, text) for node in module.CLASSES
+}
 """What a `ComfyUIEmulator` knows unless it is given other classes."""
