@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import Decimal
+from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
@@ -25,7 +26,6 @@ import aiohttp
 import backoff
 from yarl import URL
 
-import runcomfy
 from runcomfy.adapters.providers import runcomfy_wire as wire
 from runcomfy.adapters.providers.limits import DEFAULT_RETRY_AFTER, LocalLimiter, retry_after
 from runcomfy.adapters.providers.runcomfy_errors import Answer, Failure, Veil, facts_of, judge, unreadable, wrong_path
@@ -125,6 +125,7 @@ class RunComfyAPIClient:
         )
         self._http = http
         self._owns_http = http is None
+        self._agent = _agent()
         self._token = 0
         self._veil = Veil(settings.tokens, settings.user_id)
         self._words_seen: set[str] = set()
@@ -380,7 +381,7 @@ class RunComfyAPIClient:
         """Send a request and read its whole answer within the deadline. Raises what HTTP raises."""
         deadline = self._settings.request_timeout.total_seconds()
         connect = min(CONNECT_TIMEOUT.total_seconds(), deadline / 2)
-        headers = {"Accept": "application/json", "User-Agent": f"runcomfy-orchestrator/{runcomfy.__version__}"}
+        headers = {"Accept": "application/json", "User-Agent": self._agent}
         if token is not None:
             headers["Authorization"] = f"Bearer {self._settings.tokens[token].reveal()}"
         if self._http is None:
@@ -452,6 +453,14 @@ _SERVER: Final = "/prod/api/users/{user_id}/servers/{server_id}"
 
 class _TooLong(Exception):
     """A body beyond `MAX_BODY_BYTES`."""
+
+
+def _agent() -> str:
+    """Say honestly who asks."""
+    try:
+        return f"runcomfy-orchestrator/{version('runcomfy-orchestrator')}"
+    except PackageNotFoundError:  # run from a copy that was never installed
+        return "runcomfy-orchestrator"
 
 
 def _checked_root(base_url: str) -> URL:
