@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import workflows
 from runcomfy.adapters.clock import SystemClock
@@ -27,6 +28,7 @@ from runcomfy.application.machines import Machines
 from runcomfy.application.orchestrator import RunComfyOrchestrator
 from runcomfy.application.owner import OwnerSession
 from runcomfy.application.placing import Placer
+from runcomfy.domain.exceptions import ValueInvalid, foreign_text
 from runcomfy.domain.machine import Machine
 from runcomfy.domain.secret import SecretUrl
 from runcomfy.domain.settings import Settings
@@ -139,6 +141,12 @@ class App:
 
     def given_server(self, url: str) -> ComfyUI:
         """Return the client of a server that the user named; kept warm until the app is closed."""
+        parts = urlsplit(url if len(url) < 2_000 else "")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueInvalid(
+                f"{foreign_text(url, 80)!r} is not the address of a ComfyUI server",
+                hint="write it as http://host:8188 or https://host",
+            )
         if url not in self._given:
             self._given[url] = self.comfyui(SecretUrl(url))
         return self._given[url]

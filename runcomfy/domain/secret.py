@@ -57,6 +57,8 @@ class SecretUrl:
         """The address without its secret first label, path and user part; loopback is shown as it is."""
         parts = urlsplit(self._text)
         host = parts.hostname or ""
+        if not host:
+            return "***"
         port = f":{parts.port}" if parts.port else ""
         if is_loopback(host):
             return f"{parts.scheme}://{host}{port}"
