@@ -284,6 +284,7 @@ class _Watch:
                 return _node_error(state, details)
             case Ending.INTERRUPTED:
                 where = _where(state, state.evidence.failure)
+                details["node_id"] = state.evidence.failure.node_id if state.evidence.failure else state.run.node
                 return PromptInterrupted(
                     f"somebody interrupted the prompt{f' in {where}' if where else ''}",
                     hint="run it again; if the machine is shared, ask who else uses it",

@@ -31,7 +31,8 @@ class RecordedServer:
 
     `prompt` is the number of the recorded `POST /prompt` to play; None plays HTTP answers only. `sockets` are the
     labels of the recorded connections that stand for the client's, in order. `queues` are numbers of recorded
-    `GET /queue` answers to give one after the other (the last one stays) instead of the derived ones.
+    `GET /queue` answers to give one after the other (the last one stays) instead of the derived ones. The recordings
+    `also` answer what this one does not hold.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class RecordedServer:
         *,
         sockets: Sequence[str] = (),
         queues: Sequence[int] = (),
+        also: Sequence[Recording] = (),
     ) -> None:
         self.requests: list[tuple[str, str, bytes]] = []
         """Method, path with query, and body of every request, handshakes left out."""
         self._recording = recording
         self._answers = recording.answers()
+        self._others = [pair for other in also for pair in other.answers().values()]
         self._sockets = list(sockets)
         self._queues = list(queues)
         self._prompt = prompt
@@ -114,7 +117,7 @@ class RecordedServer:
             return self._derived(request)
         if request.method == "POST" and request.path == "/prompt" and event["status"] == 200:
             self._begin()
-        return _response(event)
+        return _response(event, head=request.method == "HEAD")
 
     def _choose(self, request: web.Request) -> Event | None:
         if request.method == "POST" and request.path == "/prompt" and self._prompt is not None:
@@ -130,7 +133,8 @@ class RecordedServer:
 
     def _recorded(self, method: str, path: str) -> Event | None:
         """The first recorded answer to the same request; ids count as equal where nothing else fits."""
-        answered = [(asked, told) for asked, told in self._answers.values() if "error" not in told]
+        known = [*self._answers.values(), *self._others]
+        answered = [(asked, told) for asked, told in known if "error" not in told]
         for asked, told in answered:
             if asked["method"] == method and asked["path"] == path:
                 return told
@@ -145,8 +149,8 @@ class RecordedServer:
         """What was recorded of this history once the prompt has ended; the empty answer before."""
         if self._stage != "ended":
             return None
-        told = [told for asked, told in self._answers.values() if asked["path"] == path and "error" not in told]
-        return next((one for one in reversed(told) if one.get("json")), told[-1] if told else None)
+        told = [told for asked, told in self._answers.values() if asked["path"] == path and "json" in told]
+        return next((one for one in reversed(told) if one["json"]), told[-1] if told else None)
 
     def _derived(self, request: web.Request) -> web.Response:
         if request.path.startswith("/history/"):
@@ -275,11 +279,15 @@ async def _send(socket: web.WebSocketResponse, event: Event) -> None:
         await socket.send_bytes(base64.b64decode(event["base64"]))
 
 
-def _response(event: Event) -> web.Response:
+def _response(event: Event, *, head: bool) -> web.Response:
     headers = {name: value for name, value in event.get("headers", {}).items() if name.lower() not in _LEFT_OUT}
     kind = next((value for name, value in event.get("headers", {}).items() if name.lower() == "content-type"), None)
     if kind is not None:
         headers["Content-Type"] = kind
+    if head:
+        # Only the length matters; a body is not sent.
+        length = int(event.get("headers", {}).get("Content-Length", 0))
+        return web.Response(status=event["status"], headers=headers, body=bytes(length))
     if "json" in event:
         body = json.dumps(event["json"]).encode()
     elif "base64" in event:

@@ -19,6 +19,7 @@ from runcomfy.adapters.comfyui.socket import Socket
 from runcomfy.domain.exceptions import (
     AnswerUnreadable,
     PromptRejected,
+    ProviderError,
     RunComfyError,
     ServerRestarted,
     ServerUnreachable,
@@ -144,8 +145,12 @@ class Submission:
             self._socket.also(self._prompt_id, prompt_id)
         if said.get("node_errors"):
             # Accepted in part: some outputs would silently be missing.
-            await self._take_back(PromptId(prompt_id))
-            raise rejection(self._graph, said, 200)
+            refused = rejection(self._graph, said, 200)
+            try:
+                await self._take_back(PromptId(prompt_id))
+            except ProviderError as error:
+                refused.details["not_taken_back"] = error.message
+            raise refused
         number = said.get("number")
         known = isinstance(number, int | float) and not isinstance(number, bool)
         return Submitted(PromptId(prompt_id), float(number) if known else None)
@@ -229,7 +234,7 @@ def rejection(graph: Mapping[str, Any], said: Mapping[str, Any], status: int) ->
             f"ComfyUI refused the workflow ({status}) without saying why", hint=_DEFAULT_ADVICE, details=details
         )
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    taken = "; it was accepted in part and taken back" if status == 200 else ""
+    taken = "; it was accepted only in part, which is not enough" if status == 200 else ""
     return PromptRejected(
         f"ComfyUI refused the workflow: {_sentence(first)}{more}{taken}", hint=first["hint"], details=details
     )
