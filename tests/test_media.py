@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import errno
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from runcomfy.adapters import media
+from runcomfy.adapters import media, media_child
 from runcomfy.adapters.media import check_input_file, check_input_image
 from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, LocalError, OutputCorrupt
 from runcomfy.domain.job import OutputKind
@@ -118,6 +119,13 @@ def test_whole_files_are_told_by_their_content(inspect: Inspect, name: str, expe
         (b"\0\1\2\3" * 30, ".bin"),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", ".pdf"),
         (b"II*\0" + bytes(60), ".tif"),
+        (b"PK\x03\x04" + bytes(60), ".zip"),
+        (b"Kaydara FBX Binary  \0" + bytes(60), ".fbx"),
+        (b"; FBX 7.4.0 project file\n", ".fbx"),
+        (b'<?xml version="1.0"?>\n<COLLADA xmlns="x">', ".dae"),
+        (b'<!-- made by <b>x</b> --><svg xmlns="x"/>', ".svg"),
+        (b"\xff\xf1\x50\x80" + bytes(60), ".aac"),
+        (b"RIFF\x40\0\0\0AVI LIST" + bytes(60), ".avi"),
         (struct.pack(">I", 28) + b"ftypavif" + bytes(60), ".avif"),
         (b"readable lines\n" * 400 + b"\0\0\0", ".bin"),
     ],
@@ -125,6 +133,45 @@ def test_whole_files_are_told_by_their_content(inspect: Inspect, name: str, expe
 def test_other_formats_are_kept_as_files(inspect: Inspect, content: bytes, extension: str) -> None:
     for expected in (None, FILE):
         assert (inspect(content, expected).kind, inspect(content, expected).extension) == (FILE, extension)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"II*\0" + bytes(60), IMAGE),
+        (b"<svg/>", IMAGE),
+        (b"PK\x03\x04" + bytes(60), MESH),
+        (b"RIFF\x40\0\0\0AVI LIST", VIDEO),
+        (b"\xff\xf1\x50\x80" + bytes(60), AUDIO),
+    ],
+)
+def test_formats_known_by_their_signature_alone_may_stand_for_their_kind(
+    inspect: Inspect, refusal: Refusal, content: bytes, expected: OutputKind
+) -> None:
+    assert inspect(content, expected).kind is FILE
+    for other in {IMAGE, MESH, VIDEO, AUDIO} - {expected}:
+        refusal(content, other)
+
+
+# What real servers sent: tests/recordings.
+RECORDED = {
+    f"{path.stem}:{line['n']}": (base64.b64decode(line["base64"]), line["headers"]["Content-Type"])
+    for path in sorted((Path(__file__).parent / "recordings").glob("*.jsonl"))
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    if line.get("base64") and line.get("status") == 200 and not line.get("truncated") and line["length"] > 50
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_files_that_real_servers_made_are_whole(inspect: Inspect, name: str) -> None:
+    content, content_type = RECORDED[name]
+    kind = {"image": IMAGE, "video": VIDEO, "audio": AUDIO, "model": MESH}.get(content_type.split("/")[0], FILE)
+    assert inspect(content, kind).kind is kind
+
+
+def test_the_recordings_hold_every_kind_of_media() -> None:
+    types = {content_type.split("/")[0] for _, content_type in RECORDED.values()}
+    assert {"image", "video", "audio", "model"} <= types
 
 
 @pytest.mark.fault(50)
@@ -476,6 +523,13 @@ def test_every_changed_byte_of_checksummed_sound_is_seen(refusal: Refusal, name:
         refusal(bytes(broken), kind)
 
 
+def test_flac_with_many_frames_and_a_short_last_one(inspect: Inspect, refusal: Refusal) -> None:
+    whole = samples.flac(frames=300, last=700)
+    assert inspect(whole, AUDIO).details["seconds"] == round((299 * 4096 + 700) / 44_100, 3)
+    half = len(samples.flac(frames=150))
+    assert "samples are promised" in refusal(whole[:half], AUDIO)
+
+
 def test_a_song_that_counts_its_frames_is_seen_to_be_cut(inspect: Inspect, refusal: Refusal) -> None:
     count = b"\xff\xfb\x90\xc0" + b"\0" * 17 + b"Xing" + struct.pack(">III", 3, 8, 417 * 9)
     whole = count.ljust(417, b"\0") + samples.mp3(frames=8, tag=False)
@@ -577,10 +631,67 @@ def test_large_pictures_are_decoded_in_a_process_of_their_own(
     assert "frames_decoded" not in inspect(samples.png(), IMAGE).details
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("to", ["jpg", "webp", "png"])
+def test_large_pictures_are_converted_in_a_process_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    monkeypatch.setattr(media, "INLINE_PIXELS", 1000)
+    monkeypatch.setattr(media, "INLINE_ANIMATION_PIXELS", 1000)
+    (tmp_path / "a").write_bytes(samples.picture("GIF"))
+    found = media.convert(str(tmp_path / "a"), str(tmp_path / "b"), to, max_pixels=LIMIT)
+    assert (found.extension, found.details["width"]) == (f".{to}", 64)
+    with pytest.raises(FileExistsError):
+        media.convert(str(tmp_path / "a"), str(tmp_path / "b"), to, max_pixels=LIMIT)
+
+
+@pytest.mark.processes
+def test_a_decoder_that_does_not_end_or_does_not_answer_is_the_picture_s_fault(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "INLINE_PIXELS", 1000)
+    monkeypatch.setattr(media_child, "cpu_seconds", lambda _: 0)
+    monkeypatch.setattr(media_child, "START_SECONDS", 0.001)
+    assert "not decoded within" in refusal(samples.picture("JPEG"), IMAGE)
+    if os.name != "nt":
+        monkeypatch.setattr(media_child, "START_SECONDS", 30)
+        monkeypatch.setattr("sys.executable", "/bin/false")
+        assert "ended without an answer" in refusal(samples.picture("JPEG"), IMAGE)
+
+
+@pytest.mark.processes
+def test_a_decoder_that_cannot_be_started_is_not_the_picture_s_fault(
+    inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "INLINE_PIXELS", 1000)
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(LocalError, match="no process could be started"):
+        inspect(samples.picture("JPEG"), IMAGE)
+
+
+def test_what_the_process_answers(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(samples.picture("JPEG"))
+    (tmp_path / "cut").write_bytes(samples.picture("JPEG")[:300])
+    header = {"format": "JPEG", "width": 64, "height": 48}
+    request = {"path": str(tmp_path / "a"), "header": header}
+    assert media_child.answer(request) == {"mode": "RGB", "frames_decoded": 1}
+    assert "contradicts" in media_child.answer(request | {"header": header | {"width": 5}})["error"]
+    assert "decoded" in media_child.answer(request | {"path": str(tmp_path / "cut")})["error"]
+    assert media_child.answer(request | {"path": str(tmp_path / "gone")}) == {"errno": errno.ENOENT}
+    assert media_child.answer(request | {"to": "png", "target": str(tmp_path / "b")}) == {}
+    assert media_child.answer(request | {"to": "png", "target": str(tmp_path / "b")}) == {"errno": errno.EEXIST}
+
+
+def test_memory_and_time_are_granted_by_the_bytes_that_came() -> None:
+    assert media_child.memory_bytes(1000) < 350 << 20
+    assert media_child.memory_bytes(50 << 20) > 1 << 30
+    assert media_child.memory_bytes(8 << 30) == media_child.MEMORY_MOST_BYTES
+    assert media_child.cpu_seconds(1000) == 8
+    assert media_child.cpu_seconds(100 << 20) == 58
+
+
 def test_the_process_that_decodes_sees_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threat S3: a decoder that is taken over by a picture finds no token in its environment."""
-    from runcomfy.adapters import media_child
-
     monkeypatch.setenv("RUNCOMFY_API_TOKEN", "canary-token")
     assert not any("canary-token" in value for value in media_child.child_environment().values())
 

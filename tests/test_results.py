@@ -640,7 +640,6 @@ async def test_a_picture_that_the_format_cannot_hold_is_said_and_kept(folder: Di
         await folder.convert(wide, "webp")
     (output,) = await folder.commit([wide], {})
     assert output.kind is OutputKind.IMAGE
-    await folder.abandon()
     assert names(folder.path) == ["9-1.png", "manifest.json"]
 
 

@@ -238,7 +238,7 @@ CONVERTIBLE: Final[Mapping[str, str]] = {"png": ".png", "jpg": ".jpg", "webp": "
 def convert(path: str, target: str, to: str, *, max_pixels: int) -> Media:
     """Write the picture at `path` to the new file `target` in another format; return what was written, inspected.
 
-    Raises OutputCorrupt (that format cannot hold it), LocalError, DiskFull.
+    Raises OutputCorrupt (that format cannot hold it), OSError (the disk), LocalError (no process could be started).
     """
     with open_regular(path) as file:
         source = Source(file)

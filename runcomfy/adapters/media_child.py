@@ -62,12 +62,12 @@ def convert(path: str, header: Header, target: str, to: str, *, size_bytes: int)
 
 
 def _ask(request: dict[str, Any], size_bytes: int) -> dict[str, Any]:
-    answer = _exchange(request | {"size_bytes": size_bytes}, seconds=START_SECONDS + 4 * cpu_seconds(size_bytes))
-    if "errno" in answer:
-        raise OSError(int(answer["errno"]), os.strerror(int(answer["errno"])))
-    if "error" in answer:
-        raise Corrupt(str(answer["error"]))
-    return answer
+    said = _exchange(request | {"size_bytes": size_bytes}, seconds=START_SECONDS + 4 * cpu_seconds(size_bytes))
+    if "errno" in said:
+        raise OSError(int(said["errno"]), os.strerror(int(said["errno"])))
+    if "error" in said:
+        raise Corrupt(str(said["error"]))
+    return said
 
 
 def _exchange(request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
@@ -91,13 +91,13 @@ def _exchange(request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
             hint="check the number of processes and the memory this user may have",
         ) from error
     try:
-        answer = json.loads(done.stdout)
+        said = json.loads(done.stdout)
     except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
+        said = None
+    if not isinstance(said, dict):
         # Killed by a limit, or by its own decoder: a healthy picture does neither.
         raise Corrupt(f"its decoder ended without an answer (exit code {done.returncode})")
-    return answer
+    return said
 
 
 def child_environment() -> dict[str, str]:
@@ -142,10 +142,11 @@ def main() -> None:
     # Asked and answered by the caller, from the header; Pillow's own limit would only warn.
     Image.MAX_IMAGE_PIXELS = None
     _limit(request["size_bytes"])
-    sys.stdout.write(json.dumps(_answer(request)))
+    sys.stdout.write(json.dumps(answer(request)))
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Do what is asked for, in this process; return what goes back to the parent."""
     header = Header(**request["header"])
     try:
         with open_regular(request["path"]) as file:

@@ -112,6 +112,11 @@ HTML: Final = Sniffed(OutputKind.TEXT, "text/html", ".txt", "a web page (HTML)")
 """Set aside as .txt: nobody should open a stranger's page by clicking on it."""
 UNKNOWN: Final = Sniffed(FILE, "application/octet-stream", ".bin", "a file of an unknown format")
 
+_AAC: Final = _known("audio/aac", ".aac", "AAC sound", AUDIO)
+_SVG: Final = _known("image/svg+xml", ".svg", "an SVG drawing", IMAGE, OutputKind.TEXT)
+_COLLADA: Final = _known("model/vnd.collada+xml", ".dae", "a COLLADA model", MESH)
+_TEXT_FBX: Final = _known("application/octet-stream", ".fbx", "an FBX model", MESH)
+
 _BY_START: Final[tuple[tuple[bytes, Sniffed], ...]] = (
     (b"\x89PNG\r\n\x1a\n", PNG),
     (b"\xff\xd8\xff", JPEG),
@@ -129,6 +134,8 @@ _BY_START: Final[tuple[tuple[bytes, Sniffed], ...]] = (
     (b"MM\0*", _known("image/tiff", ".tif", "a TIFF picture", IMAGE)),
     (b"v/1\x01", _known("image/x-exr", ".exr", "an EXR picture", IMAGE)),
     (b"#?RADIANCE", _known("image/vnd.radiance", ".hdr", "an HDR picture", IMAGE)),
+    (b"\xff\xf1", _AAC),
+    (b"\xff\xf9", _AAC),
     (b"8BPS", _known("image/vnd.adobe.photoshop", ".psd", "a Photoshop picture", IMAGE)),
     (b"\xff\x0a", _known("image/jxl", ".jxl", "a JPEG XL picture", IMAGE)),
     (b"\0\0\0\x0cJXL ", _known("image/jxl", ".jxl", "a JPEG XL picture", IMAGE)),
@@ -171,6 +178,11 @@ def _text(source: Source, expected: OutputKind | None) -> Sniffed:
     if expected is OutputKind.TEXT:
         return TEXT
     start = source.head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"; FBX"):
+        return _TEXT_FBX
+    first = _first_element(source.head)
+    if first.startswith((b"<svg", b"<collada")):
+        return _SVG if first.startswith(b"<svg") else _COLLADA
     if start.startswith(b"{") and (b'"asset"' in start or expected is MESH):
         return GLTF
     return {"obj": OBJ, "stl": TEXT_STL}.get(media_mesh.is_text_mesh(source.head), TEXT)
@@ -192,7 +204,12 @@ _HTML_STARTS: Final = (b"<!doctype html", b"<html", b"<head", b"<body", b"<title
 
 
 def _is_html(head: bytes) -> bool:
+    return _first_element(head).startswith(_HTML_STARTS)
+
+
+def _first_element(head: bytes) -> bytes:
+    """Return the text, in small letters, from its first element on; comments and the XML line are passed over."""
     start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    while start.startswith((b"<!--", b"<?xml")):
-        start = start.partition(b">")[2].lstrip()
-    return start.startswith(_HTML_STARTS)
+    while start.startswith((b"<!--", b"<?xml", b"<!doctype svg")):
+        start = start.partition(b"-->" if start.startswith(b"<!--") else b">")[2].lstrip()
+    return start

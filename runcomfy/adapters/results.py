@@ -228,8 +228,11 @@ class DiskJobFolder:
             found = media.convert(file.partial, target, to, max_pixels=self._settings.max_output_pixels)
             with open_regular(target) as converted:
                 size, digest = _measure(converted.fileno())
-        except OSError as error:
-            raise local_error(error, target, "write") from error
+        except BaseException as error:
+            remove_quietly(target)
+            if isinstance(error, OSError):
+                raise local_error(error, target, "write") from error
+            raise
         remove_quietly(file.partial)
         return replace(file, partial=target, media=found, size_bytes=size, sha256=digest)
 

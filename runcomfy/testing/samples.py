@@ -193,16 +193,18 @@ def checksum(data: bytes, polynomial: int, bits: int) -> int:
     return value
 
 
-def flac(*, frames: int = 4) -> bytes:
-    """Return a FLAC file, mono, 44100 samples per second, 16 bits: frames of 4096 equal samples."""
-    packed = 44_100 << 44 | 0 << 41 | 15 << 36 | 4096 * frames
+def flac(*, frames: int = 4, last: int = 4096) -> bytes:
+    """Return a FLAC file, mono, 44100 samples per second, 16 bits: frames of 4096 equal samples, the last of `last`."""
+    packed = 44_100 << 44 | 0 << 41 | 15 << 36 | (4096 * (frames - 1) + last if frames else 0)
     info = struct.pack(">HH", 4096, 4096) + b"\0" * 6 + packed.to_bytes(8, "big") + b"\0" * 16
     made = b"fLaC" + b"\x80\0\0\x22" + info
     for number in range(frames):
-        # Blocks of 4096 (12), 44100 per second (9), one channel, 16 bits (4); then one constant subframe.
-        head = b"\xff\xf8\xc9\x08" + bytes([number])
-        head += bytes([checksum(head, 0x07, 8)])
-        frame = head + b"\0" + struct.pack(">h", number * 100)
+        # 44100 per second (9), one channel, 16 bits (4); the frame's number is coded as UTF-8 codes characters.
+        if number == frames - 1 and last != 4096:
+            head = b"\xff\xf8\x79\x08" + chr(number).encode() + struct.pack(">H", last - 1)
+        else:
+            head = b"\xff\xf8\xc9\x08" + chr(number).encode()
+        frame = head + bytes([checksum(head, 0x07, 8)]) + b"\0" + struct.pack(">h", number % 300 * 100)
         made += frame + checksum(frame, 0x8005, 16).to_bytes(2, "big")
     return made
 
