@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from typing import Any
 
 import aiohttp
@@ -25,7 +26,7 @@ class Replay:
 
     `hooks` run when their line of the recording (counted from 1) is reached: what was done to the recorded server by
     hand (a file removed, the process killed) has to be done to this one. `make_file` gives the bytes of an uploaded
-    file by name and recorded length; file contents are not part of recordings.
+    file by name and recorded length; file contents are not part of recordings. Lines in `skipped` are not played.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Replay:
         make_file: MakeFile,
         hooks: Mapping[int, Hook] | None = None,
         substitutions: Mapping[str, str] | None = None,
+        skipped: Container[int] = (),
     ) -> None:
         self.recording = recording
         self.url = url
@@ -43,6 +45,7 @@ class Replay:
         self.results = Results(substitutions=dict(substitutions or {}))
         self._make_file = make_file
         self._hooks = dict(hooks or {})
+        self._skipped = skipped
         self._answers = recording.answers()
         self._pending: dict[int, asyncio.Task[None]] = {}
         self._sockets: dict[str, aiohttp.ClientWebSocketResponse] = {}
@@ -57,13 +60,13 @@ class Replay:
             for line, event in enumerate(self.recording.events, start=1):
                 if event["dir"] == "http-res":
                     await self._answered(event["n"])
-                    continue
-                if event["dir"] not in ("http-req", "ws-open", "ws-in", "ws-close", "note"):
+                if line not in self._hooks and event["dir"] not in ("http-req", "ws-open", "ws-in", "ws-close"):
                     continue
                 await asyncio.sleep(max(0.0, began + event["t"] - loop.time()))
                 if line in self._hooks:
                     await self._hooks[line](self)
-                await self._play(event)
+                if line not in self._skipped:
+                    await self._play(event)
             await asyncio.sleep(LINGER)
             for number in list(self._pending):
                 await self._answered(number)
@@ -97,7 +100,7 @@ class Replay:
             arguments["data"] = self.bindings.translate(event["text"]).encode()
         elif "form" in event:
             body, content_type = self._form(event["form"])
-            arguments["data"], headers["Content-Type"] = body, content_type
+            arguments["data"], headers["Content-Type"] = io.BytesIO(body), content_type
         path = self.bindings.translate(event["path"])
         url = URL(self.url + path, encoded=True)
         try:

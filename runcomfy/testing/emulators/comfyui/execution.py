@@ -138,7 +138,7 @@ class Execution:
             "exception_type": type_name(failure.error),
             "traceback": traceback.format_tb(failure.error.__traceback__),
             "current_inputs": failure.inputs,
-            "current_outputs": list(self._results),
+            "current_outputs": self._graph.ids(),
         }
         self._message("execution_error", facts)
 
@@ -149,6 +149,8 @@ class Execution:
         for node_id, mark in self._fingerprints.items():
             unsure = isinstance(mark, float) and math.isnan(mark)
             self._graph.entry(node_id)["is_changed"] = mark if unsure else [mark]
+        signatures = {self._graph.signature(node_id, self._fingerprints) for node_id in self._graph.original}
+        self._process.cache.keep_only(signatures)
         for node_id in self._graph.original:
             self._remember(node_id)
         self.cached = list(self._results)
@@ -431,27 +433,27 @@ def _prefixed(graph: Graph, prefix: str) -> Graph:
 
 
 class NodeCache:
-    """Results by key, the least recently used going first; `enabled=False` is `--cache-none`."""
+    """Results by key, kept from one prompt to the next; `enabled=False` is `--cache-none`.
 
-    def __init__(self, *, enabled: bool = True, size: int = 1_000) -> None:
-        self._entries: dict[Any, CacheEntry] = {}
+    What the next prompt does not contain is forgotten when it begins, as with the real server's default cache.
+    """
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        self._entries: dict[str, CacheEntry] = {}
         self._enabled = enabled
-        self._size = size
 
-    def get(self, key: Any) -> CacheEntry | None:
+    def get(self, key: str) -> CacheEntry | None:
         """The entry of a key."""
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._entries[key] = entry
-        return entry
+        return self._entries.get(key)
 
-    def put(self, key: Any, entry: CacheEntry) -> None:
+    def put(self, key: str, entry: CacheEntry) -> None:
         """Keep an entry."""
-        if not self._enabled:
-            return
-        self._entries[key] = entry
-        while len(self._entries) > self._size:
-            del self._entries[next(iter(self._entries))]
+        if self._enabled:
+            self._entries[key] = entry
+
+    def keep_only(self, keys: set[str]) -> None:
+        """Forget everything else."""
+        self._entries = {key: entry for key, entry in self._entries.items() if key in keys}
 
     def clear(self) -> None:
         """Forget everything."""

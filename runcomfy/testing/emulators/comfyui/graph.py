@@ -28,6 +28,10 @@ class RunningGraph:
         """A node as submitted or expanded. Raises KeyError."""
         return self._added[node_id] if node_id in self._added else self.original[node_id]
 
+    def ids(self) -> list[str]:
+        """Every node there is by now."""
+        return [*self.original, *self._added]
+
     def __contains__(self, node_id: str) -> bool:
         return node_id in self._added or node_id in self.original
 

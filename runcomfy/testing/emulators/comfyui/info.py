@@ -127,7 +127,9 @@ def node_info(node: NodeClass, process: ServerProcess) -> dict[str, Any]:
         "output_node": node.output_node,
     }
     if modern:
-        info |= {"is_input_list": node.input_is_list, "has_intermediate_output": False, "search_aliases": []}
+        info |= {"is_input_list": node.input_is_list, "has_intermediate_output": False}
+    if process.capabilities.search_aliases:
+        info["search_aliases"] = []
     for flag in ("deprecated", "experimental", "api_node"):
         if getattr(node, flag):
             info[flag] = True

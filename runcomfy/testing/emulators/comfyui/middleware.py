@@ -75,9 +75,10 @@ def make_middlewares(process: ServerProcess, requests: list[RequestRecord]) -> l
     async def trouble(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
-        except web.HTTPRequestEntityTooLarge:
-            limit = int(options.max_upload_size * 1024 * 1024)
-            return web.Response(status=413, text=f"Maximum request body size {limit} exceeded.")
+        except web.HTTPRequestEntityTooLarge as error:
+            # Said here because the words differ between versions of aiohttp.
+            error.text = f"Maximum request body size {int(options.max_upload_size * 1024 * 1024)} exceeded."
+            raise
         except web.HTTPException:
             raise
         except OutsideFolder:

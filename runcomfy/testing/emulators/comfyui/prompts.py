@@ -38,7 +38,8 @@ async def post_prompt(request: web.Request) -> web.Response:
     if "number" in body:
         number: float = float(body["number"])
     else:
-        number = -process.counter if body.get("front") else process.counter
+        front = "front" in body and bool(body["front"])
+        number = -process.counter if front else process.counter
         process.counter += 1
     if "prompt" not in body:
         error = problem("no_prompt", "No prompt provided", "No prompt provided")

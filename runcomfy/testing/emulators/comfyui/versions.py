@@ -86,6 +86,11 @@ class Capabilities:
         return self._since(0, 9, 2)
 
     @property
+    def search_aliases(self) -> bool:
+        """`/object_info` entries carry `search_aliases`."""
+        return self._since(0, 10, 0)
+
+    @property
     def names_missing_node(self) -> bool:
         """Unknown classes are `missing_node_type`; before, `invalid_prompt` without detail."""
         return self._since(0, 12, 0)
