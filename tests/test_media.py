@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -575,7 +575,6 @@ def test_an_ogg_page_that_is_missing_in_the_middle(refusal: Refusal) -> None:
 ANY_KIND = st.sampled_from([None, *OutputKind])
 
 
-@settings(max_examples=300)
 @given(data=st.data(), name=st.sampled_from(sorted(WHOLE)), expected=ANY_KIND)
 def test_damage_is_refused_or_harmless_and_never_a_crash(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str, expected: OutputKind | None
@@ -601,7 +600,6 @@ STARTS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=300)
 @given(start=st.sampled_from(STARTS), rest=st.binary(max_size=400), expected=ANY_KIND)
 def test_any_bytes_are_refused_or_named_and_never_a_crash(
     tmp_path_factory: pytest.TempPathFactory, start: bytes, rest: bytes, expected: OutputKind | None
