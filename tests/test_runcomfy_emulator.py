@@ -240,7 +240,6 @@ def test_the_environment_points_at_the_cloud() -> None:
 # --- misbehaving machines ----------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(9)
 async def test_a_new_machine_may_be_invisible_for_a_while(call: Caller, cloud: RunComfyEmulator) -> None:
     cloud.next_machine(hidden_for=30, unlisted_for=timedelta(seconds=60))
     server_id = (await call.launch())["server_id"]
@@ -281,7 +280,6 @@ async def test_a_machine_may_flap_vanish_or_linger(call: Caller, cloud: RunComfy
     assert await call.status(server_id) is None
 
 
-@pytest.mark.fault(23)
 async def test_a_machine_may_ignore_its_stop_time_and_delete(call: Caller, cloud: RunComfyEmulator) -> None:
     cloud.next_machine(ignores_stop_time=True, ignores_delete=True)
     server_id = (await call.launch(duration=60))["server_id"]
@@ -407,7 +405,6 @@ async def test_faults_meet_the_calls_they_name(call: Caller, cloud: RunComfyEmul
     assert (await call("GET", "servers"))[0] == 200
 
 
-@pytest.mark.fault(21)
 async def test_a_fault_may_last_for_hours(call: Caller, cloud: RunComfyEmulator) -> None:
     server_id = (await call.launch(duration=40_000))["server_id"]
     await asyncio.sleep(200)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
@@ -63,3 +64,10 @@ def cloud_settings(cloud: RunComfyEmulator) -> CloudSettings:
         tokens=tuple(Secret(token) for token in tokens),
         workflow_version_id=str(cloud.workflows[0]["version_id"]),
     )
+
+
+@pytest_asyncio.fixture
+async def cloud_client(cloud_settings: CloudSettings, clock: LoopClock) -> AsyncIterator[RunComfyAPIClient]:
+    """A client of the emulated cloud with a rate limiter of its own."""
+    async with RunComfyAPIClient(cloud_settings, clock=clock) as client:
+        yield client

@@ -210,6 +210,8 @@ class RunComfyAPIClient:
         def read(answer: Answer) -> bool:
             if answer.status in (202, 204) and not answer.body.strip():
                 return True
+            if answer.status != 404:
+                wire.refuse_errors(wire.read_json(answer.body))  # else a "no" with status 200 would end the bill
             return _about(server_id)(answer) is not None
 
         return await self._request(call, read)
@@ -272,7 +274,7 @@ class RunComfyAPIClient:
             page = await self._request(
                 replace(call, query=query), lambda answer: wire.read_page(wire.read_json(answer.body))
             )
-            keys = {str(entry.get(key)) for entry in page.entries}
+            keys = {str(entry[key]) for entry in page.entries if entry.get(key)}
             with self._reading(call):
                 if keys & seen:
                     raise wire.Unreadable("a page of the list that repeats an earlier one")
@@ -373,6 +375,10 @@ class RunComfyAPIClient:
             fields |= {"seconds": round(loop.time() - started, 3), "error": type(error).__name__}
             _log.warning("provider_call", extra={"fields": fields})
             raise failure from None
+        except asyncio.CancelledError:  # it may have arrived all the same
+            fields |= {"seconds": round(loop.time() - started, 3), "error": "cancelled"}
+            _log.warning("provider_call", extra={"fields": fields})
+            raise
         fields |= {"seconds": round(loop.time() - started, 3), "status": answer.status}
         _log.log(logging.INFO if answer.status < 400 else logging.WARNING, "provider_call", extra={"fields": fields})
         return answer
@@ -385,7 +391,8 @@ class RunComfyAPIClient:
         if token is not None:
             headers["Authorization"] = f"Bearer {self._settings.tokens[token].reveal()}"
         if self._http is None:
-            # No cookies, no proxy from the environment, no redirects: the token goes where the settings say.
+            # No cookies, no proxy from the environment, no redirects: the token goes where the settings say. (aiohttp
+            # itself repeats GET and DELETE once when the connection breaks under them; that is harmless with both.)
             self._http = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
         async with (
             asyncio.timeout(deadline),

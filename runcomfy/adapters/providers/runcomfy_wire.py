@@ -81,6 +81,7 @@ def read_page(payload: Any) -> Page:
         return Page(_objects(payload))
     if not isinstance(payload, dict):
         raise Unreadable(f"a {type(payload).__name__} instead of a list")
+    refuse_errors(payload)
     for name in _LISTS:
         inner = payload.get(name)
         if isinstance(inner, list):
@@ -90,6 +91,17 @@ def read_page(payload: Any) -> Page:
             outer = _paged(page.entries, payload)
             return Page(page.entries, page.next or outer.next, page.total if page.total is not None else outer.total)
     raise Unreadable("an object without a list")
+
+
+def refuse_errors(payload: Any) -> None:
+    """Raise Unreadable if an answer with a good status says that something went wrong.
+
+    RunComfy's newer APIs send errors that way (status 200 and an error code); a list that failed is not an empty one.
+    """
+    if isinstance(payload, dict) and (
+        payload.get("success") is False or any(payload.get(name) for name in ("error", "errors", "error_code"))
+    ):
+        raise Unreadable("an error in the place of an answer")
 
 
 def _objects(entries: list[Any]) -> Sequence[Mapping[str, Any]]:
