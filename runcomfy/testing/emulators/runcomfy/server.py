@@ -92,6 +92,15 @@ class RunComfyEmulator:
     that point a client at it. Times come from the running loop, so that a test under virtual time moves the cloud too.
     """
 
+    machines: dict[str, EmulatedMachine]
+    """Every machine there ever was, by id."""
+    launched: list[str]
+    """The ids of the machines that clients launched, in order."""
+    calls: list[CallRecord]
+    """Every request to the API."""
+    page_size: int | None
+    """If set, the list of machines comes in pages of that many, wrapped in an object that says so."""
+
     def __init__(
         self,
         *,
@@ -132,14 +141,10 @@ class RunComfyEmulator:
         self.balance_usd = balance_usd
         self.rate_limit, self.requests_per_second, self.burst = rate_limit, requests_per_second, burst
         self.retry_after = retry_after
-        self.page_size: int | None = None
-        """If set, the list of machines comes in pages of that many, wrapped in an object that says so."""
-        self.machines: dict[str, EmulatedMachine] = {}
-        """Every machine there ever was, by id."""
-        self.launched: list[str] = []
-        """The ids of the machines that clients launched, in order."""
-        self.calls: list[CallRecord] = []
-        """Every request to the API."""
+        self.page_size = None
+        self.machines = {}
+        self.launched = []
+        self.calls = []
         self._revoked: set[int] = set()
         self._faults = CallFaults()
         self._next_traits: list[Traits] = []
