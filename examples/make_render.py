@@ -141,7 +141,7 @@ def studio(d: Vec) -> float:
     sky = 0.5 + 0.5 * d[1]
     strip = math.exp(-(((d[1] - 0.55) / 0.16) ** 2)) * (0.6 + 0.4 * math.tanh(-3.0 * d[0]))
     side = math.exp(-(((d[0] - 0.80) / 0.13) ** 2)) * max(0.0, 1.0 - abs(d[1]))
-    return 0.10 + 0.30 * sky * sky + 0.95 * strip + 0.55 * side
+    return 0.05 + 0.22 * sky * sky + 0.95 * strip + 0.55 * side
 
 
 def shade(p: Vec, view: Vec, part: int, lights: tuple[Vec, Vec]) -> Vec:
@@ -155,8 +155,8 @@ def shade(p: Vec, view: Vec, part: int, lights: tuple[Vec, Vec]) -> Vec:
     reflected = studio(mirror) * open_sky
     fresnel = 0.04 + 0.96 * (1.0 - facing) ** 5
     glint = max(dot(mirror, key), 0.0) ** 42 * lit
-    base, gloss = (((0.56, 0.59, 0.64), 0.34), ((0.21, 0.22, 0.25), 0.30), ((0.10, 0.17, 0.24), 0.62))[part]
-    fill = 0.20 * open_sky * (0.6 + 0.4 * n[1]) + 0.13 * facing * open_sky
+    base, gloss = (((0.30, 0.33, 0.37), 0.26), ((0.10, 0.105, 0.12), 0.24), ((0.03, 0.05, 0.08), 0.55))[part]
+    fill = 0.11 * open_sky * (0.6 + 0.4 * n[1]) + 0.10 * facing * open_sky
     body = 0.92 * lit + fill
     gain = gloss + (1 - gloss) * fresnel
     return (
@@ -185,7 +185,7 @@ def trace(u: float, v: float, lights: tuple[Vec, Vec]) -> Vec | None:
 def tone(value: float) -> int:
     """Return the byte for a linear light: a soft shoulder (Reinhard), then the sRGB curve."""
     value = value * (1.0 + value / 3.2) / (1.0 + value)
-    value = min(max(value * 1.28, 0.0), 1.0)
+    value = min(max(value * 1.22, 0.0), 1.0)
     encoded = 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055
     return round(encoded * 255)
 
@@ -207,8 +207,14 @@ def draw(size: int) -> Image.Image:
 
 def main() -> None:
     size = int(sys.argv[1]) if len(sys.argv) > 1 else SIZE
-    # Half the points each way, then Lanczos: the edges come out smooth, in a quarter of the time.
-    picture = draw(size // 2).resize((size, size), Image.Resampling.LANCZOS)
+    # Half the points each way, then enlarged: the edges come out smooth, in a quarter of the time.
+    # Premultiplied, since the colour of what is transparent must not run into the edges.
+    small = draw(size // 2).convert("RGBa")
+    picture = small.resize((size, size), Image.Resampling.BICUBIC).convert("RGBA")
+    # ComfyUI's LoadImage looks at the colours alone: what is all but transparent is black there, too.
+    alpha = picture.getchannel("A").point([0 if value < 24 else value for value in range(256)])
+    ground = Image.new("RGBA", picture.size, (0, 0, 0, 0))
+    picture = Image.composite(picture, ground, alpha.point([255 if value else 0 for value in range(256)]))
     target = Path(__file__).with_name("render.png")
     picture.save(target, optimize=True)
     print(f"{target}: {target.stat().st_size} bytes")

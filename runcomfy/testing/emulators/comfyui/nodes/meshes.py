@@ -146,7 +146,7 @@ class _Builder:
                 self.mesh.indices.extend((a, b, a + 1, a + 1, b, b + 1))
 
     def _border(self) -> list[tuple[int, int, tuple[float, float, float]]]:
-        """The border's points, anticlockwise from the left top, with the outward direction of the side beginning there."""
+        """The border's points, anticlockwise from the left top, and where the side that begins there looks."""
         last_column, last_row = self.columns - 1, self.rows - 1
         return (
             [(0, row, (-1.0, 0.0, 0.0)) for row in range(last_row)]

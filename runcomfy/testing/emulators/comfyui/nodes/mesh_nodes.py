@@ -1,0 +1,194 @@
+"""Nodes of the core that turn voxels into meshes, tell about meshes, and save or show them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runcomfy.testing.emulators.comfyui.nodes import meshes
+from runcomfy.testing.emulators.comfyui.nodes.base import InputSpec, NodeClass, NodeContext, NodeResult
+from runcomfy.testing.emulators.comfyui.nodes.declare import combo, modern, real, text, whole
+from runcomfy.testing.emulators.comfyui.nodes.values import (
+    EMULATION_NOTE,
+    File3D,
+    Voxels,
+    prompt_text,
+    stable_random,
+    write_files,
+)
+
+FILE_3D = (
+    "FILE_3D_GLB,FILE_3D_GLTF,FILE_3D_OBJ,FILE_3D_FBX,FILE_3D_STL,FILE_3D_USDZ,FILE_3D_PLY,FILE_3D_SPLAT,FILE_3D_SPZ,"
+    "FILE_3D_KSPLAT,FILE_3D_SPLAT_ANY,FILE_3D_POINT_CLOUD_ANY,FILE_3D"
+)
+_HIDDEN = {"prompt": ["PROMPT"], "extra_pnginfo": ["EXTRA_PNGINFO"]}
+
+
+def file_bytes(value: meshes.Mesh | File3D, context: NodeContext) -> tuple[bytes, str]:
+    """Return a model's bytes and the extension of its file; a mesh becomes GLB, with the graph in its extras."""
+    if isinstance(value, File3D):
+        return value.data, value.extension
+    extras = {"emulator": EMULATION_NOTE}
+    prompt = prompt_text(context)
+    if prompt is not None:
+        extras["prompt"] = prompt
+        extra = context.extra_data.get("extra_pnginfo")
+        if isinstance(extra, dict):
+            extras |= extra
+    return meshes.glb(value, extras=extras), "glb"
+
+
+async def voxel_to_mesh(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """The surface of the solid cells."""
+    voxels: Voxels = inputs["voxel"]
+    return NodeResult([await context.in_thread(meshes.voxel_ball, voxels.resolution, inputs["threshold"])])
+
+
+async def save_glb(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """A mesh or a ready file, under the key `3d`."""
+
+    def save() -> list[dict[str, str]]:
+        target = context.save_path(inputs["filename_prefix"])
+        data, extension = file_bytes(inputs["mesh"], context)
+        return write_files(target, [(target.name(f".{extension}"), data)], "output")
+
+    return NodeResult([], ui={"3d": await context.in_thread(save)})
+
+
+async def mesh_to_file(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """A GLB file in memory."""
+    mesh: meshes.Mesh = inputs["mesh"]
+    note = {"emulator": EMULATION_NOTE}
+    return NodeResult([File3D(await context.in_thread(lambda: meshes.glb(mesh, extras=note)))])
+
+
+async def preview_3d(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """A copy in the output folder, told as a bare path; a path that is given is told as it is."""
+    model: File3D | str = inputs["model_file"]
+    if isinstance(model, str):
+        return NodeResult([], ui={"result": [model.replace("\\", "/"), inputs.get("camera_info"), None]})
+    letters = stable_random(context.prompt_id, context.node_id)
+    name = f"preview3d_{letters.getrandbits(128):032x}.{model.extension}"
+    await context.in_thread((context.folders.output / name).write_bytes, model.data)
+    return NodeResult([], ui={"result": [name, None, None]})
+
+
+async def save_3d_advanced(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """A file told as a path below the output folder, with the camera and the list of models."""
+
+    def save() -> str:
+        target = context.save_path(inputs["filename_prefix"])
+        data, extension = file_bytes(inputs["model_3d"], context)
+        name = target.name(f".{extension}", underscore=False)
+        write_files(target, [(name, data)], "output")
+        return f"{target.subfolder}/{name}" if target.subfolder else name
+
+    state = inputs["viewport_state"]
+    camera = state.get("camera_info") if isinstance(state, dict) else None
+    return NodeResult([inputs["model_3d"]], ui={"result": [await context.in_thread(save), camera, []]})
+
+
+async def mesh_info(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """Counts, as text."""
+    mesh: meshes.Mesh = inputs["mesh"]
+    have = [name for name, values in (("normals", mesh.normals), ("vertex colors", mesh.colors)) if values]
+    info = f"Vertices:   {mesh.vertices:,}\nFaces:      {mesh.faces:,}\nAttributes: {', '.join(have) or 'none'}"
+    return NodeResult([mesh, info], ui={"text": [info]})
+
+
+CLASSES = (
+    NodeClass(
+        "VoxelToMesh",
+        voxel_to_mesh,
+        InputSpec(
+            required={
+                "voxel": ["VOXEL", {}],
+                "algorithm": combo(["surface net", "basic"], advanced=True),
+                "threshold": real(0.6, -1.0, 1.0, 0.01),
+            }
+        ),
+        outputs=("MESH",),
+        display_name="Voxel to Mesh",
+        category="3d",
+        python_module="comfy_extras.nodes_hunyuan3d",
+        extra_info=modern(1),
+    ),
+    NodeClass(
+        "SaveGLB",
+        save_glb,
+        InputSpec(
+            required={
+                "mesh": [f"MESH,{FILE_3D}", {"tooltip": "Mesh or 3D file to save"}],
+                "filename_prefix": text("3d/ComfyUI", multiline=False),
+            },
+            hidden=_HIDDEN,
+        ),
+        output_node=True,
+        display_name="Save 3D Model",
+        category="3d",
+        python_module="comfy_extras.nodes_save_3d",
+        extra_info=modern(0, aliases=("export 3d model", "save mesh"), essentials="Basics"),
+        since=(0, 3, 27),
+    ),
+    NodeClass(
+        "MeshToFile3D",
+        mesh_to_file,
+        InputSpec(required={"mesh": ["MESH", {}]}),
+        outputs=("FILE_3D_GLB",),
+        output_names=("model_3d",),
+        display_name="Mesh to 3D File",
+        category="3d",
+        python_module="comfy_extras.nodes_save_3d",
+        extra_info=modern(1),
+        since=(0, 20, 0),
+    ),
+    NodeClass(
+        "Preview3D",
+        preview_3d,
+        InputSpec(
+            required={"model_file": [f"STRING,{FILE_3D}", {"tooltip": "3D model file or path string"}]},
+            optional={"camera_info": ["LOAD3D_CAMERA", {}], "bg_image": ["IMAGE", {}]},
+            hidden=_HIDDEN,
+        ),
+        output_node=True,
+        display_name="Preview 3D & Animation",
+        category="3d",
+        python_module="comfy_extras.nodes_load_3d",
+        extra_info=modern(0),
+        since=(0, 3, 30),
+    ),
+    NodeClass(
+        "Save3DAdvanced",
+        save_3d_advanced,
+        InputSpec(
+            required={
+                "model_3d": [f"MESH,{FILE_3D}", {}],
+                "filename_prefix": text("3d/ComfyUI", multiline=False),
+                "viewport_state": ["LOAD_3D", {}],
+                "width": whole(1024, 1, 4096, 1),
+                "height": whole(1024, 1, 4096, 1),
+            },
+            hidden=_HIDDEN,
+        ),
+        outputs=("FILE_3D",),
+        output_names=("model_3d",),
+        output_node=True,
+        display_name="Save 3D (Advanced)",
+        category="3d",
+        python_module="comfy_extras.nodes_save_3d",
+        extra_info=modern(1),
+        since=(0, 28, 0),
+    ),
+    NodeClass(
+        "GetMeshInfo",
+        mesh_info,
+        InputSpec(required={"mesh": ["MESH", {}]}),
+        outputs=("MESH", "STRING"),
+        output_names=("mesh", "info"),
+        output_node=True,
+        display_name="Get Mesh Info",
+        category="3d/mesh",
+        python_module="comfy_extras.nodes_mesh",
+        extra_info=modern(2),
+        since=(0, 20, 0),
+    ),
+)
