@@ -94,7 +94,7 @@ class Recording:
         return [e for e in self.events if e["dir"] in ("ws-text", "ws-binary") and e["sock"] == sock]
 
 
-@dataclass
+@dataclass(repr=False)
 class Answer:
     """What the other server answered; `error` is set, and nothing else, if no answer came."""
 
@@ -104,7 +104,7 @@ class Answer:
     error: str | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Results:
     """Everything the other server said during a replay."""
 
@@ -116,6 +116,9 @@ class Results:
     """Sockets that the server ended, with the close code (1006: without a close frame)."""
     substitutions: dict[str, str] = field(default_factory=dict)
     """Texts of the other server that stand for recorded ones whatever they look like: host, folders."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self.answers)} answers, {sum(map(len, self.messages.values()))} messages>"
 
 
 class Bindings:
@@ -354,8 +357,8 @@ class Comparison:
             shorter = min(len(ours), len(theirs))
             ours, theirs = ours[:shorter], theirs[:shorter]
         labels, others = [_label(run[0]) for run in ours], [_label(run[0]) for run in theirs]
-        if [_kind(one) for one in labels] != [_kind(one) for one in others]:
-            at = next((i for i, (a, b) in enumerate(zip(labels, others, strict=False)) if _kind(a) != _kind(b)), None)
+        if labels != others:
+            at = next((i for i, (a, b) in enumerate(zip(labels, others, strict=False)) if a != b), None)
             at = min(len(labels), len(others)) if at is None else at
             self._differ(f"{where}[{at}]", labels[at : at + 3], others[at : at + 3])
             return
@@ -376,7 +379,14 @@ def _message(event: Event) -> Any:
 
 
 def _parsed(message: str | bytes) -> Any:
-    return json.loads(message) if isinstance(message, str) else _binary(message)
+    try:
+        return json.loads(message) if isinstance(message, str) else _binary(message)
+    except ValueError:
+        return {"type": "unreadable", "data": {}}
+
+
+def _type(message: Any) -> Any:
+    return message.get("type") if isinstance(message, dict) else None
 
 
 def _binary(data: bytes) -> dict[str, Any]:
@@ -398,26 +408,25 @@ def _only_status(messages: Sequence[Any]) -> list[Any]:
     """The status messages, equal neighbours once: how often a count is repeated depends on the company."""
     found: list[Any] = []
     for message in messages:
-        if message["type"] == "status" and (not found or found[-1] != message):
+        if _type(message) == "status" and (not found or found[-1] != message):
             found.append(message)
     return found
 
 
 def _without_status(messages: Sequence[Any]) -> list[Any]:
-    return [message for message in messages if message["type"] != "status"]
+    return [message for message in messages if _type(message) != "status"]
 
 
 def _label(message: Any) -> tuple[Any, ...]:
-    data = message["data"]
-    node = data.get("node", "") if isinstance(data, dict) else ""
-    if message["type"] == "progress_state":
-        states = {node_id: state["state"] for node_id, state in data["nodes"].items()}
-        return "progress_state", tuple(states.items())
-    return message["type"], node
-
-
-def _kind(label: tuple[Any, ...]) -> tuple[Any, ...]:
-    return label
+    """What a message is, as far as its place among the others matters."""
+    data = message.get("data") if isinstance(message, dict) else None
+    if not isinstance(data, dict):
+        return (_type(message),)
+    nodes = data.get("nodes")
+    if _type(message) == "progress_state" and isinstance(nodes, dict):
+        states = (state.get("state") if isinstance(state, dict) else None for state in nodes.values())
+        return "progress_state", tuple(zip(nodes, states, strict=True))
+    return _type(message), data.get("node", "")
 
 
 def _folded(messages: Sequence[Any]) -> Iterator[list[Any]]:
@@ -425,11 +434,11 @@ def _folded(messages: Sequence[Any]) -> Iterator[list[Any]]:
     open_runs: dict[tuple[Any, ...], list[Any]] = {}
     for message in messages:
         label = _label(message)
-        repeatable = message["type"] in ("progress_state", "progress", "binary 1", "binary 4")
+        repeatable = _type(message) in ("progress_state", "progress", "binary 1", "binary 4")
         if repeatable and label in open_runs:
             open_runs[label].append(message)
             continue
-        if not repeatable or message["type"] == "progress_state":
+        if not repeatable or _type(message) == "progress_state":
             open_runs = {}
         run = [message]
         if repeatable:

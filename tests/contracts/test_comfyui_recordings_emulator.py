@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,7 @@ _played: dict[str, Results] = {}
 """Results by recording: each is played once, and looked at by several tests."""
 
 
+@cache
 def recording_of(name: str) -> Recording:
     return Recording.load(FOLDER / f"{name}.jsonl").first(COVERAGE[name].get("replayed_lines"))
 
@@ -331,20 +333,25 @@ def changed(recording: Recording, index: int, path: tuple[Any, ...], how: str) -
     return Recording(recording.name, tuple(events))
 
 
+class Gallery:
+    """Played recordings, in a box that is quickly printed."""
+
+    def __init__(self, results: Mapping[str, Results]) -> None:
+        self.of = results.__getitem__
+
+
 @pytest.fixture
-async def played(tmp_path: Path) -> dict[str, Results]:
-    return {name: await results_of(name, tmp_path) for name in SENSITIVE}
+async def played(tmp_path: Path) -> Gallery:
+    return Gallery({name: await results_of(name, tmp_path) for name in SENSITIVE})
 
 
 # The fixture only hands over what was played once.
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(target=st.sampled_from(TARGETS), how=st.sampled_from(["absent", "renamed", "other type", "more"]))
-def test_a_changed_field_is_noticed(
-    played: dict[str, Results], target: tuple[str, int, tuple[Any, ...]], how: str
-) -> None:
+def test_a_changed_field_is_noticed(played: Gallery, target: tuple[str, int, tuple[Any, ...]], how: str) -> None:
     name, index, path = target
     recording = changed(recording_of(name), index, path, how)
-    assert differences(recording, played[name])
+    assert differences(recording, played.of(name))
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ class Execution:
             if not self._finish(node_id, results):
                 return False
         except Exception as error:
+            inputs |= self._hidden(node_id)
             formatted = {name: [shown(value) for value in values] for name, values in inputs.items()}
             raise NodeFailure(node_id, error, formatted) from error
         self._progress.finish(node_id)
@@ -234,6 +235,16 @@ class Execution:
             else:
                 found[name] = [value]
         return found
+
+    def _hidden(self, node_id: str) -> dict[str, list[Any]]:
+        """What the real server passes without a link or a widget; nodes here ask their context for it."""
+        known = {
+            "PROMPT": self._graph.original,
+            "EXTRA_PNGINFO": self._extra.get("extra_pnginfo"),
+            "UNIQUE_ID": node_id,
+        }
+        wanted = self._graph.node_class(node_id).spec(self._process.folders).hidden
+        return {name: [known[kind]] for name, kind in wanted.items() if isinstance(kind, str) and kind in known}
 
     def _ask_lazily(self, node_id: str, inputs: dict[str, list[Any]]) -> bool:
         node = self._graph.node_class(node_id)
