@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import errno
 import io
 import json
 import os
@@ -20,9 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from runcomfy.adapters import media, media_child
-from runcomfy.adapters.media import check_input_file, check_input_image
-from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, LocalError, OutputCorrupt
+from runcomfy.adapters import media
+from runcomfy.domain.exceptions import LocalError, OutputCorrupt
 from runcomfy.domain.job import OutputKind
 from runcomfy.ports.results import Media
 from runcomfy.testing import samples
@@ -610,160 +608,3 @@ def test_any_bytes_are_refused_or_named_and_never_a_crash(
         assert media.inspect(path, max_pixels=1_000_000, expected=expected).mime
     except OutputCorrupt as error:
         assert error.message  # noqa: PT017
-
-
-# --- the process of its own ---
-
-
-@pytest.mark.processes
-def test_large_pictures_are_decoded_in_a_process_of_their_own(
-    inspect: Inspect, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(media, "INLINE_PIXELS", 1000)
-    monkeypatch.setattr(media, "INLINE_ANIMATION_PIXELS", 1000)
-    assert inspect(samples.picture("JPEG"), IMAGE).details["frames_decoded"] == 1
-    assert inspect(samples.picture("WEBP", frames=3), IMAGE).details["frames_decoded"] == 3
-    broken = samples.picture("WEBP", lossless=True)
-    assert "cannot be decoded" in refusal(broken[:25] + b"\xff" * (len(broken) - 25), IMAGE)
-    # A PNG is proven row by row and needs no decoder.
-    assert "frames_decoded" not in inspect(samples.png(), IMAGE).details
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("to", ["jpg", "webp", "png"])
-def test_large_pictures_are_converted_in_a_process_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
-) -> None:
-    monkeypatch.setattr(media, "INLINE_PIXELS", 1000)
-    monkeypatch.setattr(media, "INLINE_ANIMATION_PIXELS", 1000)
-    (tmp_path / "a").write_bytes(samples.picture("GIF"))
-    found = media.convert(str(tmp_path / "a"), str(tmp_path / "b"), to, max_pixels=LIMIT)
-    assert (found.extension, found.details["width"]) == (f".{to}", 64)
-    with pytest.raises(FileExistsError):
-        media.convert(str(tmp_path / "a"), str(tmp_path / "b"), to, max_pixels=LIMIT)
-
-
-@pytest.mark.processes
-def test_a_decoder_that_does_not_end_or_does_not_answer_is_the_picture_s_fault(
-    refusal: Refusal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(media, "INLINE_PIXELS", 1000)
-    monkeypatch.setattr(media_child, "cpu_seconds", lambda _: 0)
-    monkeypatch.setattr(media_child, "START_SECONDS", 0.001)
-    assert "not decoded within" in refusal(samples.picture("JPEG"), IMAGE)
-    if os.name != "nt":
-        monkeypatch.setattr(media_child, "START_SECONDS", 30)
-        monkeypatch.setattr("sys.executable", "/bin/false")
-        assert "ended without an answer" in refusal(samples.picture("JPEG"), IMAGE)
-
-
-@pytest.mark.processes
-def test_a_decoder_that_cannot_be_started_is_not_the_picture_s_fault(
-    inspect: Inspect, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(media, "INLINE_PIXELS", 1000)
-    monkeypatch.setattr("sys.executable", "/nowhere/python")
-    with pytest.raises(LocalError, match="no process could be started"):
-        inspect(samples.picture("JPEG"), IMAGE)
-
-
-def test_what_the_process_answers(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(samples.picture("JPEG"))
-    (tmp_path / "cut").write_bytes(samples.picture("JPEG")[:300])
-    header = {"format": "JPEG", "width": 64, "height": 48}
-    request = {"path": str(tmp_path / "a"), "header": header}
-    assert media_child.answer(request) == {"mode": "RGB", "frames_decoded": 1}
-    assert "contradicts" in media_child.answer(request | {"header": header | {"width": 5}})["error"]
-    assert "decoded" in media_child.answer(request | {"path": str(tmp_path / "cut")})["error"]
-    assert media_child.answer(request | {"path": str(tmp_path / "gone")}) == {"errno": errno.ENOENT}
-    assert media_child.answer(request | {"to": "png", "target": str(tmp_path / "b")}) == {}
-    assert media_child.answer(request | {"to": "png", "target": str(tmp_path / "b")}) == {"errno": errno.EEXIST}
-
-
-def test_memory_and_time_are_granted_by_the_bytes_that_came() -> None:
-    assert media_child.memory_bytes(1000) < 350 << 20
-    assert media_child.memory_bytes(50 << 20) > 1 << 30
-    assert media_child.memory_bytes(8 << 30) == media_child.MEMORY_MOST_BYTES
-    assert media_child.cpu_seconds(1000) == 8
-    assert media_child.cpu_seconds(100 << 20) == 58
-
-
-def test_the_process_that_decodes_sees_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threat S3: a decoder that is taken over by a picture finds no token in its environment."""
-    monkeypatch.setenv("RUNCOMFY_API_TOKEN", "canary-token")
-    assert not any("canary-token" in value for value in media_child.child_environment().values())
-
-
-# --- what the user gives ---
-
-
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_pictures_that_comfyui_can_load_are_accepted(tmp_path: Path, form: str) -> None:
-    (tmp_path / "input").write_bytes(samples.picture(form))
-    check_input_image(tmp_path / "input", 64_000_000)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "empty (0 bytes)"),
-        (b"just text", "looks like text"),
-        (samples.HTML, "looks like a web page"),
-        (samples.glb(), "looks like a GLB mesh"),
-        (samples.mp4(), "looks like an MP4 video"),
-        (b"\0\1\2\3" * 8, "unknown format"),
-        (samples.png()[:-30], "damaged"),
-        (samples.picture("JPEG")[:300], "damaged"),
-        (samples.picture("BMP")[:500], "damaged"),
-        (samples.png_from(samples.png_header(10_000, 10_000)), "100 megapixels; 64 megapixels are allowed"),
-        (struct.pack("<6sHHB", b"GIF89a", 10_000, 10_000, 0) + b"\0\0;", "100 megapixels"),
-    ],
-)
-def test_inputs_that_cannot_be_used_are_refused_in_two_lines(tmp_path: Path, content: bytes, words: str) -> None:
-    (tmp_path / "input.png").write_bytes(content)
-    with pytest.raises(InputFileInvalid) as caught:
-        check_input_image(tmp_path / "input.png", 64_000_000)
-    assert words in caught.value.message
-    assert "input.png" in caught.value.message
-    assert caught.value.hint
-    assert "\n" not in caught.value.message + caught.value.hint
-    assert caught.value.exit_code == 2
-
-
-def test_a_picture_of_100_megapixels_is_refused_by_its_header(tmp_path: Path) -> None:
-    """Its pixels would not even decode: they are not looked at."""
-    broken = samples.png_from(samples.png_header(10_000, 10_000), samples.png_chunk(b"IDAT", b"not pixels"))
-    (tmp_path / "huge.png").write_bytes(broken)
-    with pytest.raises(InputFileInvalid) as caught:
-        check_input_image(tmp_path / "huge.png", 64_000_000)
-    assert caught.value.details == {"width": 10_000, "height": 10_000, "max_pixels": 64_000_000}
-    assert "RUNCOMFY_MAX_INPUT_PIXELS" in caught.value.hint
-
-
-def test_inputs_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputFileMissing, match=r"no file .*gone\.png"):
-        check_input_image(tmp_path / "gone.png", 1)
-    with pytest.raises(InputFileInvalid, match="folder"):
-        check_input_image(tmp_path, 1)
-    with pytest.raises(InputFileMissing):
-        check_input_file("a\0b")
-    if os.name != "nt":
-        os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(InputFileMissing, match="ordinary"):
-            check_input_file(tmp_path / "pipe")
-
-
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
-def test_an_input_without_permission(tmp_path: Path) -> None:
-    (tmp_path / "secret.png").write_bytes(samples.png())
-    (tmp_path / "secret.png").chmod(0)
-    with pytest.raises(InputFileMissing, match="permission"):
-        check_input_image(tmp_path / "secret.png", 64_000_000)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="links as on POSIX")
-def test_the_user_s_own_links_are_followed(tmp_path: Path) -> None:
-    (tmp_path / "real.png").write_bytes(samples.png())
-    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
-    check_input_image(tmp_path / "link.png", 64_000_000)
-    assert check_input_file(tmp_path / "link.png") == len(samples.png())
