@@ -25,14 +25,8 @@ from runcomfy.domain.job import OutputKind
 from runcomfy.ports.results import Media
 from runcomfy.testing import samples
 
-IMAGE, MESH, VIDEO, AUDIO, TEXT, FILE = (
-    OutputKind.IMAGE,
-    OutputKind.MESH,
-    OutputKind.VIDEO,
-    OutputKind.AUDIO,
-    OutputKind.TEXT,
-    OutputKind.FILE,
-)
+IMAGE, MESH, VIDEO = OutputKind.IMAGE, OutputKind.MESH, OutputKind.VIDEO
+AUDIO, TEXT, FILE = OutputKind.AUDIO, OutputKind.TEXT, OutputKind.FILE
 LIMIT = 250_000_000
 
 Inspect = Callable[..., Media]
@@ -65,10 +59,6 @@ def refusal(inspect: Inspect) -> Callable[..., str]:
 
 
 Refusal = Callable[..., str]
-
-
-def noise(width: int, height: int, seed: int = 1) -> Image.Image:
-    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(width * height * 3))
 
 
 # --- what whole files are found to be ---
