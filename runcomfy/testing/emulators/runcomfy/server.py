@@ -154,6 +154,7 @@ class RunComfyEmulator:
         self._own_folder: tempfile.TemporaryDirectory[str] | None = None
         self._clock = now
         self._origin: tuple[datetime, float] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._tokens_left = float(burst)
         self._tokens_at: float | None = None
         self._host, self._port = host, port
@@ -253,7 +254,9 @@ class RunComfyEmulator:
         """The cloud's time."""
         if self._clock is not None:
             return self._clock()
-        loop_time = asyncio.get_running_loop().time()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()  # kept: nodes of a machine ask from other threads
+        loop_time = self._loop.time()
         if self._origin is None:
             self._origin = datetime.now(UTC), loop_time
         start, zero = self._origin
