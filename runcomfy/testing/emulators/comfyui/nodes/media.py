@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -422,21 +421,3 @@ def opus(audio: Audio, *, metadata: Metadata | None = None) -> bytes:
         granule = end if last else (first + count) * OPUS_PACKET
         stream.page([len(silence)] * count, silence * count, granule, LAST_PAGE if last else 0)
     return stream.data
-
-
-# --- safetensors ------------------------------------------------------------------------------------------
-
-
-def safetensors(tensors: Mapping[str, Sequence[int]], *, metadata: Metadata | None = None) -> bytes:
-    """Return a safetensors file of 32-bit float tensors that are all zero; name -> shape."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, shape in tensors.items():
-        size = 4
-        for length in shape:
-            size *= length
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + bytes(offset)
