@@ -32,7 +32,12 @@ async def _save(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
     return NodeResult(ui={"images": [place.reference(name)]})
 
 
+async def _say(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    return NodeResult(ui={"text": ["x" * inputs["length"]]})
+
+
 NODES = {
+    "Say": NodeClass("Say", _say, InputSpec({"length": ["INT", {}]}), output_node=True),
     "Steps": NodeClass("Steps", _steps, InputSpec({"steps": ["INT", {"min": 1}]}), ("INT",)),
     "Save": NodeClass("Save", _save, InputSpec({"value": ["INT", {}]}), output_node=True),
 }
@@ -279,6 +284,53 @@ async def test_a_success_may_have_no_outputs(client: Client, comfyui: ComfyUIEmu
     assert entry["outputs"] == {}
 
 
+# Versions
+
+
+async def test_old_servers_lack_what_came_later() -> None:
+    """0.3.40 has neither feature flags nor the new progress, and makes its own prompt ids."""
+    async with (
+        ComfyUIEmulator(nodes=NODES, version="0.3.40") as comfyui,
+        aiohttp.ClientSession(comfyui.url) as http,
+        http.ws_connect("/ws?clientId=me") as socket,
+    ):
+        client = Client(http, comfyui)
+        await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+        wanted = "11111111-1111-4111-8111-111111111111"
+        prompt_id = await client.queue(prompt_id=wanted)
+        heard = await client.listen(socket)
+        assert prompt_id != wanted
+        assert not {"feature_flags", "progress_state"} & set(types(heard))
+        assert "create_time" not in (await client.get("/history"))[prompt_id]["prompt"][3]
+        for path in ("/features", "/api/jobs", "/api/assets"):
+            async with http.get(path) as response:
+                assert response.status == 404, path
+        assert (await client.get("/system_stats"))["system"]["comfyui_version"] == "0.3.40"
+
+
+@pytest.mark.parametrize(("version", "outcome"), [("0.3.56", "interrupted"), ("0.3.57", "success")])
+async def test_interrupts_of_old_servers_hit_whoever_runs(version: str, outcome: str) -> None:
+    async with (
+        ComfyUIEmulator(nodes=NODES, version=version) as comfyui,
+        aiohttp.ClientSession(comfyui.url) as http,
+    ):
+        await Client(http, comfyui).queue()
+        await asyncio.sleep(1.5)
+        await http.post("/interrupt", json={"prompt_id": "somebody else's"})
+        await asyncio.sleep(10)
+        assert comfyui.run_log[0].outcome == outcome
+
+
+@pytest.mark.parametrize(("version", "status"), [("0.3.64", 405), ("0.10.0", 405), ("0.25.0", 405), ("0.26.0", 200)])
+async def test_cancelling_a_job_tells_new_servers_from_old(version: str, status: int) -> None:
+    async with (
+        ComfyUIEmulator(nodes=NODES, version=version) as comfyui,
+        aiohttp.ClientSession(comfyui.url) as http,
+        http.post("/api/jobs/anything/cancel") as response,
+    ):
+        assert response.status == status
+
+
 # Answers and files
 
 
@@ -453,6 +505,15 @@ async def test_any_frame_can_be_injected(client: Client, comfyui: ComfyUIEmulato
         assert (await socket.receive()).data == '{"type": "executing", "data": NaN'
         comfyui.inject("me", b'{"type": "\xff"}', text=True)
         assert (await socket.receive()).type in (aiohttp.WSMsgType.ERROR, aiohttp.WSMsgType.CLOSED)
+
+
+async def test_a_large_output_is_one_frame(client: Client, comfyui: ComfyUIEmulator) -> None:
+    """Recorded from a real server: a text of 3 MB came as one frame of 3 MB."""
+    async with client.http.ws_connect("/ws?clientId=me", max_msg_size=0) as socket:
+        text = {"1": {"class_type": "Say", "inputs": {"length": 3_000_000}}}
+        await client.queue(graph=text)
+        said = next(m for m in await client.listen(socket) if m["type"] == "executed")
+        assert len(said["data"]["output"]["text"][0]) == 3_000_000
 
 
 async def test_a_reader_that_does_not_read_stops_everybodys_messages(client: Client, comfyui: ComfyUIEmulator) -> None:

@@ -60,7 +60,11 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 _HEX = re.compile(r"[0-9a-f]{32,64}")
 _COUNTER = re.compile(r"_\d{5}(?=[_.])")
 _TEMP = re.compile(r"_temp_[a-z]{5}")
-PICTURES: Final = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
+MAGIC: Final = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"glTF", b"fLaC", b"OggS", b"\x1aE\xdf\xa3")
+"""How pictures, meshes, audio and video begin."""
+
+SHORT_FILE: Final = 64
+"""Bytes; a file of that length was uploaded by the recorder, and comes back as it was."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +259,8 @@ class Comparison:
 
     def _bytes(self, where: str, want: Event, got: bytes) -> None:
         recorded = base64.b64decode(want["base64"])
-        magic = next((one for one in PICTURES if recorded.startswith(one)), None)
-        if magic is not None:
+        magic = next((one for one in MAGIC if recorded.startswith(one)), None)
+        if magic is not None and len(recorded) > SHORT_FILE:
             if not got.startswith(magic):
                 self._differ(where, magic, got[:8])
         elif want.get("truncated"):
@@ -357,14 +361,14 @@ class Comparison:
             shorter = min(len(ours), len(theirs))
             ours, theirs = ours[:shorter], theirs[:shorter]
         labels, others = [_label(run[0]) for run in ours], [_label(run[0]) for run in theirs]
-        if labels != others:
-            at = next((i for i, (a, b) in enumerate(zip(labels, others, strict=False)) if a != b), None)
-            at = min(len(labels), len(others)) if at is None else at
-            self._differ(f"{where}[{at}]", labels[at : at + 3], others[at : at + 3])
-            return
-        for index, (run, other) in enumerate(zip(ours, theirs, strict=True)):
+        same = next((i for i, (a, b) in enumerate(zip(labels, others, strict=False)) if a != b), None)
+        if same is None and len(labels) != len(others):
+            same = min(len(labels), len(others))
+        for index, (run, other) in enumerate(zip(ours[:same], theirs[:same], strict=True)):
             self.json(f"{where}[{index}]", run[0], other[0])
             self.json(f"{where}[{index}]", run[-1], other[-1])
+        if same is not None:
+            self._differ(f"{where}[{same}]", labels[same : same + 3], others[same : same + 3])
 
 
 def _short(value: object) -> str:
