@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -368,6 +369,14 @@ async def test_a_cut_range_is_cut_within_the_range(client: Client, comfyui: Comf
         assert await response.content.readexactly(10) == stored[100:110]
 
 
+async def test_a_content_length_may_lie(client: Client, comfyui: ComfyUIEmulator, stored: bytes) -> None:
+    comfyui.faults.add("GET", "/view", Fault.lying(len(stored) + 50))
+    comfyui.faults.add("GET", "/view", Fault.lying(50))
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await fetch(client)
+    assert await fetch(client) == stored[:50]
+
+
 @pytest.mark.parametrize("how", [corruption.bad_crc, corruption.cut_idat])
 async def test_a_picture_may_arrive_broken(
     client: Client, comfyui: ComfyUIEmulator, stored: bytes, how: faults.Corruption
@@ -407,6 +416,17 @@ async def test_something_else_may_answer(client: Client, comfyui: ComfyUIEmulato
             assert response.status == status
             assert not response.content_type.endswith("json")
     assert await client.get("/queue") == {"queue_running": [], "queue_pending": []}
+
+
+async def test_a_captive_portal_answers_everything(client: Client, comfyui: ComfyUIEmulator) -> None:
+    comfyui.faults.add("*", "*", Fault.page(), times=math.inf)
+    for path in ("/prompt", "/history/x", "/view?filename=x.png", "/api/jobs/x", "/nowhere"):
+        async with client.http.get(path) as response:
+            assert (response.status, response.content_type) == (200, "text/html")
+    async with client.http.post("/prompt", json={"prompt": graph()}) as response:
+        assert response.status == 200
+    assert not comfyui.process.queue.remaining
+    assert not comfyui.run_log
 
 
 async def test_a_redirect_may_loop(client: Client, comfyui: ComfyUIEmulator) -> None:
@@ -467,6 +487,16 @@ async def test_a_socket_may_be_cut_after_some_frames(client: Client, comfyui: Co
         await client.queue()
         assert len(await client.listen(socket)) == 5
         assert socket.close_code == 1006
+
+
+async def test_sockets_may_be_closed_politely(client: Client, comfyui: ComfyUIEmulator) -> None:
+    async with client.http.ws_connect("/ws?clientId=me") as socket:
+        await client.queue()
+        await asyncio.sleep(1.5)
+        closing = asyncio.create_task(comfyui.close_sockets("me", code=1012))
+        assert types(await client.listen(socket))[-1] == "progress"
+        assert await closing == 1
+        assert socket.close_code == 1012
 
 
 async def test_frames_may_come_twice_in_other_order_and_with_strangers(

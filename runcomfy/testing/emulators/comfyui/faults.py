@@ -170,6 +170,11 @@ class Fault:
         return cls(truncate=after)
 
     @classmethod
+    def lying(cls, length: int) -> Fault:
+        """A Content-Length that is not the body's; shorter cuts it off, longer ends before it is reached."""
+        return cls(claim=length)
+
+    @classmethod
     def slow(cls, bytes_per_second: float) -> Fault:
         """A body in drops."""
         return cls(rate=bytes_per_second)

@@ -59,7 +59,10 @@ def content_type(name: str) -> str:
 
 def _inside(folder: Path, path: Path) -> bool:
     """Whether a path, taken apart textually as the real server does, stays inside a folder."""
-    return os.path.commonpath((str(folder), os.path.abspath(path))) == str(folder)  # noqa: PTH100 - must not resolve links
+    try:
+        return os.path.commonpath((str(folder), os.path.abspath(path))) == str(folder)  # noqa: PTH100 - not resolved
+    except ValueError:  # another drive
+        return False
 
 
 def _folder(folders: Folders, kind: str | None) -> tuple[Path, str]:

@@ -53,7 +53,7 @@ class ComfyUIEmulator:
         now: Callable[[], float] = time.time,
         nodes: Mapping[str, NodeClass] | None = None,
     ) -> None:
-        """Prepare a server; nothing happens before `start`.
+        """Prepare a server; before `start` there is only its folder.
 
         Args:
             folder: base folder with `input`, `output`, `temp`, `user`, `models`; a temporary one by default, removed
@@ -199,6 +199,13 @@ class ComfyUIEmulator:
         chosen = [s for s in self.process.hub.open if client_id in (None, s.sid)]
         for socket in chosen:
             socket.abort()
+        return len(chosen)
+
+    async def close_sockets(self, client_id: str | None = None, *, code: int = 1001) -> int:
+        """Close sockets politely, those of a client id or all, as a proxy does that restarts; returns how many."""
+        chosen = [s for s in self.process.hub.open if client_id in (None, s.sid)]
+        for socket in chosen:
+            await socket.ws.close(code=code)
         return len(chosen)
 
     def count(self, method: str, path: str) -> int:
