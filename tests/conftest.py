@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +22,14 @@ pytest.register_assert_rewrite("runcomfy.testing.contracts")
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("nightly", deadline=None, max_examples=2_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Keep looptime from making an event loop for a plain test: it asks the policy, which makes one nobody closes."""
+    if isinstance(item, pytest.Function) and not inspect.iscoroutinefunction(item.function):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            asyncio.set_event_loop(None)
 
 
 @pytest.fixture(autouse=True)
