@@ -1,14 +1,13 @@
-"""Nodes of the real server's core that make and save video and sound."""
+"""Nodes of the core that make, save and show video and audio."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from runcomfy.testing.emulators.comfyui.nodes import media
 from runcomfy.testing.emulators.comfyui.nodes.base import InputSpec, NodeClass, NodeContext, NodeResult
-from runcomfy.testing.emulators.comfyui.nodes.declare import Declared, combo, modern, real, text, whole
+from runcomfy.testing.emulators.comfyui.nodes.declare import combo, modern, real, text, whole
 from runcomfy.testing.emulators.comfyui.nodes.values import (
     Audio,
     Images,
@@ -18,118 +17,91 @@ from runcomfy.testing.emulators.comfyui.nodes.values import (
     write_files,
 )
 
-MOST_SAMPLES = 1 << 30
-"""Longer sound does not fit the memory of the machine that is emulated, as every machine has such a limit."""
+_HIDDEN = {"prompt": ["PROMPT"], "extra_pnginfo": ["EXTRA_PNGINFO"]}
+MP3_QUALITIES = ("V0", "128k", "320k")
+OPUS_QUALITIES = ("64k", "96k", "128k", "192k", "320k")
 
 
-def graph_metadata(context: NodeContext) -> dict[str, str]:
-    """Return the graph and the caller's `extra_pnginfo` as they are written into files, by key."""
+def tags_of(context: NodeContext) -> list[tuple[str, str]]:
+    """Return what the real server writes into media files: the graph."""
     prompt = prompt_text(context)
-    if prompt is None:
-        return {}
-    extra = context.extra_data.get("extra_pnginfo")
-    return {"prompt": prompt} | (
-        {str(key): json.dumps(value) for key, value in extra.items()} if isinstance(extra, dict) else {}
-    )
+    return [] if prompt is None else [("prompt", prompt)]
 
 
 async def create_video(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """Pictures at a rate, with sound or without."""
+    """Pictures and their rate."""
     return NodeResult([Video(inputs["images"], inputs["fps"], inputs.get("audio"))])
 
 
-async def save_moving(context: NodeContext, images: Images, prefix: str, extension: str, data: Any) -> NodeResult:
-    """Write one file of moving pictures; it stands under `images`, marked as animated."""
-
+async def _save_frames(
+    context: NodeContext, images: Images, fps: float, prefix: str, extension: str, make: Callable[..., bytes]
+) -> NodeResult:
     def save() -> list[dict[str, str]]:
         target = context.save_path(prefix, width=images.width, height=images.height)
-        return write_files(target, [(target.name(extension), data())], "output")
+        data = make(images.frames, fps, tags_of(context))
+        return write_files(target, [(target.name(extension), data)], "output")
 
     return NodeResult([], ui={"images": await context.in_thread(save), "animated": [True]})
 
 
 async def save_video(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """MP4, whatever container and codec are chosen."""
+    """An MP4 file, told under `images`."""
     video: Video = inputs["video"]
-    write = lambda: media.mp4(  # noqa: E731
-        video.images.frames, video.fps, audio=video.audio, metadata=graph_metadata(context)
-    )
-    return await save_moving(context, video.images, inputs["filename_prefix"], ".mp4", write)
+    return await _save_frames(context, video.images, video.fps, inputs["filename_prefix"], ".mp4", media.mp4)
 
 
 async def save_webm(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """WEBM, with VP8 whatever codec is chosen."""
-    images: Images = inputs["images"]
-    write = lambda: media.webm(images.frames, inputs["fps"], metadata=graph_metadata(context))  # noqa: E731
-    return await save_moving(context, images, inputs["filename_prefix"], ".webm", write)
+    """A WEBM file, told under `images`."""
+    return await _save_frames(context, inputs["images"], inputs["fps"], inputs["filename_prefix"], ".webm", media.webm)
 
 
 async def empty_audio(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
     """Silence."""
     samples = round(inputs["duration"] * inputs["sample_rate"])
-    if samples > MOST_SAMPLES:
-        wanted = 4 * samples * inputs["channels"]
-        raise RuntimeError(f"not enough memory: you tried to allocate {wanted} bytes.")
     return NodeResult([Audio(samples, inputs["sample_rate"], inputs["channels"])])
 
 
-def sound_saver(
-    make: Callable[..., bytes], extension: str, kind: str = "output"
-) -> Callable[[NodeContext, dict[str, Any]], Any]:
-    """Return the run function of a node that writes one sound file."""
+async def _save_audio(
+    context: NodeContext, audio: Audio, prefix: str, kind: str, extension: str, make: Callable[..., bytes]
+) -> NodeResult:
+    def save() -> list[dict[str, str]]:
+        target = context.save_path(prefix, kind)
+        data = make(audio.samples, audio.rate, audio.channels, tags_of(context))
+        return write_files(target, [(target.name(extension, underscore=False), data)], kind)
 
-    async def run(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-        def save() -> list[dict[str, str]]:
-            prefix = temp_prefix(context) if kind == "temp" else inputs["filename_prefix"]
-            target = context.save_path(prefix, kind)
-            data = make(inputs["audio"], metadata=graph_metadata(context))
-            name = target.name(extension, underscore=False).replace("%batch_num%", "0")
-            return write_files(target, [(name, data)], kind)
-
-        return NodeResult([], ui={"audio": await context.in_thread(save)})
-
-    return run
+    return NodeResult([], ui={"audio": await context.in_thread(save)})
 
 
-_HIDDEN = {"prompt": ["PROMPT"], "extra_pnginfo": ["EXTRA_PNGINFO"]}
-DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
-_ENCODING: Declared = [
-    DYNAMIC,
-    {
-        "options": [
-            {"key": "auto", "inputs": {"required": {}}},
-            {"key": "re-encode", "inputs": {"required": {"crf": real(23.0, 0.0, 51.0, 1.0)}}},
-        ]
-    },
-]
-_CODEC: Declared = [
-    DYNAMIC,
-    {
-        "options": [
-            {"key": "auto", "inputs": {"required": {}}},
-            {"key": "h264", "inputs": {"optional": {"encoding": _ENCODING}}},
-        ]
-    },
-]
-_CONTAINERS: Declared = [
-    DYNAMIC,
-    {"options": [{"key": key, "inputs": {"optional": {"codec": _CODEC}}} for key in ("auto", "mp4")]},
-]
+async def save_flac(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """FLAC."""
+    return await _save_audio(context, inputs["audio"], inputs["filename_prefix"], "output", ".flac", media.flac)
 
 
-def _saver(name: str, title: str, run: Any, alias: str, **quality: Declared) -> NodeClass:
+async def save_mp3(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """MP3."""
+    return await _save_audio(context, inputs["audio"], inputs["filename_prefix"], "output", ".mp3", media.mp3)
+
+
+async def save_opus(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """Opus."""
+    return await _save_audio(context, inputs["audio"], inputs["filename_prefix"], "output", ".opus", media.opus)
+
+
+async def preview_audio(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """FLAC in the temp folder."""
+    return await _save_audio(context, inputs["audio"], temp_prefix(context), "temp", ".flac", media.flac)
+
+
+def _saver(name: str, run: Any, title: str, module: str, **required: Any) -> NodeClass:
     return NodeClass(
         name,
         run,
-        InputSpec(
-            required={"audio": ["AUDIO", {}], "filename_prefix": text("audio/ComfyUI", multiline=False), **quality},
-            hidden=_HIDDEN,
-        ),
+        InputSpec(required=required, hidden=_HIDDEN),
         output_node=True,
         display_name=title,
-        category="audio",
-        python_module="comfy_extras.nodes_audio",
-        extra_info=modern(0, aliases=[alias]),
+        category="audio" if "audio" in required else "video",
+        python_module=f"comfy_extras.{module}",
+        extra_info=modern(0),
     )
 
 
@@ -144,45 +116,28 @@ CLASSES = (
         outputs=("VIDEO",),
         display_name="Create Video",
         category="video",
-        description="Create a video from images.",
         python_module="comfy_extras.nodes_video",
-        extra_info=modern(1, aliases=["images to video"]),
+        extra_info=modern(1),
     ),
-    NodeClass(
+    _saver(
         "SaveVideo",
         save_video,
-        InputSpec(
-            required={
-                "video": ["VIDEO", {}],
-                "filename_prefix": text("video/ComfyUI", multiline=False),
-                "format": _CONTAINERS,
-            },
-            hidden=_HIDDEN,
-        ),
-        output_node=True,
-        display_name="Save Video",
-        category="video",
-        python_module="comfy_extras.nodes_video",
-        extra_info=modern(0, aliases=["export video"], essentials="Basics"),
+        "Save Video",
+        "nodes_video",
+        video=["VIDEO", {}],
+        filename_prefix=text("video/ComfyUI", multiline=False),
+        format=combo(("auto", "mp4"), default="auto"),
     ),
-    NodeClass(
+    _saver(
         "SaveWEBM",
         save_webm,
-        InputSpec(
-            required={
-                "images": ["IMAGE", {}],
-                "filename_prefix": text("ComfyUI", multiline=False),
-                "codec": combo(["vp9", "av1"]),
-                "fps": real(24.0, 0.01, 1000.0, 0.01),
-                "crf": real(32.0, 0.0, 63.0, 1.0),
-            },
-            hidden=_HIDDEN,
-        ),
-        output_node=True,
-        display_name="SaveWEBM",
-        category="video",
-        python_module="comfy_extras.nodes_video",
-        extra_info={**modern(0, aliases=["export webm"]), "experimental": True},
+        "Save WEBM",
+        "nodes_video",
+        images=["IMAGE", {}],
+        filename_prefix=text("ComfyUI", multiline=False),
+        codec=combo(("vp9", "av1")),
+        fps=real(24.0, 0.01, 1000.0, 0.01),
+        crf=real(32.0, 0.0, 63.0, 1.0),
     ),
     NodeClass(
         "EmptyAudio",
@@ -190,39 +145,41 @@ CLASSES = (
         InputSpec(
             required={
                 "duration": real(60.0, 0.0, float(2**64 - 1), 0.01),
-                "sample_rate": whole(44100, 1, 192000, advanced=True),
-                "channels": whole(2, 1, 2, advanced=True),
+                "sample_rate": whole(44100, 1, 192000),
+                "channels": whole(2, 1, 2),
             }
         ),
         outputs=("AUDIO",),
         display_name="Empty Audio",
         category="audio",
         python_module="comfy_extras.nodes_audio",
-        extra_info=modern(1, aliases=["blank audio"]),
+        extra_info=modern(1),
     ),
-    _saver("SaveAudio", "Save Audio (FLAC)", sound_saver(media.flac, ".flac"), "export flac"),
+    _saver(
+        "SaveAudio",
+        save_flac,
+        "Save Audio (FLAC)",
+        "nodes_audio",
+        audio=["AUDIO", {}],
+        filename_prefix=text("audio/ComfyUI", multiline=False),
+    ),
     _saver(
         "SaveAudioMP3",
+        save_mp3,
         "Save Audio (MP3)",
-        sound_saver(media.mp3, ".mp3"),
-        "export mp3",
-        quality=combo(["V0", "128k", "320k"], default="V0"),
+        "nodes_audio",
+        audio=["AUDIO", {}],
+        filename_prefix=text("audio/ComfyUI", multiline=False),
+        quality=combo(MP3_QUALITIES, default="V0"),
     ),
     _saver(
         "SaveAudioOpus",
+        save_opus,
         "Save Audio (Opus)",
-        sound_saver(media.opus, ".opus"),
-        "export opus",
-        quality=combo(["64k", "96k", "128k", "192k", "320k"], default="128k"),
+        "nodes_audio",
+        audio=["AUDIO", {}],
+        filename_prefix=text("audio/ComfyUI", multiline=False),
+        quality=combo(OPUS_QUALITIES, default="128k"),
     ),
-    NodeClass(
-        "PreviewAudio",
-        sound_saver(media.flac, ".flac", "temp"),
-        InputSpec(required={"audio": ["AUDIO", {}]}, hidden=_HIDDEN),
-        output_node=True,
-        display_name="Preview Audio",
-        category="audio",
-        python_module="comfy_extras.nodes_audio",
-        extra_info=modern(0, aliases=["play audio"]),
-    ),
+    _saver("PreviewAudio", preview_audio, "Preview Audio", "nodes_audio", audio=["AUDIO", {}]),
 )

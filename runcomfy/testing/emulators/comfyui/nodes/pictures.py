@@ -241,7 +241,7 @@ def render(
     broad = lit(shape.filter(ImageFilter.BoxBlur(max(1, width // 64))), look.light, max(2, width // 48))
     fine = lit(surface.filter(ImageFilter.BoxBlur(1)), look.light, max(1, width // 256))
 
-    level = shape.point(curve([(0, 4), (40, 34), (128, 120), (210, 190), (255, 225)]))
+    level = shape.point(curve([(0, 4), (40, 26), (128, 92), (205, 158), (235, 205), (255, 238)]))
     level = _soft(level, surface.filter(ImageFilter.BoxBlur(2)).point(reflections(look.bands)), 0.55)
     level = _soft(level, broad.point(curve([(0, 0), (100, 60), (128, 128), (156, 205), (255, 255)])), 0.75)
     level = _soft(level, fine.point(curve([(0, 0), (112, 40), (128, 128), (146, 220), (255, 255)])), 0.60)
