@@ -1,12 +1,9 @@
 """
-The smallest whole video and audio files, made by hand.
+Video and sound without encoders: whole, playable files of the formats that the real server's nodes write.
 
-No encoder is at hand, so the files use what is: an MP4 carries JPEG pictures, a WEBM carries VP8 key frames (Pillow's
-lossy WEBP is one), a FLAC, MP3 or Opus file carries silence. They are whole in structure and play where those codecs
-are known; their metadata says that they were emulated.
-
-Written after ISO/IEC 14496-12 and -14 (MP4), RFC 8794 and 9559 (Matroska), RFC 9639 (FLAC), ISO/IEC 11172-3 (MP3),
-RFC 3533, 7845 and 6716 (Ogg, Opus).
+Pictures go in as Pillow can compress them: JPEG frames in MP4, and in WEBM the VP8 key frames that lossy WEBP consists
+of. Sound is silence of the right length. All functions are pure: equal arguments give equal bytes. They know nothing
+of nodes; what is written into a file's metadata comes from the caller.
 """
 
 from __future__ import annotations
@@ -14,332 +11,413 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
-import wave
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
 from PIL import Image
 
-from runcomfy.testing.emulators.comfyui.nodes.pictures import jpeg
-from runcomfy.testing.emulators.comfyui.nodes.values import EMULATION_NOTE
+from runcomfy.testing.emulators.comfyui.nodes.values import EMULATION_NOTE, Audio
+from runcomfy.testing.samples import box, checksum, element
 
-Tags = Sequence[tuple[str, str]]
-"""Names and texts that are written into a file."""
+Metadata = Mapping[str, str]
+"""What the server was asked to do, by key: `prompt` and whatever the caller sent along, as JSON text."""
 
-TIMESCALE = 12800
-"""Ticks per second of a video track, as ffmpeg chooses them for the usual rates."""
-MATRIX = struct.pack(">9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
-
-
-def noted(tags: Tags) -> list[tuple[str, str]]:
-    """Return the tags with the note that the file was emulated."""
-    return [*tags, ("comment", EMULATION_NOTE)]
+JPEG_QUALITY = 90
+WEBP_QUALITY = 80
+RATE_LIMIT = 1001
+"""Frame rates are fractions; 1001 is the largest denominator in use (NTSC's 30000/1001)."""
 
 
-# --- MP4 --------------------------------------------------------------------------------------------------
-
-
-def _box(kind: bytes, *parts: bytes) -> bytes:
-    body = b"".join(parts)
-    return struct.pack(">I", 8 + len(body)) + kind + body
-
-
-def _full(kind: bytes, *parts: bytes, version: int = 0, flags: int = 0) -> bytes:
-    return _box(kind, struct.pack(">I", version << 24 | flags), *parts)
-
-
-def _descriptor(tag: int, body: bytes) -> bytes:
-    return bytes((tag, 0x80, 0x80, 0x80, len(body))) + body
-
-
-def _jpeg_entry(width: int, height: int) -> bytes:
-    """Return the sample description of JPEG pictures: `mp4v` with object type 0x6C."""
-    decoder = _descriptor(0x04, bytes((0x6C, 0x11)) + bytes(11))
-    elementary = _descriptor(0x03, struct.pack(">HB", 1, 0) + decoder + _descriptor(0x06, b"\x02"))
-    visual = struct.pack(">6xH16xHHII4xH32sHh", 1, width, height, 0x480000, 0x480000, 1, b"", 24, -1)
-    return _box(b"mp4v", visual, _full(b"esds", elementary))
-
-
-def _metadata(tags: Tags) -> bytes:
-    """Return the movie's tags, in the form that players of iTunes files read."""
-    items = b""
-    for name, text in tags:
-        value = _box(b"data", struct.pack(">II", 1, 0), text.encode())
-        if name == "comment":
-            items += _box(b"\xa9cmt", value)
-        else:
-            named = _full(b"mean", b"com.apple.iTunes") + _full(b"name", name.encode())
-            items += _box(b"----", named, value)
-    handler = _full(b"hdlr", struct.pack(">I4s4s8xB", 0, b"mdir", b"appl", 0))
-    return _box(b"udta", _full(b"meta", handler, _box(b"ilst", items)))
-
-
-def _track(sizes: Sequence[int], ticks: int, size: tuple[int, int], offset: int) -> bytes:
-    """Return the only track: pictures of these sizes in bytes, one after the other from `offset`."""
-    count = len(sizes)
-    length = count * ticks
-    millis = length * 1000 // TIMESCALE
-    table = _box(
-        b"stbl",
-        _full(b"stsd", struct.pack(">I", 1), _jpeg_entry(*size)),
-        _full(b"stts", struct.pack(">III", 1, count, ticks)),
-        _full(b"stsc", struct.pack(">IIII", 1, 1, count, 1)),
-        _full(b"stsz", struct.pack(">II", 0, count), b"".join(struct.pack(">I", one) for one in sizes)),
-        _full(b"stco", struct.pack(">II", 1, offset)),
-    )
-    reference = _full(b"dref", struct.pack(">I", 1), _full(b"url ", flags=1))
-    media = _box(
-        b"mdia",
-        _full(b"mdhd", struct.pack(">IIIIHH", 0, 0, TIMESCALE, length, 0x55C4, 0)),
-        _full(b"hdlr", struct.pack(">I4s12x", 0, b"vide"), b"VideoHandler\0"),
-        _box(b"minf", _full(b"vmhd", bytes(8), flags=1), _box(b"dinf", reference), table),
-    )
-    header = struct.pack(">IIIII8xhhhH", 0, 0, 1, 0, millis, 0, 0, 0, 0)
-    place = struct.pack(">II", size[0] << 16, size[1] << 16)
-    return _box(b"trak", _full(b"tkhd", header, MATRIX, place, flags=3), media)
-
-
-def mp4(frames: Sequence[Image.Image], fps: float, tags: Tags = ()) -> bytes:
-    """Return an MP4 file of JPEG pictures, `moov` before `mdat`, as streaming wants it."""
-    once = {id(frame): jpeg(frame) for frame in {id(frame): frame for frame in frames}.values()}
-    samples = [once[id(frame)] for frame in frames]
-    ticks = max(1, round(TIMESCALE / fps))
-    kind = _box(b"ftyp", b"isom", struct.pack(">I", 0x200), b"isomiso2mp41")
-    millis = len(frames) * ticks * 1000 // TIMESCALE
-
-    def movie(offset: int) -> bytes:
-        header = struct.pack(">IIIIIH10x", 0, 0, 1000, millis, 0x10000, 0x100)
-        track = _track([len(one) for one in samples], ticks, frames[0].size, offset)
-        return _box(
-            b"moov", _full(b"mvhd", header, MATRIX, bytes(24), struct.pack(">I", 2)), track, _metadata(noted(tags))
-        )
-
-    # The offset is a number of fixed width, so writing it does not move what it points at.
-    start = len(kind) + len(movie(0)) + 8
-    return kind + movie(start) + _box(b"mdat", *samples)
-
-
-# --- WEBM -------------------------------------------------------------------------------------------------
-
-
-def _length(size: int) -> bytes:
-    width = next(n for n in range(1, 9) if size < (1 << 7 * n) - 1)
-    return (size | 1 << 7 * width).to_bytes(width, "big")
-
-
-def _element(ident: int, *parts: bytes) -> bytes:
-    body = b"".join(parts)
-    return ident.to_bytes((ident.bit_length() + 7) // 8, "big") + _length(len(body)) + body
-
-
-def _number(ident: int, value: int) -> bytes:
-    return _element(ident, value.to_bytes(max(1, (value.bit_length() + 7) // 8), "big"))
-
-
-def vp8_frame(picture: Image.Image) -> bytes:
-    """Return the picture as a VP8 key frame: the `VP8 ` chunk of a lossy WEBP file."""
+def _jpeg(picture: Image.Image) -> bytes:
     data = io.BytesIO()
-    picture.convert("RGB").save(data, format="WEBP", quality=85)
-    riff = data.getvalue()
-    position = 12
-    while riff[position : position + 4] != b"VP8 ":
-        position += 8 + (int.from_bytes(riff[position + 4 : position + 8], "little") + 1) // 2 * 2
-    size = int.from_bytes(riff[position + 4 : position + 8], "little")
-    return riff[position + 8 : position + 8 + size]
-
-
-def webm(frames: Sequence[Image.Image], fps: float, tags: Tags = ()) -> bytes:
-    """Return a WEBM file of VP8 key frames; a new cluster every 30 s, since block times are 16 bits wide."""
-    cache: dict[int, bytes] = {}
-    width, height = frames[0].size
-    header = _element(
-        0x1A45DFA3,
-        _number(0x4286, 1),
-        _number(0x42F7, 1),
-        _number(0x42F2, 4),
-        _number(0x42F3, 8),
-        _element(0x4282, b"webm"),
-        _number(0x4287, 2),
-        _number(0x4285, 2),
-    )
-    note = EMULATION_NOTE.encode()
-    duration = struct.pack(">d", len(frames) * 1000 / fps)
-    info = _element(
-        0x1549A966,
-        _number(0x2AD7B1, 1_000_000),
-        _element(0x4D80, note),
-        _element(0x5741, note),
-        _element(0x4489, duration),
-    )
-    video = _element(0xE0, _number(0xB0, width), _number(0xBA, height))
-    track = _element(
-        0xAE,
-        _number(0xD7, 1),
-        _number(0x73C5, 1),
-        _number(0x9C, 0),
-        _element(0x86, b"V_VP8"),
-        _number(0x83, 1),
-        _number(0x23E383, round(1_000_000_000 / fps)),
-        video,
-    )
-    simple = [
-        _element(0x67C8, _element(0x45A3, n.upper().encode()), _element(0x4487, t.encode())) for n, t in noted(tags)
-    ]
-    described = _element(0x1254C367, _element(0x7373, _element(0x63C0), *simple))
-    clusters: dict[int, list[bytes]] = {}
-    for number, frame in enumerate(frames):
-        at = round(number * 1000 / fps)
-        start = at // 30_000 * 30_000
-        if id(frame) not in cache:
-            cache[id(frame)] = vp8_frame(frame)
-        data = cache[id(frame)]
-        clusters.setdefault(start, []).append(_element(0xA3, b"\x81" + struct.pack(">hB", at - start, 0x80), data))
-    body = b"".join(_element(0x1F43B675, _number(0xE7, start), *blocks) for start, blocks in clusters.items())
-    return header + _element(0x18538067, info, _element(0x1654AE6B, track), described, body)
-
-
-# --- audio ------------------------------------------------------------------------------------------------
-
-
-def wav(samples: int, rate: int, channels: int) -> bytes:
-    """Return silence as a WAV file of 16 bits."""
-    data = io.BytesIO()
-    with wave.open(data, "wb") as out:
-        out.setnchannels(channels)
-        out.setsampwidth(2)
-        out.setframerate(rate)
-        out.writeframes(bytes(2 * channels * samples))
+    picture.convert("RGB").save(data, format="JPEG", quality=JPEG_QUALITY)
     return data.getvalue()
 
 
-def _crc(data: bytes, polynomial: int, bits: int) -> int:
-    """Return a checksum that takes the highest bit first and begins with zero."""
-    top, mask, value = 1 << bits - 1, (1 << bits) - 1, 0
-    for byte in data:
-        value ^= byte << bits - 8
-        for _ in range(8):
-            value = (value << 1 ^ polynomial if value & top else value << 1) & mask
-    return value
+def _vp8(picture: Image.Image) -> bytes:
+    """Return a picture as one VP8 key frame: the `VP8 ` chunk of a lossy WEBP file."""
+    data = io.BytesIO()
+    picture.convert("RGB").save(data, format="WEBP", quality=WEBP_QUALITY)
+    raw = data.getvalue()
+    offset = 12
+    while raw[offset : offset + 4] != b"VP8 ":
+        offset += 8 + (size := int.from_bytes(raw[offset + 4 : offset + 8], "little")) + (size & 1)
+    size = int.from_bytes(raw[offset + 4 : offset + 8], "little")
+    return raw[offset + 8 : offset + 8 + size]
 
 
-def _comments(tags: Tags) -> bytes:
-    """Return Vorbis comments, as FLAC and Opus carry them."""
-    vendor = EMULATION_NOTE.encode()
-    entries = [f"{name}={text}".encode() for name, text in noted(tags)]
-    body = struct.pack("<I", len(vendor)) + vendor + struct.pack("<I", len(entries))
-    return body + b"".join(struct.pack("<I", len(entry)) + entry for entry in entries)
+def _encoded(frames: Sequence[Image.Image], encode: Callable[[Image.Image], bytes]) -> list[bytes]:
+    """Return each picture encoded. A picture that occurs many times is encoded once."""
+    done: dict[int, bytes] = {}
+    for frame in frames:
+        if id(frame) not in done:
+            done[id(frame)] = encode(frame)
+    return [done[id(frame)] for frame in frames]
 
 
-def _utf8_number(value: int) -> bytes:
-    """Return a number in the way that UTF-8 writes code points, which FLAC borrows for frame numbers."""
-    if value < 0x80:
-        return bytes((value,))
-    width = next(n for n in range(2, 8) if value < 1 << 5 * n + 1)
-    lead = (0xFF00 >> width & 0xFF) | value >> 6 * (width - 1)
-    return bytes((lead, *(0x80 | value >> 6 * i & 0x3F for i in range(width - 2, -1, -1))))
+# --- MP4 (ISO/IEC 14496-12, 14496-14) ---------------------------------------------------------------------
+
+MATRIX = struct.pack(">9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+UNDEFINED_LANGUAGE = 0x55C4
+MOVIE_SCALE = 1000
+OBJECT_JPEG, OBJECT_MP3 = 0x6C, 0x6B
+STREAM_VISUAL, STREAM_AUDIO = 0x11, 0x15
 
 
-def flac(samples: int, rate: int, channels: int, tags: Tags = ()) -> bytes:
-    """Return silence as a FLAC file of 16 bits: every block says "all samples are 0"."""
-    block = 4096
-    frames = bytearray()
-    smallest, largest = 0xFFFFFF, 0
-    for number, start in enumerate(range(0, samples, block)):
-        size = min(block, samples - start)
-        head = (
-            bytes((0xFF, 0xF8, 0x70, (channels - 1) << 4 | 0x08)) + _utf8_number(number) + struct.pack(">H", size - 1)
+@dataclass(frozen=True, slots=True)
+class _Track:
+    """One track: its samples, and what the tables say of them."""
+
+    handler: bytes
+    samples: Sequence[bytes]
+    scale: int
+    """Time units in a second."""
+    delta: int
+    """Time units of a sample."""
+    entry: bytes
+    about: bytes
+    """The media header box: vmhd or smhd."""
+    size: tuple[int, int] = (0, 0)
+
+    @property
+    def length(self) -> int:
+        """In units of the movie."""
+        return len(self.samples) * self.delta * MOVIE_SCALE // self.scale
+
+    def box(self, number: int, offset: int) -> bytes:
+        """Return the trak box; `offset` is where the first sample stands in the file."""
+        count = len(self.samples)
+        tables = box(
+            b"stbl",
+            box(b"stsd", struct.pack(">II", 0, 1), self.entry),
+            box(b"stts", struct.pack(">IIII", 0, 1, count, self.delta)),
+            box(b"stsc", struct.pack(">IIIII", 0, 1, 1, count, 1)),
+            box(b"stsz", struct.pack(">III", 0, 0, count), *(struct.pack(">I", len(one)) for one in self.samples)),
+            box(b"stco", struct.pack(">III", 0, 1, offset)),
         )
-        head += bytes((_crc(head, 0x07, 8),))
-        frame = head + b"\0\0\0" * channels
-        frame += struct.pack(">H", _crc(frame, 0x8005, 16))
-        smallest, largest = min(smallest, len(frame)), max(largest, len(frame))
-        frames += frame
-    if not frames:
-        smallest = 0
+        place = box(b"dinf", box(b"dref", struct.pack(">II", 0, 1), box(b"url ", struct.pack(">I", 1))))
+        sound = self.handler == b"soun"
+        header = struct.pack(">IIIIII8xHHHH", 3, 0, 0, number, 0, self.length, 0, 0, 0x100 if sound else 0, 0)
+        return box(
+            b"trak",
+            box(b"tkhd", header, MATRIX, struct.pack(">II", self.size[0] << 16, self.size[1] << 16)),
+            box(
+                b"mdia",
+                box(
+                    b"mdhd",
+                    struct.pack(">IIIIIHH", 0, 0, 0, self.scale, count * self.delta, UNDEFINED_LANGUAGE, 0),
+                ),
+                box(b"hdlr", struct.pack(">II4s12x", 0, 0, self.handler), b"\0"),
+                box(b"minf", self.about, place, tables),
+            ),
+        )
+
+
+def _elementary(kind: int, stream: int) -> bytes:
+    """Return the esds box that names a codec."""
+    # Buffer size and bit rates, 11 bytes, may be left at zero.
+    body = struct.pack(">HB", 1, 0) + bytes([4, 13, kind, stream]) + bytes(11) + b"\x06\x01\x02"
+    return box(b"esds", struct.pack(">I", 0), bytes([3, len(body)]), body)
+
+
+def _picture_track(frames: Sequence[Image.Image], rate: Fraction) -> _Track:
+    width, height = frames[0].size
+    entry = box(
+        b"mp4v",
+        struct.pack(">6xH16xHHIIIH", 1, width, height, 0x480000, 0x480000, 0, 1),
+        bytes(32),
+        struct.pack(">HH", 24, 0xFFFF),
+        _elementary(OBJECT_JPEG, STREAM_VISUAL),
+    )
+    about = box(b"vmhd", struct.pack(">I8x", 1))
+    return _Track(b"vide", _encoded(frames, _jpeg), rate.numerator, rate.denominator, entry, about, (width, height))
+
+
+def _sound_track(audio: Audio) -> _Track:
+    shape = _mp3_shape(audio)
+    entry = box(
+        b"mp4a",
+        struct.pack(">6xH8xHHII", 1, shape.channels, 16, 0, shape.rate << 16),
+        _elementary(OBJECT_MP3, STREAM_AUDIO),
+    )
+    about = box(b"smhd", struct.pack(">I4x", 0))
+    return _Track(b"soun", [shape.frame] * shape.frames, shape.rate, shape.samples, entry, about)
+
+
+def _movie_tags(metadata: Metadata) -> bytes:
+    keys, values = b"", b""
+    for number, (key, value) in enumerate({**metadata, "encoder": EMULATION_NOTE}.items(), start=1):
+        keys += box(b"mdta", key.encode())
+        values += box(struct.pack(">I", number), box(b"data", struct.pack(">II", 1, 0), value.encode()))
+    count = struct.pack(">II", 0, len(metadata) + 1)
+    handler = box(b"hdlr", struct.pack(">II4s12x", 0, 0, b"mdta"), b"\0")
+    return box(b"udta", box(b"meta", struct.pack(">I", 0), handler, box(b"keys", count, keys), box(b"ilst", values)))
+
+
+def mp4(
+    frames: Sequence[Image.Image], fps: float, *, audio: Audio | None = None, metadata: Metadata | None = None
+) -> bytes:
+    """Return an MP4 file of at least one picture, `fps` a second, with silent sound if there is `audio`."""
+    rate = Fraction(fps).limit_denominator(RATE_LIMIT)
+    tracks = [_picture_track(frames, rate)] + ([] if audio is None else [_sound_track(audio)])
+    start = box(b"ftyp", b"isom", struct.pack(">I", 0x200), b"isomiso2mp41")
+    tags = _movie_tags(metadata or {})
+
+    def movie(offset: int) -> bytes:
+        boxes = []
+        for number, track in enumerate(tracks, start=1):
+            boxes.append(track.box(number, offset))
+            offset += sum(len(one) for one in track.samples)
+        times = struct.pack(">IIIII", 0, 0, 0, MOVIE_SCALE, max(track.length for track in tracks))
+        header = box(
+            b"mvhd", times, struct.pack(">IH10x", 0x10000, 0x100), MATRIX, bytes(24), struct.pack(">I", len(tracks) + 1)
+        )
+        return box(b"moov", header, *boxes, tags)
+
+    # The offsets are numbers of fixed size, so the movie is as long with the right ones.
+    offset = len(start) + len(movie(0)) + 8
+    return start + movie(offset) + box(b"mdat", *(one for track in tracks for one in track.samples))
+
+
+# --- WEBM (RFC 8794 EBML, RFC 9559) -----------------------------------------------------------------------
+
+CLUSTER_MS = 30_000
+"""Times inside a cluster are 16 bits with a sign; a cluster holds half a minute."""
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(max(1, (value.bit_length() + 7) // 8), "big")
+
+
+def _webm_tags(metadata: Metadata) -> bytes:
+    simple = [
+        element(b"\x67\xc8", element(b"\x45\xa3", key.upper().encode()), element(b"\x44\x87", value.encode()))
+        for key, value in {**metadata, "encoder": EMULATION_NOTE}.items()
+    ]
+    return element(b"\x12\x54\xc3\x67", element(b"\x73\x73", element(b"\x63\xc0"), *simple))
+
+
+def webm(frames: Sequence[Image.Image], fps: float, *, metadata: Metadata | None = None) -> bytes:
+    """Return a WEBM file of at least one picture, `fps` a second: VP8, whatever the node was told."""
+    width, height = frames[0].size
+    head = element(
+        b"\x1a\x45\xdf\xa3",
+        element(b"\x42\x86", b"\1"),
+        element(b"\x42\xf7", b"\1"),
+        element(b"\x42\xf2", b"\4"),
+        element(b"\x42\xf3", b"\x08"),
+        element(b"\x42\x82", b"webm"),
+        element(b"\x42\x87", b"\2"),
+        element(b"\x42\x85", b"\2"),
+    )
+    info = element(
+        b"\x15\x49\xa9\x66",
+        element(b"\x2a\xd7\xb1", _number(1_000_000)),
+        element(b"\x4d\x80", EMULATION_NOTE.encode()),
+        element(b"\x57\x41", EMULATION_NOTE.encode()),
+        element(b"\x44\x89", struct.pack(">d", len(frames) * 1000 / fps)),
+    )
+    track = element(
+        b"\xae",
+        element(b"\xd7", b"\1"),
+        element(b"\x73\xc5", b"\1"),
+        element(b"\x83", b"\1"),
+        element(b"\x9c", b"\0"),
+        element(b"\x86", b"V_VP8"),
+        element(b"\x23\xe3\x83", _number(round(1e9 / fps))),
+        element(b"\xe0", element(b"\xb0", _number(width)), element(b"\xba", _number(height))),
+    )
+    clusters = _clusters(frames, fps)
+    return head + element(
+        b"\x18\x53\x80\x67", info, element(b"\x16\x54\xae\x6b", track), _webm_tags(metadata or {}), *clusters
+    )
+
+
+def _clusters(frames: Sequence[Image.Image], fps: float) -> list[bytes]:
+    """Return the clusters. Every frame is a key frame."""
+    groups: list[tuple[int, list[bytes]]] = []
+    for number, data in enumerate(_encoded(frames, _vp8)):
+        at = round(number * 1000 / fps)
+        if not groups or at - groups[-1][0] > CLUSTER_MS:
+            groups.append((at, []))
+        head = b"\x81" + struct.pack(">hB", at - groups[-1][0], 0x80)
+        groups[-1][1].append(element(b"\xa3", head, data))
+    return [element(b"\x1f\x43\xb6\x75", element(b"\xe7", _number(start)), *blocks) for start, blocks in groups]
+
+
+# --- FLAC (RFC 9639) --------------------------------------------------------------------------------------
+
+FLAC_BLOCK = 4608
+FLAC_BLOCK_CODE = 5
+FLAC_SIZE_FOLLOWS = 7
+STREAMINFO, VORBIS_COMMENT, LAST_BLOCK = 0, 4, 0x80
+BYTES_PER_SAMPLE = 2
+
+
+def _comments(metadata: Metadata) -> bytes:
+    """Return Vorbis comments, as FLAC and Opus files carry them."""
+    vendor = EMULATION_NOTE.encode()
+    entries = [f"{key}={value}".encode() for key, value in metadata.items()]
+    return (
+        struct.pack("<I", len(vendor))
+        + vendor
+        + struct.pack("<I", len(entries))
+        + b"".join(struct.pack("<I", len(entry)) + entry for entry in entries)
+    )
+
+
+def _coded(number: int) -> bytes:
+    """Return a number coded like a character of UTF-8, up to 31 bits."""
+    if number < 0x80:
+        return bytes([number])
+    tail = []
+    lead_bits = 6
+    while number >= 1 << lead_bits:
+        tail.append(0x80 | number & 0x3F)
+        number >>= 6
+        lead_bits -= 1
+    lead = (0xFF << lead_bits + 1) & 0xFF
+    return bytes([lead | number, *reversed(tail)])
+
+
+def _flac_frame(number: int, size: int, channels: int) -> bytes:
+    whole = size == FLAC_BLOCK
+    # The rate is the stream's (0), samples have 16 bits (4); channels are independent.
+    codes = bytes([(FLAC_BLOCK_CODE if whole else FLAC_SIZE_FOLLOWS) << 4, (channels - 1) << 4 | 4 << 1])
+    head = b"\xff\xf8" + codes + _coded(number) + (b"" if whole else struct.pack(">H", size - 1))
+    head += bytes([checksum(head, 0x07, 8)])
+    # A constant subframe: its type, then the one value.
+    frame = head + b"\0\0\0" * channels
+    return frame + checksum(frame, 0x8005, 16).to_bytes(2, "big")
+
+
+def flac(audio: Audio, *, metadata: Metadata | None = None) -> bytes:
+    """Return silence as a FLAC file with 16 bits a sample."""
+    full, rest = divmod(audio.samples, FLAC_BLOCK)
+    sizes = [FLAC_BLOCK] * full + ([rest] if rest else [])
+    frames = [_flac_frame(number, size, audio.channels) for number, size in enumerate(sizes)]
+    lengths = [len(frame) for frame in frames] or [0]
     digest = hashlib.md5(usedforsecurity=False)
-    for start in range(0, samples, 1 << 16):
-        digest.update(bytes(2 * channels * min(1 << 16, samples - start)))
-    packed = rate << 44 | (channels - 1) << 41 | 15 << 36 | samples
-    info = struct.pack(">HH", block, block) + smallest.to_bytes(3, "big") + largest.to_bytes(3, "big")
-    info += packed.to_bytes(8, "big") + digest.digest()
-    comments = _comments(tags)
-    blocks = b"\x00" + len(info).to_bytes(3, "big") + info + b"\x84" + len(comments).to_bytes(3, "big") + comments
-    return b"fLaC" + blocks + bytes(frames)
+    for size in sizes:
+        digest.update(bytes(size * audio.channels * BYTES_PER_SAMPLE))
+    packed = audio.rate << 44 | (audio.channels - 1) << 41 | 15 << 36 | audio.samples
+    info = struct.pack(">HH", FLAC_BLOCK, FLAC_BLOCK)
+    info += min(lengths).to_bytes(3, "big") + max(lengths).to_bytes(3, "big") + packed.to_bytes(8, "big")
+    info += digest.digest()
+    comments = _comments(metadata or {})
+    blocks = struct.pack(">I", STREAMINFO << 24 | len(info)) + info
+    blocks += struct.pack(">I", (LAST_BLOCK | VORBIS_COMMENT) << 24 | len(comments)) + comments
+    return b"fLaC" + blocks + b"".join(frames)
 
 
-MP3_RATES = {44100: 0, 48000: 1, 32000: 2}
-MP3_FRAME_SAMPLES = 1152
+# --- MP3 (ISO/IEC 11172-3, 13818-3; ID3v2.4) --------------------------------------------------------------
+
+MP3_RATES = (44_100, 48_000, 32_000, 22_050, 24_000, 16_000, 11_025, 12_000, 8_000)
+MP3_KBITS = 32
+SAMPLES_V1, SAMPLES_V2 = 1152, 576
 
 
-def mp3(samples: int, rate: int, channels: int, tags: Tags = ()) -> bytes:
-    """Return silence as an MP3 file; rates that MPEG-1 does not know become 48000 Hz, as an encoder would resample."""
-    seconds = samples / rate
-    if rate not in MP3_RATES:
-        rate = 48000
-    # 64 kbit/s; no reservoir: each frame stands alone, its side information of zeros meaning "no sound".
-    header = bytes((0xFF, 0xFB, 5 << 4 | MP3_RATES[rate] << 2, 0xC0 if channels == 1 else 0x00))
-    frame = header + bytes(144 * 64_000 // rate - 4)
-    count = max(1, -(-round(seconds * rate) // MP3_FRAME_SAMPLES))
-    body = b""
-    for name, text in noted(tags):
-        value = b"\x03" + name.encode() + b"\0" + text.encode() + b"\0"
-        body += b"TXXX" + _syncsafe(len(value)) + b"\0\0" + value
-    return b"ID3\x04\x00\x00" + _syncsafe(len(body)) + body + frame * count
+@dataclass(frozen=True, slots=True)
+class _Mp3Shape:
+    """A silent frame and how many of them make the sound."""
+
+    frame: bytes
+    frames: int
+    rate: int
+    samples: int
+    """In a frame."""
+    channels: int
 
 
-def _syncsafe(size: int) -> bytes:
-    return bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))
+def _mp3_shape(audio: Audio) -> _Mp3Shape:
+    """Choose a rate that MP3 has: the sound's own, else the next one above, else the highest."""
+    higher = sorted(rate for rate in MP3_RATES if rate >= audio.rate)
+    rate = higher[0] if higher else max(MP3_RATES)
+    version, code = divmod(MP3_RATES.index(rate), 3)
+    first = version == 0
+    samples = SAMPLES_V1 if first else SAMPLES_V2
+    channels = min(audio.channels, 2)
+    head = bytes(
+        [
+            0xFF,
+            # Frame mark, version (MPEG 1, 2, 2.5), layer 3, no checksum.
+            0xE0 | (3, 2, 0)[version] << 3 | 1 << 1 | 1,
+            (1 if first else 4) << 4 | code << 2,
+            0 if channels == 2 else 0xC0,
+        ]
+    )
+    # No bits for any granule: the decoder puts out zeros.
+    frame = head.ljust(samples * 125 * MP3_KBITS // rate, b"\0")
+    wanted = -(-audio.samples * rate // audio.rate)
+    # One more than the sound needs, since decoders swallow the encoder's delay.
+    return _Mp3Shape(frame, -(-wanted // samples) + 1, rate, samples, channels)
 
 
-OPUS_SILENCE = b"\xfc\xff\xfe"
-"""20 ms of stereo silence at full band."""
-OPUS_FRAME_SAMPLES = 960
+def _synchsafe(number: int) -> bytes:
+    return bytes(number >> shift & 0x7F for shift in (21, 14, 7, 0))
+
+
+def mp3(audio: Audio, *, metadata: Metadata | None = None) -> bytes:
+    """Return silence as an MP3 file of constant 32 kbit/s, at the nearest rate MP3 has."""
+    texts = [(b"TXXX", key.encode() + b"\0" + value.encode() + b"\0") for key, value in (metadata or {}).items()]
+    texts.append((b"TSSE", EMULATION_NOTE.encode() + b"\0"))
+    tags = b"".join(kind + _synchsafe(len(body) + 1) + b"\0\0\x03" + body for kind, body in texts)
+    shape = _mp3_shape(audio)
+    return b"ID3\x04\0\0" + _synchsafe(len(tags)) + tags + shape.frame * shape.frames
+
+
+# --- Opus in OGG (RFC 3533, RFC 6716, RFC 7845) -----------------------------------------------------------
+
+OPUS_RATE = 48_000
+OPUS_PACKET = 960
+"""20 ms at 48 kHz, which is how Opus counts whatever went in."""
 OPUS_PRE_SKIP = 312
-OGG_LACES = 255
+OPUS_SILENCE = {1: b"\xf8\xff\xfe", 2: b"\xfc\xff\xfe"}
+PACKETS_PER_PAGE = 50
+FIRST_PAGE, LAST_PAGE, CONTINUED = 2, 4, 1
+MOST_SEGMENTS = 255
 
 
-def _ogg_table() -> list[int]:
-    return [_crc(bytes((value,)), 0x04C11DB7, 32) for value in range(256)]
+@dataclass(slots=True)
+class _Ogg:
+    """Writes the pages of one stream."""
+
+    serial: int
+    pages: int = 0
+    data: bytes = b""
+
+    def page(self, lacing: Sequence[int], body: bytes, granule: int, flags: int) -> None:
+        """Append one page."""
+        head = struct.pack("<4sBBqIII", b"OggS", 0, flags, granule, self.serial, self.pages, 0)
+        page = head + bytes([len(lacing), *lacing]) + body
+        self.data += page[:22] + struct.pack("<I", checksum(page, 0x04C11DB7, 32)) + page[26:]
+        self.pages += 1
+
+    def packet(self, packet: bytes, flags: int = 0) -> None:
+        """Append a header packet of any length, on pages of its own."""
+        lacing = [255] * (len(packet) // 255) + [len(packet) % 255]
+        for first in range(0, len(lacing), MOST_SEGMENTS):
+            part = lacing[first : first + MOST_SEGMENTS]
+            body, packet = packet[: sum(part)], packet[sum(part) :]
+            # A page on which no packet ends has no position.
+            granule = 0 if part[-1] < 255 else -1
+            self.page(part, body, granule, flags | (CONTINUED if first else 0))
 
 
-_OGG_TABLE = _ogg_table()
-
-
-def _ogg_crc(data: bytes) -> int:
-    value = 0
-    for byte in data:
-        value = value << 8 & 0xFFFFFFFF ^ _OGG_TABLE[value >> 24 ^ byte]
-    return value
-
-
-def _ogg_pages(packets: Sequence[bytes], serial: int, first: int, granule: int, flags: int) -> list[bytes]:
-    """Return pages for packets that share one; a packet of many segments runs over several."""
-    laces = [part for packet in packets for part in [*[255] * (len(packet) // 255), len(packet) % 255]]
-    data, taken = b"".join(packets), 0
-    pages: list[bytes] = []
-    for start in range(0, len(laces), OGG_LACES):
-        part = laces[start : start + OGG_LACES]
-        last = start + OGG_LACES >= len(laces)
-        size = sum(part)
-        kind = (flags & 2 if start == 0 else 1) | (flags & 4 if last else 0)
-        position = granule if last else 0xFFFFFFFFFFFFFFFF
-        head = struct.pack("<4sBBQIIIB", b"OggS", 0, kind, position, serial, first + len(pages), 0, len(part))
-        page = head + bytes(part) + data[taken : taken + size]
-        pages.append(page[:22] + struct.pack("<I", _ogg_crc(page)) + page[26:])
-        taken += size
-    return pages
-
-
-def opus(samples: int, rate: int, channels: int, tags: Tags = ()) -> bytes:
-    """Return silence as an Ogg Opus file in stereo, which players mix down themselves."""
-    wanted = round(samples / rate * 48000)
-    count = max(1, -(-(wanted + OPUS_PRE_SKIP) // OPUS_FRAME_SAMPLES))
-    serial = zlib.crc32(f"{samples} {rate} {channels}".encode())
-    pages = _ogg_pages([struct.pack("<8sBBHIhB", b"OpusHead", 1, 2, OPUS_PRE_SKIP, rate, 0, 0)], serial, 0, 0, 2)
-    pages += _ogg_pages([b"OpusTags" + _comments(tags)], serial, len(pages), 0, 0)
-    for start in range(0, count, 50):
-        here = min(50, count - start)
-        end = start + here == count
-        granule = wanted + OPUS_PRE_SKIP if end else (start + here) * OPUS_FRAME_SAMPLES
-        pages += _ogg_pages([OPUS_SILENCE] * here, serial, len(pages), granule, 4 if end else 0)
-    return b"".join(pages)
+def opus(audio: Audio, *, metadata: Metadata | None = None) -> bytes:
+    """Return silence as an Opus file in OGG."""
+    channels = min(audio.channels, 2)
+    tags = _comments(metadata or {})
+    stream = _Ogg(serial=int.from_bytes(hashlib.sha256(tags).digest()[:4], "big"))
+    stream.packet(b"OpusHead" + struct.pack("<BBHIHB", 1, channels, OPUS_PRE_SKIP, audio.rate, 0, 0), FIRST_PAGE)
+    stream.packet(b"OpusTags" + tags)
+    end = -(-audio.samples * OPUS_RATE // audio.rate) + OPUS_PRE_SKIP
+    packets = -(-end // OPUS_PACKET)
+    silence = OPUS_SILENCE[channels]
+    for first in range(0, packets, PACKETS_PER_PAGE):
+        count = min(PACKETS_PER_PAGE, packets - first)
+        last = first + count == packets
+        granule = end if last else (first + count) * OPUS_PACKET
+        stream.page([len(silence)] * count, silence * count, granule, LAST_PAGE if last else 0)
+    return stream.data

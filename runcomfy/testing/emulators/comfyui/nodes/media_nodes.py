@@ -1,13 +1,14 @@
-"""Nodes of the core that make, save and show video and audio."""
+"""Nodes of the real server's core that make and save video and sound."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from runcomfy.testing.emulators.comfyui.nodes import media
 from runcomfy.testing.emulators.comfyui.nodes.base import InputSpec, NodeClass, NodeContext, NodeResult
-from runcomfy.testing.emulators.comfyui.nodes.declare import combo, modern, real, text, whole
+from runcomfy.testing.emulators.comfyui.nodes.declare import Declared, combo, modern, real, text, whole
 from runcomfy.testing.emulators.comfyui.nodes.values import (
     Audio,
     Images,
@@ -17,91 +18,118 @@ from runcomfy.testing.emulators.comfyui.nodes.values import (
     write_files,
 )
 
-_HIDDEN = {"prompt": ["PROMPT"], "extra_pnginfo": ["EXTRA_PNGINFO"]}
-MP3_QUALITIES = ("V0", "128k", "320k")
-OPUS_QUALITIES = ("64k", "96k", "128k", "192k", "320k")
+MOST_SAMPLES = 1 << 30
+"""Longer sound does not fit the memory of the machine that is emulated, as every machine has such a limit."""
 
 
-def tags_of(context: NodeContext) -> list[tuple[str, str]]:
-    """Return what the real server writes into media files: the graph."""
+def graph_metadata(context: NodeContext) -> dict[str, str]:
+    """Return the graph and the caller's `extra_pnginfo` as they are written into files, by key."""
     prompt = prompt_text(context)
-    return [] if prompt is None else [("prompt", prompt)]
+    if prompt is None:
+        return {}
+    extra = context.extra_data.get("extra_pnginfo")
+    return {"prompt": prompt} | (
+        {str(key): json.dumps(value) for key, value in extra.items()} if isinstance(extra, dict) else {}
+    )
 
 
 async def create_video(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """Pictures and their rate."""
+    """Pictures at a rate, with sound or without."""
     return NodeResult([Video(inputs["images"], inputs["fps"], inputs.get("audio"))])
 
 
-async def _save_frames(
-    context: NodeContext, images: Images, fps: float, prefix: str, extension: str, make: Callable[..., bytes]
-) -> NodeResult:
+async def save_moving(context: NodeContext, images: Images, prefix: str, extension: str, data: Any) -> NodeResult:
+    """Write one file of moving pictures; it stands under `images`, marked as animated."""
+
     def save() -> list[dict[str, str]]:
         target = context.save_path(prefix, width=images.width, height=images.height)
-        data = make(images.frames, fps, tags_of(context))
-        return write_files(target, [(target.name(extension), data)], "output")
+        return write_files(target, [(target.name(extension), data())], "output")
 
     return NodeResult([], ui={"images": await context.in_thread(save), "animated": [True]})
 
 
 async def save_video(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """An MP4 file, told under `images`."""
+    """MP4, whatever container and codec are chosen."""
     video: Video = inputs["video"]
-    return await _save_frames(context, video.images, video.fps, inputs["filename_prefix"], ".mp4", media.mp4)
+    write = lambda: media.mp4(  # noqa: E731
+        video.images.frames, video.fps, audio=video.audio, metadata=graph_metadata(context)
+    )
+    return await save_moving(context, video.images, inputs["filename_prefix"], ".mp4", write)
 
 
 async def save_webm(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """A WEBM file, told under `images`."""
-    return await _save_frames(context, inputs["images"], inputs["fps"], inputs["filename_prefix"], ".webm", media.webm)
+    """WEBM, with VP8 whatever codec is chosen."""
+    images: Images = inputs["images"]
+    write = lambda: media.webm(images.frames, inputs["fps"], metadata=graph_metadata(context))  # noqa: E731
+    return await save_moving(context, images, inputs["filename_prefix"], ".webm", write)
 
 
 async def empty_audio(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
     """Silence."""
     samples = round(inputs["duration"] * inputs["sample_rate"])
+    if samples > MOST_SAMPLES:
+        wanted = 4 * samples * inputs["channels"]
+        raise RuntimeError(f"not enough memory: you tried to allocate {wanted} bytes.")
     return NodeResult([Audio(samples, inputs["sample_rate"], inputs["channels"])])
 
 
-async def _save_audio(
-    context: NodeContext, audio: Audio, prefix: str, kind: str, extension: str, make: Callable[..., bytes]
-) -> NodeResult:
-    def save() -> list[dict[str, str]]:
-        target = context.save_path(prefix, kind)
-        data = make(audio.samples, audio.rate, audio.channels, tags_of(context))
-        return write_files(target, [(target.name(extension, underscore=False), data)], kind)
+def sound_saver(
+    make: Callable[..., bytes], extension: str, kind: str = "output"
+) -> Callable[[NodeContext, dict[str, Any]], Any]:
+    """Return the run function of a node that writes one sound file."""
 
-    return NodeResult([], ui={"audio": await context.in_thread(save)})
+    async def run(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+        def save() -> list[dict[str, str]]:
+            prefix = temp_prefix(context) if kind == "temp" else inputs["filename_prefix"]
+            target = context.save_path(prefix, kind)
+            data = make(inputs["audio"], metadata=graph_metadata(context))
+            name = target.name(extension, underscore=False).replace("%batch_num%", "0")
+            return write_files(target, [(name, data)], kind)
 
+        return NodeResult([], ui={"audio": await context.in_thread(save)})
 
-async def save_flac(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """FLAC."""
-    return await _save_audio(context, inputs["audio"], inputs["filename_prefix"], "output", ".flac", media.flac)
-
-
-async def save_mp3(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """MP3."""
-    return await _save_audio(context, inputs["audio"], inputs["filename_prefix"], "output", ".mp3", media.mp3)
+    return run
 
 
-async def save_opus(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """Opus."""
-    return await _save_audio(context, inputs["audio"], inputs["filename_prefix"], "output", ".opus", media.opus)
+_HIDDEN = {"prompt": ["PROMPT"], "extra_pnginfo": ["EXTRA_PNGINFO"]}
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+_ENCODING: Declared = [
+    DYNAMIC,
+    {
+        "options": [
+            {"key": "auto", "inputs": {"required": {}}},
+            {"key": "re-encode", "inputs": {"required": {"crf": real(23.0, 0.0, 51.0, 1.0)}}},
+        ]
+    },
+]
+_CODEC: Declared = [
+    DYNAMIC,
+    {
+        "options": [
+            {"key": "auto", "inputs": {"required": {}}},
+            {"key": "h264", "inputs": {"optional": {"encoding": _ENCODING}}},
+        ]
+    },
+]
+_CONTAINERS: Declared = [
+    DYNAMIC,
+    {"options": [{"key": key, "inputs": {"optional": {"codec": _CODEC}}} for key in ("auto", "mp4")]},
+]
 
 
-async def preview_audio(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """FLAC in the temp folder."""
-    return await _save_audio(context, inputs["audio"], temp_prefix(context), "temp", ".flac", media.flac)
-
-
-def _saver(name: str, run: Any, title: str, module: str, **required: Any) -> NodeClass:
+def _saver(name: str, title: str, run: Any, alias: str, **quality: Declared) -> NodeClass:
     return NodeClass(
         name,
         run,
-        InputSpec(required=required, hidden=_HIDDEN),
+        InputSpec(
+            required={"audio": ["AUDIO", {}], "filename_prefix": text("audio/ComfyUI", multiline=False), **quality},
+            hidden=_HIDDEN,
+        ),
         output_node=True,
         display_name=title,
-        category="audio" if "audio" in required else "video",
-        python_module=f"comfy_extras.{module}",
-        extra_info=modern(0),
+        category="audio",
+        python_module="comfy_extras.nodes_audio",
+        extra_info=modern(0, aliases=[alias]),
     )
 
 
@@ -116,28 +144,45 @@ CLASSES = (
         outputs=("VIDEO",),
         display_name="Create Video",
         category="video",
+        description="Create a video from images.",
         python_module="comfy_extras.nodes_video",
-        extra_info=modern(1),
+        extra_info=modern(1, aliases=["images to video"]),
     ),
-    _saver(
+    NodeClass(
         "SaveVideo",
         save_video,
-        "Save Video",
-        "nodes_video",
-        video=["VIDEO", {}],
-        filename_prefix=text("video/ComfyUI", multiline=False),
-        format=combo(("auto", "mp4"), default="auto"),
+        InputSpec(
+            required={
+                "video": ["VIDEO", {}],
+                "filename_prefix": text("video/ComfyUI", multiline=False),
+                "format": _CONTAINERS,
+            },
+            hidden=_HIDDEN,
+        ),
+        output_node=True,
+        display_name="Save Video",
+        category="video",
+        python_module="comfy_extras.nodes_video",
+        extra_info=modern(0, aliases=["export video"], essentials="Basics"),
     ),
-    _saver(
+    NodeClass(
         "SaveWEBM",
         save_webm,
-        "Save WEBM",
-        "nodes_video",
-        images=["IMAGE", {}],
-        filename_prefix=text("ComfyUI", multiline=False),
-        codec=combo(("vp9", "av1")),
-        fps=real(24.0, 0.01, 1000.0, 0.01),
-        crf=real(32.0, 0.0, 63.0, 1.0),
+        InputSpec(
+            required={
+                "images": ["IMAGE", {}],
+                "filename_prefix": text("ComfyUI", multiline=False),
+                "codec": combo(["vp9", "av1"]),
+                "fps": real(24.0, 0.01, 1000.0, 0.01),
+                "crf": real(32.0, 0.0, 63.0, 1.0),
+            },
+            hidden=_HIDDEN,
+        ),
+        output_node=True,
+        display_name="SaveWEBM",
+        category="video",
+        python_module="comfy_extras.nodes_video",
+        extra_info={**modern(0, aliases=["export webm"]), "experimental": True},
     ),
     NodeClass(
         "EmptyAudio",
@@ -145,41 +190,39 @@ CLASSES = (
         InputSpec(
             required={
                 "duration": real(60.0, 0.0, float(2**64 - 1), 0.01),
-                "sample_rate": whole(44100, 1, 192000),
-                "channels": whole(2, 1, 2),
+                "sample_rate": whole(44100, 1, 192000, advanced=True),
+                "channels": whole(2, 1, 2, advanced=True),
             }
         ),
         outputs=("AUDIO",),
         display_name="Empty Audio",
         category="audio",
         python_module="comfy_extras.nodes_audio",
-        extra_info=modern(1),
+        extra_info=modern(1, aliases=["blank audio"]),
     ),
-    _saver(
-        "SaveAudio",
-        save_flac,
-        "Save Audio (FLAC)",
-        "nodes_audio",
-        audio=["AUDIO", {}],
-        filename_prefix=text("audio/ComfyUI", multiline=False),
-    ),
+    _saver("SaveAudio", "Save Audio (FLAC)", sound_saver(media.flac, ".flac"), "export flac"),
     _saver(
         "SaveAudioMP3",
-        save_mp3,
         "Save Audio (MP3)",
-        "nodes_audio",
-        audio=["AUDIO", {}],
-        filename_prefix=text("audio/ComfyUI", multiline=False),
-        quality=combo(MP3_QUALITIES, default="V0"),
+        sound_saver(media.mp3, ".mp3"),
+        "export mp3",
+        quality=combo(["V0", "128k", "320k"], default="V0"),
     ),
     _saver(
         "SaveAudioOpus",
-        save_opus,
         "Save Audio (Opus)",
-        "nodes_audio",
-        audio=["AUDIO", {}],
-        filename_prefix=text("audio/ComfyUI", multiline=False),
-        quality=combo(OPUS_QUALITIES, default="128k"),
+        sound_saver(media.opus, ".opus"),
+        "export opus",
+        quality=combo(["64k", "96k", "128k", "192k", "320k"], default="128k"),
     ),
-    _saver("PreviewAudio", preview_audio, "Preview Audio", "nodes_audio", audio=["AUDIO", {}]),
+    NodeClass(
+        "PreviewAudio",
+        sound_saver(media.flac, ".flac", "temp"),
+        InputSpec(required={"audio": ["AUDIO", {}]}, hidden=_HIDDEN),
+        output_node=True,
+        display_name="Preview Audio",
+        category="audio",
+        python_module="comfy_extras.nodes_audio",
+        extra_info=modern(0, aliases=["play audio"]),
+    ),
 )

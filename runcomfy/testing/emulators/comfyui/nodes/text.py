@@ -1,72 +1,84 @@
-"""Nodes of the core that carry plain values and text."""
+"""Nodes of the real server's core that carry, show and save text and plain values."""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from runcomfy.testing.emulators.comfyui.nodes.base import InputSpec, NodeClass, NodeContext, NodeResult
-from runcomfy.testing.emulators.comfyui.nodes.declare import SEED_MAX, combo, modern, real, text, whole
+from runcomfy.testing.emulators.comfyui.nodes.declare import Declared, aliases, combo, modern, text
 from runcomfy.testing.emulators.comfyui.nodes.values import write_files
 
-INT_LIMIT = SEED_MAX // 2
-TEXT_FORMATS = ("txt", "md", "json", "csv")
+PRIMITIVES = "comfy_extras.nodes_primitive"
 
 
-async def plain(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """The value itself."""
+async def pass_on(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
+    """Deliver the one input as it is."""
     return NodeResult([inputs["value"]])
 
 
+def readable(value: Any) -> str:
+    """Return a value of any type as text: plain ones as they are, the rest as JSON if JSON can hold them."""
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, bool | int | float):
+        return str(value)
+    try:
+        return json.dumps(value, indent=4)
+    except (TypeError, ValueError):
+        return str(value)
+
+
 async def preview_any(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """Anything as text."""
-    source = inputs["source"]
-    if isinstance(source, str):
-        shown = source
-    elif isinstance(source, bool | int | float):
-        shown = str(source)
-    elif source is None:
-        shown = "None"
-    else:
-        try:
-            shown = json.dumps(source, indent=4)
-        except TypeError:
-            shown = str(source)
+    """Show a value of any type, and deliver what was shown."""
+    shown = await context.in_thread(readable, inputs["source"])
     return NodeResult([shown], ui={"text": [shown]})
 
 
+def file_content(value: str, form: str) -> str:
+    """Return what SaveText writes: JSON indented if it is JSON, anything else unchanged."""
+    if form == "json":
+        try:
+            return json.dumps(json.loads(value), indent=2, ensure_ascii=False)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
 async def save_text(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """A text file, and the text itself."""
-    content = inputs["text"]
+    """Write a text file; show the text beside the file."""
 
     def save() -> list[dict[str, str]]:
-        target = context.save_path(inputs["filename_prefix"])
-        name = target.name(f".{inputs['format']}", underscore=False)
-        return write_files(target, [(name, content.encode())], "output")
+        target = context.save_path(inputs["filename_prefix"], width=1, height=1)
+        data = file_content(inputs["text"], inputs["format"]).encode()
+        return write_files(target, [(target.name(f".{inputs['format']}", underscore=False), data)], "output")
 
-    return NodeResult([content], ui={"text": [content], "files": await context.in_thread(save)})
+    return NodeResult([inputs["text"]], ui={"text": [inputs["text"]], "files": await context.in_thread(save)})
 
 
-def _primitive(name: str, kind: str, declared: list[Any], title: str) -> NodeClass:
+def _primitive(name: str, title: str, declared: Declared) -> NodeClass:
     return NodeClass(
         name,
-        plain,
+        pass_on,
         InputSpec(required={"value": declared}),
-        outputs=(kind,),
+        outputs=(declared[0],),
         display_name=title,
         category="utils/primitive",
-        python_module="comfy_extras.nodes_primitive",
+        python_module=PRIMITIVES,
         extra_info=modern(1),
-        since=(0, 3, 31),
+        since=(0, 3, 30),
     )
 
 
 CLASSES = (
-    _primitive("PrimitiveString", "STRING", ["STRING", {"multiline": False}], "String"),
-    _primitive("PrimitiveStringMultiline", "STRING", ["STRING", {"multiline": True}], "String (Multiline)"),
-    _primitive("PrimitiveInt", "INT", whole(0, -INT_LIMIT - 1, INT_LIMIT, control_after_generate=True), "Int"),
-    _primitive("PrimitiveFloat", "FLOAT", real(0.0, -float(INT_LIMIT), float(INT_LIMIT), 0.1), "Float"),
-    _primitive("PrimitiveBoolean", "BOOLEAN", ["BOOLEAN", {}], "Boolean"),
+    _primitive("PrimitiveString", "String", text(multiline=False)),
+    _primitive("PrimitiveStringMultiline", "String (Multiline)", text(multiline=True)),
+    _primitive(
+        "PrimitiveInt", "Int", ["INT", {"min": -sys.maxsize, "max": sys.maxsize, "control_after_generate": True}]
+    ),
+    _primitive("PrimitiveFloat", "Float", ["FLOAT", {"min": -sys.maxsize, "max": sys.maxsize, "step": 0.1}]),
+    _primitive("PrimitiveBoolean", "Boolean", ["BOOLEAN", {}]),
     NodeClass(
         "PreviewAny",
         preview_any,
@@ -74,18 +86,18 @@ CLASSES = (
         outputs=("STRING",),
         output_node=True,
         display_name="Preview as Text",
-        category="utils",
+        category="utilities",
         python_module="comfy_extras.nodes_preview_any",
-        since=(0, 3, 31),
+        extra_info=aliases("show output", "inspect", "debug", "print value", "show text"),
     ),
     NodeClass(
         "SaveText",
         save_text,
         InputSpec(
             required={
-                "text": ["STRING", {"forceInput": True}],
+                "text": text(multiline=False, forceInput=True),
                 "filename_prefix": text("ComfyUI", multiline=False),
-                "format": combo(TEXT_FORMATS, default="txt"),
+                "format": combo(["txt", "md", "json"], default="txt"),
             }
         ),
         outputs=("STRING",),
@@ -93,8 +105,9 @@ CLASSES = (
         output_node=True,
         display_name="Save Text",
         category="text",
+        description="Save text content to a file in the output directory.",
         python_module="comfy_extras.nodes_text",
-        extra_info=modern(1),
+        extra_info=modern(1, aliases=["save text", "write text", "export text"]),
         since=(0, 28, 0),
     ),
 )
