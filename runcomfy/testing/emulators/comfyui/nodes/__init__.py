@@ -16,7 +16,7 @@ from runcomfy.testing.emulators.comfyui.nodes.base import NodeClass
 
 NODE_CLASSES: Mapping[str, NodeClass] = {
     node.name: node
-    for module in (images, sampling, text, media_nodes, mesh_nodes, media_nodes, flux_mesh, probes, utility)
+    for module in (images, sampling, text, media_nodes, mesh_nodes, flux_mesh, probes, utility)
     for node in module.CLASSES
 }
 """What a `ComfyUIEmulator` knows unless it is given other classes."""

@@ -40,7 +40,11 @@ def file_bytes(value: meshes.Mesh | File3D, context: NodeContext) -> tuple[bytes
 async def voxel_to_mesh(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
     """The surface of the solid cells."""
     voxels: Voxels = inputs["voxel"]
-    return NodeResult([await context.in_thread(meshes.voxel_ball, voxels.resolution, inputs["threshold"])])
+    mesh = await context.in_thread(meshes.voxel_ball, voxels.resolution, inputs["threshold"])
+    # In hundredths, as fast as it goes: what a server's throttle is there for.
+    for step in range(100):
+        await context.progress(step + 1, 100)
+    return NodeResult([mesh])
 
 
 async def save_glb(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
@@ -87,11 +91,22 @@ async def save_3d_advanced(context: NodeContext, inputs: dict[str, Any]) -> Node
     return NodeResult([inputs["model_3d"]], ui={"result": [await context.in_thread(save), camera, []]})
 
 
+def count_text(count: int) -> str:
+    """Return a count as the real node shows it: `2,354`, `12,345 (12.3K)`, `1,234,567 (1.23M)`."""
+    if count >= 1_000_000:
+        return f"{count:,} ({count / 1_000_000:.2f}M)"
+    return f"{count:,} ({count / 1_000:.1f}K)" if count >= 10_000 else f"{count:,}"
+
+
 async def mesh_info(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """Counts, as text."""
+    """Counts, as text; also sent as a text frame."""
     mesh: meshes.Mesh = inputs["mesh"]
-    have = [name for name, values in (("normals", mesh.normals), ("vertex colors", mesh.colors)) if values]
-    info = f"Vertices:   {mesh.vertices:,}\nFaces:      {mesh.faces:,}\nAttributes: {', '.join(have) or 'none'}"
+    have = [name for name, values in (("vertex_colors", mesh.colors), ("normals", mesh.normals)) if values]
+    info = (
+        f"Vertices:   {count_text(mesh.vertices)}\nFaces:      {count_text(mesh.faces)}\n"
+        f"Attributes: {', '.join(have) or 'none'}"
+    )
+    await context.send_text(info)
     return NodeResult([mesh, info], ui={"text": [info]})
 
 
@@ -184,11 +199,11 @@ CLASSES = (
         InputSpec(required={"mesh": ["MESH", {}]}),
         outputs=("MESH", "STRING"),
         output_names=("mesh", "info"),
-        output_node=True,
+        # Shows something without being an output: it only runs for the sake of others.
         display_name="Get Mesh Info",
         category="3d/mesh",
         python_module="comfy_extras.nodes_mesh",
-        extra_info=modern(2),
+        extra_info={**modern(2), "has_intermediate_output": True},
         since=(0, 20, 0),
     ),
 )

@@ -215,9 +215,13 @@ def cube(size: float = 1.0) -> Mesh:
     return _quads(corners, normals)
 
 
+BALL_RADIUS = 0.375
+"""Of the cube's side. A ball of 30 cells then has as many vertices and faces as the recorded server's."""
+
+
 def voxel_ball(resolution: int, threshold: float = 0.6) -> Mesh:
     """Return the surface of the cells of a ball: only the sides that look outward, joined at their corners."""
-    centre, reach = (resolution - 1) / 2, resolution * 0.35
+    centre, reach = (resolution - 1) / 2, resolution * BALL_RADIUS
     limit = reach * (1.0 + 0.2 * (0.6 - threshold))
 
     def solid(cell: tuple[int, int, int]) -> bool:

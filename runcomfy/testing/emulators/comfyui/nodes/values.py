@@ -170,7 +170,7 @@ class Video:
 
 @dataclass(frozen=True, slots=True)
 class Voxels:
-    """A VOXEL: a ball of radius 0.35 in a cube of `resolution` cells each way."""
+    """A VOXEL: a ball in a cube of `resolution` cells each way."""
 
     resolution: int
 
