@@ -17,6 +17,8 @@ from runcomfy.ports.results import JobFolder, Media, ResultFile
 log = logging.getLogger("runcomfy.delivery")
 
 FETCHES_AT_ONCE = 4
+NO_SIGNATURE = (".splat", ".ksplat")
+"""Meshes that no content tells apart from other files."""
 
 
 def promised(outputs: Mapping[str, Any], bound: BoundWorkflow) -> list[MatchedOutput]:
@@ -95,6 +97,8 @@ async def _fetch(item: MatchedOutput, found: FoundOutput, server: ComfyUI, folde
 
 def _expected(found: FoundOutput) -> OutputKind | None:
     """What a result that nobody declared must be: pictures and meshes must decode, anything else may be anything."""
+    if found.file is not None and found.file.filename.lower().endswith(NO_SIGNATURE):
+        return None
     return found.kind if found.kind in (OutputKind.IMAGE, OutputKind.MESH, OutputKind.VIDEO, OutputKind.AUDIO) else None
 
 

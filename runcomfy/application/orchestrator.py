@@ -28,7 +28,14 @@ from runcomfy.application.finish import finish
 from runcomfy.application.placing import Place, Placer
 from runcomfy.application.watcher import Ended, Watcher
 from runcomfy.domain.binding import BoundWorkflow, bind, fit_seeds
-from runcomfy.domain.exceptions import Interrupted, JobTimeout, PreflightFailed, RunComfyError, StopUnconfirmed
+from runcomfy.domain.exceptions import (
+    Interrupted,
+    JobTimeout,
+    PreflightFailed,
+    RunComfyError,
+    StopUnconfirmed,
+    ValueInvalid,
+)
 from runcomfy.domain.job import BillLine, JobId, JobRequest, JobResult, JobStatus, Output, PromptId
 from runcomfy.domain.preflight import Problem, preflight
 from runcomfy.domain.progress import Progress, Step
@@ -46,6 +53,7 @@ Show = Callable[[Progress], None]
 LoadWorkflow = Callable[[str], tuple[str | bytes, str | None, str]]
 """Takes a shipped name or a path; returns the graph's JSON, the sidecar's TOML if there is one, and a name."""
 
+CONVERTIBLE = ("png", "jpg", "webp")
 CANCEL_WITHIN = timedelta(seconds=15)
 """How long the server may take to be told that a prompt is no longer wanted; it may be the server that hangs."""
 
@@ -120,6 +128,10 @@ class RunComfyOrchestrator:
 
     async def prepare(self, request: JobRequest) -> Prepared:
         """Parse, bind and check everything that needs no machine. Writes and sends nothing. Raises BadInput."""
+        if request.convert not in (None, *CONVERTIBLE):
+            raise ValueInvalid(
+                f"pictures cannot be converted to {request.convert!r}", hint=f"use one of {', '.join(CONVERTIBLE)}"
+            )
         if isinstance(request.workflow, str):
             text, toml, name = await asyncio.to_thread(self._load_workflow, request.workflow)
             workflow = Workflow.parse(text, name=name)

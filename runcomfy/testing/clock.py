@@ -16,6 +16,7 @@ class LoopClock:
     def __init__(self, start: datetime = START) -> None:
         """`start`: the moment at which the loop's time is zero, as it is when a test under virtual time begins."""
         self._start = start
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
     def following_the_wall(cls) -> LoopClock:
@@ -23,5 +24,10 @@ class LoopClock:
         return cls(datetime.now(UTC) - timedelta(seconds=asyncio.get_running_loop().time()))
 
     def now(self) -> datetime:
-        """Return the time, aware, in UTC. Needs a running loop."""
-        return self._start + timedelta(seconds=asyncio.get_running_loop().time())
+        """Return the time, aware, in UTC. In a thread that runs no loop: that of the loop in which it was asked last."""
+        try:
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            if self._loop is None:
+                raise
+        return self._start + timedelta(seconds=self._loop.time())
