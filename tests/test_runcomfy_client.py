@@ -95,7 +95,7 @@ async def test_a_launch_asks_for_what_the_reference_names(client: Client, cloud:
         {"change": lambda seen: {**seen, "server_id": None}},
         {"delay": 31.0},
     ],
-    ids=str,
+    ids=lambda fault: ", ".join(f"{name}" for name in fault),
 )
 async def test_a_launch_without_a_clear_answer_is_unclear(
     client: Client, cloud: RunComfyEmulator, fault: dict[str, Any]

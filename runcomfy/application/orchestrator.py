@@ -38,8 +38,7 @@ from runcomfy.domain.exceptions import (
 )
 from runcomfy.domain.job import BillLine, JobId, JobRequest, JobResult, JobStatus, Output, PromptId
 from runcomfy.domain.preflight import Problem, preflight
-from runcomfy.domain.progress import Progress, Step
-from runcomfy.domain.progress_fold import NodeLabel
+from runcomfy.domain.progress import NodeLabel, Progress, Step
 from runcomfy.domain.settings import Settings
 from runcomfy.domain.sidecar import Sidecar
 from runcomfy.domain.workflow import Workflow

@@ -24,7 +24,7 @@ class LoopClock:
         return cls(datetime.now(UTC) - timedelta(seconds=asyncio.get_running_loop().time()))
 
     def now(self) -> datetime:
-        """Return the time, aware, in UTC. In a thread that runs no loop: that of the loop in which it was asked last."""
+        """Return the time, aware, in UTC. In a thread without a loop: that of the loop in which it was asked last."""
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
