@@ -75,7 +75,11 @@ def helmet(x: float, y: float, z: float) -> tuple[float, int]:
     shell = smooth_min(shell, crest, 0.12)
     shell = smooth_max(shell, -box(x, y + 0.02 - 0.14 * x, z - 0.90, 0.60, 0.125, 0.40, 0.05), 0.05)
     # Panel seams and the vents of the jaw are cuts, so that light finds edges to catch.
-    shell = smooth_max(shell, -(abs(math.sqrt((y - 0.30) ** 2 + (z + 0.12) ** 2) - 0.60) - 0.013), 0.02) if x > 0.42 else shell
+    shell = (
+        smooth_max(shell, -(abs(math.sqrt((y - 0.30) ** 2 + (z + 0.12) ** 2) - 0.60) - 0.013), 0.02)
+        if x > 0.42
+        else shell
+    )
     for level in (0.40, 0.52, 0.64):
         shell = smooth_max(shell, -box(x - 0.20, y + level, z - 0.88, 0.13, 0.026, 0.22, 0.02), 0.02)
     horn = capsule(x, y, z, (0.55, 0.58, 0.10), (1.02, 1.10, -0.34), 0.15, 0.085)
@@ -118,7 +122,9 @@ def shadow(p: Vec, n: Vec, light: Vec) -> float:
     """Return how much of the key light arrives, soft at the edges."""
     seen, t = 1.0, 0.05
     for _ in range(14):
-        d = helmet(p[0] + n[0] * 0.02 + light[0] * t, p[1] + n[1] * 0.02 + light[1] * t, p[2] + n[2] * 0.02 + light[2] * t)[0]
+        d = helmet(
+            p[0] + n[0] * 0.02 + light[0] * t, p[1] + n[1] * 0.02 + light[1] * t, p[2] + n[2] * 0.02 + light[2] * t
+        )[0]
         if d < 0.002:
             return 0.0
         seen = min(seen, 9.0 * d / t)

@@ -8,6 +8,7 @@ Fannovel16/comfyui_controlnet_aux, cubiq/ComfyUI_essentials, smthemex/ComfyUI_Pa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,6 @@ PARTPACKER_STEP = 0.03
 GRID_DIVISOR = 3
 """PartPacker samples a volume of `grid_res` cells each way; a relief of a third of that has as much to show."""
 FINEST_RELIEF = 160
-FACES_PER_POINT = 2.2
-"""Faces that a square relief has for each point of its grid, sides and back included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,8 @@ def mesh_of(picture: Image.Image, number: int, *, grid_res: int, most_faces: int
     """Return the relief that stands for a generated mesh."""
     longest = min(grid_res // GRID_DIVISOR, FINEST_RELIEF)
     if most_faces is not None:
-        longest = min(longest, int((most_faces / FACES_PER_POINT) ** 0.5))
+        # A square relief of n cells each way has 2 n^2 faces in front, 8 n at its sides and 4 n behind.
+        longest = min(longest, int(math.sqrt(9 + most_faces / 2)) - 3 + 1)
     return meshes.relief(picture, longest=max(longest, 8), noise=stable_random("mesh", number).randbytes(64))
 
 

@@ -29,9 +29,11 @@ ARRAY_BUFFER, ELEMENT_ARRAY_BUFFER = 34962, 34963
 UNSIGNED_SHORT, UNSIGNED_INT, FLOAT = 5123, 5125, 5126
 TRIANGLES = 4
 
-RELIEF_HEIGHT = 0.55
-PLATE_THICKNESS = 0.12
+RELIEF_HEIGHT = 0.36
+PLATE_THICKNESS = 0.05
 """Parts of the longer side, which is 2 long: flat pictures still give a solid plate."""
+FINE_SHARE = 0.3
+"""How much of a height is the picture's own detail; the rest is its broad shape, or every glint would be a needle."""
 RIPPLE = 0.006
 """How far a seed moves the surface: enough that two seeds give two meshes, too little to be seen as noise."""
 
@@ -71,8 +73,10 @@ def heights_of(picture: Image.Image, columns: int, rows: int) -> list[float]:
     if "A" in picture.getbands():
         alpha = picture.getchannel("A").point([128 + value // 2 for value in range(256)])
         brightness = ImageChops.multiply(brightness, alpha)
-    small = brightness.resize((columns, rows), Image.Resampling.BOX).filter(ImageFilter.BoxBlur(1))
-    return [value / 255 for value in small.tobytes()]
+    small = brightness.resize((columns, rows), Image.Resampling.BOX)
+    broad = small.filter(ImageFilter.BoxBlur(max(columns, rows) // 40)).filter(ImageFilter.BoxBlur(1)).tobytes()
+    fine = small.filter(ImageFilter.BoxBlur(1)).tobytes()
+    return [((1 - FINE_SHARE) * b + FINE_SHARE * f) / 255 for b, f in zip(broad, fine, strict=True)]
 
 
 def _ripple(width: int, rows: int, noise: bytes) -> list[float]:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageChops, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from runcomfy.testing.emulators.comfyui.nodes.values import stable_random
 
@@ -253,7 +253,7 @@ def render(
     level = _soft(level, look.grain.point([128 + (v - 128) * scatter // 256 for v in range(256)]), 0.8)
 
     dark, bright = look.metals
-    coats = look.plates.point(curve([(0, 0), (196, 0), (204, 255), (255, 255)])).filter(ImageFilter.BoxBlur(1))
+    coats = look.plates.point(curve([(0, 0), (196, 0), (204, 235), (255, 235)])).filter(ImageFilter.BoxBlur(1))
     colours = Image.composite(graded(level, bright), graded(level, dark), coats)
     subject = shape.point(curve([(0, 0), (14, 0), (44, 255), (255, 255)])).filter(ImageFilter.BoxBlur(1))
     return Image.composite(colours, studio(size, dark), subject)
@@ -262,19 +262,31 @@ def render(
 # --- after and around it ----------------------------------------------------------------------------------
 
 
-def without_background(picture: Image.Image) -> Image.Image:
-    """Return the picture with an alpha channel: the dark that reaches in from far away becomes transparent.
+def _reached(dark: Image.Image) -> Image.Image:
+    """Return the part of a mask (white is dark ground) that is joined to its border, coarsely: 128 cells across."""
+    cells = dark.resize((128, 128), Image.Resampling.BOX).point([255 if value > 100 else 0 for value in range(256)])
+    framed = ImageOps.expand(cells, 1, 255)
+    ImageDraw.floodfill(framed, (0, 0), 128)
+    joined = framed.crop((1, 1, 129, 129)).point([255 if value == 128 else 0 for value in range(256)])
+    return joined.filter(ImageFilter.MaxFilter(5)).resize(dark.size, Image.Resampling.NEAREST)
 
-    Near is bright in everything this emulator draws, so far is what is clearly darker than the whole.
+
+def without_background(picture: Image.Image) -> Image.Image:
+    """Return the picture with an alpha channel: the dark that reaches in from the border becomes transparent.
+
+    Near is bright in everything this emulator draws, so far is what is clearly darker than the whole. A picture that
+    is dark all over is kept whole.
     """
     rgb = picture.convert("RGB")
-    grey = rgb.convert("L").filter(ImageFilter.BoxBlur(4))
+    grey = rgb.convert("L").filter(ImageFilter.BoxBlur(3))
     counts = grey.histogram()
     mean = sum(value * count for value, count in enumerate(counts)) / max(1, sum(counts))
     edge = max(30, min(round(mean * 0.45), 60))
-    alpha = grey.point(curve([(0, 0), (edge - 4, 0), (edge + 4, 255), (255, 255)])).filter(ImageFilter.MedianFilter(5))
+    dark = grey.point(curve([(0, 255), (edge - 4, 255), (edge + 4, 0), (255, 0)]))
+    ground = ImageChops.multiply(dark, _reached(dark)).filter(ImageFilter.MedianFilter(5))
     result = rgb.convert("RGBA")
-    result.putalpha(alpha)
+    if ground.histogram()[255] < ground.width * ground.height:
+        result.putalpha(ImageChops.invert(ground))
     return result
 
 

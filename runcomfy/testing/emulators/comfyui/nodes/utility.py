@@ -11,7 +11,8 @@ from runcomfy.testing.emulators.comfyui.nodes.values import Images
 
 MODULE = "custom_nodes.runcomfy_emulator"
 FAILURE_KINDS = ("error", "oom", "cuda")
-FAILURE_STEP = 0.05
+FAILURE_STEP = 0.12
+"""Seconds between its steps: just above what the server's throttle lets through, so that each is seen."""
 
 # Failures of a real GPU have these type names, by which clients tell them apart.
 OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})
