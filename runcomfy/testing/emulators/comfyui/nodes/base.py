@@ -26,7 +26,7 @@ Graph = dict[str, dict[str, Any]]
 """A workflow in API format: node id -> {"class_type", "inputs", "_meta"?}."""
 
 
-class NodeInterrupted(Exception):  # noqa: N818 - a request that was obeyed, not a failure
+class NodeInterrupted(Exception):
     """The running prompt was interrupted; nodes let it pass."""
 
 
@@ -158,9 +158,7 @@ def save_path(
 class NodeHost(Protocol):
     """The server's half of a `NodeContext`."""
 
-    async def report_progress(
-        self, node_id: str, value: float, maximum: float, preview: Image.Image | None
-    ) -> None:
+    async def report_progress(self, node_id: str, value: float, maximum: float, preview: Image.Image | None) -> None:
         """Tell the sockets; raises NodeInterrupted."""
         ...
 
