@@ -7,6 +7,7 @@ word of a program that has to leave. Writes on the way to a stop are soft: a ful
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ from runcomfy.domain.machine import (
     Machine,
     MachineEvent,
     MachineId,
+    MachineReport,
+    Phase,
     Purpose,
     ServerId,
 )
@@ -64,6 +67,9 @@ class Books:
         self.tell = tell
         self.held: dict[MachineId, Machine] = {}
         """What this process has rented or is ending, as far as it knows."""
+        self._asked_at: dict[MachineId, float] = {}
+        """By the loop's time, which does not jump: when the launches of this process had left for sure."""
+        self._asked_by: dict[MachineId, datetime] = {}
 
     def price(self, server_type: str) -> Rate:
         """Return the rate of a type; refuse before any money is spent.
@@ -167,9 +173,15 @@ class Books:
     async def record_softly(
         self, machine: Machine, event: MachineEvent, *, note: str, changes: Mapping[str, Any]
     ) -> Machine:
-        """Record on the way to a stop: a full disk, a lost lease or odd books never prevent the stop itself."""
+        """Record on the way to a stop: a full disk or odd books never prevent the stop itself.
+
+        Raises LeaseLost: somebody else looks after the machine now, and it is no longer ours to end (I7).
+        """
         try:
             return await self.record(machine, event, note=note, changes=changes)
+        except LeaseLost:
+            self.held.pop(machine.id, None)
+            raise
         except (LocalError, IllegalTransition) as error:
             log.warning("machine_event_not_recorded", extra={"fields": {"event": event, "error": error.code}})
             with suppress(IllegalTransition):
@@ -179,9 +191,15 @@ class Books:
             return machine
 
     async def change_softly(self, machine: Machine, *, note: str, **fields: Any) -> Machine:
-        """Change fields on the way to a stop; what cannot be written is kept in memory and logged."""
+        """Change fields on the way to a stop; what cannot be written is kept in memory and logged.
+
+        Raises LeaseLost, as `record_softly` does.
+        """
         try:
             return await self.change(machine, note=note, **fields)
+        except LeaseLost:
+            self.held.pop(machine.id, None)
+            raise
         except LocalError as error:
             log.warning("machine_change_not_recorded", extra={"fields": {"error": error.code, **self.facts(machine)}})
             machine = replace(machine, **fields)
@@ -189,11 +207,18 @@ class Books:
             return machine
 
     async def latest(self, machine_id: MachineId) -> Machine | None:
-        """Return a machine as it is in the store, or as we last knew it where the store cannot be read."""
+        """Return a machine as it is in the store, or as we know it where the store cannot say.
+
+        An answer that could not be written down (a full disk) is known to nobody but us.
+        """
+        known = self.held.get(machine_id)
         try:
-            return await self.store.machine(machine_id)
+            row = await self.store.machine(machine_id)
         except LocalError:
-            return self.held.get(machine_id)
+            return known
+        if row is None or (known is not None and known.epoch == row.epoch and known.server_id and not row.server_id):
+            return known
+        return row
 
     def hold(self, machine: Machine) -> None:
         """Remember the machine while it is open and ours."""
@@ -201,6 +226,11 @@ class Books:
             self.held[machine.id] = machine
         else:
             self.held.pop(machine.id, None)
+
+    def forget(self, machine: Machine) -> None:
+        """Let go of a launch that was written down, or was going to be, and was never sent."""
+        self.held.pop(machine.id, None)
+        self._asked_at.pop(machine.id, None)
 
     async def hand_over(self, machine: Machine, *, kept_until: datetime | None, note: str) -> Machine:
         """Leave the machine running without a process; it is kept until then and may be reaped after."""
@@ -226,10 +256,68 @@ class Books:
         except LeaseLost:
             return None
 
+    # -- launches whose answer was lost ----------------------------------------------------------------------
+
+    def asked(self, machine: Machine) -> None:
+        """Remember that the launch request has left, at the latest now."""
+        self._asked_at[machine.id] = asyncio.get_running_loop().time()
+
+    def presume_asked(self, machine: Machine, owner: Owner | None) -> None:
+        """Presume that the launch of a process that died may have left as late as its last sign of life."""
+        if owner is not None:
+            self._asked_by[machine.id] = min(max(machine.requested_at, owner.heartbeat_at), self.clock.now())
+
+    def must_be_visible(self, machine: Machine) -> bool:
+        """Whether what this launch started must have appeared in the provider's lists by now.
+
+        For launches of this process the loop's time decides, since clocks jump; for those of others their stamps.
+        """
+        window = self.settings.cloud.visibility_window
+        asked_at = self._asked_at.get(machine.id)
+        if asked_at is not None:
+            return asyncio.get_running_loop().time() - asked_at >= window.total_seconds()
+        return self.clock.now() - self._asked_by.get(machine.id, machine.requested_at) >= window
+
+    async def fitting(
+        self, machine: Machine, reports: Sequence[MachineReport]
+    ) -> tuple[list[MachineReport], list[MachineReport]]:
+        """Return the reports that may be what this launch started: new, unknown to us, and of the same kind.
+
+        The second list has those that are new and of its type but differ otherwise: likely somebody else's, yet with
+        them around it cannot be said that nothing was started.
+        """
+        try:
+            rows = await self.rows(open_only=False)
+        except LocalError:
+            rows = list(self.held.values())
+        known = {row.server_id for row in rows if row.server_id is not None and row.id != machine.id}
+        new = [
+            report
+            for report in reports
+            if report.server_id not in machine.before_ids
+            and report.server_id not in known
+            and report.server_id != machine.server_id
+            and report.phase is not Phase.GONE
+            and report.server_type in ("", machine.server_type)
+        ]
+        exact = [
+            report
+            for report in new
+            if report.duration in (None, machine.duration)
+            and report.workflow_version_id in ("", machine.workflow_version_id)
+        ]
+        return exact, [report for report in new if report not in exact]
+
+    def kept_until(self, machine: Machine, report: MachineReport) -> datetime:
+        """Return until when a machine that belongs to no process may live: its planned stop, known or reckoned."""
+        if (planned := report.stopping_at or machine.planned_stop_at) is not None:
+            return planned
+        return (machine.ready_at or self.clock.now()) + (machine.duration or self.settings.cloud.duration)
+
     async def row_of(self, server_id: ServerId) -> Machine | None:
         """Return our row of a machine the provider names, if we have one."""
-        rows = await self.rows(open_only=False)
-        return next((row for row in rows if row.server_id == server_id), None)
+        rows = [row for row in await self.rows(open_only=False) if row.server_id == server_id]
+        return next((row for row in rows if row.is_open), rows[-1] if rows else None)
 
     async def rows(self, *, open_only: bool = True) -> Sequence[Machine]:
         """Return our books' machines of this account."""

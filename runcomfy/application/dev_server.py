@@ -21,8 +21,15 @@ from runcomfy.application.health import Layer, check_comfyui, wait_until_usable
 from runcomfy.application.machines import Boot, Machines
 from runcomfy.application.reaper import Reaper
 from runcomfy.domain.dev_server import DevServerSnapshot
-from runcomfy.domain.exceptions import LocalError, MachineNotFound, RunComfyError, StopUnconfirmed
-from runcomfy.domain.machine import Machine, MachineReport, MachineState, Phase, Purpose
+from runcomfy.domain.exceptions import (
+    BootTimeout,
+    LocalError,
+    MachineFailed,
+    MachineLost,
+    MachineNotFound,
+    StopUnconfirmed,
+)
+from runcomfy.domain.machine import IllegalTransition, Machine, MachineReport, MachineState, Phase, Purpose
 from runcomfy.domain.money import cost_of
 from runcomfy.domain.secret import SecretUrl
 from runcomfy.ports.comfyui import ComfyUI
@@ -82,9 +89,15 @@ class DevServer:
         return await self._from_hint()
 
     async def _refreshed(self, machine: Machine, report: MachineReport) -> Machine:
-        """Keep up with what the provider says of the stop time, which the user may have changed on its page."""
-        if machine.state in (MachineState.READY, MachineState.BOOTING, MachineState.LOST):
-            return await self._machines.ready(machine, report)
+        """Keep up with what the provider says of the stop time, which the user may have changed on its page.
+
+        Books that cannot be written, or that another process moves at this moment, do not matter to who asks.
+        """
+        with suppress(LocalError, IllegalTransition):
+            machine = await self._machines.ready(machine, report)
+            if machine.kept_until is not None and report.stopping_at not in (None, machine.kept_until):
+                note = "its stop time was changed"
+                machine = await self._machines.books.change(machine, note=note, kept_until=report.stopping_at)
         return machine
 
     async def _close_if_gone(self, machine: Machine) -> None:
@@ -96,7 +109,7 @@ class DevServer:
         if await self._machines.gone_unasked(taken, note="stopped without our asking, or at its planned time") is None:
             await self._machines.books.hand_over(taken, kept_until=taken.kept_until, note="still there")
         else:
-            await self._file.clear()
+            await self._forget(taken)
 
     async def _from_hint(self) -> tuple[Machine, MachineReport] | None:
         """Take up a machine that only the state file knows, if the account really runs it."""
@@ -107,8 +120,8 @@ class DevServer:
         if report is None or not report.usable:
             return None
         machine = await self._machines.adopt(report, purpose=Purpose.TAKEN, reason="named by the dev server state file")
-        machine = await self._machines.books.hand_over(machine, kept_until=report.stopping_at, note="taken up")
-        return machine, report
+        kept_until = self._machines.books.kept_until(machine, report)
+        return await self._machines.books.hand_over(machine, kept_until=kept_until, note="taken up"), report
 
     # -- starting ------------------------------------------------------------------------------------------
 
@@ -122,107 +135,152 @@ class DevServer:
     ) -> tuple[Machine, MachineReport, bool]:
         """Launch or reuse the one dev server; return it with the provider's word, and whether it was there before.
 
-        Raises ProviderError, BootTimeout, MachineFailed; what was launched is stopped again then.
+        One whose starter died is waited for in its place. One that does not become usable is ended and replaced.
+
+        Raises BudgetExceeded, ValueInvalid (nothing was sent), ProviderError, BootTimeout, MachineFailed; what was
+        launched is stopped again then.
         """
-        await Reaper(self._machines).reap(wait=False)
         intent = self._machines.books.intent(
             purpose=Purpose.DEV, server_type=server_type, duration=duration, reason="dev server asked for by the user"
         )
+        await Reaper(self._machines).reap(wait=False, spare=_was_being_started)
         while True:
-            found = await self._started_by_another(on_boot)
+            found = await self._there(on_boot, on_wait)
             if found is not None:
                 return *found, True
-            async with self._machines.launch_lock():
-                if await self._coming() is not None or await self.find() is not None:
-                    continue  # somebody was quicker: take theirs
-                try:
+            try:
+                async with self._machines.launch_lock():
+                    if await self._newest() is not None:
+                        continue  # somebody was quicker: take theirs
+                    if (named := await self._from_hint()) is not None:
+                        await self.publish(*named, health="unknown")
+                        return *named, True
                     machine = await self._machines.launch(intent)
-                except BaseException:
-                    await finish(self._machines.settle(intent, reason="the launch was broken off"))
-                    raise
-            return *await self._bring_up(machine, intent, on_boot, on_wait), False
+                return *await self._bring_up(machine, on_boot, on_wait), False
+            except BaseException as error:
+                cancelled = isinstance(error, asyncio.CancelledError)
+                why = "its start was broken off" if cancelled else "it never became usable"
+                await finish(self._broken_off(intent, why))
+                raise
+
+    async def _broken_off(self, intent: Machine, why: str) -> None:
+        ended = await self._machines.settle(intent, reason=why)
+        if ended is not None:
+            await self._forget(ended)
+
+    async def _forget(self, machine: Machine) -> None:
+        """Remove the state file if it names this machine; what cannot be removed is verified by who reads it."""
+        with suppress(LocalError):
+            if await self._file.hint() == machine.server_id:
+                await self._file.clear()
 
     async def _bring_up(
-        self,
-        machine: Machine,
-        intent: Machine | None,
-        on_boot: Callable[[Boot], None] | None,
-        on_wait: Callable[[str], None] | None,
+        self, machine: Machine, on_boot: Callable[[Boot], None] | None, on_wait: Callable[[str], None] | None
     ) -> tuple[Machine, MachineReport]:
-        """Wait for the machine in every layer and leave it running; if that fails, stop it."""
-        try:
-            machine, report = await self._machines.wait_ready(machine, on_boot=on_boot)
-            if report.url is None:
-                raise MachineNotFound("the machine is Ready but has no address")
-            server = self._comfyui(report.url)
-            try:
-                await wait_until_usable(server, within=self._cloud.comfyui_timeout, on_wait=on_wait)
-            finally:
-                await server.close()
-            kept_until = report.stopping_at or (machine.ready_at or self._clock.now()) + machine.duration
-            machine = await self._machines.books.hand_over(machine, kept_until=kept_until, note="dev server is up")
-        except BaseException as error:
-            why = "its start was broken off" if isinstance(error, asyncio.CancelledError) else "it never became usable"
-            await finish(self._end(machine, intent, why))
-            raise
-        await self.publish(machine, report, health="healthy")
-        return machine, report
-
-    async def _end(self, machine: Machine, intent: Machine | None, why: str) -> None:
-        if intent is not None:
-            await self._machines.settle(intent, reason=why)
-            return
-        current = await self._machines.books.latest(machine.id) or machine
-        if current.is_open:
-            await self._machines.stop(current, reason=why)
-
-    async def _coming(self) -> Machine | None:
-        """A dev server that is being started by a living process, or whose starter died on the way."""
-        for machine in reversed(await self.rows()):
-            if machine.state in (MachineState.BOOTING, MachineState.READY) and machine.owner_id is not None:
-                return machine
-        return None
-
-    async def _started_by_another(self, on_boot: Callable[[Boot], None] | None) -> tuple[Machine, MachineReport] | None:
-        """Return the dev server that is there, waiting for one that is coming; take over one whose starter died."""
-        told = False
-        while True:
-            if (found := await self.find()) is not None and found[0].owner_id is None:
-                return await self._still_usable(*found)
-            coming = await self._coming()
-            if coming is None:
-                return None
-            now = self._clock.now()
-            owner = (
-                (await self._machines.store.owners([coming.owner_id])).get(coming.owner_id) if coming.owner_id else None
-            )
-            if owner is None or not self._machines.processes.lives(owner, now=now):
-                taken = await self._machines.books.try_take_over(coming, note="its starter is gone; waiting on")
-                if taken is not None:
-                    return await self._bring_up(taken, None, on_boot, None)
-                continue
-            if not told:
-                self._machines.tell(f"another process (pid {owner.pid}) is starting the dev server; waiting for it")
-                told = True
-            if on_boot is not None:
-                on_boot(Boot("starting (another process)", now - coming.requested_at, None))
-            await asyncio.sleep(self._cloud.poll_interval.total_seconds())
-
-    async def _still_usable(self, machine: Machine, report: MachineReport) -> tuple[Machine, MachineReport] | None:
-        """Return the running dev server if its ComfyUI answers; one that does not is ended, so that a new one comes."""
+        """Wait for our machine in every layer, publish it, and leave it to itself. The caller ends it if that fails."""
+        machine, report = await self._machines.wait_ready(machine, on_boot=on_boot)
         if report.url is None:
-            return None
+            raise MachineNotFound("the machine is Ready but has no address")
         server = self._comfyui(report.url)
         try:
-            await wait_until_usable(server, within=self._cloud.comfyui_timeout)
-        except RunComfyError as error:
-            self._machines.tell(f"the dev server {machine.server_id} is not usable ({error.message}); replacing it")
-            await self.stop_one(machine, reason="its ComfyUI does not answer")
-            return None
+            await wait_until_usable(server, within=self._cloud.comfyui_timeout, on_wait=on_wait)
         finally:
             await server.close()
         await self.publish(machine, report, health="healthy")
+        kept_until = self._machines.books.kept_until(machine, report)
+        return await self._machines.books.hand_over(machine, kept_until=kept_until, note="dev server is up"), report
+
+    async def _newest(self) -> Machine | None:
+        """Return the newest dev server that was launched and that nobody has begun to stop."""
+        return next((row for row in reversed(await self.rows()) if row.server_id is not None), None)
+
+    async def _there(
+        self, on_boot: Callable[[Boot], None] | None, on_wait: Callable[[str], None] | None
+    ) -> tuple[Machine, MachineReport] | None:
+        """Return the dev server that is there, waiting for one that is coming; None if there is none.
+
+        Raises BootTimeout if another living process does not come to an end with its start.
+        """
+        loop = asyncio.get_running_loop()
+        began, told = loop.time(), False
+        patience = self._cloud.boot_timeout + self._cloud.comfyui_timeout
+        while (row := await self._newest()) is not None:
+            now = self._clock.now()
+            owner = (await self._machines.store.owners([row.owner_id])).get(row.owner_id) if row.owner_id else None
+            if owner is not None and self._machines.processes.lives(owner, now=now):
+                if not told:
+                    self._machines.tell(f"another process (pid {owner.pid}) is starting the dev server; waiting for it")
+                    told = True
+                if loop.time() - began > patience.total_seconds():
+                    raise BootTimeout(
+                        f"the process {owner.pid} has not brought its dev server up",
+                        hint="end that process, or stop its machine with `comfyctl machines stop ID`",
+                        details={"server_id": row.server_id, "pid": owner.pid},
+                    )
+                if on_boot is not None:
+                    on_boot(Boot("starting (another process)", max(now - row.requested_at, timedelta(0)), None))
+                await asyncio.sleep(self._cloud.poll_interval.total_seconds())
+                continue
+            if (found := await self._ours_now(row, on_boot, on_wait)) is not None:
+                return found
+        return None
+
+    async def _ours_now(
+        self, row: Machine, on_boot: Callable[[Boot], None] | None, on_wait: Callable[[str], None] | None
+    ) -> tuple[Machine, MachineReport] | None:
+        """Take a dev server that has no living process in hand until it is usable; None: look again who has it."""
+        if row.owner_id is None and (found := await self._still_usable(row)) is not None:
+            return found
+        taken = await self._machines.books.try_take_over(row, note="nobody is starting it; waiting for it")
+        if taken is None:
+            return None
+        try:
+            return await self._bring_up(taken, on_boot, on_wait)
+        except (MachineLost, MachineFailed, BootTimeout) as error:
+            self._machines.tell(f"the dev server {row.server_id} is not usable ({error.message}); replacing it")
+            await finish(self._end(taken, f"not usable: {error.code}"))
+            return None
+        except BaseException:
+            if row.kept_until is not None:  # it was there before this start, and stays
+                await finish(self._machines.books.hand_over(taken, kept_until=row.kept_until, note="left as it was"))
+            else:
+                await finish(self._end(taken, "its start was broken off"))
+            raise
+
+    async def _still_usable(self, machine: Machine) -> tuple[Machine, MachineReport] | None:
+        """Return the running dev server if it answers in every layer at once."""
+        if machine.server_id is None:
+            return None
+        report = await self._machines.provider.get_machine_status(machine.server_id)
+        if report is None or report.url is None or not report.usable:
+            return None
+        machine = await self._refreshed(machine, report)
+        server = self._comfyui(report.url)
+        try:
+            _, error = await check_comfyui(server)
+        finally:
+            await server.close()
+        if error is not None:
+            return None
+        await self.publish(machine, report, health="healthy")
         return machine, report
+
+    async def _end(self, machine: Machine, why: str) -> Machine:
+        """End a machine that was taken in hand, unless a job runs on it: that one may know how to use it (I8)."""
+        current = await self._machines.books.latest(machine.id) or machine
+        if not current.is_open:
+            return current
+        if uses := await self._machines.living_uses(current):
+            await self._machines.books.hand_over(current, kept_until=current.kept_until, note=why)
+            raise MachineFailed(
+                f"the dev server {current.server_id} does not answer, and job {uses[0].job_id} uses it",
+                hint="wait for the job, or stop the machine with `comfyctl dev shutdown`",
+            )
+        if current.owner_id is None:
+            current = await self._machines.books.take_over(current, note=why)
+        stopped = await self._machines.stop(current, reason=why)
+        await self._forget(stopped)
+        return stopped
 
     # -- describing ----------------------------------------------------------------------------------------
 
@@ -230,12 +288,12 @@ class DevServer:
         """Return the dev server as it really is, or None if there is none. Also refreshes the state file."""
         found = await self.find()
         if found is None:
-            rows = await self.rows()
-            if not rows:
+            row = await self._newest()
+            if row is None or row.server_id is None:
                 with suppress(LocalError):
                     await self._file.clear()
                 return None
-            return await self._describe(rows[-1], None, ())
+            return await self._describe(row, await self._machines.provider.get_machine_status(row.server_id), ())
         machine, report = found
         layers: tuple[Layer, ...] = ()
         if report.url is not None:
@@ -252,10 +310,7 @@ class DevServer:
         self, machine: Machine, report: MachineReport | None, layers: tuple[Layer, ...]
     ) -> DevServerStatus:
         now = self._clock.now()
-        owners = self._machines.store.owners
-        uses = await self._machines.store.uses([machine.id])
-        users = await owners({use.owner_id for use in uses})
-        living = [u for u in uses if u.owner_id in users and self._machines.processes.lives(users[u.owner_id], now=now)]
+        living = await self._machines.living_uses(machine)
         since = machine.last_used_at or machine.ready_at
         idle = None if living or since is None else max(now - since, timedelta(0))
         cost = cost_of(machine, now=now)
@@ -305,16 +360,20 @@ class DevServer:
             for row in await self._machines.books.rows()
             if row.purpose in DEV_PURPOSES and row.state is not MachineState.REQUESTED
         ]
-        ended = [await self.stop_one(machine, reason=reason) for machine in doomed]
-        await self._file.clear()
-        return ended
+        done = await asyncio.gather(*(self.stop_one(row, reason=reason) for row in doomed), return_exceptions=True)
+        for outcome in done:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        with suppress(LocalError):
+            await self._file.clear()
+        return [outcome for outcome in done if isinstance(outcome, Machine)]
 
     async def stop_one(self, machine: Machine, *, reason: str) -> Machine:
         """Stop one dev server on the user's order, whoever holds it."""
         if machine.owner_id != self._machines.books.owner.id:
             machine = await self._machines.books.take_over(machine, note=reason)
         stopped = await self._machines.stop(machine, reason=reason)
-        if stopped.state is not MachineState.STOPPED and stopped.stop_accepted_at is None:
+        if stopped.is_open and stopped.stop_accepted_at is None:
             raise StopUnconfirmed(f"machine {machine.server_id} was not seen gone")
         return stopped
 
@@ -324,8 +383,10 @@ class DevServer:
         if found is None:
             raise MachineNotFound("there is no running dev server", hint="start one with `comfyctl dev start`")
         machine, report = found
-        total_time = (report.duration or machine.duration) + by
-        machine = await self._machines.extend(machine, total=total_time)
+        total = report.duration or machine.duration
+        if report.stopping_at is not None and report.ready_at is not None:
+            total = report.stopping_at - report.ready_at
+        machine = await self._machines.extend(machine, total=total + by)
         await self.publish(machine, report, health="unknown")
         return machine
 
@@ -333,3 +394,9 @@ class DevServer:
         """When the dev server stops by itself, by our books; no question is asked."""
         rows = await self.rows()
         return rows[-1].planned_stop_at if rows else None
+
+
+def _was_being_started(machine: Machine) -> bool:
+    """Whether a dev server that has nobody any more was on its way up: the next start waits for it in its place."""
+    coming = machine.state in (MachineState.BOOTING, MachineState.READY)
+    return machine.purpose is Purpose.DEV and coming and machine.owner_id is not None and machine.kept_until is None

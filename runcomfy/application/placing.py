@@ -31,6 +31,9 @@ from runcomfy.ports.comfyui import ComfyUI
 
 log = logging.getLogger("runcomfy.placing")
 
+EXPLAINED_WITHIN = timedelta(seconds=10)
+"""How long the provider may take to say whether a machine that fell silent is still there."""
+
 Show = Callable[[Progress], None]
 TimeStep = Callable[[str], None]
 """Called with a step's name when the step begins; the orchestrator measures."""
@@ -113,16 +116,21 @@ class Placer:
             return None
         machine, report = found
         server = self._comfyui(found[1].url)
-        _, error = await check_comfyui(server)
-        if error is None:
-            use = Use(machine.id, machines.books.owner.id, job_id, machines.clock.now())
-            try:
-                await machines.store.begin_use(use)
+        try:
+            _, error = await check_comfyui(server)
+            if error is None:
+                await machines.store.begin_use(Use(machine.id, machines.books.owner.id, job_id, machines.clock.now()))
                 return machine, report, server
-            except LeaseLost:
-                error = LeaseLost("it is being stopped")
+            why = error.message
+        except LeaseLost:
+            why = "it is being stopped"
+        except BaseException:
+            # A use may have been written all the same; one that nobody ends would keep the machine.
+            await finish(self._end_use(machines, machine, job_id))
+            await finish(server.close())
+            raise
         await server.close()
-        self.tell(f"the dev server {machine.server_id} is not used: {error.message}")
+        self.tell(f"the dev server {machine.server_id} is not used: {why}")
         return None
 
     @asynccontextmanager
@@ -151,17 +159,30 @@ class Placer:
         await place.server.close()
         if machine is None:
             return
-        try:
-            await machines.store.end_use(machine.id, job_id, at=machines.clock.now())
-        except LocalError as error:
-            self.tell(f"could not write down that the job has left the dev server: {error.message}")
+        await self._end_use(machines, machine, job_id)
         if machines.settings.app.auto_shutdown:
+            if await self._others_use(machines, machine):
+                self.tell("the dev server is not stopped although CONJURE_AUTO_SHUTDOWN is on: another job uses it")
+                return
             self.tell("stopping the dev server (CONJURE_AUTO_SHUTDOWN is on)")
             await dev.shutdown(reason="job done and CONJURE_AUTO_SHUTDOWN is on")
         else:
             with suppress(LocalError):
                 latest = await machines.store.machine(machine.id)
                 await dev.publish(latest or machine, report, health="healthy")
+
+    async def _end_use(self, machines: Machines, machine: Machine, job_id: JobId) -> None:
+        try:
+            await machines.store.end_use(machine.id, job_id, at=machines.clock.now())
+        except LocalError as error:
+            self.tell(f"could not write down that the job has left the dev server: {error.message}")
+
+    @staticmethod
+    async def _others_use(machines: Machines, machine: Machine) -> bool:
+        try:
+            return bool(await machines.living_uses(machine))
+        except LocalError:
+            return True
 
     # -- a machine of its own ------------------------------------------------------------------------------
 
@@ -186,7 +207,7 @@ class Placer:
             machine, report = await machines.wait_ready(machine, on_boot=lambda boot: show(_booting(boot)))
             if report.url is None:
                 raise MachineLost("the machine is Ready but has no address")
-            keeper = asyncio.create_task(self._keep_lease(machines, machine), name=f"lease-{job_id}")
+            keeper = asyncio.create_task(keep_lease(machines, machine), name=f"lease-{job_id}")
             step("check")
             show(Progress(Step.CHECKING, message="the machine is Ready; asking its ComfyUI"))
             place = Place(self._comfyui(report.url), "own machine", alone=True, machine=machine)
@@ -199,32 +220,49 @@ class Placer:
         except RunComfyError as error:
             raise await _explained(error, machines, machine) from error
         finally:
-            step("stop")
-            show(Progress(Step.STOPPING, message="stopping the machine"))
-            if keeper is not None:
-                keeper.cancel()
-            if place is not None:
-                await finish(place.server.close())
-            ended = await finish(machines.settle(intent, reason=f"job {job_id} is over"))
-            if place is not None:
-                place.machine = ended
-                place.bill = await finish(_bill(machines, ended))
-
-    async def _keep_lease(self, machines: Machines, machine: Machine) -> None:
-        """Renew what is paid ahead, at half, while the job lives; a machine whose owner dies stops by itself."""
-        lease = machines.settings.cloud.run_lease
-        while True:
-            await asyncio.sleep(lease.total_seconds() / 8)
-            latest = await machines.books.latest(machine.id) or machine
-            now = machines.clock.now()
-            if latest.ready_at is None or latest.planned_stop_at is None or latest.planned_stop_at - now > lease / 2:
-                continue
-            wanted = timedelta(seconds=round(((now - latest.ready_at) + lease).total_seconds()))
             try:
-                await machines.extend(latest, total=wanted)
-            except (ProviderError, LocalError) as error:
-                # Never assumed longer than confirmed: the next round tries again.
-                log.warning("lease_not_renewed", extra={"fields": {"machine": machine.id, "error": error.code}})
+                step("stop")
+                show(Progress(Step.STOPPING, message="stopping the machine"))
+            finally:  # not even a terminal that is gone keeps the machine from being ended
+                await finish(self._end_own(machines, intent, job_id, place, keeper))
+
+    async def _end_own(
+        self, machines: Machines, intent: Machine, job_id: JobId, place: Place | None, keeper: asyncio.Task[None] | None
+    ) -> None:
+        """End what was rented for this job, and fill in its bill."""
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+        ended: Machine | None = None
+        try:
+            ended = await machines.settle(intent, reason=f"job {job_id} is over")
+        finally:
+            if place is not None:
+                place.machine = ended or await machines.books.latest(intent.id) or place.machine
+                place.bill = await _bill(machines, place.machine)
+                await place.server.close()
+
+
+async def keep_lease(machines: Machines, machine: Machine) -> None:
+    """Renew what is paid ahead, at half, while the job lives; a machine whose owner dies stops by itself (I5).
+
+    Time since ready is counted by the loop, since clocks jump and the provider's may differ from ours.
+    """
+    lease, loop = machines.settings.cloud.run_lease, asyncio.get_running_loop()
+    now = machines.clock.now()
+    ready_at = loop.time() - max(0.0, (now - (machine.ready_at or now)).total_seconds())
+    confirmed = machine.duration
+    while True:
+        await asyncio.sleep(lease.total_seconds() / 8)
+        used = timedelta(seconds=round(loop.time() - ready_at))
+        if confirmed - used > lease / 2:
+            continue
+        latest = await machines.books.latest(machine.id) or machine
+        try:
+            confirmed = (await machines.extend(latest, total=used + lease)).duration
+        except (ProviderError, LocalError) as error:
+            # Never assumed longer than confirmed: the next round tries again.
+            log.warning("lease_not_renewed", extra={"fields": {"machine": machine.id, "error": error.code}})
 
 
 def _booting(boot: Boot) -> Progress:
@@ -244,8 +282,9 @@ async def _explained(error: RunComfyError, machines: Machines, machine: Machine 
     if error.code not in ("comfyui-unreachable", "server-restarted", "comfyui-not-found", "download-failed"):
         return error
     try:
-        report = await machines.provider.get_machine_status(machine.server_id)
-    except ProviderError:
+        async with asyncio.timeout(EXPLAINED_WITHIN.total_seconds()):  # the machine bills meanwhile
+            report = await machines.provider.get_machine_status(machine.server_id)
+    except (ProviderError, TimeoutError):
         return error
     if report is not None and report.phase not in (Phase.GONE, Phase.STOPPING, Phase.FAILED):
         return error

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 
+from runcomfy.application.finish import finish
 from runcomfy.application.machines import Machines
-from runcomfy.domain.exceptions import LaunchAmbiguous, RunComfyError
+from runcomfy.domain.exceptions import LaunchAmbiguous, LaunchUnclear, LeaseLost, RunComfyError
 from runcomfy.domain.lease import Owner, Use
 from runcomfy.domain.machine import (
+    IllegalTransition,
     Machine,
     MachineEvent,
     MachineReport,
@@ -78,18 +81,28 @@ class Reaper:
         self._store = machines.store
         self._clock = machines.clock
 
-    async def verdicts(self) -> list[Verdict]:
-        """Return what would become of every open machine of our books. Changes nothing."""
+    async def verdicts(self, listed: Sequence[MachineReport] = ()) -> list[Verdict]:
+        """Return what would become of every open machine of our books, given the provider's list. Changes nothing."""
+        stops = {report.server_id: report.stopping_at for report in listed}
         rows = await self._machines.books.rows()
         owners = await self._store.owners([row.owner_id for row in rows if row.owner_id is not None])
         uses = await self._store.uses([row.id for row in rows])
         users = await self._store.owners({use.owner_id for use in uses})
-        return [self._verdict(row, owners, uses, users) for row in rows]
+        return [
+            self._verdict(row, owners, uses, users, stops.get(row.server_id) if row.server_id else None) for row in rows
+        ]
 
     def _verdict(
-        self, row: Machine, owners: Mapping[OwnerId, Owner], uses: Sequence[Use], users: Mapping[OwnerId, Owner]
+        self,
+        row: Machine,
+        owners: Mapping[OwnerId, Owner],
+        uses: Sequence[Use],
+        users: Mapping[OwnerId, Owner],
+        stops_at: datetime | None,
     ) -> Verdict:
         now = self._clock.now()
+        if row.kept_until is not None and stops_at is not None and stops_at > row.kept_until:
+            row = replace(row, kept_until=stops_at)  # the user let it run longer on the provider's page
         owner = owners.get(row.owner_id) if row.owner_id is not None else None
         living = [
             use
@@ -108,29 +121,38 @@ class Reaper:
             ),
         )
 
-    async def reap(self, *, wait: bool = True) -> Reaped:
+    async def reap(self, *, wait: bool = True, spare: Callable[[Machine], bool] | None = None) -> Reaped:
         """Repair the books and end what has nobody; return what was done.
 
         `wait=False` does not wait for unanswered launches to become visible; they are reported as unresolved.
+        Machines that `spare` says yes to are kept: the caller is about to take them over.
+
         Raises ProviderError if the account's machines cannot be listed: nothing is decided then.
         """
         report = Reaped()
+        asked_at = self._clock.now()
         first = await self._machines.provider.list_machines()
-        await self._see_revenants(first)
-        verdicts = await self.verdicts()
-        report.kept = [v for v in verdicts if not v.end]
-        doomed = [v for v in verdicts if v.end]
-        for verdict in [v for v in doomed if v.machine.state is MachineState.REQUESTED]:
-            found = await self._resolve(verdict.machine, report, wait=wait)
-            if found is not None:
+        doomed = await self._revenants(first, asked_at)
+        back = {v.machine.id for v in doomed}
+        for verdict in await self.verdicts(first):
+            if verdict.machine.id in back:
+                continue
+            if not verdict.end:
+                report.kept.append(verdict)
+            elif verdict.machine.state is not MachineState.REQUESTED:
+                if spare is not None and spare(verdict.machine):
+                    report.kept.append(Verdict(verdict.machine, end=False, why="about to be taken over"))
+                else:
+                    doomed.append(verdict)
+            elif (found := await self._resolve(verdict.machine, report, wait=wait)) is not None:
                 doomed.append(Verdict(found, end=True, why="its launch was never answered"))
-        doomed = [v for v in doomed if v.machine.server_id is not None]
-        gone_unasked = await self._kept_but_gone(report.kept, first)
-        if doomed or gone_unasked:
+        missing = self._kept_but_missing(report.kept, first)
+        if doomed or missing:
             await asyncio.sleep(min(1.0, self._machines.settings.cloud.poll_interval.total_seconds()))
             await self._machines.provider.list_machines()  # the second full list; a failure ends the reap here
-        await asyncio.gather(*(self._end(verdict, report) for verdict in doomed))
-        for machine in gone_unasked:
+        # What has begun to be stopped is stopped to its end, whatever the user presses meanwhile.
+        await finish(self._end_all(doomed, report))
+        for machine in missing:
             if (closed := await self._machines.gone_unasked(machine, note="not listed any more")) is not None:
                 report.closed.append(closed)
                 report.kept = [v for v in report.kept if v.machine.id != machine.id]
@@ -138,15 +160,30 @@ class Reaper:
         report.foreign = [r for r in first if r.server_id not in ours and r.phase is not Phase.GONE]
         return report
 
-    async def _see_revenants(self, listed: Sequence[MachineReport]) -> None:
-        """A machine whose books were closed and that is listed again is open again, and will be ended."""
-        alive = {r.server_id for r in listed if r.phase in (Phase.READY, Phase.STARTING)}
-        for row in await self._machines.books.rows(open_only=False):
-            if row.state in (MachineState.STOPPED, MachineState.NEVER) and row.server_id in alive:
-                log.error("machine_came_back", extra={"fields": self._machines.books.facts(row)})
-                await self._machines.books.record(row, MachineEvent.LISTED, note="listed again after its end")
+    async def _revenants(self, listed: Sequence[MachineReport], asked_at: datetime) -> list[Verdict]:
+        """Open the books again of machines that were seen gone and are listed as running; they are to be ended.
 
-    async def _kept_but_gone(self, kept: Sequence[Verdict], listed: Sequence[MachineReport]) -> list[Machine]:
+        What was seen gone since the list was asked for proves nothing: the list may be the older word.
+        """
+        alive = {r.server_id for r in listed if r.phase in (Phase.READY, Phase.STARTING)}
+        rows = await self._machines.books.rows(open_only=False)
+        held = {row.server_id for row in rows if row.is_open}
+        newest = {row.server_id: row for row in rows if row.state is MachineState.STOPPED}
+        found = []
+        for server_id in alive & newest.keys() - held:
+            row = newest[server_id]
+            if row.gone_at is not None and row.gone_at >= asked_at:
+                continue
+            log.error("machine_came_back", extra={"fields": self._machines.books.facts(row)})
+            try:
+                row = await self._machines.books.record(row, MachineEvent.LISTED, note="listed again after its end")
+            except (LeaseLost, IllegalTransition):
+                continue  # another process saw it at the same time
+            found.append(Verdict(row, end=True, why="it was gone and runs again"))
+        return found
+
+    @staticmethod
+    def _kept_but_missing(kept: Sequence[Verdict], listed: Sequence[MachineReport]) -> list[Machine]:
         """Machines that nobody here is working with, are to be kept, and are not in the provider's list any more."""
         there: set[ServerId] = {r.server_id for r in listed if r.phase is not Phase.GONE}
         return [
@@ -156,39 +193,45 @@ class Reaper:
         ]
 
     async def _resolve(self, machine: Machine, report: Reaped, *, wait: bool) -> Machine | None:
+        """Find out what a launch of a dead process started; return the machine if there is one to be ended."""
         async with self._machines.launch_lock():
             current = await self._store.machine(machine.id)
             if current is None or current.state is not MachineState.REQUESTED:
-                return None
-            taken = await self._machines.books.try_take_over(current, note="reaped: its process is gone")
-            if taken is None:
-                return None
+                return None  # somebody else found out while we waited for the lock
+            owner = (await self._store.owners([current.owner_id])).get(current.owner_id) if current.owner_id else None
+            self._machines.books.presume_asked(current, owner)
             if wait:
                 self._machines.tell(
-                    f"a launch of {taken.requested_at:%H:%M:%S} UTC was never answered; looking for what it started"
+                    f"a launch of {current.requested_at:%H:%M:%S} UTC was never answered; looking for what it started"
                 )
             try:
-                found = await self._machines.find_launched(taken, wait=wait)
-            except LaunchAmbiguous as error:
-                report.failed.append((taken, error))
+                found = await self._machines.find_launched(current, wait=wait)
+            except (LaunchAmbiguous, LaunchUnclear) as error:
+                report.failed.append((current, error))
                 return None
         if found is None:
-            after = await self._store.machine(taken.id)
-            if after is not None and after.state is MachineState.REQUESTED:
-                report.unresolved.append(after)
-            else:
-                report.closed.append(after or taken)
+            after = await self._store.machine(current.id)
+            unresolved = after is not None and after.state is MachineState.REQUESTED
+            (report.unresolved if unresolved else report.closed).append(after or current)
         return found
+
+    async def _end_all(self, doomed: Sequence[Verdict], report: Reaped) -> None:
+        await asyncio.gather(*(self._end(verdict, report) for verdict in doomed))
 
     async def _end(self, verdict: Verdict, report: Reaped) -> None:
         machine = verdict.machine
-        if machine.owner_id != self._machines.books.owner.id:
-            taken = await self._machines.books.try_take_over(machine, note=f"reaped: {verdict.why}")
-            if taken is None:
-                return
-            machine = taken
-        self._machines.tell(f"ending {machine.server_type} machine {machine.server_id}: {verdict.why}")
         try:
+            if machine.owner_id != self._machines.books.owner.id:
+                taken = await self._machines.books.try_take_over(machine, note=f"reaped: {verdict.why}")
+                if taken is None:
+                    return
+                machine = taken
+            if uses := await self._machines.living_uses(machine):  # begun since it was judged
+                why = f"job {uses[0].job_id} runs on it"
+                await self._machines.books.hand_over(machine, kept_until=machine.kept_until, note=why)
+                report.kept.append(Verdict(machine, end=False, why=why))
+                return
+            self._machines.tell(f"ending {machine.server_type} machine {machine.server_id}: {verdict.why}")
             report.ended.append(await self._machines.stop(machine, reason=f"reaped: {verdict.why}"))
         except RunComfyError as error:
             report.failed.append((machine, error))

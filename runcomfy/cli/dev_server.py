@@ -50,10 +50,11 @@ def restart_command(
 
     async def work(interrupts: Interrupts) -> int:
         async with _app(interrupts, launches=True) as app:
-            _, dev = await app.cloud()
+            machines, dev = await app.cloud()
             rows = await dev.rows()
             kind = server_type or (rows[-1].server_type if rows else app.settings.cloud.server_type)
-            seconds = _duration(duration) or (rows[-1].duration if rows else app.settings.cloud.duration)
+            seconds = _duration(duration) or (rows[-1].duration if rows else None) or app.settings.cloud.duration
+            machines.books.price(kind)  # what cannot be launched again is not stopped
             await _shutdown(app, dev)
             await _start(app, kind, seconds, warm_up=warm_up, show_url=show_url)
             if monitor:
@@ -229,7 +230,10 @@ def shutdown_command() -> int:
     """Stop the dev server; nothing running counts as success."""
 
     async def work(interrupts: Interrupts) -> int:
+        from runcomfy.cli.machines import cloud_or_memory
+
         async with _app(interrupts) as app:
+            await cloud_or_memory(app)
             _, dev = await app.cloud()
             await _shutdown(app, dev)
         return 0
@@ -286,7 +290,7 @@ async def _monitor(app: App, interrupts: Interrupts, *, ask: bool) -> int:
     ended_by_itself = await watch_dev_server(machines, dev, app.comfyui, interrupts.event)
     if ended_by_itself:
         return 0
-    if ask and sys.stdin.isatty():
+    if ask and sys.stdin is not None and sys.stdin.isatty():
         interrupts.again()
         answer = await asyncio.to_thread(_ask, "[s]top the machine, or [l]eave it running? ")
         if answer.strip().lower().startswith("s"):

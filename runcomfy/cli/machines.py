@@ -32,12 +32,17 @@ async def _ls(interrupts: Interrupts, *, as_json: bool) -> int:
     from runcomfy.cli.output import show_json
 
     async with open_app(interrupts, require_cloud=True, launches=False, quiet=as_json) as app:
-        cloud = await _cloud_or_memory(app)
+        cloud = await cloud_or_memory(app)
         reports = {report.server_id: report for report in await cloud.provider.list_machines()}
-        verdicts = await Reaper(cloud).verdicts()
+        verdicts = await Reaper(cloud).verdicts(list(reports.values()))
         rows = [_row(verdict, reports, cloud) for verdict in verdicts]
-        ours = {verdict.machine.server_id for verdict in verdicts}
-        rows += [_foreign(report) for report in reports.values() if report.server_id not in ours]
+        shown = {verdict.machine.server_id for verdict in verdicts}
+        closed = {row.server_id: row for row in await cloud.books.rows(open_only=False) if not row.is_open}
+        for server_id, report in reports.items():
+            if server_id in closed and server_id not in shown:
+                rows.append(_row(_ended(closed[server_id], report), reports, cloud))
+            elif server_id not in shown:
+                rows.append(_foreign(report))
     if as_json:
         show_json(rows)
     else:
@@ -45,7 +50,7 @@ async def _ls(interrupts: Interrupts, *, as_json: bool) -> int:
     return 0
 
 
-async def _cloud_or_memory(app: Any) -> Machines:
+async def cloud_or_memory(app: Any) -> Machines:
     """Return the account's machines with our books; without them if the database cannot be used."""
     from runcomfy.cli.output import show_error, tell
     from runcomfy.domain.exceptions import LocalError
@@ -57,6 +62,15 @@ async def _cloud_or_memory(app: Any) -> Machines:
         tell("going on without our books: what is ours cannot be told, but everything is listed and can be stopped")
         cloud, _ = await app.cloud(in_memory=True)
     return cloud  # type: ignore[no-any-return]
+
+
+def _ended(machine: Machine, report: MachineReport) -> Verdict:
+    """Return what is to be said of a machine that our books have ended and the account still lists."""
+    from runcomfy.application.reaper import Verdict
+    from runcomfy.domain.machine import Phase
+
+    back = report.phase in (Phase.READY, Phase.STARTING)
+    return Verdict(machine, end=back, why="it was gone and runs again" if back else "ended; not yet off the list")
 
 
 def _row(verdict: Verdict, reports: dict[Any, MachineReport], cloud: Machines) -> dict[str, Any]:
@@ -129,22 +143,35 @@ async def _stop(interrupts: Interrupts, server_id: str) -> int:
     from runcomfy.cli.app import open_app
 
     async with open_app(interrupts, require_cloud=True, launches=False) as app:
-        cloud = await _cloud_or_memory(app)
-        machine = await _taken(cloud, server_id, note="stop asked for by the user")
-        ended = await finish(cloud.stop(machine, reason="stop asked for by the user"))
+        cloud = await cloud_or_memory(app)
+        ended = await finish(_stop_whosever(cloud, server_id))
         _say_ended(ended, cloud)
     return 0
 
 
+async def _stop_whosever(cloud: Machines, server_id: str) -> Machine:
+    note = "stop asked for by the user"
+    machine = await _open_row(cloud, server_id)
+    if machine is None:
+        machine = await _taken(cloud, server_id, note=note)
+    elif machine.owner_id != cloud.books.owner.id:
+        machine = await cloud.books.take_over(machine, note=note)
+    return await cloud.stop(machine, reason=note)
+
+
+async def _open_row(cloud: Machines, server_id: str) -> Machine | None:
+    from runcomfy.domain.machine import ServerId
+
+    row = await cloud.books.row_of(ServerId(server_id))
+    return row if row is not None and row.is_open else None
+
+
 async def _taken(cloud: Machines, server_id: str, *, note: str) -> Machine:
-    """Return the machine with us as its owner, taken into our books if it is not there."""
+    """Take a machine that the account runs, and that is not in our books, into them, with us as its owner."""
     from runcomfy.domain.exceptions import MachineNotFound, foreign_text
     from runcomfy.domain.machine import Purpose, ServerId
 
     wanted = ServerId(server_id)
-    row = await cloud.books.row_of(wanted)
-    if row is not None and row.is_open:
-        return row if row.owner_id == cloud.books.owner.id else await cloud.books.take_over(row, note=note)
     report = next((r for r in await cloud.provider.list_machines(urgent=True) if r.server_id == wanted), None)
     if report is None:
         report = await cloud.provider.get_machine_status(wanted, urgent=True)
@@ -171,20 +198,47 @@ def adopt(server_id: str) -> int:
 
 
 async def _adopt(interrupts: Interrupts, server_id: str) -> int:
+    from runcomfy.application.finish import finish
     from runcomfy.cli.app import open_app
     from runcomfy.cli.words import show_time
 
     async with open_app(interrupts, require_cloud=True, launches=False) as app:
         cloud, _ = await app.cloud()
-        machine = await _taken(cloud, server_id, note="adopted by the user")
-        machine = await cloud.books.hand_over(
-            machine, kept_until=machine.planned_stop_at or machine.kept_until, note="adopted by the user"
-        )
+        machine = await finish(_adopted(cloud, server_id))
         click.echo(
             f"{machine.server_type} machine {machine.server_id} is ours now; it is kept until "
             f"{show_time(machine.kept_until)}"
         )
     return 0
+
+
+async def _adopted(cloud: Machines, server_id: str) -> Machine:
+    """Put a machine into our books as one that is kept without a process until its planned stop."""
+    from runcomfy.domain.exceptions import ValueInvalid
+    from runcomfy.domain.machine import MachineState, Purpose
+
+    note = "adopted by the user"
+    machine = await _open_row(cloud, server_id)
+    if machine is None:
+        machine = await _taken(cloud, server_id, note=note)
+    else:
+        owner = (await cloud.store.owners([machine.owner_id])).get(machine.owner_id) if machine.owner_id else None
+        if machine.state is MachineState.STOPPING or (
+            owner is not None and cloud.processes.lives(owner, now=cloud.clock.now())
+        ):
+            held = f"process {owner.pid} holds it" if owner is not None else "it is being stopped"
+            raise ValueInvalid(
+                f"machine {machine.server_id} is ours already, and {held}",
+                hint="`comfyctl machines ls` says what it is for",
+            )
+        machine = await cloud.books.take_over(machine, note=note)
+        machine = await cloud.books.change(machine, note=note, purpose=Purpose.TAKEN)
+    report = await cloud.provider.get_machine_status(machine.server_id) if machine.server_id else None
+    if report is None:
+        kept_until = machine.planned_stop_at or machine.kept_until or cloud.clock.now() + cloud.settings.cloud.duration
+    else:
+        kept_until = cloud.books.kept_until(machine, report)
+    return await cloud.books.hand_over(machine, kept_until=kept_until, note=note)
 
 
 @machines.command()

@@ -19,7 +19,10 @@ from runcomfy.cli.output import tell
 
 
 class Interrupts:
-    """What the user pressed. The first Ctrl+C (or SIGTERM) ends the command in good order, the second leaves."""
+    """What the user pressed. The first Ctrl+C (or SIGTERM, or a closed terminal) ends the command in good order.
+
+    The second one leaves.
+    """
 
     def __init__(self, task: asyncio.Task[Any] | None) -> None:
         self._task = task
@@ -39,15 +42,28 @@ class Interrupts:
         """Take one signal."""
         self._pressed += 1
         if self._pressed == 1:
-            tell("interrupted: ending in good order (Ctrl+C again leaves at once)")
             self.event.set()
             if not self.listens and self._task is not None:
                 self._task.cancel()
+            with suppress(OSError, ValueError):  # the terminal may be what went away
+                tell("interrupted: ending in good order (Ctrl+C again leaves at once)")
             return
-        for line in self.last_words():
-            sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-        os._exit(130)
+        try:
+            for line in self.last_words():
+                sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+        finally:
+            os._exit(130)
+
+
+def _signals() -> list[int]:
+    """Return what asks a process to end. A terminal that is closed (SIGHUP) must not leave a machine behind."""
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+    for name in ("SIGHUP", "SIGBREAK"):  # one on Unix, the other on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it on purpose
+            numbers.append(number)
+    return numbers
 
 
 def run_async(work: Callable[[Interrupts], Coroutine[Any, Any, int]]) -> int:
@@ -57,8 +73,7 @@ def run_async(work: Callable[[Interrupts], Coroutine[Any, Any, int]]) -> int:
         interrupts = Interrupts(asyncio.current_task())
         loop = asyncio.get_running_loop()
         before: list[tuple[int, Any]] = []
-        numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-        for number in numbers:
+        for number in _signals():
             try:
                 loop.add_signal_handler(number, interrupts.press)
             except (NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread

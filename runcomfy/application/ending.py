@@ -1,0 +1,329 @@
+"""
+Ending machines so that none is ever forgotten (I4).
+
+The wish is written down if the disk lets us, the call is made in any case and repeated for ever, and a machine counts
+as gone only when its own status and two full lists say so. The bill is closed provisionally at the provider's yes, and
+opened again if the machine is seen alive afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Final
+
+from runcomfy.application.books import Books
+from runcomfy.application.faultpoints import faultpoint
+from runcomfy.domain.exceptions import (
+    AccessDenied,
+    AuthRejected,
+    LaunchAmbiguous,
+    LeaseLost,
+    ProviderError,
+    RunComfyError,
+    StopUnconfirmed,
+    WrongUrl,
+)
+from runcomfy.domain.machine import Machine, MachineEvent, MachineReport, Phase, Purpose, ServerId
+from runcomfy.ports.provider import Provider
+
+log = logging.getLogger("runcomfy.machines")
+
+HOPELESS: Final = (AuthRejected, AccessDenied, WrongUrl)
+"""Refusals that asking again does not mend: a person has to."""
+HOPELESS_AFTER: Final = timedelta(minutes=1)
+"""How long a stop is repeated against a cloud that rejects the credentials. The machine's own stop time and the next
+`reap` stand behind it."""
+RESTOP_EVERY: Final = timedelta(seconds=30)
+"""How often a stop is repeated while the provider says that it is at it."""
+FIRST_LOOK: Final = timedelta(seconds=5)
+"""How long a stop waits for the provider's word on whether the machine has begun to bill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Where the provider says a machine is. `phase` None: it could not be found out."""
+
+    phase: Phase | None
+    report: MachineReport | None = None
+    listed: Sequence[MachineReport] = ()
+    """Of a machine that is gone: the last full list."""
+
+
+@dataclass(slots=True)
+class _Effort:
+    """How one stop stands."""
+
+    machine: Machine
+    asked: float
+    """When it began, by the loop's time."""
+    next_call: float
+    next_alarm: float
+    delay: timedelta
+    known: bool
+    """Whether the provider has ever known the machine; one that it does not show yet is not gone."""
+    seen_at: datetime | None = None
+    """When the machine was last seen to run."""
+    complained: bool = False
+
+
+def server_id_of(machine: Machine) -> ServerId:
+    """Return the provider's id of a machine that has one; asking for less is a defect of the caller."""
+    if machine.server_id is None:
+        raise RunComfyError(f"machine {machine.id} was never answered and has no id at the provider")
+    return machine.server_id
+
+
+class Ending:
+    """Stops machines of one account on behalf of one owner, and looks until they are gone."""
+
+    def __init__(self, provider: Provider, books: Books) -> None:
+        self._provider = provider
+        self._books = books
+        self._clock = books.clock
+        self._cloud = books.settings.cloud
+
+    async def stop(self, machine: Machine, *, reason: str) -> Machine:
+        """Stop the machine and look until it is gone. Does not give up, except as told below.
+
+        Returns with state STOPPED; or STOPPING, if the provider accepted the stop (so that it bills no longer by its
+        own word) but has not let go of it for longer than the alarm time. If somebody else took the machine over, it
+        is returned as it is: it is theirs to end.
+
+        Raises StopUnconfirmed if the provider refuses the credentials for longer than a minute, LaunchAmbiguous if
+        the launch was answered with an id that means nothing and several machines may be what it started.
+        """
+        server_id_of(machine)
+        log.info("machine_stop", extra={"fields": {**self._books.facts(machine), "reason": reason}})
+        try:
+            machine = await self._books.record_softly(
+                machine, MachineEvent.STOP_ASKED, note=reason, changes={"stop_reason": reason}
+            )
+            faultpoint("stop.asked")
+            if machine.ready_at is None:
+                machine = await self._look_whether_it_bills(machine)
+            return await self._until_gone(self._effort(machine), reason)
+        except LeaseLost:
+            self._books.tell(f"machine {machine.server_id} is looked after by another process now; left to it")
+            return await self._books.latest(machine.id) or machine
+
+    def _effort(self, machine: Machine) -> _Effort:
+        now, cloud = asyncio.get_running_loop().time(), self._cloud
+        return _Effort(
+            machine=machine,
+            asked=now,
+            next_call=now,
+            next_alarm=now + cloud.stop_alarm_after.total_seconds(),
+            delay=min(timedelta(seconds=1), cloud.poll_interval),
+            known=machine.ready_at is not None or machine.stop_accepted_at is not None,
+        )
+
+    async def _until_gone(self, effort: _Effort, reason: str) -> Machine:
+        loop, cloud = asyncio.get_running_loop(), self._cloud
+        while True:
+            if loop.time() >= effort.next_call:
+                await self._call(effort)
+            look = await self.look(effort.machine)
+            if look.phase not in (None, Phase.GONE):
+                effort.known, effort.seen_at = True, self._clock.now()
+            if look.report is not None:
+                effort.machine = await self._note_ready(effort.machine, look.report)
+            if look.phase is Phase.GONE and effort.known:
+                return await self.gone(effort.machine, note=reason, seen_at=effort.seen_at)
+            if look.phase is Phase.GONE and self._books.must_be_visible(effort.machine):
+                if not await self._was_another(effort, look.listed):
+                    return await self.gone(effort.machine, note=reason, seen_at=effort.seen_at)
+                continue
+            if look.phase in (Phase.READY, Phase.STARTING, Phase.FAILED):
+                await self._reopen(effort, look.phase)
+            if loop.time() >= effort.next_alarm:
+                accepted = effort.machine.stop_accepted_at is not None
+                if accepted and look.phase in (Phase.STOPPING, Phase.UNKNOWN):
+                    self._books.tell(f"RunComfy accepted the stop of {effort.machine.server_id} but still lists it")
+                    return effort.machine
+                self._alarm(effort)
+            await asyncio.sleep(effort.delay.total_seconds())
+            effort.delay = min(effort.delay * 1.5, max(cloud.poll_interval, timedelta(seconds=1)) * 6)
+
+    async def _call(self, effort: _Effort) -> None:
+        """Ask for the stop once; raises StopUnconfirmed if asking is hopeless."""
+        loop = asyncio.get_running_loop()
+        accepted = False
+        try:
+            effort.machine, accepted = await self._ask_to_stop(effort.machine)
+        except HOPELESS as error:
+            if loop.time() - effort.asked >= HOPELESS_AFTER.total_seconds():
+                server_id = effort.machine.server_id
+                fate = "it may still bill"
+                if effort.machine.stop_accepted_at is not None:
+                    fate = "RunComfy had accepted its stop, but whether it is gone cannot be seen"
+                raise StopUnconfirmed(
+                    f"machine {server_id} could not be stopped: {error.message}; {fate}",
+                    hint=f"mend that ({error.hint or error.code}), then `comfyctl machines reap`; "
+                    "or stop it on RunComfy's page",
+                    details={"server_id": server_id, "cause": error.code},
+                ) from error
+        effort.known = effort.known or accepted
+        effort.next_call = loop.time() + (RESTOP_EVERY if accepted else effort.delay).total_seconds()
+
+    async def _ask_to_stop(self, machine: Machine) -> tuple[Machine, bool]:
+        """Call stop once; keep the provider's yes, which is until when it bills."""
+        server_id = server_id_of(machine)
+        try:
+            accepted = await self._provider.stop_machine(server_id)
+        except ProviderError as error:
+            self._books.tell(f"stopping {server_id} failed for now ({error.code}); trying again")
+            log.warning("machine_stop_failed", extra={"fields": {**self._books.facts(machine), "error": error.code}})
+            if isinstance(error, HOPELESS):
+                raise
+            return machine, False
+        faultpoint("stop.answered")
+        if accepted and machine.stop_accepted_at is None:
+            machine = await self._books.change_softly(machine, note="stop accepted", stop_accepted_at=self._clock.now())
+            await self._books.post(machine, note="ready until the stop was accepted")
+        return machine, accepted
+
+    async def look(self, machine: Machine) -> Look:
+        """Return where the provider says the machine is; GONE only if its status and two full lists agree."""
+        server_id = server_id_of(machine)
+        listed: Sequence[MachineReport] = ()
+        try:
+            report = await self._provider.get_machine_status(server_id, urgent=True)
+            if report is not None and report.phase is not Phase.GONE:
+                return Look(report.phase, report)
+            for number in range(2):
+                if number:
+                    await asyncio.sleep(self.between_reads())
+                listed = await self._provider.list_machines(urgent=True)
+                for entry in listed:
+                    if entry.server_id == server_id and entry.phase is not Phase.GONE:
+                        return Look(entry.phase, entry)
+        except ProviderError as error:
+            log.warning("machine_look_failed", extra={"fields": {**self._books.facts(machine), "error": error.code}})
+            return Look(None)
+        return Look(Phase.GONE, listed=listed)
+
+    def between_reads(self) -> float:
+        """How long to wait between two lists that are to agree, in seconds."""
+        return min(1.0, self._cloud.poll_interval.total_seconds())
+
+    async def gone_unasked(self, machine: Machine, *, note: str) -> Machine | None:
+        """Close the books of a machine that is not there any more; None if it still is."""
+        if machine.server_id is None or (await self.look(machine)).phase is not Phase.GONE:
+            return None
+        return await self.gone(machine, note=note, seen_at=None)
+
+    async def gone(self, machine: Machine, *, note: str, seen_at: datetime | None) -> Machine:
+        """Close the books of a machine that is gone. `seen_at`: when it was last seen to run after its stop was asked.
+
+        Where the provider's yes did not reach us, the end is reckoned: a stop that worked did so when it was asked
+        for; a machine that is gone after its planned stop may have run until then.
+        """
+        now, planned, asked = self._clock.now(), machine.planned_stop_at, machine.stop_asked_at
+        gone_at = now
+        if machine.stop_accepted_at is None:
+            if planned is not None and now >= planned:
+                gone_at = max(planned, seen_at or planned)
+            elif asked is not None:
+                gone_at = max(asked, seen_at or asked)
+            gone_at = min(now, max(gone_at, machine.ready_at or gone_at))
+        # The ledger first: it knows what it has, so that a crash in between costs no entry.
+        await self._books.post(replace(machine, gone_at=gone_at), note="ready until gone")
+        machine = await self._books.record_softly(machine, MachineEvent.GONE, note=note, changes={"gone_at": gone_at})
+        log.info("machine_stopped", extra={"fields": self._books.facts(machine)})
+        return machine
+
+    async def _look_whether_it_bills(self, machine: Machine) -> Machine:
+        """Ask once, and not for long: a machine that became Ready a moment ago is billed from then on."""
+        report: MachineReport | None = None
+        with suppress(ProviderError, TimeoutError):
+            async with asyncio.timeout(FIRST_LOOK.total_seconds()):
+                report = await self._provider.get_machine_status(server_id_of(machine), urgent=True)
+        return await self._note_ready(machine, report) if report is not None else machine
+
+    async def _note_ready(self, machine: Machine, report: MachineReport) -> Machine:
+        """Write down since when the machine bills, if its becoming ready was not seen."""
+        if machine.ready_at is not None or (report.ready_at is None and report.phase is not Phase.READY):
+            return machine
+        now = self._clock.now()
+        ready_at = believable(report.ready_at, machine, now=now)
+        machine = await self._books.change_softly(
+            machine,
+            note=f"ready, seen while it is being stopped; {report.status}",
+            ready_at=ready_at,
+            planned_stop_at=report.stopping_at,
+        )
+        await self._books.post(machine, note="ready until the stop was accepted")
+        return machine
+
+    async def _reopen(self, effort: _Effort, phase: Phase) -> None:
+        """The stop was accepted and the machine runs: it bills again, and is asked to stop again."""
+        machine = effort.machine
+        if machine.stop_accepted_at is None:
+            return
+        if not effort.complained:
+            effort.complained = True
+            self._books.tell(f"RunComfy accepted the stop of {machine.server_id}, but it still runs; asking again")
+        log.error("machine_runs_after_stop", extra={"fields": self._books.facts(machine)})
+        effort.machine = await self._books.change_softly(
+            machine, note=f"seen {phase} after its stop was accepted", stop_accepted_at=None
+        )
+        effort.next_call = min(effort.next_call, asyncio.get_running_loop().time() + effort.delay.total_seconds())
+
+    def _alarm(self, effort: _Effort) -> None:
+        now = asyncio.get_running_loop().time()
+        effort.next_alarm = now + self._cloud.stop_alarm_after.total_seconds()
+        self._books.tell(
+            f"ALARM: machine {effort.machine.server_id} still runs {now - effort.asked:.0f} s after its stop was "
+            "asked for; still trying. You can also stop it on RunComfy's page."
+        )
+        log.error("machine_outlives_stop", extra={"fields": self._books.facts(effort.machine)})
+
+    async def _was_another(self, effort: _Effort, listed: Sequence[MachineReport]) -> bool:
+        """Whether the launch was answered with an id that means nothing, and what it started was found now (I3)."""
+        if (right := await self.mistaken(effort.machine, listed)) is None:
+            return False
+        effort.machine = await self._books.change_softly(
+            effort.machine, note="the launch was answered with an id that means nothing", server_id=right.server_id
+        )
+        effort.known, effort.next_call = True, asyncio.get_running_loop().time()
+        return True
+
+    async def mistaken(self, machine: Machine, listed: Sequence[MachineReport]) -> MachineReport | None:
+        """Return the machine that a launch started whose answer named an id that never became visible.
+
+        Raises LaunchAmbiguous if several may be it; the books of the launch are closed then.
+        """
+        if machine.purpose is Purpose.TAKEN or machine.ready_at is not None:
+            return None
+        exact, near = await self._books.fitting(machine, listed)
+        if not exact and not near:
+            return None
+        if len(exact) == 1:
+            self._books.tell(
+                f"the launch was answered with {machine.server_id}, which never appeared; "
+                f"{exact[0].server_id} is what it started"
+            )
+            return exact[0]
+        ids = [report.server_id for report in [*exact, *near]]
+        await self.gone(machine, note=f"never visible; may be {', '.join(ids)}", seen_at=None)
+        raise ambiguous(ids)
+
+
+def ambiguous(ids: Sequence[ServerId]) -> LaunchAmbiguous:
+    """Return the error for a launch of which it cannot be told which machine it started, if any."""
+    return LaunchAmbiguous(
+        f"{len(ids)} new machine{'s' if len(ids) > 1 else ''} may be what an unanswered launch started: "
+        f"{', '.join(ids)}; none was touched",
+        hint="look at `comfyctl machines ls`; end yours with `comfyctl machines stop ID`",
+        details={"server_ids": list(ids)},
+    )
+
+
+def believable(ready_at: datetime | None, machine: Machine, *, now: datetime) -> datetime:
+    """Return a ready time that lies between the launch and now: the provider's clock may differ from ours."""
+    return min(max(ready_at or now, machine.requested_at), now)

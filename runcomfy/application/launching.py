@@ -1,0 +1,315 @@
+"""
+Renting machines, exactly as many as were asked for (I1, I3).
+
+The order is always: write the intention, make the call, write the answer. RunComfy has no idempotency key and no tags.
+So one process of an account launches at a time (a lock in the store), notes what the account lists before the call, and
+after an answer that was lost or makes no sense looks for what is new: one new machine that fits is ours, none within
+the visibility window means that none was started, several are reported and left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Final
+from uuid import uuid4
+
+from runcomfy.application.books import Books
+from runcomfy.application.ending import HOPELESS, HOPELESS_AFTER, Ending, ambiguous
+from runcomfy.application.faultpoints import faultpoint
+from runcomfy.application.finish import finish
+from runcomfy.domain.exceptions import LaunchUnclear, LeaseLost, LocalError, ProviderError, RunComfyError
+from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineReport, MachineState, Phase
+from runcomfy.ports.processes import Processes
+from runcomfy.ports.provider import Provider
+
+log = logging.getLogger("runcomfy.machines")
+
+LAUNCH_TRIES: Final = 3
+"""How often a launch is tried again after it was proven that the earlier try started nothing."""
+
+
+@dataclass(slots=True)
+class _Try:
+    """One launch request of this process."""
+
+    machine: Machine
+    sent: bool = False
+    """Whether the request may have left, and was not refused."""
+    given_up: bool = False
+    """Whether it was said that its outcome cannot be found out now; `reap` goes on from there."""
+
+
+class Launching:
+    """Launches machines of one account on behalf of one owner."""
+
+    def __init__(self, provider: Provider, processes: Processes, books: Books, ending: Ending) -> None:
+        self._provider = provider
+        self._processes = processes
+        self._books = books
+        self._ending = ending
+        self._store = books.store
+        self._clock = books.clock
+        self._cloud = books.settings.cloud
+        self._tries: dict[MachineId, list[_Try]] = {}
+        self._turn = asyncio.Lock()
+        """The store's lock tells processes apart; this one the jobs of this process."""
+
+    @asynccontextmanager
+    async def lock(self) -> AsyncIterator[None]:
+        """Be the only one of the account who launches; waits for a living process, replaces a dead one."""
+        async with self._turn:
+            try:
+                await self._take_lock()
+                yield
+            finally:
+                await finish(self._free_lock())
+
+    async def _take_lock(self) -> None:
+        account, me = self._provider.account, self._books.owner.id
+        told = False
+        while (holder := await self._store.take_launch_lock(account, owner_id=me, now=self._clock.now())) != me:
+            other = (await self._store.owners([holder])).get(holder)
+            if other is None or not self._processes.lives(other, now=self._clock.now()):
+                await self._store.break_launch_lock(account, holder=holder)
+                continue
+            if not told:
+                self._books.tell(f"another process (pid {other.pid}) is launching a machine; waiting for it")
+                told = True
+            await asyncio.sleep(1.0)
+
+    async def _free_lock(self) -> None:
+        """Free the lock, also if taking it was broken off. What cannot be written frees it when this process ends."""
+        try:
+            await self._store.break_launch_lock(self._provider.account, holder=self._books.owner.id)
+        except LocalError as error:
+            log.warning("launch_lock_not_freed", extra={"fields": {"error": error.code}})
+
+    # -- one machine ---------------------------------------------------------------------------------------
+
+    async def launch(self, intent: Machine) -> Machine:
+        """Rent the machine of `intent`, exactly one, and return it with the provider's id. Hold the lock.
+
+        If it raises, or is cancelled, what it may have started is ended before.
+
+        Raises what the provider refuses with; LaunchUnclear or LaunchAmbiguous if it stays open whether one was
+        started (the intent is kept, and looked after by `reap`).
+        """
+        try:
+            await self._resolve_earlier()
+            return await self._try(intent)
+        except BaseException:
+            await finish(self.settle(intent, reason="the launch was broken off", locked=True))
+            raise
+
+    async def _try(self, intent: Machine) -> Machine:
+        for number in range(1, LAUNCH_TRIES + 1):
+            before = await self._provider.list_machines()
+            machine = replace(
+                intent,
+                id=intent.id if number == 1 else MachineId(str(uuid4())),
+                before_ids=tuple(report.server_id for report in before),
+                requested_at=self._clock.now(),
+                since=self._clock.now(),
+            )
+            attempt = _Try(machine)
+            self._tries.setdefault(intent.id, []).append(attempt)
+            await finish(self._store.add_machine(machine, at=self._clock.now(), note=machine.reason))
+            faultpoint("launch.intended")
+            log.info("machine_launch", extra={"fields": self._books.facts(machine)})
+            # Shielded: a Ctrl+C while the request is under way must not lose the answer.
+            launched = await finish(self._launch_once(attempt))
+            if launched is not None:
+                return launched
+            self._books.tell(f"the launch was not answered and started nothing (try {number} of {LAUNCH_TRIES})")
+        raise LaunchUnclear(
+            f"{LAUNCH_TRIES} launches in a row were not answered; none of them started a machine",
+            hint="try again later, or look at RunComfy's status page",
+        )
+
+    async def _resolve_earlier(self) -> None:
+        """End what an earlier, never answered launch of a dead process started: one launch in flight at a time.
+
+        We hold the launch lock, so nobody alive is launching now.
+        """
+        for row in await self._books.rows():
+            if row.state is not MachineState.REQUESTED or row.owner_id == self._books.owner.id:
+                continue
+            owner = (await self._store.owners([row.owner_id])).get(row.owner_id) if row.owner_id else None
+            if owner is not None and self._processes.lives(owner, now=self._clock.now()):
+                continue  # it could not bring its own launch to an end yet, and still tries
+            self._books.tell(
+                f"an earlier launch ({row.requested_at:%H:%M:%S} UTC) was never answered; looking for its machine"
+            )
+            self._books.presume_asked(row, owner)
+            found = await self.find_launched(row)
+            taken = found and await self._books.try_take_over(found, note="its process is gone")
+            if taken:
+                await finish(self._ending.stop(taken, reason="its launch was never answered and its process is gone"))
+
+    async def _launch_once(self, attempt: _Try) -> Machine | None:
+        machine = attempt.machine
+        self._books.hold(machine)
+        attempt.sent = True
+        try:
+            report = await self._provider.launch_machine(
+                server_type=machine.server_type,
+                duration=machine.duration,
+                workflow_version_id=machine.workflow_version_id,
+            )
+        except LaunchUnclear as error:
+            self._books.asked(machine)
+            self._books.tell("the launch was not answered; looking for what it started")
+            fields = {**self._books.facts(machine), "error": str(error)}
+            log.warning("machine_launch_unclear", extra={"fields": fields})
+            return await self._find(attempt)
+        except RunComfyError as error:
+            attempt.sent = False
+            await self._books.record_softly(machine, MachineEvent.REFUSED, note=error.code, changes={})
+            raise
+        self._books.asked(machine)
+        faultpoint("launch.answered")
+        if report.server_id in machine.before_ids or await self._is_another(machine, report):
+            self._books.tell("the launch was answered with the id of an older machine; looking for what it started")
+            return await self._find(attempt)
+        return await self._listed(machine, report, note="answered")
+
+    async def _is_another(self, machine: Machine, report: MachineReport) -> bool:
+        """Whether the books know the answered id already. Books that cannot be read now contradict nothing."""
+        try:
+            row = await self._books.row_of(report.server_id)
+        except LocalError:
+            return False
+        return row is not None and row.id != machine.id
+
+    async def _listed(self, machine: Machine, report: MachineReport, *, note: str) -> Machine:
+        if machine.owner_id == self._books.owner.id:
+            # In memory first: a disk that is full now must not make us lose whom to stop.
+            known = machine.on(MachineEvent.LISTED, at=self._clock.now())
+            self._books.hold(replace(known, server_id=report.server_id))
+        machine = await self._books.record(
+            machine, MachineEvent.LISTED, note=f"{note}; {report.status}", changes={"server_id": report.server_id}
+        )
+        faultpoint("launch.recorded")
+        log.info("machine_launched", extra={"fields": self._books.facts(machine)})
+        return machine
+
+    # -- lost answers --------------------------------------------------------------------------------------
+
+    async def find_launched(self, machine: Machine, *, wait: bool = True) -> Machine | None:
+        """Look for what an unanswered launch started (I3). Hold the lock.
+
+        A single machine that fits is taken as soon as it can bill, or when the visibility window is over: until then
+        a second one may appear, and starting is free. Returns the machine, now with its id, or None once it is sure
+        that nothing was started (the intent is then closed). With `wait=False` nothing is waited for; None then also
+        stands for "not known yet" (the intent is open).
+
+        Raises LaunchAmbiguous if it cannot be told (the intent is closed, no machine is touched), LaunchUnclear if
+        the provider refuses to be asked (the intent stays open).
+        """
+        lists = 0
+        while True:
+            reports = await self._list_patiently(machine) if wait else await self._provider.list_machines(urgent=True)
+            lists += 1
+            exact, near = await self._books.fitting(machine, reports)
+            sure = self._books.must_be_visible(machine)
+            if len(exact) == 1 and (sure or exact[0].phase is not Phase.STARTING):
+                return await self._listed(machine, exact[0], note="found in the list after a lost answer")
+            if len(exact) > 1 or (sure and lists >= 2 and near):
+                ids = [report.server_id for report in exact or near]
+                note = f"ambiguous: {', '.join(ids)}"
+                await self._books.record_softly(machine, MachineEvent.ABSENT, note=note, changes={})
+                raise ambiguous(ids)
+            if sure and lists >= 2 and not exact:
+                note = f"not in {lists} lists within {self._cloud.visibility_window}"
+                await self._books.record_softly(machine, MachineEvent.ABSENT, note=note, changes={})
+                return None
+            if not wait and not sure:
+                return None
+            await asyncio.sleep(self._ending.between_reads() if sure else self._cloud.poll_interval.total_seconds())
+
+    async def _list_patiently(self, machine: Machine) -> Sequence[MachineReport]:
+        """Return a full list, however long the provider needs to give one; not if a person has to mend something."""
+        loop = asyncio.get_running_loop()
+        delay, began = self._cloud.poll_interval, loop.time()
+        while True:
+            try:
+                return await self._provider.list_machines(urgent=True)
+            except ProviderError as error:
+                if isinstance(error, HOPELESS) and loop.time() - began >= HOPELESS_AFTER.total_seconds():
+                    raise LaunchUnclear(
+                        f"a launch of {machine.requested_at:%H:%M:%S} UTC was not answered, and what it started cannot "
+                        f"be looked for: {error.message}; a {machine.server_type} machine may run and bill",
+                        hint=f"mend that ({error.hint or error.code}), then `comfyctl machines reap`",
+                        details={"cause": error.code},
+                    ) from error
+                self._books.tell(
+                    f"RunComfy cannot be asked now ({error.code}); asking again in {delay.total_seconds():.0f} s"
+                )
+                await asyncio.sleep(delay.total_seconds())
+                delay = min(delay * 2, timedelta(minutes=1))
+
+    # -- ending --------------------------------------------------------------------------------------------
+
+    async def settle(self, intent: Machine, *, reason: str, locked: bool = False) -> Machine | None:
+        """End whatever came of this intent, also if its answer was never seen; return the machine if there was one.
+
+        Every launch of the intent is ended, whatever happens to the others; then the first error is raised.
+        """
+        ended: Machine | None = None
+        errors: list[RunComfyError] = []
+        for attempt in list(self._tries.get(intent.id, ())):
+            try:
+                ended = await self._settle_one(attempt, reason=reason, locked=locked) or ended
+            except RunComfyError as error:
+                errors.append(error)
+            else:
+                self._tries[intent.id].remove(attempt)
+        if errors:
+            raise errors[0]
+        self._tries.pop(intent.id, None)
+        return ended
+
+    async def _settle_one(self, attempt: _Try, *, reason: str, locked: bool) -> Machine | None:
+        machine = await self._books.latest(attempt.machine.id)
+        if machine is None or machine.owner_id not in (self._books.owner.id, None):
+            return None  # nothing was written or sent; or it is somebody else's to end now
+        if machine.state is MachineState.REQUESTED and not attempt.sent:
+            await self._books.record_softly(machine, MachineEvent.REFUSED, note="broken off, never sent", changes={})
+            return None
+        if machine.state is MachineState.REQUESTED:
+            if attempt.given_up:
+                return None
+            async with nullcontext() if locked else self.lock():
+                found = await self._find_to_end(attempt)
+            if found is None:
+                return None
+            machine = found
+        if not machine.is_open:
+            return machine if machine.state is MachineState.STOPPED else None
+        if machine.owner_id is None:
+            machine = await self._books.take_over(machine, note=reason)
+        return await self._ending.stop(machine, reason=reason)
+
+    async def _find(self, attempt: _Try) -> Machine | None:
+        try:
+            return await self.find_launched(attempt.machine)
+        except LaunchUnclear:
+            attempt.given_up = True
+            raise
+
+    async def _find_to_end(self, attempt: _Try) -> Machine | None:
+        """Find what a launch started in order to end it, for which books that cannot be written are good enough."""
+        try:
+            return await self._find(attempt)
+        except LeaseLost:
+            raise
+        except LocalError:
+            known = await self._books.latest(attempt.machine.id)
+            if known is None or known.server_id is None:
+                raise
+            return known
