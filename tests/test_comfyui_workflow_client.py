@@ -627,13 +627,14 @@ async def test_a_large_file_is_streamed(
         (".png", "png"),
         ("日本語.webp", "日本語.webp"),
         ("\udce4.png", "png"),
+        ("x. .y", "x.y"),
     ],
 )
 def test_names_are_made_safe(name: str, clean: str) -> None:
     assert clean_name(name) == clean
 
 
-@given(st.text(max_size=300))
+@given(st.text(max_size=300) | st.text("a. \xa0/\t\x00", max_size=12))
 def test_any_name_becomes_one_that_the_server_takes(name: str) -> None:
     clean = clean_name(name)
     assert clean

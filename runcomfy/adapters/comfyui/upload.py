@@ -70,7 +70,7 @@ def clean_name(name: str) -> str:
     else:
         extension = dot + extension
     room = NAME_BYTES - len(extension.encode())
-    stem = stem.encode()[:room].decode("utf-8", "ignore").strip()
+    stem = stem.encode()[:room].decode("utf-8", "ignore").strip(". \t")
     return (stem or "file") + extension
 
 
