@@ -289,6 +289,24 @@ async def test_meshes_shown_by_path_are_there(client: Client) -> None:
         assert found.mime == "model/gltf-binary"
 
 
+async def test_a_preview_keeps_its_camera_and_background(client: Client, comfyui: ComfyUIEmulator) -> None:
+    graph = {"1": pictures(1), "9": node("Preview3D", model_file="m.glb", camera_info={"zoom": 3}, bg_image=["1", 0])}
+    name, camera, background = (await client.outputs(graph))["9"]["result"]
+    assert (name, camera) == ("m.glb", {"zoom": 3})
+    folder, _, file = background.partition("/")
+    assert folder == "temp"
+    assert (comfyui.folders.temp / file).is_file()
+
+
+async def test_a_mesh_file_holds_the_graph(client: Client) -> None:
+    graph = {**BALL, "9": node("SaveGLB", mesh=["2", 0], filename_prefix="m")}
+    outputs = await client.outputs(graph, extra_pnginfo={"workflow": {"id": "drawn by hand"}})
+    data = await client.fetch(outputs["9"]["3d"][0])
+    extras = json.loads(data[20 : 20 + struct.unpack("<I", data[12:16])[0]])["asset"]["extras"]
+    assert json.loads(extras["prompt"]) == graph
+    assert json.loads(extras["workflow"]) == {"id": "drawn by hand"}
+
+
 async def test_a_path_is_previewed_as_it_is(client: Client) -> None:
     outputs = await client.outputs({"1": node("Preview3D", model_file="mesh\\old.glb")})
     assert outputs["1"]["result"] == ["mesh/old.glb", None, None]

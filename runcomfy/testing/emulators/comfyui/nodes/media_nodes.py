@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,24 +12,13 @@ from runcomfy.testing.emulators.comfyui.nodes.values import (
     Audio,
     Images,
     Video,
-    prompt_text,
+    graph_metadata,
     temp_prefix,
     write_files,
 )
 
 MOST_SAMPLES = 1 << 30
 """Longer sound does not fit the memory of the machine that is emulated, as every machine has such a limit."""
-
-
-def graph_metadata(context: NodeContext) -> dict[str, str]:
-    """Return the graph and the caller's `extra_pnginfo` as they are written into files, by key."""
-    prompt = prompt_text(context)
-    if prompt is None:
-        return {}
-    extra = context.extra_data.get("extra_pnginfo")
-    return {"prompt": prompt} | (
-        {str(key): json.dumps(value) for key, value in extra.items()} if isinstance(extra, dict) else {}
-    )
 
 
 async def create_video(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:

@@ -11,7 +11,7 @@ from runcomfy.testing.emulators.comfyui.nodes.values import (
     EMULATION_NOTE,
     File3D,
     Voxels,
-    prompt_text,
+    graph_metadata,
     stable_random,
     write_files,
 )
@@ -27,14 +27,7 @@ def file_bytes(value: meshes.Mesh | File3D, context: NodeContext) -> tuple[bytes
     """Return a model's bytes and the extension of its file; a mesh becomes GLB, with the graph in its extras."""
     if isinstance(value, File3D):
         return value.data, value.extension
-    extras = {"emulator": EMULATION_NOTE}
-    prompt = prompt_text(context)
-    if prompt is not None:
-        extras["prompt"] = prompt
-        extra = context.extra_data.get("extra_pnginfo")
-        if isinstance(extra, dict):
-            extras |= extra
-    return meshes.glb(value, extras=extras), "glb"
+    return meshes.glb(value, extras={**graph_metadata(context), "emulator": EMULATION_NOTE}), "glb"
 
 
 async def voxel_to_mesh(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
@@ -66,14 +59,23 @@ async def mesh_to_file(context: NodeContext, inputs: dict[str, Any]) -> NodeResu
 
 
 async def preview_3d(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """A copy in the output folder, told as a bare path; a path that is given is told as it is."""
+    """A copy in the output folder, told as a bare path; a path that is given is told as it is.
+
+    The background, if there is one, is told as a path too, below the server's folder.
+    """
     model: File3D | str = inputs["model_file"]
-    if isinstance(model, str):
-        return NodeResult([], ui={"result": [model.replace("\\", "/"), inputs.get("camera_info"), None]})
     letters = stable_random(context.prompt_id, context.node_id)
-    name = f"preview3d_{letters.getrandbits(128):032x}.{model.extension}"
-    await context.in_thread((context.folders.output / name).write_bytes, model.data)
-    return NodeResult([], ui={"result": [name, None, None]})
+    background: str | None = None
+    if isinstance(model, str):
+        name = model.replace("\\", "/")
+    else:
+        name = f"preview3d_{letters.getrandbits(128):032x}.{model.extension}"
+        await context.in_thread((context.folders.output / name).write_bytes, model.data)
+    if inputs.get("bg_image") is not None:
+        file = f"bg_{letters.getrandbits(128):032x}.png"
+        await context.in_thread(inputs["bg_image"].frames[0].save, context.folders.temp / file)
+        background = f"temp/{file}"
+    return NodeResult([], ui={"result": [name, inputs.get("camera_info"), background]})
 
 
 async def save_3d_advanced(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
@@ -86,9 +88,11 @@ async def save_3d_advanced(context: NodeContext, inputs: dict[str, Any]) -> Node
         write_files(target, [(name, data)], "output")
         return f"{target.subfolder}/{name}" if target.subfolder else name
 
-    state = inputs["viewport_state"]
-    camera = state.get("camera_info") if isinstance(state, dict) else None
-    return NodeResult([inputs["model_3d"]], ui={"result": [await context.in_thread(save), camera, []]})
+    state = inputs["viewport_state"] if isinstance(inputs["viewport_state"], dict) else {}
+    camera = inputs.get("camera_info") or state.get("camera_info")
+    placed = inputs.get("model_3d_info") or state.get("model_3d_info", [])
+    outputs = [inputs["model_3d"], placed, camera, inputs["width"], inputs["height"]]
+    return NodeResult(outputs, ui={"result": [await context.in_thread(save), camera, placed]})
 
 
 def count_text(count: int) -> str:
@@ -150,7 +154,7 @@ CLASSES = (
         InputSpec(required={"mesh": ["MESH", {}]}),
         outputs=("FILE_3D_GLB",),
         output_names=("model_3d",),
-        display_name="Mesh to 3D File",
+        display_name="Create 3D File (from Mesh)",
         category="3d",
         python_module="comfy_extras.nodes_save_3d",
         extra_info=modern(1),
@@ -162,13 +166,12 @@ CLASSES = (
         InputSpec(
             required={"model_file": [f"STRING,{FILE_3D}", {"tooltip": "3D model file or path string"}]},
             optional={"camera_info": ["LOAD3D_CAMERA", {}], "bg_image": ["IMAGE", {}]},
-            hidden=_HIDDEN,
         ),
         output_node=True,
         display_name="Preview 3D & Animation",
         category="3d",
         python_module="comfy_extras.nodes_load_3d",
-        extra_info=modern(0),
+        extra_info={**modern(0), "experimental": True},
         since=(0, 3, 30),
     ),
     NodeClass(
@@ -182,15 +185,18 @@ CLASSES = (
                 "width": whole(1024, 1, 4096, 1),
                 "height": whole(1024, 1, 4096, 1),
             },
-            hidden=_HIDDEN,
+            optional={
+                "model_3d_info": ["LOAD3D_MODEL_INFO", {"advanced": True}],
+                "camera_info": ["LOAD3D_CAMERA", {"advanced": True}],
+            },
         ),
-        outputs=("FILE_3D",),
-        output_names=("model_3d",),
+        outputs=("FILE_3D", "LOAD3D_MODEL_INFO", "LOAD3D_CAMERA", "INT", "INT"),
+        output_names=("model_3d", "model_3d_info", "camera_info", "width", "height"),
         output_node=True,
         display_name="Save 3D (Advanced)",
         category="3d",
         python_module="comfy_extras.nodes_save_3d",
-        extra_info=modern(1),
+        extra_info={**modern(5), "experimental": True},
         since=(0, 28, 0),
     ),
     NodeClass(
@@ -202,7 +208,7 @@ CLASSES = (
         # Shows something without being an output: it only runs for the sake of others.
         display_name="Get Mesh Info",
         category="3d/mesh",
-        python_module="comfy_extras.nodes_mesh",
+        python_module="comfy_extras.nodes_save_3d",
         extra_info={**modern(2), "has_intermediate_output": True},
         since=(0, 20, 0),
     ),

@@ -314,6 +314,5 @@ CLASSES = (
             hidden={"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         ),
         output_node=True,
-        python_module="comfy_extras.nodes_latent",
     ),
 )

@@ -194,16 +194,21 @@ def prompt_text(context: NodeContext) -> str | None:
     return json.dumps(context.prompt) if context.save_metadata else None
 
 
+def graph_metadata(context: NodeContext) -> dict[str, str]:
+    """Return what the real server writes into files, by key: the graph and the caller's `extra_pnginfo`, as JSON."""
+    prompt = prompt_text(context)
+    if prompt is None:
+        return {}
+    extra = context.extra_data.get("extra_pnginfo")
+    more = {str(key): json.dumps(value) for key, value in extra.items()} if isinstance(extra, dict) else {}
+    return {"prompt": prompt} | more
+
+
 def png_bytes(picture: Image.Image, context: NodeContext, *, compress_level: int = 4) -> bytes:
     """Return a PNG file with the graph, the caller's `extra_pnginfo`, and the note that this is an emulation."""
     info = PngImagePlugin.PngInfo()
-    prompt = prompt_text(context)
-    if prompt is not None:
-        info.add_text("prompt", prompt)
-        extra = context.extra_data.get("extra_pnginfo")
-        if isinstance(extra, dict):
-            for key, value in extra.items():
-                info.add_text(str(key), json.dumps(value))
+    for key, value in graph_metadata(context).items():
+        info.add_text(key, value)
     info.add_text("emulator", EMULATION_NOTE)
     data = io.BytesIO()
     picture.save(data, format="PNG", pnginfo=info, compress_level=compress_level)
