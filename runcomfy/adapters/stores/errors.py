@@ -49,6 +49,8 @@ def local_error(error: Exception, path: Path) -> RunComfyError:
         return orig
     if isinstance(orig, sqlite3.Error):
         return _of_sqlite(orig, path)
+    if isinstance(orig, UnicodeDecodeError):
+        return corrupt(path, "it holds text that is none")
     if isinstance(orig, OSError):
         return _of_system(orig, path)
     return StoreUnavailable(f"the database {path} failed: {foreign_text(orig)}", hint=STILL_STOPS)
@@ -60,6 +62,7 @@ def is_callers_fault(error: Exception) -> bool:
         isinstance(error, StatementError)
         and not isinstance(error, DBAPIError)
         and isinstance(error.orig, (TypeError, ValueError, AttributeError))
+        and not isinstance(error.orig, UnicodeDecodeError)
     )
 
 

@@ -123,7 +123,7 @@ class SqlStore:
                 except BaseException:
                     engine.dispose()
                     raise
-        except (SQLAlchemyError, SqliteError, OSError) as error:
+        except (SQLAlchemyError, SqliteError, OSError, UnicodeDecodeError) as error:
             self._fail(error)
         self._writing = engine.execution_options(**{WRITES: True})
         self._engine = engine
@@ -158,7 +158,7 @@ class SqlStore:
         try:
             with engine.begin() as connection:
                 return work(connection)
-        except (SQLAlchemyError, SqliteError, OSError) as error:
+        except (SQLAlchemyError, SqliteError, OSError, UnicodeDecodeError) as error:
             self._fail(error)
 
     def _fail(self, error: Exception) -> NoReturn:

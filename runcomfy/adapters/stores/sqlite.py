@@ -116,6 +116,10 @@ class SqliteFile:
                 connection.execute("PRAGMA checkpoint_fullfsync=ON")
             connection.execute("PRAGMA foreign_keys=ON")
             connection.execute("PRAGMA cell_size_check=ON")
+        except UnicodeDecodeError as error:
+            # SQLite quotes the damaged schema in its message, and Python cannot read the quotation.
+            connection.close()
+            raise corrupt(self.path, "its schema is not text") from error
         except BaseException:
             connection.close()
             raise
