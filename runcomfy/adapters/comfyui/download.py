@@ -96,9 +96,10 @@ async def fetch(exchange: Exchange, file: FileRef, destination: str, *, durable:
     whole = False
     try:
         fetched = await download.run()
-        await opened.flush()
         if durable:
+            await opened.flush()
             await asyncio.to_thread(os.fsync, opened.fileno())
+        # Closing writes what is still held back; a full disk may show only here.
         await opened.close()
         whole = True
         return fetched
