@@ -8,7 +8,6 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,20 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """Leave a plain test no event loop: looptime and pytest-asyncio make one through the policy that nobody closes."""
-    if isinstance(item, pytest.Function) and not inspect.iscoroutinefunction(item.function):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            with suppress(RuntimeError):
-                asyncio.get_event_loop_policy().get_event_loop().close()
-            asyncio.set_event_loop(None)
+    """Keep looptime from making an event loop for a plain test: it asks the policy, which makes one nobody closes.
+
+    The loop that pytest-asyncio puts back after an async test was made in the same way, so it is closed here. A plain
+    test with async fixtures has a runner, whose loop is left alone.
+    """
+    if not isinstance(item, pytest.Function) or inspect.iscoroutinefunction(item.function):
+        return
+    if any(name.endswith("_scoped_runner") for name in item.fixturenames):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with contextlib.suppress(RuntimeError):  # there is none
+            asyncio.get_event_loop().close()
+        asyncio.set_event_loop(None)
 
 
 @pytest.fixture(autouse=True)
