@@ -88,6 +88,7 @@ async def _on(cloud: RunComfyEmulator, overrides: Mapping[str, str], request: An
         await app.orchestrator().prepare(request)  # bad input is told before a machine is launched
         with Display() as display:
             app.tell = display.tell
+            display.attach(interrupts)
             machines, dev = await app.cloud()
             click.echo(f"1. launching a dev server at {cloud.url}")
             machine = await _start(app, dev, display)

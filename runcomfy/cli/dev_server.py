@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runcomfy.domain.machine import Machine, MachineReport
 
 NONE_RUNS = "there is no active development server"
+LEFT_RUNNING = "left running, and billing; `comfyctl dev shutdown` stops it"
 
 
 # -- start and restart -------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ def start_command(
         async with _app(interrupts, launches=True) as app:
             seconds = _duration(duration) or app.settings.cloud.duration
             kind = server_type or app.settings.cloud.server_type
-            await _start(app, kind, seconds, warm_up=warm_up, show_url=show_url)
+            await _start(app, kind, seconds, warm_up=warm_up, show_url=show_url, interrupts=interrupts)
             if monitor:
                 return await _monitor(app, interrupts, ask=not no_interactive)
         return 0
@@ -56,7 +57,7 @@ def restart_command(
             seconds = _duration(duration) or (rows[-1].duration if rows else None) or app.settings.cloud.duration
             machines.books.price(kind)  # what cannot be launched again is not stopped
             await _shutdown(app, dev)
-            await _start(app, kind, seconds, warm_up=warm_up, show_url=show_url)
+            await _start(app, kind, seconds, warm_up=warm_up, show_url=show_url, interrupts=interrupts)
             if monitor:
                 return await _monitor(app, interrupts, ask=not no_interactive)
         return 0
@@ -66,8 +67,12 @@ def restart_command(
 
 def _app(interrupts: Interrupts, *, launches: bool = False) -> App:
     from runcomfy.cli.app import open_app
+    from runcomfy.cli.words import ended_well
 
-    return open_app(interrupts, require_cloud=True, launches=launches)
+    app = open_app(interrupts, require_cloud=True, launches=launches)
+    if launches:
+        interrupts.good_end = lambda: ended_well(app.held())
+    return app
 
 
 def _duration(text: str | None) -> timedelta | None:
@@ -82,13 +87,23 @@ def _duration(text: str | None) -> timedelta | None:
     return span
 
 
-async def _start(app: App, server_type: str, duration: timedelta, *, warm_up: bool, show_url: bool) -> None:
+async def _start(
+    app: App,
+    server_type: str,
+    duration: timedelta,
+    *,
+    warm_up: bool,
+    show_url: bool,
+    interrupts: Interrupts | None = None,
+) -> None:
     from runcomfy.cli.progress_display import Display
     from runcomfy.cli.words import show_span
     from runcomfy.domain.progress import Progress, Step
 
     with Display() as display:
         app.tell = display.tell
+        if interrupts is not None:
+            display.attach(interrupts)
         _, dev = await app.cloud()
 
         def on_boot(boot: Any) -> None:
@@ -110,9 +125,12 @@ async def _start(app: App, server_type: str, duration: timedelta, *, warm_up: bo
                 f"a {machine.server_type} dev server was there already; "
                 f"`comfyctl dev restart --server-type {server_type}` replaces it"
             )
-        _describe_start(machine, report, reused=reused, show_url=show_url)
-        if warm_up:
-            await _warm_up(app, display)
+    _describe_start(machine, report, reused=reused, show_url=show_url)
+    if warm_up:
+        with Display() as display:
+            app.tell = display.tell
+            done = await _warm_up(app, display)
+        click.echo(f"  warm-up  {done}")
 
 
 def _describe_start(machine: Machine, report: MachineReport, *, reused: bool, show_url: bool) -> None:
@@ -120,15 +138,17 @@ def _describe_start(machine: Machine, report: MachineReport, *, reused: bool, sh
 
     url = (report.url.reveal() if show_url else report.url.masked) if report.url else "-"
     click.echo(f"dev server {'reused' if reused else 'ready'}: {machine.server_type} machine {machine.server_id}")
-    click.echo(f"  address  {url}" + ("" if show_url else "  (--show-url shows it whole)"))
+    hidden = report.url is not None and url != report.url.reveal()
+    click.echo(f"  address  {url}" + ("  (--show-url shows it whole)" if hidden else ""))
     click.echo(f"  price    ${machine.usd_per_hour} per hour ({machine.rate_source})")
     click.echo(f"  stops    {show_time(report.stopping_at or machine.planned_stop_at)} (planned)")
 
 
-async def _warm_up(app: App, display: Any) -> None:
-    """Run the workflow once on a plain grey picture. A failure is said; the server stays up."""
+async def _warm_up(app: App, display: Any) -> str:
+    """Run the workflow once on a plain grey picture; return what came of it. The server stays up either way."""
     import tempfile
 
+    from runcomfy.domain.exceptions import foreign_text
     from runcomfy.domain.job import JobRequest
 
     with tempfile.TemporaryDirectory(prefix="comfyctl-warm-up-") as folder:
@@ -136,9 +156,8 @@ async def _warm_up(app: App, display: Any) -> None:
         request = JobRequest("generate_flux_mesh", image=image, prompt="a grey sphere", out_dir=folder)
         result = await app.orchestrator().run(request, on_progress=display)
     if result.exception is None:
-        click.echo(f"  warm-up  done in {result.timings.get('execute', 0.0):.0f} s")
-    else:
-        display.tell(f"the warm-up failed ({result.exception}); the dev server stays up")
+        return f"done in {result.timings.get('execute', 0.0):.0f} s"
+    return f"failed ({foreign_text(result.exception)}); the dev server stays up"
 
 
 def _grey_picture(folder: str) -> str:
@@ -243,8 +262,11 @@ def shutdown_command() -> int:
 
 async def _shutdown(app: App, dev: DevServer) -> None:
     from runcomfy.application.finish import finish
+    from runcomfy.cli.output import tell
     from runcomfy.domain.money import cost_of, show_usd
 
+    for machine in await dev.rows():
+        tell(f"stopping {machine.server_type} machine {machine.server_id} and looking until it is gone")
     ended = await finish(dev.shutdown())
     if not ended:
         click.echo(NONE_RUNS)
@@ -287,16 +309,21 @@ async def _monitor(app: App, interrupts: Interrupts, *, ask: bool) -> int:
 
     machines, dev = await app.cloud()
     interrupts.listens = True
+    before = interrupts.answer, interrupts.last_words
+    interrupts.last_words = lambda: [LEFT_RUNNING]
+    interrupts.answer = ""  # nothing ends: the question, or the word that it is left running, follows
     ended_by_itself = await watch_dev_server(machines, dev, app.comfyui, interrupts.event)
     if ended_by_itself:
         return 0
     if ask and sys.stdin is not None and sys.stdin.isatty():
-        interrupts.again()
+        # Another Ctrl+C now leaves at once; from the answer on it counts from one again.
         answer = await asyncio.to_thread(_ask, "[s]top the machine, or [l]eave it running? ")
+        interrupts.again()
+        interrupts.answer, interrupts.last_words = before
         if answer.strip().lower().startswith("s"):
             await _shutdown(app, dev)
             return 0
-    click.echo("left running; `comfyctl dev shutdown` stops it")
+    click.echo(LEFT_RUNNING)
     return 0
 
 

@@ -46,6 +46,8 @@ def _place(settings: Settings, request: JobRequest) -> dict[str, Any]:
             "usd_per_hour": "0",
             "note": "nothing is billed",
         }
+    from runcomfy.domain.durations import show_duration
+
     warm = _dev_server(settings) if settings.app.machine_reuse else None
     server_type = warm["server_type"] if warm else request.server_type or settings.cloud.server_type
     rate = settings.rates.find(server_type)
@@ -65,7 +67,10 @@ def _place(settings: Settings, request: JobRequest) -> dict[str, Any]:
         most = rate.usd_per_hour * Decimal(str(limit.total_seconds())) / 3600
         place["usd_per_minute"] = str((rate.usd_per_hour / 60).quantize(Decimal("0.0001")))
         place["usd_at_most"] = str(most.quantize(Decimal("0.01")))
-        place["note"] = f"at most ${most:.2f} if the job takes its whole timeout of {limit}; starting a machine is free"
+        place["note"] = (
+            f"at most ${most:.2f} if the job takes its whole timeout of {show_duration(limit)}; "
+            "starting a machine is free"
+        )
     cloud = settings.cloud
     if not (cloud.user_id and cloud.tokens and cloud.workflow_version_id):
         place["credentials"] = "missing: set them in credentials.txt or the environment before a real run"

@@ -110,8 +110,11 @@ def _foreign(report: MachineReport) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
+    from decimal import Decimal
+
     from runcomfy.cli.output import table
     from runcomfy.cli.words import show_time
+    from runcomfy.domain.money import show_usd
 
     if not rows:
         click.echo("the account runs no machine, and our books have none open")
@@ -122,7 +125,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             row["type"],
             row["status"],
             "ours" if row["ours"] else "not ours",
-            f"${row['spent_usd']}" if row["spent_usd"] is not None else "-",
+            show_usd(Decimal(row["spent_usd"])) if row["spent_usd"] is not None else "-",
             show_time(row["stops_at"]),
             row["why"],
         )

@@ -15,6 +15,10 @@ from runcomfy.domain.progress import Progress, Step
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from runcomfy.cli.runner import Interrupts
+
+COUNTED = (Step.BOOTING, Step.QUEUED, Step.RUNNING, Step.FETCHING, Step.FINISHED)
+"""Steps with a percentage of their own; during the others the bar stays where it was."""
 PLAIN_EVERY = 2.0
 """Seconds between plain lines about the same node."""
 
@@ -41,6 +45,7 @@ class Display:
         self._task: TaskID | None = None
         self._last: tuple[str, str] | None = None
         self._last_at = 0.0
+        self._percent = 0.0
         self._started = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -65,6 +70,13 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop()
+
+    def attach(self, interrupts: Interrupts) -> None:
+        """Let what is said about Ctrl+C be written without tearing the live line."""
+        interrupts.say, interrupts.clear = self.tell, self._stop
+
+    def _stop(self) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -82,7 +94,9 @@ class Display:
             return
         words = describe(progress)
         if self._live is not None:
-            self._live.update(self._task, completed=progress.percent, description=words, step=str(progress.step))
+            if progress.step in COUNTED:
+                self._percent = progress.percent
+            self._live.update(self._task, completed=self._percent, description=words, step=str(progress.step))
             return
         now = time.monotonic()
         key = (str(progress.step), progress.node_title or progress.message)

@@ -113,6 +113,7 @@ async def _run(interrupts: Interrupts, workflow: str, options: dict[str, Any], *
     async with open_app(interrupts, quiet=as_json) as app:
         with Display(silent=as_json) as display:
             app.tell = display.tell
+            display.attach(interrupts)
             result = await app.orchestrator().run(request, on_progress=display, cancel=interrupts.event)
     return show_result(result, as_json=as_json)
 

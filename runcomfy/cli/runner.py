@@ -31,6 +31,14 @@ class Interrupts:
         """Whether the command waits for `event` itself; if not, its task is cancelled."""
         self.last_words: Callable[[], list[str]] = list
         """Returns what is to be said when the process must leave at once."""
+        self.good_end: Callable[[], list[str]] = list
+        """Returns what is to be said when a cancelled command has ended in good order."""
+        self.say: Callable[[str], None] = tell
+        """How the first signal is answered; a command with a live display writes above it."""
+        self.clear: Callable[[], None] = lambda: None
+        """Gives the terminal back before the process leaves at once: a live display hides the cursor."""
+        self.answer = "interrupted: ending in good order (Ctrl+C again leaves at once)"
+        """What the first signal is answered with; empty where the command has a word of its own."""
         self._pressed = 0
 
     def again(self) -> None:
@@ -46,9 +54,11 @@ class Interrupts:
             if not self.listens and self._task is not None:
                 self._task.cancel()
             with suppress(OSError, ValueError):  # the terminal may be what went away
-                tell("interrupted: ending in good order (Ctrl+C again leaves at once)")
+                if self.answer:
+                    self.say(self.answer)
             return
         try:
+            self.clear()
             for line in self.last_words():
                 sys.stderr.write(line + "\n")
             sys.stderr.flush()
@@ -85,6 +95,8 @@ def run_async(work: Callable[[Interrupts], Coroutine[Any, Any, int]]) -> int:
         except asyncio.CancelledError:
             if not interrupts.event.is_set():
                 raise
+            for line in interrupts.good_end():
+                tell(line)
             return 130
         finally:
             for changed, handler in before:

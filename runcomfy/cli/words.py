@@ -12,7 +12,18 @@ def still_billing(held: Sequence[Machine]) -> list[str]:
     """Return what may still bill when the process leaves at once, and how to stop it."""
     if not held:
         return ["left at once; nothing that this command rented still runs"]
-    lines = ["left at once. This may still run and bill:"]
+    return _bills("left at once. This may still run and bill:", held)
+
+
+def ended_well(held: Sequence[Machine]) -> list[str]:
+    """Return what an interrupted command says when it has ended what it rented, or what it could not end."""
+    if not held:
+        return ["cancelled; nothing that this command rented still runs"]
+    return _bills("cancelled. This may still run and bill:", held)
+
+
+def _bills(opening: str, held: Sequence[Machine]) -> list[str]:
+    lines = [opening]
     for machine in held:
         if machine.state is MachineState.REQUESTED:
             lines.append(f"  a {machine.server_type} machine whose launch was not answered yet")
