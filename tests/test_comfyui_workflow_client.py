@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import json
 import os
 import traceback
 import uuid
@@ -530,6 +531,33 @@ async def test_a_waiting_and_a_running_prompt_are_cancelled(version: str) -> Non
         assert [record.outcome for record in comfyui.run_log] == ["interrupted"]
 
 
+@pytest.mark.fault(35)
+async def test_every_copy_is_cancelled(comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient) -> None:
+    prompt_id = an_id()
+    comfyui.faults.add("POST", "/prompt", Fault(twice=True))
+    await client.submit(slow(5), prompt_id=prompt_id)
+    await asyncio.sleep(1)
+    assert await client.cancel(prompt_id, alone=False) is True
+    await asyncio.sleep(60)
+    assert [record.outcome for record in comfyui.run_log] == ["interrupted"]
+
+
+async def test_a_submission_cancelled_in_between_can_still_be_taken_back(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient
+) -> None:
+    await client.submit(slow(20), prompt_id=an_id())
+    prompt_id = an_id()
+    comfyui.faults.add("POST", "/prompt", Fault(delay=2))
+    submitting = asyncio.create_task(client.submit(picture(), prompt_id=prompt_id))
+    await asyncio.sleep(1)
+    submitting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await submitting
+    assert await client.cancel(prompt_id, alone=False) is True
+    await asyncio.sleep(60)
+    assert runs_of(comfyui, prompt_id) == 0
+
+
 async def test_only_our_own_prompt_is_interrupted_on_old_servers() -> None:
     async with ComfyUIEmulator(version="0.3.50") as comfyui, a_client(comfyui.url) as client:
         await client.submit(slow(5), prompt_id=an_id())
@@ -922,6 +950,30 @@ async def test_a_flood_of_pictures_drowns_no_message(comfyui: ComfyUIEmulator, c
     steps = [event.data["step"] for event in seen if isinstance(event, Said) and event.type == "pack.news"]
     assert steps == list(range(50))
     assert len(seen) < 250, "of pictures that nobody looked at only the newest was kept"
+
+
+@pytest.mark.fault(47)
+async def test_a_listener_that_does_not_read_costs_little(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient
+) -> None:
+    prompt_id = an_id()
+    async with client.listen(prompt_id) as events:
+        for number in range(3000):
+            kind = "progress" if number % 3 else "pack.news"
+            data = {"prompt_id": prompt_id, "node": "1", "value": number, "max": 3000, "number": number}
+            comfyui.inject(None, json.dumps({"type": kind, "data": data}))
+        await asyncio.sleep(10)
+        comfyui.inject(None, f'{{"type": "executing", "data": {{"prompt_id": "{prompt_id}", "node": null}}}}')
+        await asyncio.sleep(1)
+        seen = []
+        async for event in events:
+            seen.append(event)
+            if isinstance(event, Said) and event.type == "executing":
+                break
+    assert len(seen) <= 512
+    newest = [event.data["value"] for event in seen if isinstance(event, Said) and event.type == "progress"]
+    assert newest[-1] == 2999, "of progress the newest is what counts"
+    assert client.dropped > 0
 
 
 async def test_messages_read_before_the_answer_are_kept(

@@ -313,7 +313,12 @@ class ComfyUIWorkflowClient:
         if info.cancels_jobs:
             answer = await self._exchange.ask("POST", f"/api/jobs/{quote(prompt_id, safe='')}/cancel")
             said = self._exchange.json(answer) if answer.status == 200 else None
-            return isinstance(said, dict) and said.get("cancelled") is True
+            told = isinstance(said, dict) and said.get("cancelled") is True
+            # It acts on one copy only; a lost answer may have left another one waiting.
+            copies = (await self.queue()).pending.count(prompt_id)
+            for _ in range(copies):
+                await self._exchange.ask("POST", "/queue", json={"delete": [prompt_id]})
+            return told or copies > 0
         return await self._cancel_by_old_routes(prompt_id, by_id=info.interrupts_by_id, alone=alone)
 
     async def _cancel_by_old_routes(self, prompt_id: PromptId, *, by_id: bool, alone: bool) -> bool:

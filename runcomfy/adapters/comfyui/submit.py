@@ -35,6 +35,8 @@ LOOKS: Final = 2
 LOOK_GAP_SECONDS: Final = 1.5
 """Between two searches: a request that was read late may still be queued by then."""
 DOWN_PAUSE_SECONDS: Final = 1.0
+LAST_WORD_SECONDS: Final = 3.0
+"""How long a cancelled submission waits for its answer: a prompt queued behind our back could not be taken back."""
 
 _ADVICE: Final[Mapping[str, str]] = {
     "missing_node_type": "install the node pack on the machine, or use a template that has it",
@@ -124,9 +126,7 @@ class Submission:
     async def _post(self) -> Submitted:
         body = encode(self._graph, prompt_id=self._prompt_id, client_id=self._socket.client_id)
         exchange = self._exchange
-        answer = await exchange.ask(
-            "POST", "/prompt", repeat=False, data=io.BytesIO(body), headers={"Content-Type": "application/json"}
-        )
+        answer = await self._send(body)
         if answer.status == 413:
             raise PromptRejected(
                 f"the workflow is larger than {exchange.address.masked} takes ({len(body)} bytes)",
@@ -154,6 +154,22 @@ class Submission:
         number = said.get("number")
         known = isinstance(number, int | float) and not isinstance(number, bool)
         return Submitted(PromptId(prompt_id), float(number) if known else None)
+
+    async def _send(self, body: bytes) -> Answer:
+        """POST the prompt. Whoever is cancelled meanwhile waits for the answer a little, to know what to take back."""
+        headers = {"Content-Type": "application/json"}
+        sending = asyncio.create_task(
+            self._exchange.ask("POST", "/prompt", repeat=False, data=io.BytesIO(body), headers=headers)
+        )
+        try:
+            return await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            await asyncio.wait({sending}, timeout=LAST_WORD_SECONDS)
+            raise
+        finally:
+            sending.cancel()
+            if sending.done() and not sending.cancelled():
+                sending.exception()
 
     async def _was_queued(self) -> bool:
         """Search for the prompt; False when it was missed twice in a row, a moment apart."""
