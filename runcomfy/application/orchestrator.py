@@ -324,7 +324,8 @@ class RunComfyOrchestrator:
                 submitted = await place.server.submit(graph, prompt_id=run.prompt_id)
                 run.prompt_id = submitted.prompt_id
                 run.step("execute")
-                return await watcher.watch(run.prompt_id, labels, events=events, on_progress=run.show)
+                on_progress = None if run.show is _nobody else run.show
+                return await watcher.watch(run.prompt_id, labels, events=events, on_progress=on_progress)
         except BaseException as error:
             if _may_still_run(error):
                 await finish(self._take_back(run.prompt_id, place))

@@ -35,15 +35,19 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+# Made once: a decoder with a rule of its own for constants is not cached by the json module.
+_STRICT: Final = json.JSONDecoder(parse_constant=_refuse_constant)
+_LENIENT: Final = json.JSONDecoder(parse_constant=lambda _: None)
+
+
 def read_json(raw: bytes, *, lenient: bool = False) -> Any:
     """Return the JSON in `raw`.
 
     `lenient` reads NaN and the infinities as None: Python servers write them into answers that are sound otherwise.
     Raises Unreadable for anything else that is wrong, absurd nesting included.
     """
-    constant: Callable[[str], Any] = (lambda _: None) if lenient else _refuse_constant
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=constant)
+        return (_LENIENT if lenient else _STRICT).decode(raw.decode("utf-8"))
     except UnicodeDecodeError:
         raise Unreadable("it is not UTF-8") from None
     except RecursionError:
