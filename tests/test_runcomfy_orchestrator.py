@@ -123,6 +123,7 @@ async def test_the_manifest_says_what_made_the_files(app: App, picture: str) -> 
     assert manifest["prompt_id"] == result.prompt_id
     assert len(manifest["workflow"]["sha256"]) == 64
     assert manifest["where"] == "own machine"
+    assert Decimal(manifest["cost_usd"]) == result.cost_usd > 0
     assert manifest["outputs"][0]["sha256"] == result.outputs[0].sha256
     assert any(entry["source"] == "--image" for entry in manifest["inputs"])
 

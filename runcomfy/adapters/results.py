@@ -258,6 +258,21 @@ class DiskJobFolder:
                 await _settled(asyncio.ensure_future(asyncio.to_thread(work.undo)))
             raise
 
+    async def amend(self, facts: Mapping[str, Any]) -> None:
+        """See the port."""
+        await asyncio.to_thread(self._amend, facts)
+
+    def _amend(self, facts: Mapping[str, Any]) -> None:
+        path = os.path.join(self._path, MANIFEST)  # noqa: PTH118
+        try:
+            with open_regular(path) as file:
+                manifest = json.loads(file.read())
+            write_atomically(path, _as_json({**manifest, **facts}), durable=self._settings.durable, disk=self._disk)
+        except (OSError, ValueError) as error:
+            raise LocalError(
+                f"{path} could not be completed: {error}", hint="the results themselves are whole"
+            ) from error
+
     async def abandon(self) -> None:
         """See the port. Harmless after `commit`, and when repeated."""
         await asyncio.to_thread(self._abandon)
@@ -374,7 +389,7 @@ class _Commit:
         shown = dict(self._manifest) | {
             "outputs": [_entry(file, output) for file, output in zip(self._files, outputs, strict=True)]
         }
-        text = json.dumps(shown, indent=2, ensure_ascii=False, default=str) + "\n"
+        text = _as_json(shown)
         # Set first: a write that failed while flushing the directory has already put the name there.
         self._written = path
         # Flushing the directory makes the renames before it durable too: once for the whole job.
@@ -385,6 +400,10 @@ class _Commit:
         for output in outputs:
             with self._step(output.path, "find"):
                 _same_size(output)
+
+
+def _as_json(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def _same_size(output: Output) -> None:

@@ -31,6 +31,7 @@ from runcomfy.domain.binding import BoundWorkflow, bind, fit_seeds
 from runcomfy.domain.exceptions import (
     Interrupted,
     JobTimeout,
+    LocalError,
     PreflightFailed,
     RunComfyError,
     StopUnconfirmed,
@@ -260,7 +261,32 @@ class RunComfyOrchestrator:
             if not run.outputs:
                 run.folder = None
             raise
+        finally:
+            if run.outputs:
+                await finish(self._tell_cost(run, folder))
         run.show(Progress(Step.FINISHED, percent=100.0, message="done"))
+
+    async def _tell_cost(self, run: _Run, folder: JobFolder) -> None:
+        """Complete the manifest with what is known only when the place was left. The results are whole without it."""
+        if run.place is None or not run.place.bill:
+            return
+        facts = {
+            "cost_usd": format(run.place.cost_usd, "f"),
+            "bill": [
+                {
+                    "what": line.what,
+                    "seconds": str(line.seconds),
+                    "usd_per_hour": str(line.usd_per_hour),
+                    "amount_usd": str(line.amount_usd),
+                }
+                for line in run.place.bill
+            ],
+            "timings": {name: round(seconds, 6) for name, seconds in run.timings.items()},
+        }
+        try:
+            await folder.amend(facts)
+        except LocalError as error:
+            self._placer.tell(f"{error.message}; {error.hint}")
 
     async def _within_timeout(self, run: _Run, prepared: Prepared, place: Place, folder: JobFolder) -> None:
         """Do the job's work at its place. The timeout counts from here: a machine's start has a limit of its own."""
@@ -360,6 +386,7 @@ class RunComfyOrchestrator:
             "server_type": place.machine.server_type if place.machine else None,
             "usd_per_hour": str(place.machine.usd_per_hour) if place.machine else None,
             "cached_nodes": sorted(ended.cached),
+            "cost_usd": "0" if place.machine is None else None,
             "timings": {name: round(seconds, 6) for name, seconds in run.timings.items()},
             "committed_at": self._clock.now().isoformat(),
         }

@@ -77,6 +77,13 @@ class JobFolder(Protocol):
         """
         ...
 
+    async def amend(self, facts: Mapping[str, Any]) -> None:
+        """Add to the manifest what became known only after the commit: what the job cost, how long its end took.
+
+        The results stay what they are if it fails. Raises DiskFull, LocalError.
+        """
+        ...
+
     async def abandon(self) -> None:
         """Remove what was not committed; keep files set aside for diagnosis. Remove the folder if it is empty."""
         ...
