@@ -200,7 +200,7 @@ def draw(size: int) -> Image.Image:
     lights = (rotated(KEY), rotated(RIM))
     picture = Image.new("RGBA", (size, size), (0, 0, 0, 0))
     pixels = picture.load()
-    assert pixels is not None  # noqa: S101 - Pillow's typing allows None for closed pictures only
+    assert pixels is not None  # Pillow types it as None for closed pictures only
     for row in range(size):
         for column in range(size):
             u = (column + 0.5) / size * 2 - 1

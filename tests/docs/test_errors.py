@@ -47,8 +47,8 @@ def page() -> str:
     lines = [
         "# Errors and exit codes",
         "",
-        "Every error is two lines: what happened, and what to do. Its code is stable and also stands in `--json` output",
-        "and in the log. This page is generated from `runcomfy/domain/exceptions.py`.",
+        "Every error is two lines: what happened, and what to do. Its code is stable and also stands in `--json`",
+        "output and in the log. This page is generated from `runcomfy/domain/exceptions.py`.",
         "",
         "| exit code | means |",
         "|---|---|",
