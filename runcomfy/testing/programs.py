@@ -7,8 +7,10 @@ the others. Times come from the clock that is passed in, so that it works under 
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -36,6 +38,8 @@ from runcomfy.domain.secret import SecretUrl
 from runcomfy.domain.settings import CloudSettings, Settings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.comfyui import ComfyUI
+from runcomfy.ports.provider import Provider
+from runcomfy.ports.store import Store
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 
 
@@ -47,7 +51,7 @@ class EmulatedProcesses:
 
     def me(self, *, now: datetime) -> Owner:
         """Return a new owner with a number of its own."""
-        owner = Owner(
+        return Owner(
             id=OwnerId(str(uuid4())),
             host="emulated",
             pid=1000 + len(self.dead),
@@ -56,18 +60,60 @@ class EmulatedProcesses:
             started_at=now,
             heartbeat_at=now,
         )
-        return owner
 
     def lives(self, owner: Owner, *, now: datetime) -> bool:
         """Return whether the owner neither signed off nor died."""
         return owner.ended_at is None and owner.id not in self.dead
 
 
+class Killed(BaseException):
+    """Raised in a program that was killed when it tries to have an effect; nothing of the product catches it."""
+
+
+class _Mortal:
+    """Lets a program have no effect any more, through the port behind this, once it was killed.
+
+    A call that is under way then has left already: what it asked for may be done, and nobody hears the answer.
+    """
+
+    def __init__(self, port: Any, killed: asyncio.Event) -> None:
+        self._port, self._killed = port, killed
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._port, name)
+        if not inspect.iscoroutinefunction(found):
+            return found
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            if self._killed.is_set():
+                raise Killed
+            work, end = asyncio.ensure_future(found(*args, **kwargs)), asyncio.ensure_future(self._killed.wait())
+            try:
+                await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    raise Killed
+                return work.result()
+            finally:
+                for task in (work, end):
+                    task.cancel()
+                await asyncio.wait({work, end})
+                if not work.cancelled():
+                    work.exception()
+
+        return call
+
+
 class Program:
     """One running program: what it can do, what it said."""
 
     def __init__(
-        self, machines: Machines, dev: DevServer, placer: Placer, processes: EmulatedProcesses, said: list[str]
+        self,
+        machines: Machines,
+        dev: DevServer,
+        placer: Placer,
+        processes: EmulatedProcesses,
+        said: list[str],
+        killed: asyncio.Event,
     ) -> None:
         self.machines, self.dev, self.placer = machines, dev, placer
         self.books, self.store = machines.books, machines.store
@@ -75,6 +121,7 @@ class Program:
         self.said = said
         """Every sentence for the user, in order."""
         self._processes = processes
+        self._killed = killed
 
     @property
     def owner(self) -> Owner:
@@ -82,8 +129,20 @@ class Program:
         return self.books.owner
 
     def die(self) -> None:
-        """Be dead for everybody else. The test ends what it runs in this program's name."""
+        """Be dead for everybody else, though not silent: for tests that look at what the others do."""
         self._processes.dead.add(self.owner.id)
+
+    async def kill(self, *tasks: asyncio.Task[Any]) -> None:
+        """Die as by `kill -9`: whatever runs in its name, `tasks` among it, has no effect any more."""
+        self.die()
+        self._killed.set()
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()
 
     def intent(
         self,
@@ -107,6 +166,22 @@ class Program:
     async def billed(self) -> Decimal:
         """Return the sum of the ledger."""
         return total(await self.store.ledger())
+
+
+async def discrepancies(cloud: RunComfyEmulator, program: Program) -> list[str]:
+    """Return where our ledger and the cloud's own books differ by more than 1 % and 60 s of a machine (I9)."""
+    rows = await program.books.rows(open_only=False)
+    entries = await program.store.ledger()
+    found = []
+    for server_id, bill in cloud.books.items():
+        if bill.foreign:
+            continue
+        ids = {row.id for row in rows if row.server_id == server_id}
+        ours = total(entry for entry in entries if entry.machine_id in ids)
+        allowed = max(bill.usd / 100, cloud.machines[server_id].usd_per_hour * 60 / 3600)
+        if abs(ours - bill.usd) > allowed:
+            found.append(f"{server_id}: our ledger has ${ours}, the cloud bills ${bill.usd}")
+    return found
 
 
 def settings_for(cloud: CloudSettings, folder: Path) -> Settings:
@@ -134,35 +209,36 @@ class Programs:
     ) -> AsyncIterator[Program]:
         """Run a program for the block; `changes` are laid over its cloud settings."""
         settings = replace(self.settings, cloud=replace(self.settings.cloud, **changes))
+        path = Path(":memory:") if in_memory else self.database
+        killed = asyncio.Event()
+        with suppress(Killed):  # what it would do at its end, it does not do any more
+            async with AsyncExitStack() as stack:
+                disk = SqlStore(path, clock=self.clock, durable=False, busy_timeout=busy_timeout)
+                store: Any = _Mortal(await stack.enter_async_context(disk), killed)
+                account = RunComfyAPIClient(settings.cloud, clock=self.clock).account
+                limiter = StoreLimiter(store, account, settings.cloud, self.clock)
+                client = RunComfyAPIClient(settings.cloud, clock=self.clock, limiter=limiter)
+                provider: Any = _Mortal(await stack.enter_async_context(client), killed)
+                session = await stack.enter_async_context(OwnerSession(store, self.processes, self.clock))
+                yield self._program(settings, store, provider, session.owner, killed)
+
+    def _program(
+        self, settings: Settings, store: Store, provider: Provider, owner: Owner, killed: asyncio.Event
+    ) -> Program:
         said: list[str] = []
-        async with AsyncExitStack() as stack:
-            path = Path(":memory:") if in_memory else self.database
-            store = SqlStore(path, clock=self.clock, durable=False, busy_timeout=busy_timeout)
-            await stack.enter_async_context(store)
-            account = RunComfyAPIClient(settings.cloud, clock=self.clock).account
-            limiter = StoreLimiter(store, account, settings.cloud, self.clock)
-            provider = RunComfyAPIClient(settings.cloud, clock=self.clock, limiter=limiter)
-            await stack.enter_async_context(provider)
-            session = await stack.enter_async_context(OwnerSession(store, self.processes, self.clock))
-            books = Books(
-                store,
-                self.clock,
-                settings,
-                session.owner,
-                provider=provider.name,
-                account=provider.account,
-                tell=said.append,
-            )
-            machines = Machines(provider, self.processes, books)
+        books = Books(
+            store, self.clock, settings, owner, provider=provider.name, account=provider.account, tell=said.append
+        )
+        machines = Machines(provider, self.processes, books)
 
-            def comfyui(url: SecretUrl) -> ComfyUI:
-                return ComfyUIWorkflowClient(url, settings.comfy, clock=self.clock, durable=False)
+        def comfyui(url: SecretUrl) -> ComfyUI:
+            return ComfyUIWorkflowClient(url, settings.comfy, clock=self.clock, durable=False)
 
-            manager = DevServerStateManager(self.folder / "dev_server_state.json")
-            dev = DevServer(machines, PublishedDevServer(manager), comfyui)
+        manager = DevServerStateManager(self.folder / "dev_server_state.json")
+        dev = DevServer(machines, PublishedDevServer(manager), comfyui)
 
-            async def both() -> tuple[Machines, DevServer]:
-                return machines, dev
+        async def both() -> tuple[Machines, DevServer]:
+            return machines, dev
 
-            placer = Placer(comfyui, lambda url: comfyui(SecretUrl(url)), both, tell=said.append)
-            yield Program(machines, dev, placer, self.processes, said)
+        placer = Placer(comfyui, lambda url: comfyui(SecretUrl(url)), both, tell=said.append)
+        return Program(machines, dev, placer, self.processes, said, killed)

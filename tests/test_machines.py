@@ -1,0 +1,975 @@
+"""Renting, waiting, prolonging and ending machines, on a cloud that misbehaves; its own books say what really ran."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import closing, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runcomfy.application.finish import finish
+from runcomfy.domain.exceptions import (
+    AuthRejected,
+    BootTimeout,
+    BudgetExceeded,
+    LaunchAmbiguous,
+    LaunchUnclear,
+    LocalError,
+    MachineFailed,
+    MachineLost,
+    NoCapacity,
+    OutOfCredit,
+    ProviderError,
+    RunComfyError,
+    StopUnconfirmed,
+    ValueInvalid,
+)
+from runcomfy.domain.machine import Machine, MachineState, ServerId
+from runcomfy.domain.secret import Secret
+from runcomfy.domain.settings import CloudSettings
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
+
+pytestmark = pytest.mark.cloud(comfyui=False)
+
+
+@pytest.fixture
+def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
+    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
+
+
+@pytest.fixture
+async def program(programs: Programs) -> AsyncIterator[Program]:
+    async with programs.start() as program:
+        yield program
+
+
+async def end(program: Program, machine: Machine) -> Machine:
+    """Stop a machine as its owner does at the end."""
+    current = await program.books.latest(machine.id)
+    assert current is not None
+    return await program.machines.stop(current, reason="the test is over")
+
+
+async def states(program: Program) -> list[str]:
+    return [str(row.state) for row in await program.books.rows(open_only=False)]
+
+
+async def assert_bill_and_ledger_agree(cloud: RunComfyEmulator, program: Program) -> None:
+    assert await discrepancies(cloud, program) == []
+
+
+# -- the plain story ---------------------------------------------------------------------------------------
+
+
+async def test_a_machine_is_rented_waited_for_and_ended_and_the_ledger_is_the_bill(
+    cloud: RunComfyEmulator, program: Program, looptime: float
+) -> None:
+    machine, report = await program.ready()
+    assert 180 <= looptime <= 190
+    assert report.usable
+    assert machine.state is MachineState.READY
+    await asyncio.sleep(300)
+    ended = await end(program, machine)
+
+    assert ended.state is MachineState.STOPPED
+    assert cloud.launched == [ended.server_id]
+    assert cloud.billing == []
+    [entry] = await program.store.ledger()
+    bill = cloud.books[cloud.launched[0]]
+    assert abs(entry.amount_usd - bill.usd) < Decimal("0.001")
+    assert [t.event for t in await program.store.story(machine.id)] == [
+        "added",
+        "listed",
+        "answered",
+        "stop-asked",
+        "changed",
+        "gone",
+    ]
+    assert program.books.held == {}
+
+
+async def test_the_intention_is_on_disk_before_the_request_leaves(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    cloud.next_call("POST servers", delay=20)
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(10)
+    async with programs.start() as other:
+        [row] = await other.books.rows()
+    assert row.state is MachineState.REQUESTED
+    await end(program, await launch)
+
+
+async def test_what_a_start_takes_is_learnt(program: Program) -> None:
+    assert await program.machines.expected_boot("medium") is None
+    machine, _ = await program.ready()
+    expected = await program.machines.expected_boot("medium")
+    assert expected is not None
+    assert timedelta(seconds=180) <= expected <= timedelta(seconds=190)
+    assert await program.machines.expected_boot("large") is None
+    await end(program, machine)
+
+
+# -- launches whose answer is lost -------------------------------------------------------------------------
+
+
+@pytest.mark.fault(4)
+@pytest.mark.fault(5)
+@pytest.mark.fault(6)
+@pytest.mark.fault(31)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"reply": "never"},
+        {"delay": 90},
+        {"status": 500, "works": True},
+        {"status": 502, "works": True, "reply": "html"},
+        {"reply": "lost"},
+        {"reply": "reset"},
+        {"reply": "empty"},
+        {"reply": "truncated"},
+        {"reply": "html"},
+        {"reply": "drip"},
+        {"status": 302, "works": True, "headers": {"Location": "https://elsewhere.invalid/"}},
+        {"body": {"server_id": 17}},
+    ],
+    ids=lambda fault: "-".join(f"{k}={v}" for k, v in fault.items() if not isinstance(v, dict)) or "wrong-fields",
+)
+async def test_a_launch_that_worked_and_was_not_answered_is_found_and_is_one(
+    cloud: RunComfyEmulator, program: Program, fault: dict[str, Any]
+) -> None:
+    cloud.next_call("POST servers", **fault)
+    machine, _ = await program.ready()
+    assert cloud.launched == [machine.server_id]
+    await end(program, machine)
+    assert len(cloud.launched) == 1
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("fault", [{"status": 500, "works": False}, {"reply": "lost", "works": False}])
+async def test_a_launch_that_started_nothing_is_repeated_only_after_the_visibility_window(
+    cloud: RunComfyEmulator, program: Program, fault: dict[str, Any], looptime: float
+) -> None:
+    cloud.next_call("POST servers", **fault)
+    machine = await program.launch()
+    assert cloud.launched == [machine.server_id]
+    posts = [call.at for call in cloud.calls if call.method == "POST"]
+    assert len(posts) == 2
+    assert posts[1] - posts[0] >= timedelta(seconds=120)
+    assert sorted(await states(program)) == ["booting", "never"]
+    await end(program, machine)
+
+
+@pytest.mark.fault(4)
+async def test_launches_that_are_never_answered_are_given_up_and_nothing_runs(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", status=500, works=False, times=None)
+    with pytest.raises(LaunchUnclear, match="none of them started a machine"):
+        await program.launch()
+    assert await states(program) == ["never"] * 3
+    assert cloud.launched == []
+
+
+@pytest.mark.fault(9)
+@pytest.mark.parametrize("hidden", [30, 90, 118])
+async def test_a_lost_launch_that_appears_late_is_not_taken_for_absent(
+    cloud: RunComfyEmulator, program: Program, hidden: float
+) -> None:
+    cloud.next_machine(unlisted_for=hidden, hidden_for=hidden)
+    cloud.next_call("POST servers", reply="lost")
+    machine, _ = await program.ready()
+    assert cloud.launched == [machine.server_id]
+    await end(program, machine)
+
+
+@pytest.mark.fault(9)
+@pytest.mark.parametrize("hidden", [30, 90, 118])
+async def test_an_answered_launch_that_appears_late_is_waited_for(
+    cloud: RunComfyEmulator, program: Program, hidden: float
+) -> None:
+    cloud.next_machine(unlisted_for=hidden, hidden_for=hidden)
+    machine, _ = await program.ready()
+    assert cloud.launched == [machine.server_id]
+    await end(program, machine)
+
+
+@pytest.mark.fault(9)
+@pytest.mark.fault(17)
+async def test_a_machine_that_is_not_visible_yet_is_not_gone_when_it_is_stopped(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(unlisted_for=100, hidden_for=100, boot_time=30)
+    machine = await program.launch()
+    await asyncio.sleep(5)
+    ended = await end(program, machine)
+    assert ended.state is MachineState.STOPPED
+    assert cloud.alive == []
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(25)
+async def test_the_window_counts_from_when_the_request_left_not_from_the_intention(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    # Two refusals with a long Retry-After each: the request leaves two minutes after the intention was written.
+    cloud.next_call("POST servers", status=429, headers={"Retry-After": "60"}, times=2)
+    cloud.next_call("POST servers", reply="lost")
+    cloud.next_machine(unlisted_for=100, hidden_for=100)
+    machine = await program.launch()
+    assert cloud.launched == [machine.server_id]
+    await end(program, machine)
+
+
+@pytest.mark.fault(12)
+async def test_two_machines_that_fit_one_lost_launch_are_reported_and_left_alone(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", reply="lost", delay=3)
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(2)
+    stranger = cloud.foreign("medium", duration=600)
+    with pytest.raises(LaunchAmbiguous) as caught:
+        await launch
+    assert set(caught.value.details["server_ids"]) == {stranger.server_id, cloud.launched[0]}
+    assert "none was touched" in caught.value.message
+    assert caught.value.exit_code == 4
+    assert [call for call in cloud.calls if call.method == "DELETE"] == []
+    assert await states(program) == ["never"]
+    await program.machines.provider.stop_machine(ServerId(cloud.launched[0]))  # the user's part
+    assert stranger.bills
+
+
+@pytest.mark.fault(12)
+async def test_a_strangers_machine_that_starts_while_ours_is_not_visible_is_not_taken_for_ours(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(unlisted_for=60, hidden_for=60)
+    cloud.next_call("POST servers", reply="lost", delay=3)
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(2)
+    stranger = cloud.foreign("medium", duration=600, status="Starting")
+    with pytest.raises(LaunchAmbiguous):
+        await launch
+    assert stranger.bills
+    await program.machines.provider.stop_machine(ServerId(cloud.launched[0]))
+
+
+@pytest.mark.fault(12)
+async def test_a_new_machine_of_the_type_with_another_duration_forbids_to_launch_again(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", reply="lost", works=False, delay=3)
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(2)
+    stranger = cloud.foreign("medium", duration=7200)
+    with pytest.raises(LaunchAmbiguous):
+        await launch
+    assert cloud.launched == []
+    assert stranger.bills
+
+
+@pytest.mark.fault(12)
+async def test_a_strangers_machine_of_another_type_does_not_disturb_a_lost_launch(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", reply="lost", delay=3)
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(2)
+    stranger = cloud.foreign("large", duration=600)
+    machine = await launch
+    assert machine.server_id == cloud.launched[0]
+    await end(program, machine)
+    assert stranger.bills
+
+
+@pytest.mark.fault(7)
+async def test_two_launches_answered_with_one_id_are_two_machines_and_both_are_ended(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    first = await program.launch()
+    cloud.next_machine(answers_as=first.server_id)
+    second = await program.launch()
+    assert first.server_id != second.server_id
+    assert cloud.launched == [first.server_id, second.server_id]
+    await asyncio.gather(end(program, first), end(program, second))
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(8)
+async def test_a_launch_answered_with_an_id_that_never_shows_expires(cloud: RunComfyEmulator, program: Program) -> None:
+    cloud.next_call("POST servers", works=False)
+    machine = await program.launch()
+    with pytest.raises(MachineLost):
+        await program.machines.wait_ready(machine)
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    assert await program.billed() == 0
+
+
+@pytest.mark.fault(8)
+async def test_a_machine_that_runs_under_another_id_than_was_answered_is_found(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(answers_as="00000000-dead-beef-0000-000000000000", boot_time=200)
+    machine, _ = await program.ready()
+    assert machine.server_id == cloud.launched[0]
+    await end(program, machine)
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(8)
+async def test_a_machine_that_runs_under_another_id_is_ended_also_if_nobody_waited_for_it(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(answers_as="00000000-dead-beef-0000-000000000000", boot_time=20)
+    machine = await program.launch()
+    await end(program, machine)
+    assert cloud.alive == []
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(10)
+async def test_a_list_of_which_a_page_fails_decides_nothing(cloud: RunComfyEmulator, program: Program) -> None:
+    cloud.page_size = 1
+    for _ in range(2):
+        cloud.foreign("large")
+    cloud.next_call("POST servers", reply="lost")
+    cloud.next_call("GET servers?page=3", status=500, lasts=150, times=None, skip=1)
+    machine = await program.launch()
+    assert cloud.launched == [machine.server_id]
+    await end(program, machine)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(27)
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (402, {"message": "Payment required"}, OutOfCredit),
+        (400, {"error": "Insufficient balance"}, OutOfCredit),
+        (503, {"message": "no machines available"}, NoCapacity),
+        (409, {"message": "Out of stock"}, NoCapacity),
+        (400, {"message": "server_type is not valid"}, ProviderError),
+    ],
+)
+async def test_a_refused_launch_says_why_and_leaves_no_doubt(
+    cloud: RunComfyEmulator, program: Program, status: int, body: dict[str, str], error: type[RunComfyError]
+) -> None:
+    cloud.next_call("POST servers", status=status, body=body, works=False)
+    with pytest.raises(error) as caught:
+        await program.launch()
+    assert caught.value.exit_code == 4
+    assert cloud.launched == []
+    assert await states(program) == ["never"]
+    assert program.books.held == {}
+
+
+async def test_a_price_above_the_limit_is_refused_before_anything_is_sent(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start(max_usd_per_hour=Decimal("1.00")) as program:
+        with pytest.raises(BudgetExceeded) as caught:
+            program.intent(server_type="large")
+        assert caught.value.exit_code == 8
+        with pytest.raises(BudgetExceeded):
+            await program.dev.start(server_type="large", duration=timedelta(hours=1))
+    assert cloud.calls == []
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [("no-such-type", 600), ("medium", 0), ("medium", -5)])
+async def test_what_cannot_be_priced_or_has_no_time_is_refused_before_anything_is_sent(
+    cloud: RunComfyEmulator, program: Program, kind: str, seconds: int
+) -> None:
+    with pytest.raises(ValueInvalid):
+        program.intent(server_type=kind, duration=timedelta(seconds=seconds))
+    assert cloud.calls == []
+
+
+# -- waiting -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("word", ["Provisioning", "", "ready-ish", None, 42])
+async def test_an_unknown_word_is_waited_out_and_the_machine_is_stopped_at_the_limit(
+    cloud: RunComfyEmulator, programs: Programs, word: Any
+) -> None:
+    cloud.next_machine(fields={"current_status": word})
+    async with programs.start(boot_timeout=timedelta(minutes=10)) as program:
+        machine = await program.launch()
+        with pytest.raises(BootTimeout):
+            await program.machines.wait_ready(machine)
+        await end(program, machine)
+        await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(14)
+async def test_starting_for_ever_ends_at_the_boot_limit(cloud: RunComfyEmulator, program: Program) -> None:
+    cloud.next_machine(stuck=True)
+    machine = await program.launch()
+    with pytest.raises(BootTimeout) as caught:
+        await program.machines.wait_ready(machine)
+    assert caught.value.exit_code == 6
+    await end(program, machine)
+    assert cloud.alive == []
+    assert await program.billed() == 0
+
+
+async def test_a_machine_that_fails_is_said_so_at_once(
+    cloud: RunComfyEmulator, program: Program, looptime: float
+) -> None:
+    cloud.next_machine(fails=True)
+    machine = await program.launch()
+    with pytest.raises(MachineFailed):
+        await program.machines.wait_ready(machine)
+    assert looptime < 200
+    await end(program, machine)
+    assert cloud.alive == []
+
+
+@pytest.mark.fault(16)
+async def test_a_machine_that_flaps_is_ready_once_and_billed_once(cloud: RunComfyEmulator, program: Program) -> None:
+    cloud.next_machine(flaps=7)
+    machine, _ = await program.ready()
+    await asyncio.sleep(60)
+    await end(program, machine)
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(22)
+async def test_a_machine_that_goes_away_while_it_starts_is_lost(cloud: RunComfyEmulator, program: Program) -> None:
+    machine = await program.launch()
+    await asyncio.sleep(30)
+    await program.machines.provider.stop_machine(ServerId(cloud.launched[0]))  # somebody, on RunComfy's page
+    with pytest.raises(MachineLost):
+        await program.machines.wait_ready(machine)
+    await end(program, machine)
+    assert await program.billed() == 0
+
+
+@pytest.mark.fault(29)
+async def test_a_provider_that_is_down_for_a_while_delays_a_start_and_no_more(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine = await program.launch()
+    cloud.next_call(status=503, lasts=400, times=None)
+    machine, _ = await program.machines.wait_ready(machine)
+    await end(program, machine)
+    assert len(cloud.launched) == 1
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(13)
+async def test_ready_without_an_address_is_not_usable_and_billed_all_the_same(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(fields={"main_service_url": None})
+    async with programs.start(boot_timeout=timedelta(minutes=8)) as program:
+        machine = await program.launch()
+        with pytest.raises(BootTimeout):
+            await program.machines.wait_ready(machine)
+        await end(program, machine)
+        await assert_bill_and_ledger_agree(cloud, program)
+
+
+# -- prolonging --------------------------------------------------------------------------------------------
+
+
+async def test_a_machine_is_prolonged_by_its_total_and_read_back(cloud: RunComfyEmulator, program: Program) -> None:
+    machine, report = await program.ready()
+    longer = await program.machines.extend(machine, total=timedelta(minutes=20))
+    assert longer.duration == timedelta(minutes=20)
+    assert longer.planned_stop_at is not None
+    assert report.ready_at is not None
+    assert longer.planned_stop_at == report.ready_at + timedelta(minutes=20)
+    await asyncio.sleep(700)
+    assert cloud.billing  # ten minutes would have been over
+    await end(program, machine)
+
+
+@pytest.mark.fault(24)
+async def test_a_prolongation_that_only_seemed_to_work_is_not_believed(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+
+    def lie(answer: dict[str, Any]) -> dict[str, Any]:
+        return {**answer, "estimated_duration": 1200, "estimated_stopping_at": "2026-11-20T11:00:00.000000Z"}
+
+    cloud.next_call("POST servers/*/update-estimated-duration", works=False, change=lie)
+    with pytest.raises(ProviderError, match="did not move as asked"):
+        await program.machines.extend(machine, total=timedelta(minutes=20))
+    after = await program.books.latest(machine.id)
+    assert after is not None
+    assert after.duration == timedelta(minutes=10)
+    assert after.planned_stop_at == machine.planned_stop_at
+    await end(program, machine)
+
+
+@pytest.mark.fault(24)
+async def test_a_prolongation_that_cannot_be_read_back_is_not_assumed(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start(max_retries=0) as program:
+        machine, _ = await program.ready()
+        cloud.next_call("GET servers/*", status=500)
+        with pytest.raises(ProviderError):
+            await program.machines.extend(machine, total=timedelta(minutes=20))
+        after = await program.books.latest(machine.id)
+        assert after is not None
+        assert after.planned_stop_at == machine.planned_stop_at
+        await end(program, machine)
+
+
+# -- ending ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(11)
+async def test_an_empty_list_by_mistake_is_not_the_end_of_a_machine(cloud: RunComfyEmulator, program: Program) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("GET servers", body=[], times=None)
+    assert await program.machines.gone_unasked(machine, note="?") is None
+    assert cloud.billing
+    await end(program, machine)
+    assert cloud.alive == []
+
+
+@pytest.mark.fault(11)
+async def test_a_status_404_by_mistake_is_not_the_end_of_a_machine(cloud: RunComfyEmulator, program: Program) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("GET servers/*", status=404, body={"message": "Server not found"}, times=None)
+    assert await program.machines.gone_unasked(machine, note="?") is None
+    cloud.next_call("DELETE *", status=500, times=8)
+    await end(program, machine)
+    assert cloud.alive == []
+
+
+@pytest.mark.fault(17)
+async def test_a_machine_that_becomes_ready_after_its_stop_is_stopped_again(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(boot_time=30, ignores_delete=True)
+    machine = await program.launch()
+    cloud_machine = cloud.machines[cloud.launched[0]]
+    stop = asyncio.create_task(end(program, machine))
+    await asyncio.sleep(60)
+    assert cloud.billing
+    cloud_machine.traits.ignores_delete = False
+    assert (await stop).state is MachineState.STOPPED
+    assert "still runs; asking again" in " ".join(program.said)
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("fault", [{"status": 500, "works": True}, {"reply": "lost"}, {"reply": "html"}])
+async def test_a_stop_that_worked_and_was_not_answered_is_seen(
+    cloud: RunComfyEmulator, program: Program, fault: dict[str, Any]
+) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", times=None, **fault)
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    assert not [sentence for sentence in program.said if "ALARM" in sentence]
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(18)
+async def test_stops_that_get_no_answer_at_all_are_not_billed_in_our_books_for_the_waiting(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", times=4, reply="never")  # it works, and four deadlines pass
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(19)
+async def test_a_machine_that_runs_on_after_a_yes_is_asked_again_until_it_goes_with_an_alarm(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(ignores_delete=True, ignores_stop_time=True)
+    machine, _ = await program.ready()
+    traits = cloud.machines[cloud.launched[0]].traits
+    stop = asyncio.create_task(end(program, machine))
+    await asyncio.sleep(290)
+    assert not any("ALARM" in sentence for sentence in program.said)
+    await asyncio.sleep(60)
+    assert any("ALARM" in sentence for sentence in program.said)
+    traits.ignores_delete = False
+    assert (await stop).state is MachineState.STOPPED
+    assert len([call for call in cloud.calls if call.method == "DELETE"]) > 5
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(19)
+async def test_deleting_for_ever_is_left_to_the_provider_after_the_alarm_time(
+    cloud: RunComfyEmulator, program: Program, looptime: float
+) -> None:
+    cloud.next_machine(delete_takes=3600)
+    machine, _ = await program.ready()
+    before = asyncio.get_running_loop().time()
+    stopped = await end(program, machine)
+    assert stopped.state is MachineState.STOPPING
+    assert stopped.stop_accepted_at is not None
+    assert 300 <= asyncio.get_running_loop().time() - before < 400
+    assert cloud.billing == []
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(20)
+async def test_a_404_to_the_stop_is_not_believed_while_the_machine_is_listed(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", status=404, body={"message": "Server not found"}, times=3)
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    assert cloud.alive == []
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(21)
+async def test_a_stop_that_fails_for_six_hours_is_repeated_for_six_hours(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(ignores_stop_time=True)
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", status=500, lasts=timedelta(hours=6), times=None)
+    before = asyncio.get_running_loop().time()
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    took = asyncio.get_running_loop().time() - before
+    assert timedelta(hours=6) <= timedelta(seconds=took) <= timedelta(hours=6, minutes=3)
+    assert len([sentence for sentence in program.said if "ALARM" in sentence]) > 60
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(29)
+async def test_a_provider_that_is_down_for_two_hours_does_not_keep_a_stop_from_its_end(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call(status=503, lasts=timedelta(hours=2), times=None)
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    await assert_bill_and_ledger_agree(cloud, program)  # it ran until its planned stop
+
+
+async def test_a_machine_that_ended_by_itself_is_billed_until_its_planned_stop(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    await asyncio.sleep(5000)
+    await end(program, machine)
+    [entry] = await program.store.ledger()
+    assert entry.ended_at - entry.started_at == timedelta(minutes=10)
+
+
+@pytest.mark.fault(26)
+async def test_the_second_token_ends_what_the_first_one_started(
+    cloud: RunComfyEmulator, clock: LoopClock, tmp_path: Path, cloud_settings: CloudSettings
+) -> None:
+    cloud.second_token = "emulated-token-2"
+    both = replace(cloud_settings, tokens=(Secret(cloud.token), Secret(cloud.second_token)))
+    async with Programs(cloud, settings_for(both, tmp_path / "state"), clock).start() as program:
+        machine, _ = await program.ready()
+        cloud.revoke(1)
+        assert (await end(program, machine)).state is MachineState.STOPPED
+    assert cloud.calls[-1].token == 2
+
+
+@pytest.mark.fault(26)
+async def test_a_revoked_token_is_said_clearly_and_the_stop_stays_open(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    cloud.revoke(1)
+    before = asyncio.get_running_loop().time()
+    with pytest.raises(StopUnconfirmed) as caught:
+        await end(program, machine)
+    assert 60 <= asyncio.get_running_loop().time() - before < 120
+    assert "may still bill" in caught.value.message
+    assert "RUNCOMFY_API_TOKEN" in caught.value.hint
+    assert "machines reap" in caught.value.hint
+    assert caught.value.details["server_id"] == machine.server_id
+    assert await states(program) == ["stopping"]
+    assert list(program.books.held) == [machine.id]  # the last words of the program name it
+    cloud.behave()
+    await end(program, machine)
+
+
+@pytest.mark.fault(26)
+async def test_a_token_revoked_before_the_launch_starts_nothing(cloud: RunComfyEmulator, program: Program) -> None:
+    cloud.revoke(1)
+    with pytest.raises(AuthRejected):
+        await program.launch()
+    assert cloud.launched == []
+    assert program.books.held == {}
+
+
+@pytest.mark.fault(26)
+async def test_a_token_revoked_while_a_lost_launch_is_looked_for_is_said_and_left_to_the_reaper(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", reply="lost", delay=3)
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(2)
+    cloud.revoke(1)
+    with pytest.raises(LaunchUnclear, match="may run and bill") as caught:
+        await launch
+    assert "machines reap" in caught.value.hint
+    assert asyncio.get_running_loop().time() < 120
+    assert await states(program) == ["requested"]
+    cloud.behave()
+    program.die()
+    reaped = await program.reaper.reap()
+    assert [m.server_id for m in reaped.ended] == cloud.launched
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("value", ["2", "Fri, 20 Nov 2026 10:00:30 GMT", None, "-3", "864000", "soon"])
+async def test_too_many_requests_are_waited_out_by_launch_and_stop(
+    cloud: RunComfyEmulator, program: Program, value: str | None
+) -> None:
+    headers = {} if value is None else {"Retry-After": value}
+    cloud.next_call("POST servers", status=429, headers=headers, times=2)
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", status=429, headers=headers, times=2)
+    await end(program, machine)
+    assert len(cloud.launched) == 1
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+# -- this computer fails -----------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """Every write of a program's store fails as a full disk does; reading works."""
+
+    def __init__(self, program: Program) -> None:
+        self._connection = program.store
+
+    async def fill(self) -> None:
+        await self._pragma("PRAGMA query_only=ON")
+
+    async def free(self) -> None:
+        await self._pragma("PRAGMA query_only=OFF")
+
+    async def _pragma(self, text: str) -> None:
+        def run(connection: Any) -> None:
+            connection.exec_driver_sql(text)
+
+        await self._connection._read(run)  # type: ignore[attr-defined]
+
+
+@pytest.mark.fault(54)
+async def test_on_a_full_disk_nothing_is_launched(cloud: RunComfyEmulator, program: Program) -> None:
+    await FullDisk(program).fill()
+    with pytest.raises(LocalError) as caught:
+        await program.launch()
+    assert caught.value.exit_code == 9
+    assert not [call for call in cloud.calls if call.method == "POST"]
+    assert program.books.held == {}
+
+
+@pytest.mark.fault(54)
+async def test_on_a_full_disk_a_machine_is_still_stopped(cloud: RunComfyEmulator, program: Program) -> None:
+    machine, _ = await program.ready()
+    disk = FullDisk(program)
+    await disk.fill()
+    ended = await program.machines.stop(machine, reason="the test is over")
+    assert ended.state is MachineState.STOPPED
+    assert cloud.alive == []
+    await disk.free()
+    reaped = await program.reaper.reap()  # by us, who still live: the books catch up when we are gone
+    assert reaped.ended == []
+    program.die()
+    assert [m.server_id for m in (await program.reaper.reap()).ended] == cloud.launched
+    assert await states(program) == ["stopped"]
+
+
+@pytest.mark.fault(54)
+async def test_a_disk_that_fills_while_the_launch_is_under_way_does_not_lose_the_machine(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", delay=5)
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(3)
+    disk = FullDisk(program)
+    await disk.fill()
+    with pytest.raises(LocalError):
+        await launch
+    assert len(cloud.launched) == 1
+    assert cloud.alive == []
+
+
+@pytest.mark.fault(54)
+@pytest.mark.fault(4)
+async def test_a_full_disk_and_a_lost_answer_together_leave_nothing_running(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", delay=5, reply="lost")
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(3)
+    await FullDisk(program).fill()
+    with pytest.raises(LocalError):
+        await launch
+    assert len(cloud.launched) == 1
+    assert cloud.alive == []
+
+
+@pytest.mark.fault(55)
+async def test_while_the_database_is_locked_nothing_is_launched_and_machines_are_stopped(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start(busy_timeout=timedelta(seconds=0.05)) as program:
+        machine, _ = await program.ready()
+        with closing(sqlite3.connect(programs.database, isolation_level=None)) as somebody:
+            somebody.execute("BEGIN IMMEDIATE")
+            with pytest.raises(LocalError):
+                await program.launch()
+            ended = await program.machines.stop(machine, reason="the test is over")
+            assert ended.state is MachineState.STOPPED
+            somebody.execute("ROLLBACK")
+    assert len(cloud.launched) == 1
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("days", [1, -1])
+async def test_a_clock_that_jumps_while_a_lost_launch_is_looked_for_decides_nothing(
+    cloud: RunComfyEmulator, cloud_settings: CloudSettings, tmp_path: Path, days: int
+) -> None:
+    class Jumping(LoopClock):
+        offset = timedelta(0)
+
+        def now(self) -> datetime:
+            return super().now().astimezone(UTC) + self.offset
+
+    clock = Jumping()
+    cloud.next_machine(unlisted_for=90, hidden_for=90)
+    cloud.next_call("POST servers", reply="lost")
+    async with Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock).start() as program:
+        launch = asyncio.create_task(program.launch())
+        await asyncio.sleep(20)
+        clock.offset = timedelta(days=days)
+        machine = await launch
+        assert cloud.launched == [machine.server_id]
+        await end(program, machine)
+
+
+# -- Ctrl+C ------------------------------------------------------------------------------------------------
+
+
+async def a_job(program: Program, intent: Machine) -> None:
+    """Rent, wait, use for a minute, end: as the placing of a job does."""
+    try:
+        await program.launch(intent)
+        await program.machines.wait_ready((await program.books.rows())[-1])
+        await asyncio.sleep(60)
+    finally:
+        await finish(program.machines.settle(intent, reason="the job is over"))
+
+
+FAULTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "plain": [],
+    "slow": [("POST servers", {"delay": 8}), ("DELETE *", {"delay": 8})],
+    "lost": [("POST servers", {"reply": "lost", "delay": 4})],
+    "never": [("POST servers", {"reply": "never"}), ("DELETE *", {"status": 500, "times": 3})],
+}
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+@pytest.mark.parametrize("after", [0, 0.001, 0.5, 1, 2, 3, 4.5, 6, 12, 31, 60, 150, 181, 190, 240, 246])
+async def test_a_cancellation_at_any_moment_leaves_nothing_billing(
+    cloud: RunComfyEmulator, program: Program, faults: str, after: float
+) -> None:
+    for call, fault in FAULTS[faults]:
+        cloud.next_call(call, **fault)
+    job = asyncio.create_task(a_job(program, program.intent()))
+    await asyncio.sleep(after)
+    job.cancel()
+    with suppress(asyncio.CancelledError):
+        await job
+    assert cloud.alive == []
+    assert program.books.held == {}
+    assert await program.books.rows() == []
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.parametrize("steps", range(1, 130, 4))
+async def test_a_cancellation_at_any_step_of_the_loop_leaves_nothing_billing(
+    cloud: RunComfyEmulator, program: Program, steps: int
+) -> None:
+    cloud.boot_time = 0.0
+    job = asyncio.create_task(a_job(program, program.intent()))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    job.cancel()
+    with suppress(asyncio.CancelledError):
+        await job
+    assert cloud.alive == []
+    assert program.books.held == {}
+    assert await program.books.rows() == []
+    if not [call for call in cloud.calls if call.method == "POST"]:
+        # What was never sent is not waited for.
+        assert asyncio.get_running_loop().time() < 5
+
+
+# -- several at once ---------------------------------------------------------------------------------------
+
+
+async def test_jobs_of_one_process_launch_one_after_the_other(cloud: RunComfyEmulator, program: Program) -> None:
+    cloud.next_call("POST servers", reply="lost", delay=5)
+    intents = [program.intent() for _ in range(3)]
+    machines = await asyncio.gather(*(program.launch(intent) for intent in intents))
+    assert sorted(str(m.server_id) for m in machines) == sorted(cloud.launched)
+    assert len(cloud.launched) == 3
+    await asyncio.gather(*(program.machines.settle(intent, reason="over") for intent in intents))
+    assert cloud.alive == []
+
+
+async def test_processes_of_one_account_launch_one_after_the_other(cloud: RunComfyEmulator, programs: Programs) -> None:
+    cloud.next_call("POST servers", reply="lost", delay=5)
+    async with programs.start() as one, programs.start() as two:
+        first, second = await asyncio.gather(one.launch(), two.launch())
+        assert {first.server_id, second.server_id} == set(cloud.launched)
+        assert any("is launching a machine" in s for s in one.said + two.said)
+        await asyncio.gather(end(one, first), end(two, second))
+
+
+async def test_a_cancelled_wait_for_the_launch_lock_does_not_keep_it(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as one, programs.start() as two:
+        for steps in range(12):
+            waiting = asyncio.create_task(one.launch())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            waiting.cancel()
+            with suppress(asyncio.CancelledError):
+                await waiting
+        async with asyncio.timeout(10), two.machines.launch_lock():
+            pass
+    assert cloud.alive == []
+
+
+async def test_a_machine_that_another_process_took_over_is_left_to_it(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as one, programs.start() as two:
+        intent = one.intent()
+        machine, _ = await one.ready(intent)
+        taken = await two.books.take_over(machine, note="adopted by the user")
+        await one.machines.settle(intent, reason="the job is over")
+        left = await one.machines.stop(machine, reason="the job is over")
+        assert left.owner_id == two.owner.id
+        assert cloud.billing == [machine.server_id]
+        assert not [call for call in cloud.calls if call.method == "DELETE"]
+        await two.machines.stop(taken, reason="the test is over")
