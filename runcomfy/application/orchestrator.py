@@ -181,9 +181,7 @@ class RunComfyOrchestrator:
         try:
             work.result()
         except asyncio.CancelledError:
-            error = Interrupted(
-                "the job was cancelled", hint="run it again when you like; nothing of it is left running"
-            )
+            error = Interrupted("the job was cancelled", hint="run it again when you like")
         except RunComfyError as caught:
             error = caught
         except Exception as caught:
@@ -358,13 +356,22 @@ class RunComfyOrchestrator:
             raise
 
     async def _take_back(self, prompt_id: PromptId, place: Place) -> None:
+        told = seen_gone = False
         try:
             async with asyncio.timeout(CANCEL_WITHIN.total_seconds()):
                 told = await place.server.cancel(prompt_id, alone=place.alone)
+                while told and place.kind != "own machine" and not seen_gone:
+                    queue = await place.server.queue()
+                    seen_gone = prompt_id not in (*queue.running, *queue.pending)
+                    if not seen_gone:
+                        await asyncio.sleep(0.25)
         except (RunComfyError, TimeoutError) as error:
-            told = False
             log.warning("prompt_not_taken_back", extra={"fields": {"prompt": prompt_id, "error": repr(error)}})
-        if not told and place.kind != "own machine":
+        if place.kind == "own machine" or seen_gone:
+            return
+        if told:
+            self._placer.tell(f"prompt {prompt_id} was interrupted; it ends when its node next looks up")
+        else:
             self._placer.tell(
                 f"prompt {prompt_id} may still run on the server: it could not be interrupted without risk to others"
             )
