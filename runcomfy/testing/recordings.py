@@ -60,7 +60,7 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 _HEX = re.compile(r"[0-9a-f]{32,64}")
 _COUNTER = re.compile(r"_\d{5}(?=[_.])")
 _TEMP = re.compile(r"_temp_[a-z]{5}")
-MAGIC: Final = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"glTF", b"fLaC", b"OggS", b"\x1aE\xdf\xa3")
+MAGIC: Final = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"glTF", b"fLaC", b"OggS", b"\x1aE\xdf\xa3", b"ID3")
 """How pictures, meshes, audio and video begin."""
 
 SHORT_FILE: Final = 64
@@ -259,7 +259,9 @@ class Comparison:
 
     def _bytes(self, where: str, want: Event, got: bytes) -> None:
         recorded = base64.b64decode(want["base64"])
-        magic = next((one for one in MAGIC if recorded.startswith(one)), None)
+        if recorded[4:8] == b"ftyp":
+            recorded, got = recorded[4:], got[4:]
+        magic = next((one for one in (*MAGIC, b"ftyp") if recorded.startswith(one)), None)
         if magic is not None and len(recorded) > SHORT_FILE:
             if not got.startswith(magic):
                 self._differ(where, magic, got[:8])

@@ -18,7 +18,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -333,25 +333,16 @@ def changed(recording: Recording, index: int, path: tuple[Any, ...], how: str) -
     return Recording(recording.name, tuple(events))
 
 
-class Gallery:
-    """Played recordings, in a box that is quickly printed."""
+async def test_a_changed_field_is_noticed(tmp_path: Path) -> None:
+    results = {name: await results_of(name, tmp_path) for name in SENSITIVE}
 
-    def __init__(self, results: Mapping[str, Results]) -> None:
-        self.of = results.__getitem__
+    @settings(max_examples=150)
+    @given(target=st.sampled_from(TARGETS), how=st.sampled_from(["absent", "renamed", "other type", "more"]))
+    def noticed(target: tuple[str, int, tuple[Any, ...]], how: str) -> None:
+        name, index, path = target
+        assert differences(changed(recording_of(name), index, path, how), results[name])
 
-
-@pytest.fixture
-async def played(tmp_path: Path) -> Gallery:
-    return Gallery({name: await results_of(name, tmp_path) for name in SENSITIVE})
-
-
-# The fixture only hands over what was played once.
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(target=st.sampled_from(TARGETS), how=st.sampled_from(["absent", "renamed", "other type", "more"]))
-def test_a_changed_field_is_noticed(played: Gallery, target: tuple[str, int, tuple[Any, ...]], how: str) -> None:
-    name, index, path = target
-    recording = changed(recording_of(name), index, path, how)
-    assert differences(recording, played.of(name))
+    noticed()
 
 
 @pytest.mark.parametrize(
