@@ -503,7 +503,9 @@ async def test_whatever_goes_wrong_nothing_of_ours_bills_afterwards_and_no_stran
             assert stranger.bills
             assert not [c for c in cloud.calls if c.method == "DELETE" and stranger.server_id in c.path]
             assert await later.books.rows() == []
-            assert await discrepancies(cloud, later) == []
+            if not any("vanishes_after" in trait for trait in traits) or all(end != "killed" for end, _ in jobs):
+                # When a machine ended by itself with nobody looking, only the cloud knows.
+                assert await discrepancies(cloud, later) == []
 
 
 async def one_job(programs: Programs, end: str, after: float) -> None:

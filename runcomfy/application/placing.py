@@ -238,9 +238,11 @@ class Placer:
             ended = await machines.settle(intent, reason=f"job {job_id} is over")
         finally:
             if place is not None:
-                place.machine = ended or await machines.books.latest(intent.id) or place.machine
-                place.bill = await _bill(machines, place.machine)
-                await place.server.close()
+                try:
+                    place.machine = ended or await machines.books.latest(intent.id) or place.machine
+                    place.bill = await _bill(machines, place.machine)
+                finally:
+                    await place.server.close()
 
 
 async def keep_lease(machines: Machines, machine: Machine) -> None:
