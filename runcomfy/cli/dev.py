@@ -13,14 +13,15 @@ def dev() -> None:
 
 
 def _server_options(command: Any) -> Any:
-    for option in (
+    options = (
         click.option("--server-type", metavar="TYPE", help="Machine type (default: RUNCOMFY_DEFAULT_SERVER_TYPE)."),
         click.option("--duration", metavar="TIME", help="How long it runs, from ready: seconds, or 90m, 2h."),
         click.option("--warm-up", is_flag=True, help="Run the workflow once, so that its models are loaded."),
         click.option("--monitor", is_flag=True, help="Stay and show queue, progress and cost."),
         click.option("--show-url", is_flag=True, help="Show the whole address; who knows it can use the machine."),
         click.option("--no-interactive", is_flag=True, help="Never read stdin."),
-    ):
+    )
+    for option in reversed(options):  # help lists what was put on last first
         command = option(command)
     return command
 
