@@ -137,7 +137,7 @@ class App:
         from runcomfy.adapters.log import register_secret
 
         register_secret(url)
-        return ComfyUIWorkflowClient(url, self.settings.comfy, clock=self.clock, durable=self.settings.files.durable)
+        return ComfyUIWorkflowClient(url, self.settings.comfy, clock=self.clock)
 
     def given_server(self, url: str) -> ComfyUI:
         """Return the client of a server that the user named; kept warm until the app is closed."""

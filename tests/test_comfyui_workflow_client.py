@@ -60,7 +60,7 @@ async def client(comfyui: ComfyUIEmulator) -> AsyncIterator[ComfyUIWorkflowClien
 
 
 def a_client(url: str | SecretUrl, **changes: Any) -> ComfyUIWorkflowClient:
-    return ComfyUIWorkflowClient(url, replace(SETTINGS, **changes), clock=LoopClock(), durable=False)
+    return ComfyUIWorkflowClient(url, replace(SETTINGS, **changes), clock=LoopClock())
 
 
 def an_id() -> PromptId:

@@ -62,7 +62,7 @@ class Jobs:
     """Runs graphs through one client."""
 
     def __init__(self, url: str, settings: ComfySettings) -> None:
-        self.client = ComfyUIWorkflowClient(url, settings, clock=LoopClock(), durable=False)
+        self.client = ComfyUIWorkflowClient(url, settings, clock=LoopClock())
         self.settings = settings
         self.all: list[Job] = []
 

@@ -34,7 +34,7 @@ def load(name: str) -> Recording:
 
 
 def client_of(server: RecordedServer) -> ComfyUIWorkflowClient:
-    return ComfyUIWorkflowClient(server.url, SETTINGS, clock=LoopClock(), durable=False)
+    return ComfyUIWorkflowClient(server.url, SETTINGS, clock=LoopClock())
 
 
 @dataclass

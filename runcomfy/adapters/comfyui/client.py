@@ -64,8 +64,7 @@ class ComfyUIWorkflowClient:
 
     Reading is repeated up to `settings.max_retries` times within one `request_timeout` when the connection fails or the
     server answers 5xx; a prompt is never sent twice without looking for it first. `http` is used if given and never
-    closed; otherwise a session is opened and closed with the client. With `durable` every downloaded file is flushed to
-    the disk before it is returned; whoever flushes results himself passes False.
+    closed; otherwise a session is opened and closed with the client.
 
     Raises SettingInvalid for an address that is none.
     """
@@ -77,11 +76,9 @@ class ComfyUIWorkflowClient:
         *,
         clock: Clock,
         http: aiohttp.ClientSession | None = None,
-        durable: bool = True,
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._durable = durable
         self._exchange = Exchange(url, settings, http)
         self._socket = Socket(self._exchange.address, settings)
         self._boot = _Boot(losses=0, at=float("-inf"))
@@ -234,7 +231,7 @@ class ComfyUIWorkflowClient:
 
     async def fetch(self, file: FileRef, destination: str) -> Fetched:
         """See the port."""
-        return await download.fetch(self._exchange, file, destination, durable=self._durable)
+        return await download.fetch(self._exchange, file, destination)
 
     # --- prompts ------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import posixpath
 import re
 from collections.abc import Mapping
@@ -83,40 +82,86 @@ class _TryAgain(Exception):
     """This attempt brought nothing; the next one may."""
 
 
-async def fetch(exchange: Exchange, file: FileRef, destination: str, *, durable: bool) -> Fetched:
+async def fetch(exchange: Exchange, file: FileRef, destination: str) -> Fetched:
     """Download `file` to the new file `destination`; nothing is left there if an error is raised.
+
+    The file is not flushed to the disk: whoever makes it a result does that once for all of a job's files.
 
     Raises OutputMissing, DownloadFailed, ServerUnreachable, NotComfyUI, DiskFull, LocalError.
     """
-    try:
-        opened = wrap(await asyncio.to_thread(open_new, destination))
-    except OSError as error:
-        raise local_error(error, destination, "create") from None
-    download = _Download(exchange, file, opened)
+    sink = _Sink(destination)
     whole = False
     try:
-        fetched = await download.run()
-        if durable:
-            await opened.flush()
-            await asyncio.to_thread(os.fsync, opened.fileno())
-        # Closing writes what is still held back; a full disk may show only here.
-        await opened.close()
+        fetched = await _Download(exchange, file, sink).run()
+        await sink.finish()
         whole = True
         return fetched
     except OSError as error:
-        raise local_error(error, destination, "write") from None
+        doing = "create" if isinstance(error, FileExistsError) else "write"
+        raise local_error(error, destination, doing) from None
     finally:
         if not whole:
+            await sink.discard()
+
+
+class _Sink:
+    """The file here. What is small stays in memory until it is whole and is then written in one hop to a thread."""
+
+    def __init__(self, destination: str) -> None:
+        self._destination = destination
+        self._held = bytearray()
+        self._opened: AsyncBufferedReader | None = None
+
+    async def write(self, part: bytes) -> None:
+        self._held += part
+        if len(self._held) >= WRITE_BYTES:
+            await self._spill()
+
+    async def _spill(self) -> None:
+        if self._opened is None:
+            self._opened = wrap(await asyncio.to_thread(open_new, self._destination))
+        part = bytes(self._held)
+        self._held.clear()
+        await self._opened.write(part)
+
+    async def rewind(self) -> None:
+        """Throw away what came."""
+        self._held.clear()
+        if self._opened is not None:
+            await self._opened.seek(0)
+            await self._opened.truncate()
+
+    async def finish(self) -> None:
+        """Write what is held back and close; a full disk may show only here."""
+        if self._opened is None:
+            await asyncio.to_thread(_write_whole, self._destination, self._held)
+            return
+        await self._spill()
+        await self._opened.close()
+
+    async def discard(self) -> None:
+        """Leave nothing of ours."""
+        if self._opened is not None:
             with suppress(OSError):
-                await opened.close()
-            await asyncio.to_thread(remove_quietly, destination)
+                await self._opened.close()
+            await asyncio.to_thread(remove_quietly, self._destination)
+
+
+def _write_whole(destination: str, content: bytes | bytearray) -> None:
+    with open_new(destination) as file:
+        try:
+            file.write(content)
+            file.flush()
+        except BaseException:
+            remove_quietly(destination)
+            raise
 
 
 class _Download:
-    def __init__(self, exchange: Exchange, file: FileRef, opened: AsyncBufferedReader) -> None:
+    def __init__(self, exchange: Exchange, file: FileRef, sink: _Sink) -> None:
         self._exchange = exchange
         self._settings = exchange.settings
-        self._file = opened
+        self._sink = sink
         self._path = view_path(file)
         self._name = foreign_text(file.filename, 120)
         self._may_be_a_page = file.filename.lower().endswith(_PAGES)
@@ -271,7 +316,7 @@ class _Download:
             return
         part = bytes(buffer)
         buffer.clear()
-        await self._file.write(part)
+        await self._sink.write(part)
         self._digest.update(part)
         self._have += len(part)
 
@@ -281,8 +326,7 @@ class _Download:
         await self._rewind()
 
     async def _rewind(self) -> None:
-        await self._file.seek(0)
-        await self._file.truncate()
+        await self._sink.rewind()
         self._have, self._digest, self._facts = 0, hashlib.sha256(), Facts()
 
     # --- errors -------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class ComfyUIContract:
 
     @pytest_asyncio.fixture
     async def comfyui(self, server_url: str) -> AsyncIterator[ComfyUI]:
-        async with ComfyUIWorkflowClient(server_url, SETTINGS, clock=LoopClock(), durable=False) as client:
+        async with ComfyUIWorkflowClient(server_url, SETTINGS, clock=LoopClock()) as client:
             yield client
 
     # --- what is there ------------------------------------------------------------------------------------
