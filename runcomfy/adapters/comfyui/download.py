@@ -3,7 +3,8 @@ Downloads one file from a ComfyUI server, whole.
 
 A cut download goes on where it stopped, but only after the parts are proved to belong together: the server answers a
 range of another file all the same (it does not honour `If-Range` for tags), so tag, date and length are compared here.
-They are compared once more when the last byte has come, for a file that changes while it is read is not a result.
+They are compared once more when the last byte has come, for a file that changes while it is read is not a result
+(a PNG that came in one piece is spared that: it carries its own proof).
 Whether the bytes are a picture or a mesh is judged by others.
 """
 
@@ -37,6 +38,8 @@ MAX_RESTARTS: Final = 3
 """How often a file that changed is read again from its beginning."""
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})$")
+_PNG_BEGIN: Final = b"\x89PNG\r\n\x1a\n"
+_PNG_END: Final = b"\0\0\0\0IEND\xaeB`\x82"
 _PAGES: Final = (".html", ".htm", ".xhtml")
 
 
@@ -124,6 +127,14 @@ class _Sink:
         self._held.clear()
         await self._opened.write(part)
 
+    def proves_itself(self) -> bool:
+        """Whether a mixture of two states of the file, or a part of it, could not be mistaken for the whole.
+
+        A PNG has a checksum for every part of it and an end of its own; both are checked before it counts as a result,
+        so asking the server once more whether the file has changed would tell nothing. No other format is so strict.
+        """
+        return self._opened is None and self._held.startswith(_PNG_BEGIN) and self._held.endswith(_PNG_END)
+
     async def rewind(self) -> None:
         """Throw away what came."""
         self._held.clear()
@@ -190,7 +201,7 @@ class _Download:
             had = self._have
             try:
                 await self._attempt()
-                if await self._still_the_same():
+                if self._sink.proves_itself() or await self._still_the_same():
                     return
                 await self._start_again()
                 reason = "it changes while it is read"
