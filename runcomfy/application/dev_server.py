@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 
+from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.health import Layer, check_comfyui, wait_until_usable
 from runcomfy.application.machines import Boot, Machines
@@ -179,6 +180,7 @@ class DevServer:
     ) -> tuple[Machine, MachineReport]:
         """Wait for our machine in every layer, publish it, and leave it to itself. The caller ends it if that fails."""
         machine, report = await self._machines.wait_ready(machine, on_boot=on_boot)
+        faultpoint("dev.ready")
         if report.url is None:
             raise MachineNotFound("the machine is Ready but has no address")
         server = self._comfyui(report.url)
@@ -187,8 +189,11 @@ class DevServer:
         finally:
             await server.close()
         await self.publish(machine, report, health="healthy")
+        faultpoint("dev.published")
         kept_until = self._machines.books.kept_until(machine, report)
-        return await self._machines.books.hand_over(machine, kept_until=kept_until, note="dev server is up"), report
+        machine = await self._machines.books.hand_over(machine, kept_until=kept_until, note="dev server is up")
+        faultpoint("dev.up")
+        return machine, report
 
     async def _newest(self) -> Machine | None:
         """Return the newest dev server that was launched and that nobody has begun to stop."""

@@ -24,6 +24,7 @@ from typing import Any
 from uuid import uuid4
 
 from runcomfy.application.delivery import deliver, promised
+from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.placing import Place, Placer
 from runcomfy.application.watcher import Ended, Watcher
@@ -97,6 +98,7 @@ class _Run:
         if self._step is not None:
             self.timings[self._step] = self.timings.get(self._step, 0.0) + now - self._since
         self._step, self._since = name, now
+        faultpoint(f"job.{name}")
 
     def end(self) -> None:
         """End the last step and take the total."""
