@@ -118,6 +118,8 @@ class DiskResults:
             with open_new(probe) as file:
                 file.write(b"\0" * _PROBE_BYTES)
                 file.flush()
+                if self._settings.durable:
+                    self._disk.fsync(file.fileno())
         finally:
             remove_quietly(probe)
 
