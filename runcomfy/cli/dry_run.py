@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from decimal import Decimal
+from decimal import ROUND_UP, Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +64,11 @@ def _place(settings: Settings, request: JobRequest) -> dict[str, Any]:
         place["problem"] = f"dearer than RUNCOMFY_MAX_USD_PER_HOUR (${settings.cloud.max_usd_per_hour}): refused"
     else:
         limit = request.timeout or settings.comfy.execution_timeout
-        most = rate.usd_per_hour * Decimal(str(limit.total_seconds())) / 3600
+        most = (rate.usd_per_hour * Decimal(str(limit.total_seconds())) / 3600).quantize(Decimal("0.01"), ROUND_UP)
         place["usd_per_minute"] = str((rate.usd_per_hour / 60).quantize(Decimal("0.0001")))
-        place["usd_at_most"] = str(most.quantize(Decimal("0.01")))
+        place["usd_at_most"] = str(most)
         place["note"] = (
-            f"at most ${most:.2f} if the job takes its whole timeout of {show_duration(limit)}; "
-            "starting a machine is free"
+            f"at most ${most} if the job takes its whole timeout of {show_duration(limit)}; starting a machine is free"
         )
     cloud = settings.cloud
     if not (cloud.user_id and cloud.tokens and cloud.workflow_version_id):

@@ -106,7 +106,9 @@ def request_of(workflow: str, options: dict[str, Any]) -> JobRequest:
 
 async def _run(interrupts: Interrupts, workflow: str, options: dict[str, Any], *, as_json: bool) -> int:
     from runcomfy.cli.app import open_app
+    from runcomfy.cli.output import tell
     from runcomfy.cli.progress_display import Display
+    from runcomfy.cli.words import ended_well
 
     request = request_of(workflow, options)
     interrupts.listens = True
@@ -115,6 +117,9 @@ async def _run(interrupts: Interrupts, workflow: str, options: dict[str, Any], *
             app.tell = display.tell
             display.attach(interrupts)
             result = await app.orchestrator().run(request, on_progress=display, cancel=interrupts.event)
+        if result.status == "cancelled" and not as_json:
+            for line in ended_well(app.held()):
+                tell(line)
     return show_result(result, as_json=as_json)
 
 
