@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -414,6 +415,114 @@ def test_an_interrupted_start_of_a_dev_server_leaves_none(cloud: Cloud) -> None:
     assert process.returncode == 130
     assert "cancelled; nothing that this command rented still runs" in err
     assert cloud.call(lambda c: list(c.alive)) == []
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo terminals of POSIX")
+@pytest.mark.parametrize(
+    ("answer", "said"), [("s", "stopped; it cost $"), ("l", "left running, and billing")], ids=["stop", "leave"]
+)
+def test_ctrl_c_in_the_monitor_asks_whether_to_stop_or_leave(answer: str, said: str, comfy: Any, cloud: Cloud) -> None:
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runcomfy.cli.main", "dev", "start", "--monitor"],
+        stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    os.close(theirs)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("idle; $"):
+            break
+    assert re.fullmatch(r"idle; \$\d+\.\d+ so far, stops \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", line)
+    process.send_signal(signal.SIGINT)
+    os.write(ours, f"{answer}\n".encode())
+    rest, _ = process.communicate(timeout=60)
+    os.close(ours)
+    assert process.returncode == 0
+    assert "[s]top the machine, or [l]eave it running?" in rest
+    assert said in rest
+    assert bool(cloud.call(lambda c: list(c.billing))) == (answer == "l")
+    assert comfy("dev", "shutdown")[0] == 0
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_without_a_terminal_the_monitor_leaves_the_machine_running(comfy: Any, cloud: Cloud) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "runcomfy" / "dev_server_startup.py"), "--monitor", "--no-interactive"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("idle; $"):
+            break
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (0, "left running, and billing; `comfyctl dev shutdown` stops it\n")
+    assert comfy("dev", "shutdown")[0] == 0
+
+
+# -- results that cannot be had ------------------------------------------------------------------------------
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def two_lines(err: str) -> bool:
+    lines = [line for line in err.splitlines() if line.startswith(("error: ", "  -> "))]
+    return len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("  -> ")
+
+
+def test_a_download_that_is_always_cut_leaves_nothing_behind(comfy: Any, picture: str, tmp_path: Path) -> None:
+    with served(ComfyUIEmulator) as server:
+        server.call(lambda s: s.faults.add("GET", "/view", Fault.cut(0), times=99))
+        before = files_below(tmp_path)
+        code, out, err = comfy("run", "image_invert", "--image", picture, "--server", server.emulator.url)
+    assert (code, out, two_lines(err)) == (7, "", True), err
+    assert {name for name in files_below(tmp_path) - before if not name.startswith("state")} == set()
+
+
+def test_a_name_that_leads_elsewhere_leads_nowhere(comfy: Any, picture: str, tmp_path: Path) -> None:
+    """The server names its result `../../x.png` and delivers it under that name: it gets a name of ours."""
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+
+    def hostile(body: bytes, _: int) -> bytes:
+        return re.sub(rb'"filename": ?"[^"]*"', b'"filename": "../../x.png"', body)
+
+    content = Path(picture).read_bytes()
+    with served(ComfyUIEmulator) as server:
+        server.call(lambda s: s.faults.add("GET", "/history/*", Fault.corrupted(hostile), times=99))
+        server.call(lambda s: s.faults.add("GET", "/view", Fault.saying(content, "image/png"), times=99))
+        before = files_below(tmp_path)
+        code, _, err = comfy(
+            "run", "image_invert", "--image", picture, "--server", server.emulator.url, "--out", "deep/er"
+        )
+    assert code == 0, err
+    new = {Path(name) for name in files_below(tmp_path) - before if not name.startswith("state")}
+    assert {path.name for path in new} == {"inverted.png", "manifest.json"}
+    assert all(path.is_relative_to("deep/er") for path in new)
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_a_full_disk_is_two_lines_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    noise = tmp_path / "noise.png"
+    Image.effect_noise((400, 400), 90).convert("RGB").save(noise)
+    before = files_below(tmp_path)
+    # No file of this process may grow beyond 60 kB: what a quota, or a disk with that much room, does.
+    limited = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+    with served(ComfyUIEmulator) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", limited + "runpy.run_module('runcomfy.cli.main', run_name='__main__')",
+             "run", "image_invert", "--image", str(noise), "--server", server.emulator.url],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 9, done.stderr
+    assert two_lines(done.stderr)
+    assert "[disk-full]" in done.stderr
+    assert {name for name in files_below(tmp_path) - before if not name.startswith("state")} == set()
 
 
 # -- in a terminal -------------------------------------------------------------------------------------------
