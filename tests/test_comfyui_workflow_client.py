@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import math
 import os
 import traceback
 import uuid
@@ -580,6 +581,21 @@ async def test_a_cut_upload_is_made_good(
     comfyui.faults.add("POST", "/upload/image", fault)
     name = await client.upload(str(tmp_path / "a.png"))
     assert (comfyui.folders.input / name).read_bytes() == content
+
+
+@pytest.mark.fault(53)
+@pytest.mark.parametrize("fault", [Fault(work=False, status=200, body=b""), Fault(work=False, status=405, body=b"")])
+async def test_a_proxy_that_hides_lengths_does_not_hide_an_upload(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, fault: Fault, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(os.urandom(5000))
+    comfyui.faults.add("HEAD", "/view", fault, times=math.inf)
+    await client.upload(str(tmp_path / "a.png"))
+    assert comfyui.count("POST", "/upload/image") == 1
+    (tmp_path / "b.png").write_bytes(os.urandom(5000))
+    comfyui.faults.add("POST", "/upload/image", Fault(keep=10))
+    name = await client.upload(str(tmp_path / "b.png"))
+    assert (comfyui.folders.input / name).read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 @pytest.mark.fault(53)

@@ -226,6 +226,20 @@ async def test_a_machine_that_goes_away_during_the_job_is_told(app: App, cloud: 
     assert cloud.alive == []
 
 
+@pytest.mark.fault(15)
+async def test_a_machine_whose_comfyui_never_answers_is_ended_and_its_cost_told(
+    app: App, cloud: RunComfyEmulator
+) -> None:
+    cloud.next_machine(comfyui="502")
+    result = await app.orchestrator().run(JobRequest(delay(1)))
+    assert result.error is not None
+    assert result.error["code"] == "machine-failed"
+    assert cloud.alive == []
+    [bill] = cloud.books.values()
+    assert bill.usd > 0
+    assert abs(result.cost_usd - bill.usd) <= bill.usd / 100
+
+
 async def test_a_long_job_keeps_its_machine_by_renewing_the_lease(app: App, cloud: RunComfyEmulator) -> None:
     result = await app.orchestrator().run(JobRequest(delay(3000, steps=100)))
     assert result.status is JobStatus.DONE, result.error

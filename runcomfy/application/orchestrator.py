@@ -100,6 +100,10 @@ class _Run:
         self._step, self._since = name, now
         faultpoint(f"job.{name}")
 
+    def owe(self, bill: tuple[BillLine, ...]) -> None:
+        """Take the bill of a machine that was rented for this job."""
+        self.bill = bill
+
     def end(self) -> None:
         """End the last step and take the total."""
         self.step("")
@@ -197,7 +201,7 @@ class RunComfyOrchestrator:
 
     def _result(self, run: _Run, error: BaseException | None) -> JobResult:
         run.end()
-        bill = run.place.bill if run.place is not None else run.bill
+        bill = (run.place.bill if run.place is not None else ()) or run.bill
         status, exit_code = JobStatus.DONE, 0
         if isinstance(error, RunComfyError):
             exit_code = error.exit_code
@@ -252,6 +256,7 @@ class RunComfyOrchestrator:
                 job_id=run.job_id,
                 show=run.show,
                 step=run.step,
+                on_bill=run.owe,
             ) as place:
                 run.place = place
                 await self._within_timeout(run, prepared, place, folder)

@@ -37,6 +37,8 @@ EXPLAINED_WITHIN = timedelta(seconds=10)
 Show = Callable[[Progress], None]
 TimeStep = Callable[[str], None]
 """Called with a step's name when the step begins; the orchestrator measures."""
+TellBill = Callable[[tuple[BillLine, ...]], None]
+"""Called with what a machine of one's own cost when it was ended, also if the job never got to it."""
 
 
 @dataclass(slots=True)
@@ -78,7 +80,14 @@ class Placer:
 
     @asynccontextmanager
     async def at(
-        self, *, server_url: str | None, server_type: str | None, job_id: JobId, show: Show, step: TimeStep
+        self,
+        *,
+        server_url: str | None,
+        server_type: str | None,
+        job_id: JobId,
+        show: Show,
+        step: TimeStep,
+        on_bill: TellBill = lambda _: None,
     ) -> AsyncIterator[Place]:
         """Be at the place for the block. A machine of one's own is gone, by the provider's word, when it is left."""
         if server_url is not None:
@@ -95,7 +104,7 @@ class Placer:
                 yield place
         else:
             wanted = server_type or machines.settings.cloud.server_type
-            async with self._at_own_machine(machines, wanted, job_id, show, step) as place:
+            async with self._at_own_machine(machines, wanted, job_id, show, step, on_bill) as place:
                 yield place
 
     @asynccontextmanager
@@ -188,7 +197,7 @@ class Placer:
 
     @asynccontextmanager
     async def _at_own_machine(
-        self, machines: Machines, server_type: str, job_id: JobId, show: Show, step: TimeStep
+        self, machines: Machines, server_type: str, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill
     ) -> AsyncIterator[Place]:
         lease = machines.settings.cloud.run_lease
         intent = machines.books.intent(
@@ -224,12 +233,19 @@ class Placer:
                 step("stop")
                 show(Progress(Step.STOPPING, message="stopping the machine"))
             finally:  # not even a terminal that is gone keeps the machine from being ended
-                await finish(self._end_own(machines, intent, job_id, place, keeper))
+                await finish(self._end_own(machines, intent, machine, job_id, place, keeper, on_bill))
 
     async def _end_own(
-        self, machines: Machines, intent: Machine, job_id: JobId, place: Place | None, keeper: asyncio.Task[None] | None
+        self,
+        machines: Machines,
+        intent: Machine,
+        rented: Machine | None,
+        job_id: JobId,
+        place: Place | None,
+        keeper: asyncio.Task[None] | None,
+        on_bill: TellBill,
     ) -> None:
-        """End what was rented for this job, and fill in its bill."""
+        """End what was rented for this job, and tell its bill: a machine that never worked has one too."""
         if keeper is not None:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
@@ -237,11 +253,14 @@ class Placer:
         try:
             ended = await machines.settle(intent, reason=f"job {job_id} is over")
         finally:
-            if place is not None:
-                try:
-                    place.machine = ended or await machines.books.latest(intent.id) or place.machine
-                    place.bill = await _bill(machines, place.machine)
-                finally:
+            try:
+                machine = ended or await machines.books.latest(rented.id if rented else intent.id) or rented
+                bill = await _bill(machines, machine)
+                if place is not None:
+                    place.machine, place.bill = machine, bill
+                on_bill(bill)
+            finally:
+                if place is not None:
                     await place.server.close()
 
 
