@@ -8,6 +8,7 @@ import json
 import math
 import struct
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from runcomfy.adapters.media import inspect
+from runcomfy.domain.job import OutputKind
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.comfyui.nodes import NODE_CLASSES, meshes, pictures
 from runcomfy.testing.emulators.comfyui.nodes.base import InputSpec
@@ -550,6 +553,56 @@ async def test_what_is_no_picture_fails_where_it_is_loaded() -> None:
     (error,) = [message["data"] for message in session.messages if message["type"] == "execution_error"]
     assert error["node_type"] == "LoadImage"
     assert "Invalid data" in error["exception_message"]
+
+
+def saved_with(depth: str, space: str) -> dict[str, Any]:
+    """An orange picture through SaveImageAdvanced."""
+    save = {"images": ["1", 0], "filename_prefix": "deep", "format": "png"}
+    return {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 5, "height": 3, "batch_size": 1, "color": 0xFF8000}},
+        "2": {
+            "class_type": "SaveImageAdvanced",
+            "inputs": save | {"format.bit_depth": depth, "format.input_color_space": space},
+        },
+    }
+
+
+@pytest.mark.parametrize(("space", "green"), [("sRGB", 128 * 257), ("linear", round(65535 * 0.7366))])
+async def test_pictures_are_saved_in_the_depth_and_colour_space_that_were_asked_for(space: str, green: int) -> None:
+    async with ComfyUIEmulator() as server, aiohttp.ClientSession() as http:
+        session = Session(server, http)
+        files = {}
+        for depth in ("8-bit", "16-bit"):
+            entry = await session.run(saved_with(depth, space))
+            files[depth] = await session.file(entry["outputs"]["2"]["images"][0])
+    for data in files.values():
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            red, seen, blue = picture.convert("RGB").getpixel((2, 1))  # type: ignore[misc]
+            assert (red, blue) == (255, 0)
+            assert seen == pytest.approx(green / 257, abs=1)
+            assert picture.info["emulator"] == EMULATION_NOTE
+            assert json.loads(picture.info["prompt"])["2"]["class_type"] == "SaveImageAdvanced"
+    assert [files[depth][24] for depth in ("8-bit", "16-bit")] == [8, 16]
+    deep = files["16-bit"]
+    start = deep.index(b"IDAT")
+    lines = zlib.decompress(deep[start + 4 : start + 4 + struct.unpack_from(">I", deep, start - 4)[0]])
+    assert len(lines) == 3 * (1 + 5 * 6)
+    assert struct.unpack_from(">3H", lines, 1) == pytest.approx((65535, green, 0), abs=8)
+
+
+def test_the_mesh_passes_the_check_that_results_go_through(tmp_path: Path) -> None:
+    path = tmp_path / "relief.glb"
+    mesh = mesh_of(ball(), 5, grid_res=384, most_faces=None)
+    path.write_bytes(meshes.glb(mesh))
+    found = inspect(path, max_pixels=1, expected=OutputKind.MESH)
+    assert found.mime == "model/gltf-binary"
+    assert (found.details["vertices"], found.details["triangles"]) == (mesh.vertices, mesh.faces)
+
+
+def test_the_example_picture_ships_with_the_package() -> None:
+    shipped = ROOT / "runcomfy" / "data" / "render.png"
+    assert shipped.read_bytes() == (ROOT / "examples" / "render.png").read_bytes()
 
 
 def test_the_example_picture_is_a_picture_worth_sending() -> None:

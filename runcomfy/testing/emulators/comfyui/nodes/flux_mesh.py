@@ -58,7 +58,7 @@ REMBG_PROVIDERS = ("CPU", "CUDA", "ROCM", "DirectML", "OpenVINO", "CoreML", "Ten
 PARTPACKER_CHECKPOINTS = ("flow.pt",)
 PARTPACKER_VAES = ("ae.safetensors", "partpacker_vae.pt", "sdxl_vae.safetensors")
 
-# Seconds before the emulator's speed divides them. The whole graph takes about five, so that progress can be seen.
+# Seconds before the emulator's speed divides them. The whole graph takes some 4.5, enough to see progress.
 LOADING = {"clip": 0.20, "unet": 0.30, "controlnet": 0.20, "rembg": 0.10, "partpacker": 0.30}
 FLUX_STEP = 0.06
 PARTPACKER_STEP = 0.03

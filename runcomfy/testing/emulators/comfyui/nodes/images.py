@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image, ImageChops, ImageFilter, UnidentifiedImageError
@@ -23,6 +24,7 @@ from runcomfy.testing.emulators.comfyui.nodes.values import (
     EMULATION_NOTE,
     Images,
     Masks,
+    deep_png_bytes,
     png_bytes,
     prompt_text,
     temp_prefix,
@@ -162,12 +164,12 @@ async def image_to_mask(context: NodeContext, inputs: dict[str, Any]) -> NodeRes
     return NodeResult([Masks(tuple(frame.getchannel(band) for frame in frames))])
 
 
-def encoded(images: Images, context: NodeContext, compress_level: int) -> list[bytes]:
-    """Return a PNG file for each picture; equal pictures are encoded once."""
+def encoded(images: Images, encode: Callable[[Image.Image], bytes]) -> list[bytes]:
+    """Return a file for each picture; equal pictures are encoded once."""
     done: dict[int, bytes] = {}
     for frame in images.frames:
         if id(frame) not in done:
-            done[id(frame)] = png_bytes(frame, context, compress_level=compress_level)
+            done[id(frame)] = encode(frame)
     return [done[id(frame)] for frame in images.frames]
 
 
@@ -179,12 +181,14 @@ def save_pictures(
     *,
     compress_level: int = 4,
     underscore: bool = True,
+    encode: Callable[[Image.Image], bytes] | None = None,
 ) -> list[dict[str, str]]:
-    """Write each picture as PNG and return the references."""
+    """Write each picture as PNG and return the references. `encode` makes a file of a picture, if not the usual one."""
     target = context.save_path(prefix, kind, width=images.width, height=images.height)
+    encode = encode or (lambda frame: png_bytes(frame, context, compress_level=compress_level))
     files = [
         (target.name(".png", index=number, underscore=underscore).replace("%batch_num%", str(number)), data)
-        for number, data in enumerate(encoded(images, context, compress_level))
+        for number, data in enumerate(encoded(images, encode))
     ]
     return write_files(target, files, kind)
 
@@ -196,9 +200,30 @@ async def save_image(context: NodeContext, inputs: dict[str, Any]) -> NodeResult
     return NodeResult([images], ui={"images": saved})
 
 
+def srgb_of_linear(value: float) -> float:
+    """Return the sRGB value of a linear light from 0 to 1."""
+    return 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055
+
+
+def advanced_png(frame: Image.Image, context: NodeContext, depth: str, space: str) -> bytes:
+    """Return a PNG file of 8 or 16 bits a channel; pictures that hold linear light are written as sRGB."""
+    shares = [value / 255 if space == "sRGB" else srgb_of_linear(value / 255) for value in range(256)]
+    if depth == "16-bit":
+        return deep_png_bytes(frame, context, [round(65535 * share) for share in shares])
+    if space != "sRGB":
+        table = [round(255 * share) for share in shares] * 3
+        frame = frame.point(table + list(range(256)) if frame.mode == "RGBA" else table)
+    return png_bytes(frame, context)
+
+
 async def save_image_advanced(context: NodeContext, inputs: dict[str, Any]) -> NodeResult:
-    """PNG with a choice of depth and colour space; the emulator writes 8 bit sRGB whatever is chosen."""
-    save = lambda: save_pictures(context, inputs["images"], inputs["filename_prefix"], underscore=False)  # noqa: E731
+    """PNG with a choice of depth and of the colour space that comes in."""
+    depth, space = inputs["format.bit_depth"], inputs["format.input_color_space"]
+
+    def save() -> list[dict[str, str]]:
+        encode = lambda frame: advanced_png(frame, context, depth, space)  # noqa: E731
+        return save_pictures(context, inputs["images"], inputs["filename_prefix"], underscore=False, encode=encode)
+
     return NodeResult([], ui={"images": await context.in_thread(save)})
 
 

@@ -12,6 +12,10 @@ import hashlib
 import io
 import json
 import random
+import struct
+import sys
+import zlib
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,15 +208,46 @@ def graph_metadata(context: NodeContext) -> dict[str, str]:
     return {"prompt": prompt} | more
 
 
-def png_bytes(picture: Image.Image, context: NodeContext, *, compress_level: int = 4) -> bytes:
-    """Return a PNG file with the graph, the caller's `extra_pnginfo`, and the note that this is an emulation."""
+def _png_info(context: NodeContext) -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
     for key, value in graph_metadata(context).items():
         info.add_text(key, value)
     info.add_text("emulator", EMULATION_NOTE)
+    return info
+
+
+def png_bytes(picture: Image.Image, context: NodeContext, *, compress_level: int = 4) -> bytes:
+    """Return a PNG file with the graph, the caller's `extra_pnginfo`, and the note that this is an emulation."""
     data = io.BytesIO()
-    picture.save(data, format="PNG", pnginfo=info, compress_level=compress_level)
+    picture.save(data, format="PNG", pnginfo=_png_info(context), compress_level=compress_level)
     return data.getvalue()
+
+
+def deep_png_bytes(picture: Image.Image, context: NodeContext, levels: Sequence[int]) -> bytes:
+    """Return the same with 16 bits a channel, which Pillow does not write in colour.
+
+    `levels` has the 16-bit value of each 8-bit colour value; alpha is spread evenly.
+    """
+    picture = picture if picture.mode in {"RGB", "RGBA"} else picture.convert("RGB")
+    channels = len(picture.getbands())
+    deep = array("H", map(levels.__getitem__, picture.tobytes()))
+    if channels == 4:
+        deep[3::4] = array("H", (value * 257 for value in picture.getchannel("A").tobytes()))
+    if sys.byteorder == "little":
+        deep.byteswap()
+    rows, length = deep.tobytes(), picture.width * channels * 2
+    lines = b"".join(b"\0" + rows[start : start + length] for start in range(0, len(rows), length))
+    colour_type = 6 if channels == 4 else 2
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", picture.width, picture.height, 16, colour_type, 0, 0, 0)),
+        *((kind, data) for kind, data, *_ in _png_info(context).chunks),
+        (b"IDAT", zlib.compress(lines, 4)),
+        (b"IEND", b""),
+    ]
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def temp_prefix(context: NodeContext, stem: str = "ComfyUI") -> str:
