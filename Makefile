@@ -5,11 +5,12 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: install demo test check format lint types floors bench nightly clean
+.PHONY: install demo test check format lint types floors bench docs nightly clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
+	@echo "installing into $(VENV); this happens once and takes a minute or so"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12 install"'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
@@ -42,6 +43,11 @@ check: lint types floors
 
 bench: install
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+# The generated parts of the pages, written anew; the tests compare them.
+docs: install
+	@$(BIN)/comfyctl config reference > docs/reference/settings.md
+	@UPDATE_DOCS=1 $(BIN)/python -m pytest -q tests/docs
 
 nightly: check
 	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto -m "not processes or processes" $(ARGS)

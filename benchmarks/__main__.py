@@ -16,4 +16,5 @@ def main() -> None:
         ALL[name]()
 
 
-main()
+if __name__ == "__main__":
+    main()
