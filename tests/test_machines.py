@@ -593,6 +593,18 @@ async def test_stops_that_get_no_answer_at_all_are_not_billed_in_our_books_for_t
     await assert_bill_and_ledger_agree(cloud, program)
 
 
+@pytest.mark.fault(29)
+async def test_a_machine_that_became_ready_while_nobody_could_look_is_billed_in_our_books(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.delete_takes = 0
+    machine = await program.launch(program.intent(duration=timedelta(hours=1)))
+    await asyncio.sleep(1500)
+    await end(program, machine)
+    assert cloud.books[cloud.launched[0]].seconds > 1300
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
 @pytest.mark.fault(19)
 async def test_a_machine_that_runs_on_after_a_yes_is_asked_again_until_it_goes_with_an_alarm(
     cloud: RunComfyEmulator, program: Program
@@ -903,6 +915,19 @@ async def test_a_cancellation_at_any_moment_leaves_nothing_billing(
     await assert_bill_and_ledger_agree(cloud, program)
 
 
+async def test_a_cancellation_while_the_answer_is_under_way_does_not_lose_the_answer(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", delay=8)
+    job = asyncio.create_task(a_job(program, program.intent()))
+    await asyncio.sleep(4)
+    job.cancel()
+    with suppress(asyncio.CancelledError):
+        await job
+    assert cloud.alive == []
+    assert asyncio.get_running_loop().time() < 30  # it did not have to be looked for
+
+
 @pytest.mark.parametrize("steps", range(1, 130, 4))
 async def test_a_cancellation_at_any_step_of_the_loop_leaves_nothing_billing(
     cloud: RunComfyEmulator, program: Program, steps: int
@@ -926,7 +951,7 @@ async def test_a_cancellation_at_any_step_of_the_loop_leaves_nothing_billing(
 
 
 async def test_jobs_of_one_process_launch_one_after_the_other(cloud: RunComfyEmulator, program: Program) -> None:
-    cloud.next_call("POST servers", reply="lost", delay=5)
+    cloud.next_call("POST servers", reply="lost", delay=5, times=2)
     intents = [program.intent() for _ in range(3)]
     machines = await asyncio.gather(*(program.launch(intent) for intent in intents))
     assert sorted(str(m.server_id) for m in machines) == sorted(cloud.launched)

@@ -232,7 +232,7 @@ class Programs:
         machines = Machines(provider, self.processes, books)
 
         def comfyui(url: SecretUrl) -> ComfyUI:
-            return ComfyUIWorkflowClient(url, settings.comfy, clock=self.clock, durable=False)
+            return ComfyUIWorkflowClient(url, settings.comfy, clock=self.clock)
 
         manager = DevServerStateManager(self.folder / "dev_server_state.json")
         dev = DevServer(machines, PublishedDevServer(manager), comfyui)
