@@ -221,9 +221,11 @@ def main() -> None:
     alpha = picture.getchannel("A").point([0 if value < 24 else value for value in range(256)])
     ground = Image.new("RGBA", picture.size, (0, 0, 0, 0))
     picture = Image.composite(picture, ground, alpha.point([255 if value else 0 for value in range(256)]))
-    target = Path(__file__).with_name("render.png")
-    picture.save(target, optimize=True)
-    print(f"{target}: {target.stat().st_size} bytes")
+    here = Path(__file__).resolve()
+    # The second one ships in the package, for the demo of an installed comfyctl.
+    for target in (here.with_name("render.png"), here.parents[1] / "runcomfy" / "data" / "render.png"):
+        picture.save(target, optimize=True)
+        print(f"{target}: {target.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
