@@ -132,7 +132,11 @@ async def test_with_a_damaged_database_machines_are_still_listed_and_stopped(
     code, out, err = await comfy("machines", "ls")
     assert code == 0
     assert stranger.server_id in out
+    assert "not ours" not in out
+    assert "unknown" in out
     assert "store-corrupt" in err
+    [row] = await listed(comfy)
+    assert row["ours"] is None
     code, _, err = await comfy("machines", "stop", stranger.server_id)
     assert code == 0, err
     assert not stranger.bills

@@ -32,7 +32,7 @@ async def _ls(interrupts: Interrupts, *, as_json: bool) -> int:
     from runcomfy.cli.output import show_json
 
     async with open_app(interrupts, require_cloud=True, launches=False, quiet=as_json) as app:
-        cloud = await cloud_or_memory(app)
+        cloud, has_books = await cloud_or_memory(app)
         reports = {report.server_id: report for report in await cloud.provider.list_machines()}
         verdicts = await Reaper(cloud).verdicts(list(reports.values()))
         rows = [_row(verdict, reports, cloud) for verdict in verdicts]
@@ -42,7 +42,7 @@ async def _ls(interrupts: Interrupts, *, as_json: bool) -> int:
             if server_id in closed and server_id not in shown:
                 rows.append(_row(_ended(closed[server_id], report), reports, cloud))
             elif server_id not in shown:
-                rows.append(_foreign(report))
+                rows.append(_foreign(report, has_books=has_books))
     if as_json:
         show_json(rows)
     else:
@@ -50,8 +50,8 @@ async def _ls(interrupts: Interrupts, *, as_json: bool) -> int:
     return 0
 
 
-async def cloud_or_memory(app: Any) -> Machines:
-    """Return the account's machines with our books; without them if the database cannot be used."""
+async def cloud_or_memory(app: Any) -> tuple[Machines, bool]:
+    """Return the account's machines with our books, without them if the database cannot be used; and whether with."""
     from runcomfy.cli.output import show_error, tell
     from runcomfy.domain.exceptions import LocalError
 
@@ -61,7 +61,8 @@ async def cloud_or_memory(app: Any) -> Machines:
         show_error(error)
         tell("going on without our books: what is ours cannot be told, but everything is listed and can be stopped")
         cloud, _ = await app.cloud(in_memory=True)
-    return cloud  # type: ignore[no-any-return]
+        return cloud, False
+    return cloud, True
 
 
 def _ended(machine: Machine, report: MachineReport) -> Verdict:
@@ -93,15 +94,17 @@ def _row(verdict: Verdict, reports: dict[Any, MachineReport], cloud: Machines) -
     }
 
 
-def _foreign(report: MachineReport) -> dict[str, Any]:
+def _foreign(report: MachineReport, *, has_books: bool) -> dict[str, Any]:
+    """Return the row of a machine that our books do not have; `ours` is None where they cannot be read."""
+    why = "not in our books: never touched; `comfyctl machines adopt ID` takes it over"
     return {
         "server_id": report.server_id,
         "type": report.server_type or "?",
         "status": report.status,
-        "ours": False,
+        "ours": False if has_books else None,
         "state": "",
         "purpose": "",
-        "why": "not in our books: never touched; `comfyctl machines adopt ID` takes it over",
+        "why": why if has_books else "our books cannot be read; `comfyctl machines stop ID` stops it all the same",
         "usd_per_hour": None,
         "spent_usd": None,
         "stops_at": report.stopping_at,
@@ -124,7 +127,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             str(row["server_id"]),
             row["type"],
             row["status"],
-            "ours" if row["ours"] else "not ours",
+            {True: "ours", False: "not ours"}.get(row["ours"], "unknown"),
             show_usd(Decimal(row["spent_usd"])) if row["spent_usd"] is not None else "-",
             show_time(row["stops_at"]),
             row["why"],
@@ -146,7 +149,7 @@ async def _stop(interrupts: Interrupts, server_id: str) -> int:
     from runcomfy.cli.app import open_app
 
     async with open_app(interrupts, require_cloud=True, launches=False) as app:
-        cloud = await cloud_or_memory(app)
+        cloud, _ = await cloud_or_memory(app)
         ended = await finish(_stop_whosever(cloud, server_id))
         _say_ended(ended, cloud)
     return 0
