@@ -221,11 +221,13 @@ def main() -> None:
     alpha = picture.getchannel("A").point([0 if value < 24 else value for value in range(256)])
     ground = Image.new("RGBA", picture.size, (0, 0, 0, 0))
     picture = Image.composite(picture, ground, alpha.point([255 if value else 0 for value in range(256)]))
-    here = Path(__file__).resolve()
-    # The second one ships in the package, for the demo of an installed comfyctl.
-    for target in (here.with_name("render.png"), here.parents[1] / "runcomfy" / "data" / "render.png"):
-        picture.save(target, optimize=True)
-        print(f"{target}: {target.stat().st_size} bytes")
+    target = Path(__file__).resolve().with_name("render.png")
+    picture.save(target, optimize=True)
+    print(f"{target}: {target.stat().st_size} bytes")
+    # The copy that ships in the package, for the demo of an installed comfyctl; a trial in another size leaves it.
+    shipped = target.parents[1] / "runcomfy" / "data" / target.name
+    if size == SIZE and shipped.exists():
+        shipped.write_bytes(target.read_bytes())
 
 
 if __name__ == "__main__":
