@@ -17,17 +17,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from runcomfy.application.placing import Place
 from runcomfy.domain.exceptions import (
     BudgetExceeded,
     LocalError,
-    MachineLost,
     MachineNotFound,
     OutOfCredit,
     ProviderError,
     StopUnconfirmed,
 )
-from runcomfy.domain.job import JobId
 from runcomfy.domain.lease import Use
 from runcomfy.domain.machine import Machine, MachineReport, MachineState, Purpose
 from runcomfy.domain.settings import CloudSettings
@@ -445,148 +442,6 @@ async def test_without_books_a_shutdown_goes_by_the_state_file(
     async with programs.start(in_memory=True) as without_books:
         [ended] = await without_books.dev.shutdown()
     assert ended.server_id == cloud.launched[0]
-    assert cloud.alive == []
-
-
-# -- jobs on it, and on machines of their own --------------------------------------------------------------
-
-
-def at(program: Program, *, server_type: str | None = None) -> Any:
-    steps: list[str] = []
-    return program.placer.at(
-        server_url=None, server_type=server_type, job_id=JobId("job-1"), show=lambda _: None, step=steps.append
-    )
-
-
-async def test_a_job_uses_the_dev_server_and_leaves_it_running(cloud: RunComfyEmulator, program: Program) -> None:
-    machine, _, _ = await start(program)
-    async with at(program) as place:
-        assert place.kind == "dev server"
-        assert [use.job_id for use in await program.store.uses([machine.id])] == ["job-1"]
-        await asyncio.sleep(120)
-    assert place.bill[0].seconds >= 120
-    assert await program.store.uses([machine.id]) == []
-    assert cloud.billing == [machine.server_id]
-    await program.dev.shutdown()
-
-
-async def test_a_job_without_a_dev_server_gets_a_machine_of_its_own_that_is_gone_when_it_leaves(
-    cloud: RunComfyEmulator, program: Program
-) -> None:
-    async with at(program, server_type="large") as place:
-        assert place.kind == "own machine"
-        assert cloud.billing == cloud.launched
-    assert cloud.alive == []
-    assert await discrepancies(cloud, program) == []
-    assert abs(place.cost_usd - cloud.total_usd) < Decimal("0.01")
-
-
-async def test_the_lease_of_a_long_job_is_renewed_and_never_far_ahead(
-    cloud: RunComfyEmulator, program: Program
-) -> None:
-    """I5: whenever the program dies, its machine is paid at most one lease ahead."""
-    async with at(program):
-        for _ in range(60):
-            await asyncio.sleep(60)
-            machine = cloud.machines[cloud.launched[0]]
-            assert machine.bills
-            assert machine.stops_at is not None
-            assert timedelta(0) < machine.stops_at - cloud.now() <= timedelta(minutes=10, seconds=1)
-    assert cloud.alive == []
-    assert await discrepancies(cloud, program) == []
-
-
-@pytest.mark.fault(24)
-async def test_a_lease_whose_renewal_fails_for_a_while_is_renewed_in_time(
-    cloud: RunComfyEmulator, program: Program
-) -> None:
-    cloud.next_call("POST servers/*/update-estimated-duration", status=500, times=4)
-    cloud.next_call("POST servers/*/update-estimated-duration", works=False)
-    async with at(program):
-        await asyncio.sleep(1500)
-        assert cloud.billing
-    assert cloud.alive == []
-
-
-@pytest.mark.fault(23)
-async def test_the_machine_of_a_program_that_is_gone_for_ever_stops_within_its_lease(
-    cloud: RunComfyEmulator, programs: Programs
-) -> None:
-    async with programs.start() as program:
-        entered = asyncio.Event()
-
-        async def job() -> None:
-            async with at(program):
-                entered.set()
-                await asyncio.sleep(36_000)
-
-        task = asyncio.create_task(job())
-        await entered.wait()
-        await asyncio.sleep(1234)
-        await program.kill(task)
-    assert cloud.billing
-    await asyncio.sleep(601)
-    assert cloud.billing == []
-
-
-@pytest.mark.fault(13)
-async def test_a_lease_is_renewed_also_if_the_cloud_does_not_say_when_a_machine_stops(
-    cloud: RunComfyEmulator, program: Program
-) -> None:
-    async with at(program):
-        machine = cloud.machines[cloud.launched[0]]
-        machine.traits.fields = {"estimated_stopping_at": None}
-        await asyncio.sleep(1500)
-        assert machine.bills
-        machine.traits.fields = {}
-
-
-async def test_a_job_that_fails_or_cannot_even_say_that_it_ends_leaves_no_machine(
-    cloud: RunComfyEmulator, program: Program
-) -> None:
-    def broken(_: object) -> None:
-        if cloud.billing:
-            raise BrokenPipeError
-
-    with pytest.raises(BrokenPipeError):
-        async with program.placer.at(
-            server_url=None, server_type=None, job_id=JobId("job-1"), show=broken, step=lambda _: None
-        ):
-            pass
-    assert cloud.alive == []
-
-
-@pytest.mark.parametrize("after", [0, 0.01, 1.5, 3, 30, 179, 181, 185.02, 186, 250, 800])
-async def test_a_job_that_is_cancelled_at_any_moment_leaves_no_machine(
-    cloud: RunComfyEmulator, program: Program, after: float
-) -> None:
-    async def job() -> None:
-        async with at(program) as place:
-            assert isinstance(place, Place)
-            await asyncio.sleep(600)
-
-    task = asyncio.create_task(job())
-    await asyncio.wait({task}, timeout=after)
-    task.cancel()
-    await asyncio.wait({task})
-    assert cloud.alive == []
-    assert await program.books.rows() == []
-    assert program.books.held == {}
-    assert await discrepancies(cloud, program) == []
-
-
-async def test_a_machine_of_a_jobs_own_that_vanishes_is_a_lost_machine(
-    cloud: RunComfyEmulator, program: Program
-) -> None:
-    cloud.next_machine(vanishes_after=60)
-
-    async def job() -> None:
-        async with at(program) as place:
-            await asyncio.sleep(90)
-            await place.server.probe(fresh=True)
-
-    with pytest.raises(MachineLost):
-        await job()
     assert cloud.alive == []
 
 

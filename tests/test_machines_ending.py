@@ -1,0 +1,524 @@
+"""Ending machines: whatever the cloud, this computer, the user or other processes do; the cloud's own books tell."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import closing, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runcomfy.application.finish import finish
+from runcomfy.domain.exceptions import (
+    AuthRejected,
+    LaunchUnclear,
+    LocalError,
+    StopUnconfirmed,
+)
+from runcomfy.domain.machine import Machine, MachineState
+from runcomfy.domain.secret import Secret
+from runcomfy.domain.settings import CloudSettings
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
+
+pytestmark = pytest.mark.cloud(comfyui=False)
+
+
+@pytest.fixture
+def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
+    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
+
+
+@pytest.fixture
+async def program(programs: Programs) -> AsyncIterator[Program]:
+    async with programs.start() as program:
+        yield program
+
+
+async def end(program: Program, machine: Machine) -> Machine:
+    """Stop a machine as its owner does at the end."""
+    current = await program.books.latest(machine.id)
+    assert current is not None
+    return await program.machines.stop(current, reason="the test is over")
+
+
+async def states(program: Program) -> list[str]:
+    return [str(row.state) for row in await program.books.rows(open_only=False)]
+
+
+async def assert_bill_and_ledger_agree(cloud: RunComfyEmulator, program: Program) -> None:
+    assert await discrepancies(cloud, program) == []
+
+
+# -- ending ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(11)
+async def test_an_empty_list_by_mistake_is_not_the_end_of_a_machine(cloud: RunComfyEmulator, program: Program) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("GET servers", body=[], times=None)
+    assert await program.machines.gone_unasked(machine, note="?") is None
+    assert cloud.billing
+    await end(program, machine)
+    assert cloud.alive == []
+
+
+@pytest.mark.fault(11)
+async def test_a_status_404_by_mistake_is_not_the_end_of_a_machine(cloud: RunComfyEmulator, program: Program) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("GET servers/*", status=404, body={"message": "Server not found"}, times=None)
+    assert await program.machines.gone_unasked(machine, note="?") is None
+    cloud.next_call("DELETE *", status=500, times=8)
+    await end(program, machine)
+    assert cloud.alive == []
+
+
+@pytest.mark.fault(17)
+async def test_a_machine_that_becomes_ready_after_its_stop_is_stopped_again(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(boot_time=30, ignores_delete=True)
+    machine = await program.launch()
+    cloud_machine = cloud.machines[cloud.launched[0]]
+    stop = asyncio.create_task(end(program, machine))
+    await asyncio.sleep(60)
+    assert cloud.billing
+    cloud_machine.traits.ignores_delete = False
+    assert (await stop).state is MachineState.STOPPED
+    assert "still runs; asking again" in " ".join(program.said)
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("fault", [{"status": 500, "works": True}, {"reply": "lost"}, {"reply": "html"}])
+async def test_a_stop_that_worked_and_was_not_answered_is_seen(
+    cloud: RunComfyEmulator, program: Program, fault: dict[str, Any]
+) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", times=None, **fault)
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    assert not [sentence for sentence in program.said if "ALARM" in sentence]
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(18)
+async def test_stops_that_get_no_answer_at_all_are_not_billed_in_our_books_for_the_waiting(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", times=4, reply="never")  # it works, and four deadlines pass
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(29)
+async def test_a_machine_that_became_ready_while_nobody_could_look_is_billed_in_our_books(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.delete_takes = 0
+    machine = await program.launch(program.intent(duration=timedelta(hours=1)))
+    await asyncio.sleep(1500)
+    await end(program, machine)
+    assert cloud.books[cloud.launched[0]].seconds > 1300
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(19)
+async def test_a_machine_that_runs_on_after_a_yes_is_asked_again_until_it_goes_with_an_alarm(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(ignores_delete=True, ignores_stop_time=True)
+    machine, _ = await program.ready()
+    traits = cloud.machines[cloud.launched[0]].traits
+    stop = asyncio.create_task(end(program, machine))
+    await asyncio.sleep(290)
+    assert not any("ALARM" in sentence for sentence in program.said)
+    await asyncio.sleep(60)
+    assert any("ALARM" in sentence for sentence in program.said)
+    traits.ignores_delete = False
+    assert (await stop).state is MachineState.STOPPED
+    assert len([call for call in cloud.calls if call.method == "DELETE"]) > 5
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(19)
+async def test_deleting_for_ever_is_left_to_the_provider_after_the_alarm_time(
+    cloud: RunComfyEmulator, program: Program, looptime: float
+) -> None:
+    cloud.next_machine(delete_takes=3600)
+    machine, _ = await program.ready()
+    before = asyncio.get_running_loop().time()
+    stopped = await end(program, machine)
+    assert stopped.state is MachineState.STOPPING
+    assert stopped.stop_accepted_at is not None
+    assert 300 <= asyncio.get_running_loop().time() - before < 400
+    assert cloud.billing == []
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(20)
+async def test_a_404_to_the_stop_is_not_believed_while_the_machine_is_listed(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", status=404, body={"message": "Server not found"}, times=3)
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    assert cloud.alive == []
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(21)
+async def test_a_stop_that_fails_for_six_hours_is_repeated_for_six_hours(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(ignores_stop_time=True)
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", status=500, lasts=timedelta(hours=6), times=None)
+    before = asyncio.get_running_loop().time()
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    took = asyncio.get_running_loop().time() - before
+    assert timedelta(hours=6) <= timedelta(seconds=took) <= timedelta(hours=6, minutes=3)
+    assert len([sentence for sentence in program.said if "ALARM" in sentence]) > 60
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(29)
+async def test_a_provider_that_is_down_for_two_hours_does_not_keep_a_stop_from_its_end(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call(status=503, lasts=timedelta(hours=2), times=None)
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    await assert_bill_and_ledger_agree(cloud, program)  # it ran until its planned stop
+
+
+async def test_a_machine_that_ended_by_itself_is_billed_until_its_planned_stop(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    await asyncio.sleep(5000)
+    await end(program, machine)
+    [entry] = await program.store.ledger()
+    assert entry.ended_at - entry.started_at == timedelta(minutes=10)
+
+
+@pytest.mark.fault(26)
+async def test_the_second_token_ends_what_the_first_one_started(
+    cloud: RunComfyEmulator, clock: LoopClock, tmp_path: Path, cloud_settings: CloudSettings
+) -> None:
+    cloud.second_token = "emulated-token-2"
+    both = replace(cloud_settings, tokens=(Secret(cloud.token), Secret(cloud.second_token)))
+    async with Programs(cloud, settings_for(both, tmp_path / "state"), clock).start() as program:
+        machine, _ = await program.ready()
+        cloud.revoke(1)
+        assert (await end(program, machine)).state is MachineState.STOPPED
+    assert cloud.calls[-1].token == 2
+
+
+@pytest.mark.fault(26)
+async def test_a_revoked_token_is_said_clearly_and_the_stop_stays_open(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    cloud.revoke(1)
+    before = asyncio.get_running_loop().time()
+    with pytest.raises(StopUnconfirmed) as caught:
+        await end(program, machine)
+    assert 60 <= asyncio.get_running_loop().time() - before < 120
+    assert "may still bill" in caught.value.message
+    assert "RUNCOMFY_API_TOKEN" in caught.value.hint
+    assert "machines reap" in caught.value.hint
+    assert caught.value.details["server_id"] == machine.server_id
+    assert await states(program) == ["stopping"]
+    assert list(program.books.held) == [machine.id]  # the last words of the program name it
+    cloud.behave()
+    await end(program, machine)
+
+
+@pytest.mark.fault(26)
+async def test_a_token_revoked_before_the_launch_starts_nothing(cloud: RunComfyEmulator, program: Program) -> None:
+    cloud.revoke(1)
+    with pytest.raises(AuthRejected):
+        await program.launch()
+    assert cloud.launched == []
+    assert program.books.held == {}
+
+
+@pytest.mark.fault(26)
+async def test_a_token_revoked_while_a_lost_launch_is_looked_for_is_said_and_left_to_the_reaper(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", reply="lost", delay=3)
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(2)
+    cloud.revoke(1)
+    with pytest.raises(LaunchUnclear, match="may run and bill") as caught:
+        await launch
+    assert "machines reap" in caught.value.hint
+    assert asyncio.get_running_loop().time() < 120
+    assert await states(program) == ["requested"]
+    cloud.behave()
+    program.die()
+    reaped = await program.reaper.reap()
+    assert [m.server_id for m in reaped.ended] == cloud.launched
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("value", ["2", "Fri, 20 Nov 2026 10:00:30 GMT", None, "-3", "864000", "soon"])
+async def test_too_many_requests_are_waited_out_by_launch_and_stop(
+    cloud: RunComfyEmulator, program: Program, value: str | None
+) -> None:
+    headers = {} if value is None else {"Retry-After": value}
+    cloud.next_call("POST servers", status=429, headers=headers, times=2)
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", status=429, headers=headers, times=2)
+    await end(program, machine)
+    assert len(cloud.launched) == 1
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+# -- this computer fails -----------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """Every write of a program's store fails as a full disk does; reading works."""
+
+    def __init__(self, program: Program) -> None:
+        self._connection = program.store
+
+    async def fill(self) -> None:
+        await self._pragma("PRAGMA query_only=ON")
+
+    async def free(self) -> None:
+        await self._pragma("PRAGMA query_only=OFF")
+
+    async def _pragma(self, text: str) -> None:
+        def run(connection: Any) -> None:
+            connection.exec_driver_sql(text)
+
+        await self._connection._read(run)  # type: ignore[attr-defined]
+
+
+@pytest.mark.fault(54)
+async def test_on_a_full_disk_nothing_is_launched(cloud: RunComfyEmulator, program: Program) -> None:
+    await FullDisk(program).fill()
+    with pytest.raises(LocalError) as caught:
+        await program.launch()
+    assert caught.value.exit_code == 9
+    assert not [call for call in cloud.calls if call.method == "POST"]
+    assert program.books.held == {}
+
+
+@pytest.mark.fault(54)
+async def test_on_a_full_disk_a_machine_is_still_stopped(cloud: RunComfyEmulator, program: Program) -> None:
+    machine, _ = await program.ready()
+    disk = FullDisk(program)
+    await disk.fill()
+    ended = await program.machines.stop(machine, reason="the test is over")
+    assert ended.state is MachineState.STOPPED
+    assert cloud.alive == []
+    await disk.free()
+    reaped = await program.reaper.reap()  # by us, who still live: the books catch up when we are gone
+    assert reaped.ended == []
+    program.die()
+    assert [m.server_id for m in (await program.reaper.reap()).ended] == cloud.launched
+    assert await states(program) == ["stopped"]
+
+
+@pytest.mark.fault(54)
+async def test_a_disk_that_fills_while_the_launch_is_under_way_does_not_lose_the_machine(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", delay=5)
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(3)
+    disk = FullDisk(program)
+    await disk.fill()
+    with pytest.raises(LocalError):
+        await launch
+    assert len(cloud.launched) == 1
+    assert cloud.alive == []
+
+
+@pytest.mark.fault(54)
+@pytest.mark.fault(4)
+async def test_a_full_disk_and_a_lost_answer_together_leave_nothing_running(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", delay=5, reply="lost")
+    launch = asyncio.create_task(program.launch())
+    await asyncio.sleep(3)
+    await FullDisk(program).fill()
+    with pytest.raises(LocalError):
+        await launch
+    assert len(cloud.launched) == 1
+    assert cloud.alive == []
+
+
+@pytest.mark.fault(55)
+async def test_while_the_database_is_locked_nothing_is_launched_and_machines_are_stopped(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start(busy_timeout=timedelta(seconds=0.05)) as program:
+        machine, _ = await program.ready()
+        with closing(sqlite3.connect(programs.database, isolation_level=None)) as somebody:
+            somebody.execute("BEGIN IMMEDIATE")
+            with pytest.raises(LocalError):
+                await program.launch()
+            ended = await program.machines.stop(machine, reason="the test is over")
+            assert ended.state is MachineState.STOPPED
+            somebody.execute("ROLLBACK")
+    assert len(cloud.launched) == 1
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("days", [1, -1])
+async def test_a_clock_that_jumps_while_a_lost_launch_is_looked_for_decides_nothing(
+    cloud: RunComfyEmulator, cloud_settings: CloudSettings, tmp_path: Path, days: int
+) -> None:
+    class Jumping(LoopClock):
+        offset = timedelta(0)
+
+        def now(self) -> datetime:
+            return super().now().astimezone(UTC) + self.offset
+
+    clock = Jumping()
+    cloud.next_machine(unlisted_for=90, hidden_for=90)
+    cloud.next_call("POST servers", reply="lost")
+    async with Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock).start() as program:
+        launch = asyncio.create_task(program.launch())
+        await asyncio.sleep(20)
+        clock.offset = timedelta(days=days)
+        machine = await launch
+        assert cloud.launched == [machine.server_id]
+        await end(program, machine)
+
+
+# -- Ctrl+C ------------------------------------------------------------------------------------------------
+
+
+async def a_job(program: Program, intent: Machine) -> None:
+    """Rent, wait, use for a minute, end: as the placing of a job does."""
+    try:
+        await program.launch(intent)
+        await program.machines.wait_ready((await program.books.rows())[-1])
+        await asyncio.sleep(60)
+    finally:
+        await finish(program.machines.settle(intent, reason="the job is over"))
+
+
+FAULTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "plain": [],
+    "slow": [("POST servers", {"delay": 8}), ("DELETE *", {"delay": 8})],
+    "lost": [("POST servers", {"reply": "lost", "delay": 4})],
+    "never": [("POST servers", {"reply": "never"}), ("DELETE *", {"status": 500, "times": 3})],
+}
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+@pytest.mark.parametrize("after", [0, 0.001, 0.5, 1, 2, 3, 4.5, 6, 12, 31, 60, 150, 181, 190, 240, 246])
+async def test_a_cancellation_at_any_moment_leaves_nothing_billing(
+    cloud: RunComfyEmulator, program: Program, faults: str, after: float
+) -> None:
+    for call, fault in FAULTS[faults]:
+        cloud.next_call(call, **fault)
+    job = asyncio.create_task(a_job(program, program.intent()))
+    await asyncio.sleep(after)
+    job.cancel()
+    with suppress(asyncio.CancelledError):
+        await job
+    assert cloud.alive == []
+    assert program.books.held == {}
+    assert await program.books.rows() == []
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+async def test_a_cancellation_while_the_answer_is_under_way_does_not_lose_the_answer(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_call("POST servers", delay=8)
+    job = asyncio.create_task(a_job(program, program.intent()))
+    await asyncio.sleep(4)
+    job.cancel()
+    with suppress(asyncio.CancelledError):
+        await job
+    assert cloud.alive == []
+    assert asyncio.get_running_loop().time() < 30  # it did not have to be looked for
+
+
+@pytest.mark.parametrize("steps", range(1, 130, 4))
+async def test_a_cancellation_at_any_step_of_the_loop_leaves_nothing_billing(
+    cloud: RunComfyEmulator, program: Program, steps: int
+) -> None:
+    cloud.boot_time = 0.0
+    job = asyncio.create_task(a_job(program, program.intent()))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    job.cancel()
+    with suppress(asyncio.CancelledError):
+        await job
+    assert cloud.alive == []
+    assert program.books.held == {}
+    assert await program.books.rows() == []
+    if not [call for call in cloud.calls if call.method == "POST"]:
+        # What was never sent is not waited for.
+        assert asyncio.get_running_loop().time() < 5
+
+
+# -- several at once ---------------------------------------------------------------------------------------
+
+
+async def test_jobs_of_one_process_launch_one_after_the_other(cloud: RunComfyEmulator, program: Program) -> None:
+    cloud.next_call("POST servers", reply="lost", delay=5, times=2)
+    intents = [program.intent() for _ in range(3)]
+    machines = await asyncio.gather(*(program.launch(intent) for intent in intents))
+    assert sorted(str(m.server_id) for m in machines) == sorted(cloud.launched)
+    assert len(cloud.launched) == 3
+    await asyncio.gather(*(program.machines.settle(intent, reason="over") for intent in intents))
+    assert cloud.alive == []
+
+
+async def test_processes_of_one_account_launch_one_after_the_other(cloud: RunComfyEmulator, programs: Programs) -> None:
+    cloud.next_call("POST servers", reply="lost", delay=5)
+    async with programs.start() as one, programs.start() as two:
+        first, second = await asyncio.gather(one.launch(), two.launch())
+        assert {first.server_id, second.server_id} == set(cloud.launched)
+        assert any("is launching a machine" in s for s in one.said + two.said)
+        await asyncio.gather(end(one, first), end(two, second))
+
+
+async def test_a_cancelled_wait_for_the_launch_lock_does_not_keep_it(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as one, programs.start() as two:
+        for steps in range(12):
+            waiting = asyncio.create_task(one.launch())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            waiting.cancel()
+            with suppress(asyncio.CancelledError):
+                await waiting
+        async with asyncio.timeout(10), two.machines.launch_lock():
+            pass
+    assert cloud.alive == []
+
+
+async def test_a_machine_that_another_process_took_over_is_left_to_it(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as one, programs.start() as two:
+        intent = one.intent()
+        machine, _ = await one.ready(intent)
+        taken = await two.books.take_over(machine, note="adopted by the user")
+        await one.machines.settle(intent, reason="the job is over")
+        left = await one.machines.stop(machine, reason="the job is over")
+        assert left.owner_id == two.owner.id
+        assert cloud.billing == [machine.server_id]
+        assert not [call for call in cloud.calls if call.method == "DELETE"]
+        await two.machines.stop(taken, reason="the test is over")
