@@ -121,15 +121,11 @@ async def test_the_example_tests_pass(name: str, monkeypatch: pytest.MonkeyPatch
 def test_the_shipped_picture_can_be_drawn_again(tmp_path: Path) -> None:
     from PIL import Image
 
-    drawn_to = [tmp_path / "examples" / "render.png", tmp_path / "runcomfy" / "data" / "render.png"]
-    for target in drawn_to:
-        target.parent.mkdir(parents=True)
-    script = tmp_path / "examples" / "make_render.py"
+    script = tmp_path / "make_render.py"
     script.write_text((EXAMPLES / "make_render.py").read_text(encoding="utf-8"), encoding="utf-8")
     subprocess.run([sys.executable, str(script), "32"], check=True, timeout=100)
-    assert drawn_to[0].read_bytes() == drawn_to[1].read_bytes()
     assert (EXAMPLES / "render.png").read_bytes() == (ROOT / "runcomfy" / "data" / "render.png").read_bytes()
-    with Image.open(drawn_to[0]) as small, Image.open(EXAMPLES / "render.png") as shipped:
+    with Image.open(tmp_path / "render.png") as small, Image.open(EXAMPLES / "render.png") as shipped:
         assert small.size == (32, 32)
         expected = shipped.convert("RGBA").resize((32, 32), Image.Resampling.BOX).getchannel("A")
         drawn = small.convert("RGBA").getchannel("A")
