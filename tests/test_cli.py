@@ -525,6 +525,21 @@ def test_a_full_disk_is_two_lines_and_leaves_nothing_half_written(tmp_path: Path
     assert {name for name in files_below(tmp_path) - before if not name.startswith("state")} == set()
 
 
+@pytest.mark.fault(54)
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_that_goes_to_a_full_disk_is_two_lines_and_the_code_for_disks(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "runcomfy.cli.main", "workflows", "ls"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=full, stderr=subprocess.PIPE, text=True,
+            check=False,
+        )  # fmt: skip
+    assert done.returncode == 9, done.stderr
+    assert two_lines(done.stderr)
+    assert "[disk-full]" in done.stderr
+
+
 # -- in a terminal -------------------------------------------------------------------------------------------
 
 

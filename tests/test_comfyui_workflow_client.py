@@ -566,6 +566,13 @@ async def test_only_our_own_prompt_is_interrupted_on_old_servers() -> None:
         assert comfyui.count("POST", "/interrupt") == 0
 
 
+def test_an_address_with_an_impossible_port_is_bad_input_and_prints() -> None:
+    address = SecretUrl("http://127.0.0.1:99999")
+    assert repr(address) == "SecretUrl('***')"
+    with pytest.raises(SettingInvalid):
+        ComfyUIWorkflowClient(address, SETTINGS, clock=LoopClock())
+
+
 # --- uploading ----------------------------------------------------------------------------------------------
 
 

@@ -240,6 +240,16 @@ async def test_a_machine_whose_comfyui_never_answers_is_ended_and_its_cost_told(
     assert abs(result.cost_usd - bill.usd) <= bill.usd / 100
 
 
+@pytest.mark.fault(14)
+async def test_a_machine_that_never_starts_is_a_timeout_by_status_and_by_code(
+    app: App, cloud: RunComfyEmulator
+) -> None:
+    cloud.next_machine(stuck=True)
+    result = await app.orchestrator().run(JobRequest(delay(1)))
+    assert (result.status, result.exit_code) == (JobStatus.TIMEOUT, 6)
+    assert cloud.alive == []
+
+
 async def test_a_long_job_keeps_its_machine_by_renewing_the_lease(app: App, cloud: RunComfyEmulator) -> None:
     result = await app.orchestrator().run(JobRequest(delay(3000, steps=100)))
     assert result.status is JobStatus.DONE, result.error

@@ -22,7 +22,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -100,7 +100,12 @@ class DiskResults:
                 folder.mkdir(mode=PRIVATE_DIR)
             except FileExistsError:
                 _take_over(folder)
-            self._prove_writable(folder)
+            try:
+                self._prove_writable(folder)
+            except (OSError, DiskFull):
+                with suppress(OSError):  # refused if anything is in it
+                    folder.rmdir()
+                raise
         except OSError as error:
             raise local_error(error, folder, "write to") from error
         return str(folder)

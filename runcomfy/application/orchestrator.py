@@ -30,6 +30,7 @@ from runcomfy.application.placing import Place, Placer
 from runcomfy.application.watcher import Ended, Watcher
 from runcomfy.domain.binding import BoundWorkflow, bind, fit_seeds
 from runcomfy.domain.exceptions import (
+    DeadlineExceeded,
     Interrupted,
     JobTimeout,
     LocalError,
@@ -208,7 +209,7 @@ class RunComfyOrchestrator:
             status = JobStatus.FAILED
             if isinstance(error, Interrupted) or error.code == "prompt-interrupted":
                 status = JobStatus.CANCELLED
-            elif isinstance(error, JobTimeout):
+            elif isinstance(error, DeadlineExceeded):
                 status = JobStatus.TIMEOUT
             elif isinstance(error, StopUnconfirmed) and run.outputs:
                 status = JobStatus.DONE  # the results are whole; the error says what may still bill

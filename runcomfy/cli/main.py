@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Final
 
 import click
@@ -76,7 +80,7 @@ def call(command: click.Command, arguments: Sequence[str] | None = None, *, name
         sys.stderr.close()  # whoever read our output has left; say nothing more
         return 1
     except Exception as error:  # noqa: BLE001 - the border: nothing leaves as a traceback
-        return _failed(error)
+        return _failed(_full(error) or error)
     return result if isinstance(result, int) else 0
 
 
@@ -100,6 +104,18 @@ def _failed(error: Exception) -> int:
         )
     show_error(error)
     return error.exit_code
+
+
+def _full(error: Exception) -> Exception | None:
+    """Return what to say if our output goes to a disk that is full; results have errors of their own."""
+    if not isinstance(error, OSError) or error.errno != errno.ENOSPC:
+        return None
+    from runcomfy.domain.exceptions import DiskFull
+
+    # What could not be written must not be tried once more at the end: Python then ends with a code of its own.
+    with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return DiskFull("the disk is full: what was to be printed could not be written", hint="free some space there")
 
 
 def _two_lines(message: str, hint: str) -> None:

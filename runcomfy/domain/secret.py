@@ -55,11 +55,13 @@ class SecretUrl:
     @property
     def masked(self) -> str:
         """The address without its secret first label, path and user part; loopback is shown as it is."""
-        parts = urlsplit(self._text)
-        host = parts.hostname or ""
+        try:
+            parts = urlsplit(self._text)
+            host, port = parts.hostname or "", f":{parts.port}" if parts.port else ""
+        except ValueError:  # not an address at all, such as one with port 99999
+            return "***"
         if not host:
             return "***"
-        port = f":{parts.port}" if parts.port else ""
         if is_loopback(host):
             return f"{parts.scheme}://{host}{port}"
         label, _, rest = host.partition(".")
