@@ -162,6 +162,18 @@ async def test_deleting_for_ever_is_left_to_the_provider_after_the_alarm_time(
     await assert_bill_and_ledger_agree(cloud, program)
 
 
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("failing", [290, 295, 299, 300])
+async def test_a_stop_that_is_accepted_when_the_alarm_is_due_is_still_seen_to_its_end(
+    cloud: RunComfyEmulator, program: Program, failing: float
+) -> None:
+    cloud.delete_takes = 60
+    machine, _ = await program.ready(program.intent(duration=timedelta(hours=1)))
+    cloud.next_call("DELETE *", status=500, lasts=failing, times=None)
+    assert (await end(program, machine)).state is MachineState.STOPPED
+    assert cloud.alive == []
+
+
 @pytest.mark.fault(20)
 async def test_a_404_to_the_stop_is_not_believed_while_the_machine_is_listed(
     cloud: RunComfyEmulator, program: Program

@@ -66,6 +66,8 @@ class _Effort:
     delay: timedelta
     known: bool
     """Whether the provider has ever known the machine; one that it does not show yet is not gone."""
+    accepted: float | None = None
+    """Since when, by the loop's time, the provider's yes stands; None while there is none."""
     seen_at: datetime | None = None
     """When the machine was last seen to run."""
     complained: bool = False
@@ -140,11 +142,11 @@ class Ending:
                 continue
             if look.phase in (Phase.READY, Phase.STARTING, Phase.FAILED):
                 await self._reopen(effort, look.phase)
-            if loop.time() >= effort.next_alarm:
-                accepted = effort.machine.stop_accepted_at is not None
-                if accepted and look.phase in (Phase.STOPPING, Phase.UNKNOWN):
-                    self._books.tell(f"RunComfy accepted the stop of {effort.machine.server_id} but still lists it")
-                    return effort.machine
+            on_its_way = effort.accepted is not None and look.phase in (Phase.STOPPING, Phase.UNKNOWN)
+            if on_its_way and loop.time() - (effort.accepted or 0.0) >= cloud.stop_alarm_after.total_seconds():
+                self._books.tell(f"RunComfy accepted the stop of {effort.machine.server_id} but still lists it")
+                return effort.machine
+            if loop.time() >= effort.next_alarm and not on_its_way:
                 self._alarm(effort)
             await asyncio.sleep(effort.delay.total_seconds())
             effort.delay = min(effort.delay * 1.5, max(cloud.poll_interval, timedelta(seconds=1)) * 6)
@@ -167,7 +169,8 @@ class Ending:
                     "or stop it on RunComfy's page",
                     details={"server_id": server_id, "cause": error.code},
                 ) from error
-        effort.known = effort.known or accepted
+        if accepted:
+            effort.known, effort.accepted = True, loop.time() if effort.accepted is None else effort.accepted
         effort.next_call = loop.time() + (RESTOP_EVERY if accepted else effort.delay).total_seconds()
 
     async def _ask_to_stop(self, machine: Machine) -> tuple[Machine, bool]:
@@ -263,6 +266,7 @@ class Ending:
     async def _reopen(self, effort: _Effort, phase: Phase) -> None:
         """The stop was accepted and the machine runs: it bills again, and is asked to stop again."""
         machine = effort.machine
+        effort.accepted = None
         if machine.stop_accepted_at is None:
             return
         if not effort.complained:
