@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,20 +23,14 @@ settings.register_profile("nightly", deadline=None, max_examples=2_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-def pytest_runtest_call(item: pytest.Item) -> None:
-    """Keep looptime from making an event loop for a plain test: it asks the policy, which makes one nobody closes.
+def pytest_sessionstart() -> None:
+    """Have the policy make no event loops of its own.
 
-    The loop that pytest-asyncio puts back after an async test was made in the same way, so it is closed here. A plain
-    test with async fixtures has a runner, whose loop is left alone.
+    pytest-asyncio and looptime ask it for the current one, also in plain tests; as long as nobody has ever set one it
+    makes one, which nobody closes. Once one was set, be it none, it makes no more.
     """
-    if not isinstance(item, pytest.Function) or inspect.iscoroutinefunction(item.function):
-        return
-    if any(name.endswith("_scoped_runner") for name in item.fixturenames):
-        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        with contextlib.suppress(RuntimeError):  # there is none
-            asyncio.get_event_loop().close()
         asyncio.set_event_loop(None)
 
 
