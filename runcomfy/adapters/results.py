@@ -79,6 +79,7 @@ class DiskResults:
     def __init__(self, settings: FileSettings, *, disk: Disk = DISK) -> None:
         self._settings = settings
         self._disk = disk
+        self._flushed: set[Path] = set()
 
     async def check_input(self, path: str, *, kind: str) -> None:
         """See the port. `kind` is `image`, or anything else for a file that only has to be there."""
@@ -123,8 +124,10 @@ class DiskResults:
             with open_new(probe) as file:
                 file.write(b"\0" * _PROBE_BYTES)
                 file.flush()
-                if self._settings.durable:
+                # Some disks say no only when they are made to write; asked once, for each later job writing is enough.
+                if self._settings.durable and folder.parent not in self._flushed:
                     self._disk.fsync(file.fileno())
+                    self._flushed.add(folder.parent)
         finally:
             remove_quietly(probe)
 
