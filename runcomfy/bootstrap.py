@@ -133,10 +133,14 @@ class App:
 
     def comfyui(self, url: SecretUrl) -> ComfyUI:
         """Return a new client of the ComfyUI at `url`; whoever asked closes it."""
-        from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
         from runcomfy.adapters.log import register_secret
 
-        register_secret(url)
+        register_secret(url)  # who knows a rented machine's address can use it
+        return self._client(url)
+
+    def _client(self, url: SecretUrl) -> ComfyUI:
+        from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
+
         return ComfyUIWorkflowClient(url, self.settings.comfy, clock=self.clock)
 
     def given_server(self, url: str) -> ComfyUI:
@@ -148,13 +152,14 @@ class App:
                 hint="write it as http://host:8188 or https://host",
             )
         if url not in self._given:
-            self._given[url] = self.comfyui(SecretUrl(url))
+            self._given[url] = self._client(SecretUrl(url))
         return self._given[url]
 
     # -- jobs ----------------------------------------------------------------------------------------------
 
     def orchestrator(self) -> RunComfyOrchestrator:
         """Return what runs jobs."""
+        from runcomfy.adapters.log import redact
         from runcomfy.adapters.results import DiskResults
 
         return RunComfyOrchestrator(
@@ -164,6 +169,7 @@ class App:
             placer=Placer(self.comfyui, self.given_server, self.cloud, tell=self.tell),
             load_workflow=self.workflow_files(),
             random_int=random.SystemRandom().randint,
+            veil=redact,
         )
 
     @staticmethod

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
+from runcomfy.adapters.log import register_secret
 from runcomfy.bootstrap import App
 from runcomfy.domain.job import JobRequest, JobResult, JobStatus, OutputKind
 from runcomfy.domain.progress import Progress, Step
@@ -175,6 +176,18 @@ async def test_a_node_that_raises_is_named_and_the_machine_is_gone(app: App, clo
     assert "it burst" in result.error["message"]
     assert cloud.alive == []
     assert leftovers(Path(app.settings.files.output_dir)) == []
+
+
+async def test_an_error_that_echoes_the_machines_address_does_not_show_it(
+    app: App, cloud: RunComfyEmulator, said: list[str]
+) -> None:
+    register_secret("https://0f6b1c1e-comfyui.runcomfy.com")  # as if the emulated machine had that address
+    graph = failing("error", "cannot reach https://0f6b1c1e-comfyui.runcomfy.com/prompt")
+    result = await app.orchestrator().run(JobRequest(graph))
+    assert result.error is not None
+    assert "the culprit" in result.error["message"]
+    assert "0f6b1c1e" not in json.dumps(result.as_dict())
+    assert "0f6b1c1e" not in str(result.exception)
 
 
 @pytest.mark.fault(41)

@@ -125,13 +125,16 @@ class RunComfyOrchestrator:
         placer: Placer,
         load_workflow: LoadWorkflow,
         random_int: Callable[[int, int], int],
+        veil: Callable[[str], str] = str,
     ) -> None:
+        """Nothing is opened. `veil` cuts secrets out of texts: a machine may echo its own address in an error."""
         self._settings = settings
         self._clock = clock
         self._results = results
         self._placer = placer
         self._load_workflow = load_workflow
         self._random_int = random_int
+        self._veil = veil
 
     async def prepare(self, request: JobRequest) -> Prepared:
         """Parse, bind and check everything that needs no machine. Writes and sends nothing. Raises BadInput."""
@@ -202,6 +205,8 @@ class RunComfyOrchestrator:
 
     def _result(self, run: _Run, error: BaseException | None) -> JobResult:
         run.end()
+        if isinstance(error, RunComfyError):
+            veil_error(error, self._veil)
         bill = (run.place.bill if run.place is not None else ()) or run.bill
         status, exit_code = JobStatus.DONE, 0
         if isinstance(error, RunComfyError):
@@ -405,6 +410,23 @@ class RunComfyOrchestrator:
             "timings": {name: round(seconds, 6) for name, seconds in run.timings.items()},
             "committed_at": self._clock.now().isoformat(),
         }
+
+
+def veil_error(error: RunComfyError, veil: Callable[[str], str]) -> None:
+    """Cut secrets out of everything an error says, in place."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            return veil(value)
+        if isinstance(value, Mapping):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        return value
+
+    error.message, error.hint = veil(error.message), veil(error.hint)
+    error.details = clean(error.details)
+    error.args = (error.message, *error.args[1:])
 
 
 def refused(problems: list[Problem]) -> PreflightFailed:
