@@ -21,6 +21,7 @@ import secrets
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -48,6 +49,8 @@ from runcomfy.ports.results import Media, ResultFile
 MANIFEST: Final = "manifest.json"
 PARTIAL: Final = ".partial-"
 REJECTED: Final = "rejected-"
+PROVEN_FOR_SECONDS: Final = 5.0
+"""How long a folder that took a probe needs no other."""
 LEAST_FREE_BYTES: Final = 64 << 20
 """Room that must be there before a machine is rented: a picture, a mesh and the manifest, several times over."""
 
@@ -79,7 +82,7 @@ class DiskResults:
     def __init__(self, settings: FileSettings, *, disk: Disk = DISK) -> None:
         self._settings = settings
         self._disk = disk
-        self._flushed: set[Path] = set()
+        self._proven: dict[Path, float] = {}
 
     async def check_input(self, path: str, *, kind: str) -> None:
         """See the port. `kind` is `image`, or anything else for a file that only has to be there."""
@@ -112,6 +115,10 @@ class DiskResults:
         return str(folder)
 
     def _prove_writable(self, folder: Path) -> None:
+        """Make sure that results can be written there; not again within a few seconds, when many jobs follow."""
+        now = time.monotonic()
+        if now - self._proven.get(folder.parent, -PROVEN_FOR_SECONDS) < PROVEN_FOR_SECONDS:
+            return
         free = shutil.disk_usage(folder).free
         if free < LEAST_FREE_BYTES:
             raise DiskFull(
@@ -124,12 +131,11 @@ class DiskResults:
             with open_new(probe) as file:
                 file.write(b"\0" * _PROBE_BYTES)
                 file.flush()
-                # Some disks say no only when they are made to write; asked once, for each later job writing is enough.
-                if self._settings.durable and folder.parent not in self._flushed:
+                if self._settings.durable:
                     self._disk.fsync(file.fileno())
-                    self._flushed.add(folder.parent)
         finally:
             remove_quietly(probe)
+        self._proven[folder.parent] = now
 
 
 def _take_over(folder: Path) -> None:
