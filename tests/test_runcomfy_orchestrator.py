@@ -111,6 +111,8 @@ async def test_a_picture_and_a_prompt_become_a_picture_and_a_mesh_and_nothing_bi
     assert percents == sorted(percents)
     assert percents[-1] == 100
     assert any(p.node_title == "Xlabs Sampler" and p.maximum == 20 for p in seen)
+    assert seen[-1].elapsed >= timedelta(seconds=180)
+    assert [p.elapsed for p in seen] == sorted(p.elapsed for p in seen)
     assert {"boot", "execute", "stop", "total"} <= set(result.timings)
     assert result.timings["boot"] >= 180
 

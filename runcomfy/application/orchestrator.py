@@ -64,6 +64,15 @@ def _nobody(_: Progress) -> None:
     pass
 
 
+def _since(started: float, show: Show) -> Show:
+    """Return `show` with every snapshot's elapsed time counted from when the job began."""
+
+    def shown(progress: Progress) -> None:
+        show(replace(progress, elapsed=timedelta(seconds=asyncio.get_running_loop().time() - started)))
+
+    return shown
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A job that has passed every check that needs no machine."""
@@ -171,7 +180,8 @@ class RunComfyOrchestrator:
         the cancellation go on.
         """
         loop = asyncio.get_running_loop()
-        run = _Run(request.job_id or JobId(str(uuid4())), on_progress or _nobody, started=loop.time())
+        show = _since(loop.time(), on_progress) if on_progress is not None else _nobody
+        run = _Run(request.job_id or JobId(str(uuid4())), show, started=loop.time())
         request = replace(request, job_id=run.job_id)
         work = asyncio.create_task(self._do(run, request), name=f"job-{run.job_id}")
         waiter = asyncio.create_task(cancel.wait()) if cancel is not None else None

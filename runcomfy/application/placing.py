@@ -100,6 +100,7 @@ class Placer:
             step("place")
             warm = await self._warm(machines, dev, job_id)
         if warm is not None:
+            show(Progress(Step.PLACING, message=f"using the dev server {warm[0].server_id} ({warm[0].server_type})"))
             async with self._at_dev_server(machines, dev, warm, job_id) as place:
                 yield place
         else:
