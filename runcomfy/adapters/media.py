@@ -20,7 +20,7 @@ from runcomfy.adapters.media_picture import Header, TooManyPixels
 from runcomfy.adapters.media_sniff import HTML, TEXT, UNKNOWN, Sniffed, sniff
 from runcomfy.adapters.media_source import Corrupt, Source
 from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, OutputCorrupt, foreign_text
-from runcomfy.domain.job import OutputKind
+from runcomfy.domain.job import PICTURE_FORMATS, OutputKind
 from runcomfy.ports.results import Media
 
 INLINE_PIXELS: Final = 32_000_000
@@ -231,7 +231,7 @@ def likely_extension(path: str | os.PathLike[str]) -> str:
 
 # --- converting --------------------------------------------------------------------------------------------
 
-CONVERTIBLE: Final[Mapping[str, str]] = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
+CONVERTIBLE: Final = PICTURE_FORMATS
 """Format -> file extension."""
 
 

@@ -39,7 +39,7 @@ from runcomfy.domain.exceptions import (
     StopUnconfirmed,
     ValueInvalid,
 )
-from runcomfy.domain.job import BillLine, JobId, JobRequest, JobResult, JobStatus, Output, PromptId
+from runcomfy.domain.job import PICTURE_FORMATS, BillLine, JobId, JobRequest, JobResult, JobStatus, Output, PromptId
 from runcomfy.domain.preflight import Problem, preflight
 from runcomfy.domain.progress import NodeLabel, Progress, Step
 from runcomfy.domain.settings import Settings
@@ -55,7 +55,6 @@ Show = Callable[[Progress], None]
 LoadWorkflow = Callable[[str], tuple[str | bytes, str | None, str]]
 """Takes a shipped name or a path; returns the graph's JSON, the sidecar's TOML if there is one, and a name."""
 
-CONVERTIBLE = ("png", "jpg", "webp")
 CANCEL_WITHIN = timedelta(seconds=15)
 """How long the server may take to be told that a prompt is no longer wanted; it may be the server that hangs."""
 
@@ -147,9 +146,9 @@ class RunComfyOrchestrator:
 
     async def prepare(self, request: JobRequest) -> Prepared:
         """Parse, bind and check everything that needs no machine. Writes and sends nothing. Raises BadInput."""
-        if request.convert not in (None, *CONVERTIBLE):
+        if request.convert not in (None, *PICTURE_FORMATS):
             raise ValueInvalid(
-                f"pictures cannot be converted to {request.convert!r}", hint=f"use one of {', '.join(CONVERTIBLE)}"
+                f"pictures cannot be converted to {request.convert!r}", hint=f"use one of {', '.join(PICTURE_FORMATS)}"
             )
         if isinstance(request.workflow, str):
             text, toml, name = await asyncio.to_thread(self._load_workflow, request.workflow)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runcomfy.cli.runner import Interrupts, run_async
+from runcomfy.domain.job import PICTURE_FORMATS
 
 if TYPE_CHECKING:
     from runcomfy.domain.job import JobRequest, JobResult
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--server", metavar="URL", help="A ComfyUI that already runs: nothing is launched, nothing billed.")
 @click.option("--server-type", metavar="TYPE", help="Machine type, if one has to be launched.")
 @click.option("--timeout", metavar="TIME", help="Seconds or 90s, 10m, 1h; counted from when the machine is ready.")
-@click.option("--convert", type=click.Choice(["png", "jpg", "webp"]), help="Convert picture results.")
+@click.option("--convert", type=click.Choice(list(PICTURE_FORMATS)), help="Convert picture results.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 @click.option("--dry-run", is_flag=True, help="Check and show everything, send nothing.")
 def run(workflow: str, as_json: bool, dry_run: bool, **options: Any) -> int:

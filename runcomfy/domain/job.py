@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any, NewType
+from typing import Any, Final, NewType
 
 JobId = NewType("JobId", str)
 PromptId = NewType("PromptId", str)
 """ComfyUI's id of one execution; chosen by us, a canonical lower-case UUID (required since ComfyUI 0.25.0)."""
+
+
+PICTURE_FORMATS: Final[Mapping[str, str]] = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
+"""What picture results can be converted to, with the extension of each."""
 
 
 class JobStatus(StrEnum):
