@@ -50,6 +50,9 @@ class Place:
     """`server`, `dev server` or `own machine`."""
     alone: bool
     """Whether nobody else uses the server, so that an interrupt without an id can hit nobody else."""
+    key: str = ""
+    """Names the server across processes and hosts, without being able to reach it: `machine:<our id>`, or
+    `server:<host and port>`, with this computer's name where the address is loopback. See `server_key`."""
     machine: Machine | None = None
     bill: tuple[BillLine, ...] = ()
 

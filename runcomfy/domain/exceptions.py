@@ -6,7 +6,8 @@ Everything that can go wrong, as one tree with exit codes.
     │   ├── WorkflowNotFound  WorkflowNotJson  WorkflowIsUiFormat  WorkflowInvalid
     │   ├── TargetUnknown  TargetAmbiguous  ValueInvalid
     │   ├── InputFileMissing  InputFileInvalid
-    │   └── PreflightFailed  PromptRejected
+    │   ├── PreflightFailed  PromptRejected
+    │   └── JobFileInvalid  JobNotFound  JobBusy  NameTaken  IdempotencyConflict
     ├── ConfigurationError            3   settings and credentials
     │   ├── CredentialsMissing  CredentialsMalformed  SettingInvalid  InsecureUrl
     ├── ProviderError                 4   the cloud, the machine, the ComfyUI on it
@@ -22,7 +23,7 @@ Everything that can go wrong, as one tree with exit codes.
     │   ├── OutputMissing  OutputCorrupt  DownloadFailed
     ├── BudgetExceeded                8   refused before money was spent
     ├── LocalError                    9   this computer's disk or database
-    │   ├── DiskFull  StoreUnavailable  StoreCorrupt  StoreTooNew  LeaseLost
+    │   ├── DiskFull  StoreUnavailable  StoreCorrupt  StoreTooNew  LeaseLost  FolderWatched
     └── Interrupted                 130   the user pressed Ctrl+C, or asked for cancellation
 
 Every class has its own stable `code`, which appears in logs, in `--json` output and in the documentation.
@@ -143,6 +144,36 @@ class PromptRejected(BadInput):
     """ComfyUI refused the workflow when it was submitted."""
 
     code = "prompt-rejected"
+
+
+class JobFileInvalid(BadInput):
+    """A job file cannot be read; the message names line and field."""
+
+    code = "job-file-invalid"
+
+
+class JobNotFound(BadInput):
+    """The queue has no such job."""
+
+    code = "job-not-found"
+
+
+class JobBusy(BadInput):
+    """The job is being processed."""
+
+    code = "job-busy"
+
+
+class NameTaken(BadInput):
+    """Another job has that name."""
+
+    code = "name-taken"
+
+
+class IdempotencyConflict(BadInput):
+    """The idempotency key belongs to a job with another body."""
+
+    code = "idempotency-conflict"
 
 
 # --- 3: configuration -------------------------------------------------------------------------------------
@@ -447,6 +478,12 @@ class LeaseLost(LocalError):
     """Another process took over what this one held; its writes no longer count."""
 
     code = "lease-lost"
+
+
+class FolderWatched(LocalError):
+    """Another monitor watches the folder; two would take up each file twice."""
+
+    code = "folder-watched"
 
 
 class Interrupted(RunComfyError):

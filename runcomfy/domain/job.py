@@ -63,6 +63,15 @@ class JobRequest:
     """Picture format to convert image results to: png, jpg or webp."""
     server_type: str | None = None
     job_id: JobId | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Values by the names people use in job files: a name of the sidecar, `NODE_param`, `Title.param`, or the only
+    input of that name in the graph."""
+    input_names: Mapping[str, str] = field(default_factory=dict)
+    """Name -> target (`NODEID.input`), from the workflow's entry in `workflows.yaml`; looked at before the sidecar."""
+    required_inputs: tuple[str, ...] = ()
+    """Names that `inputs` must have."""
+    out_file: str | None = None
+    """Where the one result goes, as a file; several get numbered names. Wins over `out_dir`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,61 @@ class AppSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueSettings:
+    """The queue, its folders and its workers. Paths are absolute."""
+
+    root: str
+    """The project's folder; relative paths in job files and `workflows.yaml` begin there."""
+    jobs_processing: str
+    """Where job files are dropped, in folders image, video, audio, speech, 3d."""
+    jobs_finished: str
+    """Where results go; `outputs.file_path` must lie below it."""
+    database: Secret
+    """A path, or `postgresql://…` (which may hold a password)."""
+    workflows_file: str | None = None
+    """`workflows.yaml`, if there is one."""
+    default_priority: int = 50
+    retry_limit: int = 2
+    poll_interval: timedelta = timedelta(seconds=1)
+    """At the latest this long after a job file appeared it is looked at; also how often an idle executor asks the
+    database without being woken."""
+    stable_for: timedelta = timedelta(milliseconds=250)
+    """How long a job file's size and time must stay as they are before it is read."""
+    where: str = "server"
+    """`server` (the ComfyUI at `api_base_url`) or `cloud` (the dev server if it lives, else a machine of its own)."""
+    api_base_url: str = "http://127.0.0.1:8188"
+    server_type: str | None = None
+    """Of a machine of its own; None: RUNCOMFY_SERVER_TYPE."""
+    job_timeout: timedelta = timedelta(seconds=300)
+    lease: timedelta = timedelta(seconds=60)
+    heartbeat: timedelta = timedelta(seconds=15)
+    reap_every: timedelta = timedelta(seconds=15)
+    attach_grace: timedelta = timedelta(minutes=5)
+    """How long a job whose worker vanished waits for a worker that can reach its prompt."""
+    drain: timedelta = timedelta(seconds=30)
+    """How long a first SIGTERM or Ctrl+C lets running jobs go on."""
+    slots: int = 1
+    """Jobs an executor works on at once."""
+    limit_place: int | None = None
+    """Jobs at one machine at once, over all executors."""
+    limit_workflow: Mapping[str, int] = field(default_factory=dict)
+    limit_job_type: Mapping[str, int] = field(default_factory=dict)
+    limit_user: int | None = None
+    fair_users: bool = False
+    backoff_first: timedelta = timedelta(seconds=5)
+    """Wait before the first retry; doubles, with jitter, up to `backoff_most`."""
+    backoff_most: timedelta = timedelta(minutes=10)
+    lost_limit: int = 3
+    """A job whose lease was lost this often is quarantined."""
+    kill_limit: int = 2
+    """A job under which this many machines died is quarantined."""
+    idle_after: timedelta = timedelta(minutes=2)
+    """How long a machine of its own is kept with nothing to do."""
+    wake_interval: timedelta = timedelta(milliseconds=3)
+    """How often a waiting executor looks whether another process changed the SQLite file."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings, and where each came from."""
 

@@ -4,30 +4,25 @@ The store on a database: machines, owners, the ledger, and what processes of an 
 Written in SQLAlchemy Core so that a server's database can run the same statements; the file it lies in today is
 `sqlite.py`'s care, the tables are in `tables.py`, their versions in `migrate.py`.
 
-All work happens in one thread of its own, one transaction after the other: the event loop never waits for a disk,
-and a writer never meets itself. A call that is cancelled may or may not have been written; ask the store.
+Threads, transactions and what errors mean are the business of `database.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from sqlite3 import Error as SqliteError
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, bindparam, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
 
 from runcomfy.adapters.stores import bucket as limiter
-from runcomfy.adapters.stores import migrate, tables
-from runcomfy.adapters.stores.errors import is_callers_fault, local_error
-from runcomfy.adapters.stores.sqlite import WRITES, SqliteFile
-from runcomfy.domain.exceptions import LeaseLost, LocalError, StoreUnavailable
+from runcomfy.adapters.stores import tables
+from runcomfy.adapters.stores.database import Database
+from runcomfy.adapters.stores.sqlite import SqliteFile
+from runcomfy.domain.exceptions import LeaseLost, LocalError
 from runcomfy.domain.lease import Owner, Use
 from runcomfy.domain.machine import OPEN, Machine, MachineEvent, MachineId, MachineState, OwnerId, Purpose, Transition
 from runcomfy.domain.money import LedgerEntry
@@ -76,34 +71,18 @@ class SqlStore:
         `busy_timeout`: how long to wait for another program's lock.
         """
         self.path = path
-        self._clock = clock
-        self._file = SqliteFile(path, durable=durable, busy_timeout=busy_timeout)
-        self._thread: ThreadPoolExecutor | None = None
-        self._engine: Engine | None = None
-        self._writing: Engine | None = None
+        self._database = Database(SqliteFile(path, durable=durable, busy_timeout=busy_timeout), clock=clock)
+        self._read, self._write = self._database.read, self._database.write
 
     # -- coming and going ----------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Open or make the database and bring it to the current version; harmless when repeated."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
-        try:
-            at = self._clock.now()  # a clock may need the event loop, so it is not asked from the thread
-            await self._in_thread(lambda: self._open(at))
-        except BaseException:
-            await self.close()
-            raise
+        await self._database.open()
 
     async def close(self) -> None:
         """Finish what was begun and let go of the database. Harmless when repeated."""
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        try:
-            await asyncio.get_running_loop().run_in_executor(thread, self._dispose)
-        finally:
-            thread.shutdown(wait=False)
+        await self._database.close()
 
     async def __aenter__(self) -> SqlStore:
         await self.open()
@@ -111,60 +90,6 @@ class SqlStore:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    def _open(self, at: datetime) -> None:
-        if self._engine is not None:
-            return
-        try:
-            with self._file.opening():
-                engine = self._file.engine()
-                try:
-                    self._bring_up(engine, at)
-                except BaseException:
-                    engine.dispose()
-                    raise
-        except (SQLAlchemyError, SqliteError, OSError, UnicodeDecodeError) as error:
-            self._fail(error)
-        self._writing = engine.execution_options(**{WRITES: True})
-        self._engine = engine
-
-    def _bring_up(self, engine: Engine, at: datetime) -> None:
-        with engine.connect() as connection:
-            self._file.check(connection)
-            found = migrate.revision_of(connection, str(self.path))
-        if found != migrate.HEAD:
-            with engine.execution_options(**{WRITES: True}).begin() as connection:
-                migrate.upgrade(connection, str(self.path), at=at)
-
-    def _dispose(self) -> None:
-        engine, self._engine, self._writing = self._engine, None, None
-        if engine is not None:
-            engine.dispose()
-
-    async def _read(self, work: Callable[[Connection], T]) -> T:
-        return await self._in_thread(lambda: self._transaction(self._engine, work))
-
-    async def _write(self, work: Callable[[Connection], T]) -> T:
-        return await self._in_thread(lambda: self._transaction(self._writing, work))
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        if self._thread is None:
-            raise _not_open()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def _transaction(self, engine: Engine | None, work: Callable[[Connection], T]) -> T:
-        if engine is None:
-            raise _not_open()
-        try:
-            with engine.begin() as connection:
-                return work(connection)
-        except (SQLAlchemyError, SqliteError, OSError, UnicodeDecodeError) as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> NoReturn:
-        if is_callers_fault(error):
-            raise TypeError(f"a value that cannot be stored: {error.args[0]}") from error
-        raise local_error(error, self.path) from error
 
     # -- owners --------------------------------------------------------------------------------------------
 
@@ -521,10 +446,6 @@ def _checked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 def _expect_row(count: int, what: str) -> None:
     if not count:
         raise _no_row(what)
-
-
-def _not_open() -> StoreUnavailable:
-    return StoreUnavailable("the store is not open", hint="call open() first, or use `async with`")
 
 
 def _no_row(what: str) -> LocalError:

@@ -21,8 +21,9 @@ from typing import Final
 import psutil
 from sqlalchemy import Connection, Engine, StaticPool, create_engine, event
 
-from runcomfy.adapters.stores.errors import corrupt, locked
-from runcomfy.domain.exceptions import StoreUnavailable
+from runcomfy.adapters.stores.database import WRITES
+from runcomfy.adapters.stores.errors import corrupt, local_error, locked
+from runcomfy.domain.exceptions import RunComfyError, StoreUnavailable
 
 NETWORK_FILE_SYSTEMS: Final = frozenset(
     {"nfs", "nfs3", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "afpfs", "afs", "ncpfs", "webdav", "davfs", "ceph"}
@@ -35,9 +36,6 @@ Not in the list are file systems that are sometimes local (9p, virtiofs): there 
 IN_MEMORY: Final = Path(":memory:")
 """Not a file: a database that ends with its store, for whom no file can be had."""
 
-WRITES: Final = "runcomfy_writes"
-"""Execution option of connections whose transactions take the write lock at once."""
-
 _CHECKED_UP_TO_BYTES: Final = 64 * 1024 * 1024
 """Files larger than this are not read through at every start."""
 
@@ -47,10 +45,32 @@ _RETRY_LOCK_AFTER_SECONDS: Final = 0.01
 class SqliteFile:
     """One database file. Every method blocks and belongs into the store's thread."""
 
-    def __init__(self, path: Path, *, durable: bool, busy_timeout: timedelta) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        durable: bool,
+        busy_timeout: timedelta,
+        wake_interval: timedelta = timedelta(milliseconds=3),
+    ) -> None:
         self.path = path
+        self._wake_interval = wake_interval
         self._durable = durable
         self._busy_seconds = busy_timeout.total_seconds()
+
+    @property
+    def where(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    @property
+    def changes_seen_by_polling(self) -> timedelta | None:
+        """How often `PRAGMA data_version` is asked while somebody waits."""
+        return self._wake_interval
+
+    def error(self, error: Exception) -> RunComfyError:
+        """Return what an error of SQLite or of the system means."""
+        return local_error(error, self.path)
 
     @contextmanager
     def opening(self) -> Iterator[None]:
