@@ -1,0 +1,281 @@
+"""
+How much queue the queue is: the same figures on SQLite and on PostgreSQL, beside two ready queues on the same server.
+
+Bars, all within one run: claim and complete with event log and attempt rows, batch claim, 16 workers: at least 4,000
+a second on SQLite, on PostgreSQL at least 3 times procrastinate and half of pgqueuer; with a backlog of 100,000 within
+20 % of that; enqueue to handler start, idle, p99 under 10 ms; 10,000 leases renewed in under 200 ms; 1,000,000 rows of
+history slow the claim by less than 20 %.
+
+Commits are flushed to the disk everywhere (`synchronous=FULL`, `fsync=on`). The handler does nothing, so what is
+measured is the queue alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from tempfile import mkdtemp
+
+from sqlalchemy import text
+
+from benchmarks.common import high, middle, report
+from benchmarks.rivals import pgqueuer_rate, procrastinate_rate
+from runcomfy.adapters.clock import SystemClock
+from runcomfy.adapters.processes import ProcessTable
+from runcomfy.adapters.stores.choose import database_at
+from runcomfy.adapters.stores.jobs import SqlJobs
+from runcomfy.domain.job import JobRequest
+from runcomfy.domain.queued import Ending, NewJob, Outcome, QueuedJob, WorkerId
+from runcomfy.testing.postgres import PostgresForTests
+
+WORKERS = 16
+JOBS = 6_000
+BACKLOG = 100_000
+HISTORY = 1_000_000
+LEASES = 10_000
+PICKUPS = 400
+LEASE = timedelta(seconds=60)
+
+Open = Callable[[], SqlJobs]
+
+
+def new_jobs(count: int) -> list[NewJob]:
+    return [NewJob(JobRequest(workflow="image_invert"), "image_invert") for _ in range(count)]
+
+
+async def fill(store: SqlJobs, count: int) -> float:
+    """Put jobs in, a thousand at a time; return how many a second."""
+    began = time.perf_counter()
+    for start in range(0, count, 1_000):
+        await store.add(new_jobs(min(1_000, count - start)))
+    return count / (time.perf_counter() - began)
+
+
+async def worker_of(store: SqlJobs) -> WorkerId:
+    owner = ProcessTable().me(now=store.now())
+    await store.register_owner(owner)
+    return WorkerId(owner.id)
+
+
+async def work_off(store: SqlJobs, count: int, *, workers: int = WORKERS) -> float:
+    """Claim and complete `count` jobs as an executor does: one claim for all free slots. Return jobs a second."""
+    me = await worker_of(store)
+    done = Ending(Outcome.DONE, result={"outputs": []})
+    ended: asyncio.Event = asyncio.Event()
+    running: set[asyncio.Task[None]] = set()
+    finished = 0
+
+    async def handle(job: QueuedJob) -> None:
+        nonlocal finished
+        await store.finish(job.id, job.token, done)
+        finished += 1
+        ended.set()
+
+    began = time.perf_counter()
+    claimed = 0
+    while claimed < count:
+        free = min(workers - len(running), count - claimed)
+        if free:
+            for job in await store.claim(me, count=free, lease=LEASE):
+                claimed += 1
+                task = asyncio.create_task(handle(job))
+                running.add(task)
+                task.add_done_callback(running.discard)
+        else:
+            ended.clear()
+            await ended.wait()
+    while running:
+        await asyncio.wait(set(running))
+    assert finished == count
+    return count / (time.perf_counter() - began)
+
+
+async def claim_time(store: SqlJobs, *, rounds: int = 60) -> float:
+    """Return the median seconds of a claim of one job that is completed afterwards."""
+    me = await worker_of(store)
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        (job,) = await store.claim(me, count=1, lease=LEASE)
+        seconds.append(time.perf_counter() - began)
+        await store.finish(job.id, job.token, Ending(Outcome.DONE))
+    return middle(seconds)
+
+
+async def pickups(waiting: SqlJobs, giving: SqlJobs) -> list[float]:
+    """Return the seconds from enqueue, through one connection, to the start of the handler behind another, idle one."""
+    me = await worker_of(waiting)
+    started: dict[int, float] = {}
+    picked = asyncio.Event()
+
+    async def executor() -> None:
+        mark = 0
+        while True:
+            mark = await waiting.changed(timeout=timedelta(seconds=1), seen=mark)
+            for job in await waiting.claim(me, count=1, lease=LEASE):
+                started[job.id] = time.perf_counter()
+                picked.set()
+                await waiting.finish(job.id, job.token, Ending(Outcome.DONE))
+
+    task = asyncio.create_task(executor())
+    seconds = []
+    try:
+        for _ in range(PICKUPS):
+            await asyncio.sleep(0.01 + random.random() / 50)
+            picked.clear()
+            began = time.perf_counter()
+            (job,) = await giving.add(new_jobs(1))
+            while job.id not in started:
+                await picked.wait()
+                picked.clear()
+            seconds.append(started[job.id] - began)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    return seconds[20:]
+
+
+async def renewals(store: SqlJobs) -> float:
+    """Return the median seconds of renewing 10,000 leases."""
+    me = await worker_of(store)
+    await fill(store, LEASES)
+    while len(await store.holds(me)) < LEASES:
+        await store.claim(me, count=1_000, lease=LEASE)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        held = await store.renew(me, lease=LEASE)
+        seconds.append(time.perf_counter() - began)
+        assert len(held) == LEASES
+    return middle(seconds)
+
+
+async def write_history(store: SqlJobs, count: int) -> None:
+    """Write a past into the table, as the database itself writes it quickest."""
+    numbers = (
+        f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count}) SELECT i FROM n"
+        if store.dialect == "sqlite"
+        else f"SELECT generate_series(1, {count}) AS i"
+    )
+    past = (
+        "INSERT INTO jobs (config_name, job_type, workflow_id, priority, status, run_count, start_time, end_time, "  # noqa: S608
+        "duration, metadata) SELECT 'past_' || i, 'T2I', 'image_invert', 50, 'done', 1, CURRENT_TIMESTAMP, "
+        f"CURRENT_TIMESTAMP, 1.5, '{{}}' FROM ({numbers}) AS numbers"
+    )
+    await store.run(lambda connection: connection.execute(text(past)))
+    if store.dialect == "postgresql":
+        await store.run(lambda connection: connection.execute(text("ANALYZE jobs")))
+
+
+@asynccontextmanager
+async def opened(open_one: Open) -> AsyncIterator[SqlJobs]:
+    store = open_one()
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def measure(name: str, fresh: Callable[[], Open]) -> float:
+    """Measure everything on one kind of database; return claims and completes a second."""
+    async with opened(fresh()) as store:
+        put_in = await fill(store, JOBS * 3)
+        await work_off(store, 1_000)
+        rates = [await work_off(store, JOBS) for _ in range(2)]
+        rate = max(rates)
+    report(
+        "queue-throughput", database=name, workers=WORKERS, per_second=round(rate), enqueued_per_second=round(put_in)
+    )
+    async with opened(fresh()) as store:
+        await fill(store, BACKLOG)
+        await work_off(store, 1_000)
+        behind = max([await work_off(store, JOBS) for _ in range(2)])
+    report("queue-backlog", database=name, backlog=BACKLOG, per_second=round(behind), share=round(behind / rate, 2))
+    one = fresh()
+    async with opened(one) as waiting, opened(one) as giving:
+        seconds = await pickups(waiting, giving)
+    report(
+        "queue-pickup",
+        database=name,
+        p50_ms=round(1000 * middle(seconds), 2),
+        p99_ms=round(1000 * high(seconds, 0.99), 2),
+    )
+    async with opened(fresh()) as store:
+        renewed = await renewals(store)
+    report("queue-renewal", database=name, leases=LEASES, ms=round(1000 * renewed, 1))
+    async with opened(fresh()) as store:
+        await fill(store, 1_000)
+        await claim_time(store)
+        before = min([await claim_time(store) for _ in range(3)])
+        await write_history(store, HISTORY)
+        await claim_time(store)
+        after = min([await claim_time(store) for _ in range(3)])
+    report(
+        "queue-history",
+        database=name,
+        rows=HISTORY,
+        before_ms=round(1000 * before, 3),
+        after_ms=round(1000 * after, 3),
+        slower_percent=round(100 * (after / before - 1), 1),
+    )
+    return rate
+
+
+def sqlite_files(folder: Path) -> Callable[[], Open]:
+    numbers = iter(range(1_000))
+
+    def fresh() -> Open:
+        path = folder / f"queue-{next(numbers)}.sqlite3"
+        return lambda: SqlJobs(database_at(str(path), clock=SystemClock()))
+
+    return fresh
+
+
+def postgres_databases(server: PostgresForTests) -> Callable[[], Open]:
+    def fresh() -> Open:
+        dsn = server.fresh_database()
+        return lambda: SqlJobs(database_at(dsn, clock=SystemClock()))
+
+    return fresh
+
+
+async def run(which: Sequence[str] = ("sqlite", "postgresql")) -> None:
+    folder = Path(mkdtemp(prefix="comfyctl-bench-"))
+    try:
+        if "sqlite" in which:
+            await measure("sqlite", sqlite_files(folder))
+        if "postgresql" in which:
+            await _postgres()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _postgres() -> None:
+    with PostgresForTests.started(durable=True) as server:
+        ours = await measure("postgresql", postgres_databases(server))
+        procrastinate = await procrastinate_rate(server.fresh_database(), jobs=2_000, workers=WORKERS)
+        # Sixteen handlers as we have them, and twice as many, which suits it better.
+        same = await pgqueuer_rate(server.fresh_database(), jobs=JOBS, batch=WORKERS // 2, at_once=WORKERS)
+        twice = await pgqueuer_rate(server.fresh_database(), jobs=JOBS, batch=WORKERS, at_once=2 * WORKERS)
+    report(
+        "queue-rivals",
+        database="postgresql",
+        ours_per_second=round(ours),
+        procrastinate_per_second=round(procrastinate),
+        pgqueuer_per_second=round(same),
+        pgqueuer_32_handlers_per_second=round(twice),
+        times_procrastinate=round(ours / procrastinate, 2),
+        share_of_pgqueuer=round(ours / same, 2),
+        share_of_pgqueuer_32=round(ours / twice, 2),
+    )
+
+
+def main() -> None:
+    asyncio.run(run())
