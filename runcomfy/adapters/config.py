@@ -28,7 +28,7 @@ from runcomfy.adapters.credentials import (
     is_placeholder,
 )
 from runcomfy.adapters.rates import load_rates
-from runcomfy.adapters.variables import BY_NAME, OTHERS, VARIABLES, Layer, Variable, read_layers
+from runcomfy.adapters.variables import BY_NAME, OTHERS, QUEUE_PREFIX, VARIABLES, Layer, Variable, read_layers
 from runcomfy.domain.durations import show_duration
 from runcomfy.domain.exceptions import (
     ConfigurationError,
@@ -342,7 +342,11 @@ def _advice(settings: Settings, env: Mapping[str, str], file: CredentialsFile) -
         f"{foreign_text(name, 60)} is not a setting; {_did_you_mean(name)}"
         for name in sorted(set(env) - set(BY_NAME) - OTHERS)
         if name.startswith("RUNCOMFY_")
-        or (name.startswith(("COMFYUI_", "CONJURE_")) and get_close_matches(name, BY_NAME, 1, 0.85))
+        or (
+            name.startswith(("COMFYUI_", "CONJURE_"))
+            and not name.startswith(QUEUE_PREFIX)
+            and get_close_matches(name, BY_NAME, 1, 0.85)
+        )
     ]
     for name, entry in file.entries.items():
         if name in BY_NAME and BY_NAME[name].kind.place:

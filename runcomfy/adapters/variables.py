@@ -369,9 +369,14 @@ OTHERS: Final = frozenset(
         "RUNCOMFY_DEFAULT_STEPS_FLUX",
         "RUNCOMFY_DEFAULT_STEPS_PARTPACKER",
         "RUNCOMFY_COST_TRACKING",
+        "RUNCOMFY_DATABASE_URL",
     }
 )
-"""Variables of CONJURE's serverless client: known, and none of ours."""
+"""Variables that are known and read elsewhere: those of CONJURE's serverless client, and the queue's database
+(`agent_config`)."""
+
+QUEUE_PREFIX: Final = "COMFYUI_AGENT_"
+"""How the queue's own variables begin; they are read by `agent_config`."""
 
 
 # --- layers -----------------------------------------------------------------------------------------------

@@ -163,6 +163,12 @@ class QueueSettings:
     """How long a machine of its own is kept with nothing to do."""
     wake_interval: timedelta = timedelta(milliseconds=3)
     """How often a waiting executor looks whether another process changed the SQLite file."""
+    config_file: str | None = None
+    """The project's configuration file, if there is one."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Field -> "override", the environment's variable, file and line, or "default"."""
+    warnings: tuple[str, ...] = ()
+    """What is worth telling the user about the settings, for example a misspelt key."""
 
 
 @dataclass(frozen=True, slots=True)
