@@ -1,8 +1,8 @@
 """
 The store on a database: machines, owners, the ledger, and what processes of an account share.
 
-Written in SQLAlchemy Core so that a server's database can run the same statements; the file it lies in today is
-`sqlite.py`'s care, the tables are in `tables.py`, their versions in `migrate.py`.
+Written in SQLAlchemy Core: SQLite and PostgreSQL run the same statements. What is special about a file is in
+`sqlite.py`, about a server in `postgres.py`; the tables are in `tables.py`, their versions in `migrate.py`.
 
 Threads, transactions and what errors mean are the business of `database.py`.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
@@ -60,7 +60,7 @@ _SAVE_ACCOUNT: Final = update(_accounts).where(_accounts.c.account == bindparam(
 
 
 class SqlStore:
-    """Keeps `runcomfy.ports.store.Store` in a SQLite file; several processes may use the same one."""
+    """Keeps `runcomfy.ports.store.Store` in a database; several processes may use the same one."""
 
     def __init__(
         self, path: Path, *, clock: Clock, durable: bool = True, busy_timeout: timedelta = timedelta(seconds=10)
@@ -70,9 +70,18 @@ class SqlStore:
         `durable`: whether a commit is on the disk before it counts (else a power loss may take the last ones).
         `busy_timeout`: how long to wait for another program's lock.
         """
-        self.path = path
-        self._database = Database(SqliteFile(path, durable=durable, busy_timeout=busy_timeout), clock=clock)
-        self._read, self._write = self._database.read, self._database.write
+        self._use(Database(SqliteFile(path, durable=durable, busy_timeout=busy_timeout), clock=clock))
+
+    @classmethod
+    def over(cls, database: Database) -> Self:
+        """Return the store on any database (`choose.store_from` makes one), which it opens and closes."""
+        store = cls.__new__(cls)
+        store._use(database)
+        return store
+
+    def _use(self, database: Database) -> None:
+        self._database = database
+        self._read, self._write = database.read, database.write
 
     # -- coming and going ----------------------------------------------------------------------------------
 
@@ -84,7 +93,7 @@ class SqlStore:
         """Finish what was begun and let go of the database. Harmless when repeated."""
         await self._database.close()
 
-    async def __aenter__(self) -> SqlStore:
+    async def __aenter__(self) -> Self:
         await self.open()
         return self
 

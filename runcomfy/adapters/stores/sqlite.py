@@ -12,9 +12,9 @@ import sqlite3
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +23,7 @@ from sqlalchemy import Connection, Engine, StaticPool, create_engine, event
 
 from runcomfy.adapters.stores.database import WRITES
 from runcomfy.adapters.stores.errors import corrupt, local_error, locked
+from runcomfy.adapters.stores.waking import Listener
 from runcomfy.domain.exceptions import RunComfyError, StoreUnavailable
 
 NETWORK_FILE_SYSTEMS: Final = frozenset(
@@ -68,9 +69,41 @@ class SqliteFile:
         """How often `PRAGMA data_version` is asked while somebody waits."""
         return self._wake_interval
 
+    @property
+    def shareable(self) -> bool:
+        """What is in memory belongs to one connection."""
+        return self.path != IN_MEMORY
+
     def error(self, error: Exception) -> RunComfyError:
         """Return what an error of SQLite or of the system means."""
         return local_error(error, self.path)
+
+    def upgrading(self, connection: Connection) -> None:
+        """Whoever opens the file is alone with it already."""
+
+    def try_again(self, error: Exception) -> bool:
+        """SQLite waits by itself; who was refused has waited long enough."""
+        return False
+
+    def time(self, connection: Connection) -> datetime | None:
+        """Everybody who opens the file lives by this computer's clock."""
+        return None
+
+    def version(self, connection: Connection) -> int:
+        """Return a number that is another one after somebody else's commit."""
+        return int(connection.exec_driver_sql("PRAGMA data_version").scalar_one())
+
+    def changes(self, connection: Connection) -> int | None:
+        """Return how many rows this connection ever changed."""
+        return raw(connection).total_changes
+
+    def listen(self, changed: Callable[[], None]) -> Listener:
+        """A file does not call: it is asked (`changes_seen_by_polling`)."""
+        raise NotImplementedError("a file is asked for changes")
+
+    def reading(self, engine: Engine) -> Engine:
+        """Reads are transactions: they begin without a lock, and cost nothing."""
+        return engine
 
     @contextmanager
     def opening(self) -> Iterator[None]:
@@ -193,6 +226,12 @@ def kind_of(folder: Path, mounts: Iterable[tuple[str, str, str]]) -> str | None:
     if kind.lower() in NETWORK_FILE_SYSTEMS:
         return kind.lower()
     return "a network drive" if "remote" in options.split(",") else None
+
+
+def raw(connection: Connection) -> sqlite3.Connection:
+    """Return the driver's own connection."""
+    driver: sqlite3.Connection = connection.connection.dbapi_connection  # type: ignore[assignment]
+    return driver
 
 
 def _begin(connection: Connection) -> None:
