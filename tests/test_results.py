@@ -331,7 +331,7 @@ async def test_everything_is_flushed_once_per_job_before_it_counts(settings: Fil
     folder = await DiskResults(settings, disk=disk).open_folder(JOB, under=str(out))
     disk.calls.clear()
     await folder.commit([await fetched(folder), await fetched(folder)], {})
-    assert disk.calls == ["fsync", "fsync", "rename", "rename", "fsync", "replace", "fsync_directory"]
+    assert disk.calls == ["fsync", "fsync", "fsync", "rename", "rename", "replace", "fsync_directory"]
 
 
 async def test_nothing_is_flushed_when_durability_is_off(tmp_path: Path, out: Path) -> None:

@@ -20,10 +20,9 @@ import os
 import secrets
 import shutil
 import stat
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -41,21 +40,24 @@ from runcomfy.adapters.files import (
     safe_name,
     write_atomically,
 )
+from runcomfy.adapters.result_commit import REPLACED, Commit, Move, Plan, measure
 from runcomfy.domain.exceptions import DiskFull, LocalError, OutputCorrupt, ValueInvalid
 from runcomfy.domain.job import JobId, Output, OutputKind
 from runcomfy.domain.settings import FileSettings
-from runcomfy.ports.results import Media, ResultFile
+from runcomfy.ports.results import Media, ResultFile, Through
 
 MANIFEST: Final = "manifest.json"
 PARTIAL: Final = ".partial-"
 REJECTED: Final = "rejected-"
+DISCARDED: Final = "discarded-"
+EARLIER: Final = "earlier-"
+"""Folders with the results of earlier runs of a job."""
 PROVEN_FOR_SECONDS: Final = 5.0
 """How long a folder that took a probe needs no other."""
 LEAST_FREE_BYTES: Final = 64 << 20
 """Room that must be there before a machine is rented: a picture, a mesh and the manifest, several times over."""
 
 _PROBE_BYTES: Final = 4096
-_READ: Final = 1 << 20
 _REMOTE_NAME_LIMIT: Final = 4096
 
 # fmt: off
@@ -91,19 +93,19 @@ class DiskResults:
         else:
             await asyncio.to_thread(media.check_input_file, path)
 
-    async def open_folder(self, job_id: JobId, *, under: str) -> DiskJobFolder:
+    async def open_folder(self, job_id: JobId, *, under: str, again: bool = False) -> DiskJobFolder:
         """See the port. A folder left by an attempt that committed nothing is used again, its partial files removed."""
-        path = await asyncio.to_thread(self._make_folder, job_id, under)
-        return DiskJobFolder(path, settings=self._settings, disk=self._disk)
+        path = await asyncio.to_thread(self._make_folder, job_id, under, again=again)
+        return DiskJobFolder(path, settings=self._settings, disk=self._disk, again=again)
 
-    def _make_folder(self, job_id: JobId, under: str) -> str:
+    def _make_folder(self, job_id: JobId, under: str, *, again: bool) -> str:
         parent = make_private_dir(Path(under).absolute())
         folder = parent / safe_name(job_id, fallback="job")
         try:
             try:
                 folder.mkdir(mode=PRIVATE_DIR)
             except FileExistsError:
-                _take_over(folder)
+                _take_over(folder, again=again)
             try:
                 self._prove_writable(folder)
             except (OSError, DiskFull):
@@ -138,8 +140,8 @@ class DiskResults:
         self._proven[folder.parent] = now
 
 
-def _take_over(folder: Path) -> None:
-    """Use a folder that is there already, if it is ours and holds no results. Raises LocalError."""
+def _take_over(folder: Path, *, again: bool = False) -> None:
+    """Use a folder that is there already, if it is ours and holds no results, or `again`. Raises LocalError."""
     if not stat.S_ISDIR(folder.lstat().st_mode):
         raise LocalError(
             f"{folder} is not a folder, and results would go there", hint="remove it, or choose another folder (--out)"
@@ -147,12 +149,45 @@ def _take_over(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.name.startswith((PARTIAL, ".tmp-")):
             remove_quietly(entry)
-        elif not entry.name.startswith(REJECTED):
+        elif entry.name.startswith(REPLACED):
+            put_back(entry, folder)
+        elif not (again or entry.name.startswith((REJECTED, DISCARDED))):
             raise LocalError(
                 f"{folder} already holds files; results are never written over others",
                 hint="choose another job id or another folder (--out)",
                 details={"path": str(folder), "file": safe_name(entry.name)},
             )
+
+
+def put_back(entry: Path, folder: Path) -> None:
+    """Give a file its name again that was to be replaced by results which never came to count."""
+    original = folder / entry.name.removeprefix(REPLACED)
+    with suppress(OSError):
+        if os.path.lexists(original):
+            entry.unlink()
+        else:
+            entry.rename(original)
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith((PARTIAL, ".tmp-", REPLACED, REJECTED, DISCARDED, EARLIER))
+
+
+def _content(path: str) -> tuple[int, str] | None:
+    """Return size and sha256 of an ordinary file; None for anything else."""
+    try:
+        with open_regular(path) as file:
+            return measure(file.fileno())
+    except OSError:
+        return None
+
+
+def _unused(folder: str, prefix: str, extension: str = "") -> str:
+    """Return the first path `folder/prefix<n>extension` that nothing has."""
+    number = 1
+    while os.path.lexists(path := os.path.join(folder, f"{prefix}{number}{extension}")):  # noqa: PTH118
+        number += 1
+    return path
 
 
 def _partial_name(number: int) -> str:
@@ -163,13 +198,15 @@ def _partial_name(number: int) -> str:
 class DiskJobFolder:
     """Keeps `runcomfy.ports.results.JobFolder`."""
 
-    def __init__(self, path: str, *, settings: FileSettings, disk: Disk = DISK) -> None:
+    def __init__(self, path: str, *, settings: FileSettings, disk: Disk = DISK, again: bool = False) -> None:
         self._path = path
+        self._again = again
+        """Whether results of earlier runs of the job may be there."""
+        self._notes: list[str] = []
         self._settings = settings
         self._disk = disk
         self._partials: list[str] = []
         self._texts: set[str] = set()
-        self._rejected = 0
 
     @property
     def path(self) -> str:
@@ -205,12 +242,7 @@ class DiskJobFolder:
     def _set_aside(self, partial: str) -> str:
         """Give a refused file a name that says so; return it, empty if that failed."""
         try:
-            extension = media.likely_extension(partial)
-            while True:
-                self._rejected += 1
-                kept = os.path.join(self._path, f"{REJECTED}{self._rejected}{extension}")  # noqa: PTH118
-                if not os.path.lexists(kept):
-                    break
+            kept = self._aside_name(REJECTED, media.likely_extension(partial))
             self._disk.rename(partial, kept)
         except OSError:
             return ""
@@ -241,7 +273,7 @@ class DiskJobFolder:
         try:
             found = media.convert(file.partial, target, to, max_pixels=self._settings.max_output_pixels)
             with open_regular(target) as converted:
-                size, digest = _measure(converted.fileno())
+                size, digest = measure(converted.fileno())
         except BaseException as error:
             remove_quietly(target)
             if isinstance(error, OSError):
@@ -254,23 +286,86 @@ class DiskJobFolder:
         if partial not in self._partials:
             raise ValueError(f"not a partial file of this folder: {partial!r}")
 
-    async def commit(self, files: Sequence[ResultFile], manifest: Mapping[str, Any]) -> tuple[Output, ...]:
-        """See the port. Cancelled, it takes everything back before the cancellation goes on.
+    @property
+    def notes(self) -> Sequence[str]:
+        """See the port."""
+        return tuple(self._notes)
+
+    async def commit(
+        self, files: Sequence[ResultFile], manifest: Mapping[str, Any], *, through: Through | None = None
+    ) -> tuple[Output, ...]:
+        """See the port. Cancelled before it counts, it takes everything back before the cancellation goes on.
 
         Raises DiskFull, LocalError, OutputCorrupt (the file on the disk is not the one that was downloaded).
         """
         for file in files:
             self._own(file.partial)
-        work = _Commit(self._path, files, manifest, durable=self._settings.durable, disk=self._disk)
-        running = asyncio.ensure_future(asyncio.to_thread(work.run))
+        work = await asyncio.to_thread(self._planned, files, manifest)
+        return await carry_out(work, through)
+
+    def _planned(self, files: Sequence[ResultFile], manifest: Mapping[str, Any]) -> Commit:
+        self._notes.clear()
         try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            work.cancelled.set()
-            await _settled(running)
-            if not running.cancelled() and running.exception() is None:
-                await _settled(asyncio.ensure_future(asyncio.to_thread(work.undo)))
-            raise
+            plan = self._plan(files, manifest)
+        except OSError as error:
+            raise local_error(error, self._path, "look into") from error
+        return Commit(plan, durable=self._settings.durable, disk=self._disk)
+
+    def _plan(self, files: Sequence[ResultFile], manifest: Mapping[str, Any]) -> Plan:
+        """Return what gives these files their names in this folder."""
+        plan = Plan((), (), (self._path,), staging=self._path)
+        taken = {name.casefold() for name in os.listdir(self._path)}  # noqa: PTH208
+        if self._again:
+            taken -= {os.path.basename(path).casefold() for path in self._give_way(plan, files)}  # noqa: PTH119
+        names = final_names(files, taken | {MANIFEST})
+        plan.files = files
+        plan.outputs = tuple(
+            output_of(file, os.path.join(self._path, name))  # noqa: PTH118
+            for file, name in zip(files, names, strict=True)
+        )
+        entries = [_entry(file, output) for file, output in zip(files, plan.outputs, strict=True)]
+        plan.manifest = (
+            os.path.join(self._path, MANIFEST),  # noqa: PTH118
+            _as_json({**manifest, "outputs": entries}),
+        )
+        return plan
+
+    def _give_way(self, plan: Plan, files: Sequence[ResultFile]) -> list[str]:
+        """Plan where results of earlier runs go; return what will not be in the way any more."""
+        there = [entry.path for entry in os.scandir(self._path) if not _is_litter(entry.name)]
+        new = {(file.size_bytes, file.sha256) for file in files}
+        others = [path for path in there if os.path.basename(path) != MANIFEST and _content(path) not in new]  # noqa: PTH119
+        if not others:
+            plan.replaced = there
+        elif there:
+            kept = _unused(self._path, EARLIER)
+            make_private_dir(kept)
+            plan.made = (kept,)
+            plan.directories = (kept, self._path)
+            plan.kept = [Move(path, os.path.join(kept, os.path.basename(path))) for path in there]  # noqa: PTH118, PTH119
+            self._notes.append(f"results of an earlier run are kept in {kept}")
+        return there
+
+    async def set_aside(self) -> Sequence[str]:
+        """See the port. Raises LocalError, DiskFull."""
+        return await asyncio.to_thread(self._discard)
+
+    def _discard(self) -> list[str]:
+        kept = []
+        for partial in self._partials:
+            if not os.path.lexists(partial):
+                continue
+            name = self._aside_name(DISCARDED, media.likely_extension(partial))
+            try:
+                self._disk.rename(partial, name)
+            except OSError as error:
+                raise local_error(error, name, "keep a discarded result as") from error
+            kept.append(name)
+        return kept
+
+    def _aside_name(self, prefix: str, extension: str) -> str:
+        """Return an unused name for a file that is no result."""
+        return _unused(self._path, prefix, extension)
 
     async def amend(self, facts: Mapping[str, Any]) -> None:
         """See the port."""
@@ -300,6 +395,41 @@ class DiskJobFolder:
             return
 
 
+async def carry_out(work: Commit, through: Through | None) -> tuple[Output, ...]:
+    """Stage, have published, and settle; or take everything back and raise. See `JobFolder.commit`."""
+    staging = asyncio.ensure_future(asyncio.to_thread(work.stage))
+    try:
+        await asyncio.shield(staging)
+    except asyncio.CancelledError:
+        work.cancelled.set()
+        await _settled(staging)
+        await _in_thread(work.undo)
+        raise
+    decide = through(work.publish, work.outputs) if through is not None else asyncio.to_thread(work.publish)
+    deciding = asyncio.ensure_future(decide)
+    cancelled: asyncio.CancelledError | None = None
+    while not deciding.done():
+        try:
+            await asyncio.wait({deciding})
+        except asyncio.CancelledError as error:
+            cancelled = error
+            if through is None:
+                work.cancelled.set()
+    try:
+        deciding.result()
+    except BaseException:
+        await _in_thread(work.undo)
+        if cancelled is not None and through is None:
+            raise cancelled from None
+        raise
+    await _in_thread(work.settle)
+    return work.outputs
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    await _settled(asyncio.ensure_future(asyncio.to_thread(work)))
+
+
 async def _settled(task: asyncio.Future[Any]) -> None:
     """Wait until a thread's work is over, however often this task is cancelled meanwhile."""
     while not task.done():
@@ -318,112 +448,8 @@ def _write_new(path: str, raw: bytes) -> None:
         raise local_error(error, path, "write") from error
 
 
-def _measure(fd: int) -> tuple[int, str]:
-    """Return size and sha256 of an open file, read from its beginning."""
-    digest = hashlib.sha256()
-    size = 0
-    os.lseek(fd, 0, os.SEEK_SET)
-    while piece := os.read(fd, _READ):
-        digest.update(piece)
-        size += len(piece)
-    return size, digest.hexdigest()
-
-
-class _Commit:
-    """One commit, in a thread: check and flush every file, rename, write the manifest, or take it all back."""
-
-    def __init__(
-        self, folder: str, files: Sequence[ResultFile], manifest: Mapping[str, Any], *, durable: bool, disk: Disk
-    ) -> None:
-        self._folder = folder
-        self._files = files
-        self._manifest = manifest
-        self._durable = durable
-        self._disk = disk
-        self._renamed: list[tuple[str, str]] = []
-        self._written = ""
-        self.cancelled = threading.Event()
-
-    def run(self) -> tuple[Output, ...]:
-        try:
-            for file in self._files:
-                self._verify(file)
-            outputs = []
-            for file, name in zip(self._files, final_names(self._files, self._taken()), strict=True):
-                target = os.path.join(self._folder, name)  # noqa: PTH118
-                with self._step(target, "rename a result to"):
-                    self._disk.rename(file.partial, target)
-                self._renamed.append((file.partial, target))
-                outputs.append(_output(file, target))
-            self._write_manifest(outputs)
-            self._check_names(outputs)
-        except BaseException:
-            self.undo()
-            raise
-        return tuple(outputs)
-
-    def undo(self) -> None:
-        """Take back every name that was given; the files are partial again."""
-        if self._written:
-            remove_quietly(self._written)
-        for partial, target in reversed(self._renamed):
-            try:
-                os.rename(target, partial)  # noqa: PTH104 - not through the seam: this must not fail by design
-            except OSError:
-                remove_quietly(target)
-        self._written, self._renamed = "", []
-
-    @contextmanager
-    def _step(self, path: str, doing: str) -> Iterator[None]:
-        if self.cancelled.is_set():
-            raise LocalError("the commit of the results was cancelled")
-        try:
-            yield
-        except OSError as error:
-            raise local_error(error, path, doing) from error
-
-    def _verify(self, file: ResultFile) -> None:
-        """The bytes on the disk are those that were downloaded and inspected; then flush them."""
-        with self._step(file.partial, "read back"), open_regular(file.partial, writable=True) as opened:
-            found = _measure(opened.fileno())
-            if found != (file.size_bytes, file.sha256):
-                raise OutputCorrupt(
-                    f"a result of node {safe_name(file.node)} changed on this disk after it was downloaded",
-                    hint="run the job again; if it happens again, check the disk and what else writes there",
-                    details={"expected_sha256": file.sha256, "sha256": found[1], "size_bytes": found[0]},
-                )
-            if self._durable:
-                self._disk.fsync(opened.fileno())
-
-    def _taken(self) -> set[str]:
-        return {name.casefold() for name in os.listdir(self._folder)} | {MANIFEST}  # noqa: PTH208
-
-    def _write_manifest(self, outputs: Sequence[Output]) -> None:
-        path = os.path.join(self._folder, MANIFEST)  # noqa: PTH118
-        shown = dict(self._manifest) | {
-            "outputs": [_entry(file, output) for file, output in zip(self._files, outputs, strict=True)]
-        }
-        text = _as_json(shown)
-        # Set first: a write that failed while flushing the directory has already put the name there.
-        self._written = path
-        # Flushing the directory makes the renames before it durable too: once for the whole job.
-        with self._step(path, "write"):
-            write_atomically(path, text, durable=self._durable, disk=self._disk)
-
-    def _check_names(self, outputs: Sequence[Output]) -> None:
-        for output in outputs:
-            with self._step(output.path, "find"):
-                _same_size(output)
-
-
 def _as_json(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n"
-
-
-def _same_size(output: Output) -> None:
-    found = os.lstat(output.path)
-    if not stat.S_ISREG(found.st_mode) or found.st_size != output.size_bytes:
-        raise OutputCorrupt(f"{output.path} is not what was written there", hint="check what else writes there")
 
 
 def final_names(files: Sequence[ResultFile], taken: set[str]) -> list[str]:
@@ -459,7 +485,8 @@ def _extension(file: ResultFile) -> str:
     return file.media.extension
 
 
-def _output(file: ResultFile, path: str) -> Output:
+def output_of(file: ResultFile, path: str) -> Output:
+    """Return the result that a file becomes at `path`."""
     return Output(
         node=file.node,
         kind=file.media.kind,

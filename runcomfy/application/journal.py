@@ -35,7 +35,10 @@ class Journal(Protocol):
     """The run's own record. One per attempt."""
 
     def random_int(self, low: int, high: int) -> int:
-        """Draw a seed, both ends included; the same run draws the same ones again after a crash."""
+        """Draw a seed, both ends included; the same run draws the same ones again after a crash.
+
+        So what is drawn follows from `prompt_id`, and begins anew when that changes.
+        """
         ...
 
     @property
@@ -72,7 +75,11 @@ class Journal(Protocol):
         ...
 
     async def commit(self, publish: Publish, outputs: tuple[Output, ...], facts: Mapping[str, Any]) -> None:
-        """Have the results named, in the moment in which they count, or not at all. Raises LeaseLost."""
+        """Have the results named, in the moment in which they count, or not at all. Raises LeaseLost.
+
+        If it raises, the results do not count, and the names are taken back: a journal that cannot tell whether its
+        record was kept has to find out first. It is not cancelled, once it was called.
+        """
         ...
 
 

@@ -8,6 +8,9 @@ One job, from request to verified files.
     fetch, verify, commit (`delivery`)
     settle    leave the place; what was rented for this job is seen gone
 
+What a job of the queue writes down on the way is its journal's business (`journal`); with one, a prompt that an
+earlier attempt had sent is gone on with (`prompting`), and check, upload and submit are left out.
+
 A job never raises for what can go wrong with it: the result says what happened. Cancelling (`cancel` set) interrupts
 the prompt, ends what was rented, and yields a result that says so.
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal
@@ -26,13 +29,16 @@ from uuid import uuid4
 from runcomfy.application.delivery import deliver, promised
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
-from runcomfy.application.placing import Place, Placer
+from runcomfy.application.journal import Journal, NoJournal, Publish
+from runcomfy.application.placing import Place, PlaceFactory, Placer, Show, owed
+from runcomfy.application.prompting import Prompting
 from runcomfy.application.watcher import Ended, Watcher
 from runcomfy.domain.binding import BoundWorkflow, bind, fit_seeds
 from runcomfy.domain.exceptions import (
     DeadlineExceeded,
     Interrupted,
     JobTimeout,
+    LeaseLost,
     LocalError,
     PreflightFailed,
     RunComfyError,
@@ -47,16 +53,12 @@ from runcomfy.domain.sidecar import Sidecar
 from runcomfy.domain.workflow import Workflow
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.comfyui import ComfyUI
-from runcomfy.ports.results import JobFolder, Results
+from runcomfy.ports.results import JobFolder, ResultFile, Results
 
 log = logging.getLogger("runcomfy.orchestrator")
 
-Show = Callable[[Progress], None]
 LoadWorkflow = Callable[[str], tuple[str | bytes, str | None, str]]
 """Takes a shipped name or a path; returns the graph's JSON, the sidecar's TOML if there is one, and a name."""
-
-CANCEL_WITHIN = timedelta(seconds=15)
-"""How long the server may take to be told that a prompt is no longer wanted; it may be the server that hangs."""
 
 
 def _nobody(_: Progress) -> None:
@@ -91,6 +93,9 @@ class _Run:
     job_id: JobId
     show: Show
     started: float
+    journal: Journal
+    drawn_for: PromptId
+    """The prompt id whose seeds the workflow was bound with."""
     seeds: Mapping[str, int] = field(default_factory=dict)
     prompt_id: PromptId | None = None
     outputs: tuple[Output, ...] = ()
@@ -108,6 +113,10 @@ class _Run:
             self.timings[self._step] = self.timings.get(self._step, 0.0) + now - self._since
         self._step, self._since = name, now
         faultpoint(f"job.{name}")
+
+    def name_prompt(self, prompt_id: PromptId) -> None:
+        """Take the id under which the server has the prompt, or will have it."""
+        self.prompt_id = prompt_id
 
     def owe(self, bill: tuple[BillLine, ...]) -> None:
         """Take the bill of a machine that was rented for this job."""
@@ -144,8 +153,11 @@ class RunComfyOrchestrator:
         self._random_int = random_int
         self._veil = veil
 
-    async def prepare(self, request: JobRequest) -> Prepared:
-        """Parse, bind and check everything that needs no machine. Writes and sends nothing. Raises BadInput."""
+    async def prepare(self, request: JobRequest, *, random_int: Callable[[int, int], int] | None = None) -> Prepared:
+        """Parse, bind and check everything that needs no machine. Writes and sends nothing. Raises BadInput.
+
+        `random_int(low, high)` draws seeds, both ends included; left out, they come from the system.
+        """
         if request.convert not in (None, *PICTURE_FORMATS):
             raise ValueInvalid(
                 f"pictures cannot be converted to {request.convert!r}", hint=f"use one of {', '.join(PICTURE_FORMATS)}"
@@ -158,7 +170,7 @@ class RunComfyOrchestrator:
                 sidecar.check(workflow)
         else:
             workflow, sidecar = Workflow.parse(request.workflow), None
-        bound = bind(workflow, sidecar, request, random_int=self._random_int)
+        bound = bind(workflow, sidecar, request, random_int=random_int or self._random_int)
         for upload in bound.uploads:
             await self._results.check_input(upload.path, kind=upload.kind)
         return Prepared(
@@ -171,18 +183,32 @@ class RunComfyOrchestrator:
         )
 
     async def run(
-        self, request: JobRequest, *, on_progress: Show | None = None, cancel: asyncio.Event | None = None
+        self,
+        request: JobRequest,
+        *,
+        on_progress: Show | None = None,
+        cancel: asyncio.Event | None = None,
+        journal: Journal | None = None,
+        at: PlaceFactory | None = None,
     ) -> JobResult:
         """Do the job and return what came of it, when everything it rented is gone.
 
         Setting `cancel` ends it in good order: status `cancelled`. Cancelling the task does the same and then lets
-        the cancellation go on.
+        the cancellation go on. A job whose results were committed when it was told is done all the same.
+
+        `journal`: what is written down on the way, and the prompt of an earlier attempt to go on with; a run that
+        loses its hold on the job publishes nothing, leaves its prompt alone, and fails with `lease-lost`. `at` says
+        where the job runs; left out, the request does.
         """
         loop = asyncio.get_running_loop()
         show = _since(loop.time(), on_progress) if on_progress is not None else _nobody
-        run = _Run(request.job_id or JobId(str(uuid4())), show, started=loop.time())
+        book: Journal = journal if journal is not None else NoJournal(self._random_int, asyncio.to_thread)
+        run = _Run(
+            request.job_id or JobId(str(uuid4())), show, started=loop.time(), journal=book, drawn_for=book.prompt_id
+        )
         request = replace(request, job_id=run.job_id)
-        work = asyncio.create_task(self._do(run, request), name=f"job-{run.job_id}")
+        place = at or self._placer.at_request(request)
+        work = asyncio.create_task(self._do(run, request, place, queued=journal is not None), name=f"job-{run.job_id}")
         waiter = asyncio.create_task(cancel.wait()) if cancel is not None else None
         error: BaseException | None = None
         try:
@@ -258,25 +284,20 @@ class RunComfyOrchestrator:
 
     # -- the story -----------------------------------------------------------------------------------------
 
-    async def _do(self, run: _Run, request: JobRequest) -> None:
+    async def _do(self, run: _Run, request: JobRequest, at: PlaceFactory, *, queued: bool) -> None:
         run.step("prepare")
-        prepared = await self.prepare(request)
+        prepared = await self.prepare(request, random_int=run.journal.random_int)
         run.seeds = prepared.bound.seeds
-        folder = await self._results.open_folder(run.job_id, under=prepared.out_dir)
+        folder = await self._results.open_folder(run.job_id, under=prepared.out_dir, again=queued)
         run.folder = folder.path
         try:
-            async with self._placer.at(
-                server_url=request.server_url,
-                server_type=request.server_type,
-                job_id=run.job_id,
-                show=run.show,
-                step=run.step,
-                on_bill=run.owe,
-            ) as place:
+            async with at(job_id=run.job_id, show=run.show, step=run.step, on_bill=run.owe) as place:
                 run.place = place
                 await self._within_timeout(run, prepared, place, folder)
                 run.step("leave")
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, LeaseLost) and not run.outputs:
+                await finish(_keep_aside(folder, error))
             await finish(folder.abandon())
             if not run.outputs:
                 run.folder = None
@@ -292,15 +313,7 @@ class RunComfyOrchestrator:
             return
         facts = {
             "cost_usd": format(run.place.cost_usd, "f"),
-            "bill": [
-                {
-                    "what": line.what,
-                    "seconds": str(line.seconds),
-                    "usd_per_hour": str(line.usd_per_hour),
-                    "amount_usd": str(line.amount_usd),
-                }
-                for line in run.place.bill
-            ],
+            "bill": [_shown(line) for line in run.place.bill],
             "timings": {name: round(seconds, 6) for name, seconds in run.timings.items()},
         }
         try:
@@ -313,22 +326,76 @@ class RunComfyOrchestrator:
         limit = prepared.request.timeout or self._settings.comfy.execution_timeout
         try:
             async with asyncio.timeout(limit.total_seconds()):
-                bound = await self._check(run, prepared, place.server)
-                graph = await self._upload(run, bound, place.server)
-                ended = await self._execute(run, prepared, graph, place)
+                bound, ended = await self._executed(run, prepared, place)
                 run.step("fetch")
                 run.show(Progress(Step.FETCHING, percent=100.0, message="fetching the results"))
                 files = await deliver(
                     promised(ended.outputs, bound), place.server, folder, convert=prepared.request.convert
                 )
-                run.step("commit")
-                run.outputs = await folder.commit(files, self._manifest(run, prepared, bound, place, ended))
+                await self._commit(run, prepared, bound, ended, place, folder, files)
         except TimeoutError as error:
             raise JobTimeout(
                 f"the job was not done after {limit.total_seconds():.0f} s on the machine",
                 hint="give it longer with --timeout, e.g. --timeout 30m",
                 details={"timeout_seconds": limit.total_seconds(), "prompt_id": run.prompt_id},
             ) from error
+
+    async def _executed(self, run: _Run, prepared: Prepared, place: Place) -> tuple[BoundWorkflow, Ended]:
+        """Have the workflow executed, or go on with the prompt that an earlier attempt had sent."""
+        prompting = Prompting(
+            place,
+            run.journal,
+            Watcher(place.server, self._settings.comfy, clock=self._clock),
+            tell=self._placer.tell,
+            named=run.name_prompt,
+            on_progress=None if run.show is _nobody else run.show,
+        )
+        if run.journal.earlier is not None:
+            run.step("attach")
+            if (found := await prompting.find_earlier()) is not None and run.prompt_id is not None:
+                run.step("execute")
+                ended = await prompting.attach(found, run.prompt_id, _labels(prepared.workflow, prepared.bound.graph))
+                return await self._as_submitted(run, prepared.bound, place.server), ended
+        if run.journal.prompt_id != run.drawn_for:
+            # Another prompt: whoever attaches to it after a crash must find the seeds that it really has.
+            prepared = self._drawn_anew(run, prepared)
+        bound = await self._check(run, prepared, place.server)
+        graph = await self._upload(run, bound, place.server)
+        run.step("submit")
+        labels = _labels(prepared.workflow, graph)
+        return bound, await prompting.send(graph, labels, lambda: run.step("execute"))
+
+    def _drawn_anew(self, run: _Run, prepared: Prepared) -> Prepared:
+        bound = bind(prepared.workflow, prepared.sidecar, prepared.request, random_int=run.journal.random_int)
+        run.seeds, run.drawn_for = bound.seeds, run.journal.prompt_id
+        return replace(prepared, bound=bound)
+
+    async def _as_submitted(self, run: _Run, bound: BoundWorkflow, server: ComfyUI) -> BoundWorkflow:
+        """Return the workflow with the seeds that the prompt was sent with: those that the node list's ranges moved."""
+        if bound.free_seeds:
+            info = await server.node_info({bound.graph[node_id]["class_type"] for node_id, _ in bound.free_seeds})
+            bound = fit_seeds(bound, info)
+            run.seeds = bound.seeds
+        return bound
+
+    async def _commit(
+        self,
+        run: _Run,
+        prepared: Prepared,
+        bound: BoundWorkflow,
+        ended: Ended,
+        place: Place,
+        folder: JobFolder,
+        files: Sequence[ResultFile],
+    ) -> None:
+        run.step("commit")
+
+        async def through(publish: Publish, outputs: tuple[Output, ...]) -> None:
+            facts = self._facts(run, prepared, bound, place, ended) | {"notes": list(folder.notes)}
+            await run.journal.commit(publish, outputs, facts)
+
+        run.outputs = await folder.commit(files, self._manifest(run, prepared, bound, place, ended), through=through)
+        faultpoint("job.committed")
 
     async def _check(self, run: _Run, prepared: Prepared, server: ComfyUI) -> BoundWorkflow:
         """Compare the graph with the server's node list; move seeds into the ranges it gives."""
@@ -356,47 +423,20 @@ class RunComfyOrchestrator:
             names[upload] = await server.upload(upload.path, kind=upload.kind)
         return bound.with_uploads(names)
 
-    async def _execute(self, run: _Run, prepared: Prepared, graph: Mapping[str, Any], place: Place) -> Ended:
-        """Submit and watch. A prompt that is no longer wanted is taken back before anything else happens."""
-        run.step("submit")
-        run.prompt_id = PromptId(str(uuid4()))
-        labels = {
-            node_id: NodeLabel(prepared.workflow.title(node_id), str(node["class_type"]))
-            for node_id, node in graph.items()
+    def _facts(self, run: _Run, prepared: Prepared, bound: BoundWorkflow, place: Place, ended: Ended) -> dict[str, Any]:
+        """Return what a journal keeps of a job that is done, besides its outputs; costs and times are those so far."""
+        bill = owed(place, now=self._clock.now())
+        return {
+            "prompt_id": run.prompt_id,
+            "workflow": {"name": prepared.workflow.name, "sha256": bound.sha256},
+            "seeds": dict(bound.seeds),
+            "where": place.kind,
+            "server_type": place.machine.server_type if place.machine else None,
+            "cached_nodes": sorted(ended.cached),
+            "cost_usd": format(sum((line.amount_usd for line in bill), Decimal(0)), "f"),
+            "bill": [_shown(line) for line in bill],
+            "timings": {name: round(seconds, 6) for name, seconds in run.timings.items()},
         }
-        watcher = Watcher(place.server, self._settings.comfy, clock=self._clock)
-        try:
-            async with place.server.listen(run.prompt_id) as events:
-                submitted = await place.server.submit(graph, prompt_id=run.prompt_id)
-                run.prompt_id = submitted.prompt_id
-                run.step("execute")
-                on_progress = None if run.show is _nobody else run.show
-                return await watcher.watch(run.prompt_id, labels, events=events, on_progress=on_progress)
-        except BaseException as error:
-            if _may_still_run(error):
-                await finish(self._take_back(run.prompt_id, place))
-            raise
-
-    async def _take_back(self, prompt_id: PromptId, place: Place) -> None:
-        told = seen_gone = False
-        try:
-            async with asyncio.timeout(CANCEL_WITHIN.total_seconds()):
-                told = await place.server.cancel(prompt_id, alone=place.alone)
-                while told and place.kind != "own machine" and not seen_gone:
-                    queue = await place.server.queue()
-                    seen_gone = prompt_id not in (*queue.running, *queue.pending)
-                    if not seen_gone:
-                        await asyncio.sleep(0.25)
-        except (RunComfyError, TimeoutError) as error:
-            log.warning("prompt_not_taken_back", extra={"fields": {"prompt": prompt_id, "error": repr(error)}})
-        if place.kind == "own machine" or seen_gone:
-            return
-        if told:
-            self._placer.tell(f"prompt {prompt_id} was interrupted; it ends when its node next looks up")
-        else:
-            self._placer.tell(
-                f"prompt {prompt_id} may still run on the server: it could not be interrupted without risk to others"
-            )
 
     def _manifest(
         self, run: _Run, prepared: Prepared, bound: BoundWorkflow, place: Place, ended: Ended
@@ -462,11 +502,28 @@ def refused(problems: list[Problem]) -> PreflightFailed:
     )
 
 
-def _may_still_run(error: BaseException) -> bool:
-    """Whether the prompt may still wait or run after this error, so that it must be taken back."""
-    if isinstance(error, RunComfyError):
-        return error.code in ("node-stuck", "comfyui-unreachable", "worker-dead", "job-timeout")
-    return True
+def _labels(workflow: Workflow, graph: Mapping[str, Any]) -> dict[str, NodeLabel]:
+    return {node_id: NodeLabel(workflow.title(node_id), str(node["class_type"])) for node_id, node in graph.items()}
+
+
+def _shown(line: BillLine) -> dict[str, str]:
+    return {
+        "what": line.what,
+        "seconds": str(line.seconds),
+        "usd_per_hour": str(line.usd_per_hour),
+        "amount_usd": str(line.amount_usd),
+    }
+
+
+async def _keep_aside(folder: JobFolder, error: LeaseLost) -> None:
+    """Keep what was fetched under names that say that it does not count."""
+    try:
+        kept = await folder.set_aside()
+    except LocalError as failed:
+        log.warning("discarded_not_kept", extra={"fields": {"error": failed.code}})
+        return
+    if kept:
+        error.details["kept"] = list(kept)
 
 
 async def _settled(task: asyncio.Task[None]) -> None:

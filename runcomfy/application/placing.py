@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import partial
+from typing import Protocol
 
 from runcomfy.application.dev_server import DevServer
 from runcomfy.application.finish import finish
@@ -21,10 +24,11 @@ from runcomfy.application.health import check_comfyui, wait_until_usable
 from runcomfy.application.machines import Boot, Machines
 from runcomfy.application.reaper import Reaper
 from runcomfy.domain.exceptions import LeaseLost, LocalError, MachineLost, ProviderError, RunComfyError
-from runcomfy.domain.job import BillLine, JobId
+from runcomfy.domain.job import BillLine, JobId, JobRequest
 from runcomfy.domain.lease import Use
 from runcomfy.domain.machine import Machine, MachineReport, Phase, Purpose
 from runcomfy.domain.money import meter, seconds_between, total
+from runcomfy.domain.place_key import machine_key, server_key
 from runcomfy.domain.progress import Progress, Step
 from runcomfy.domain.secret import SecretUrl
 from runcomfy.ports.comfyui import ComfyUI
@@ -55,6 +59,8 @@ class Place:
     `server:<host and port>`, with this computer's name where the address is loopback. See `server_key`."""
     machine: Machine | None = None
     bill: tuple[BillLine, ...] = ()
+    since: datetime | None = None
+    """From when this job has a share in the machine's bill."""
 
     @property
     def cost_usd(self) -> Decimal:
@@ -63,6 +69,23 @@ class Place:
 
 
 ComfyFactory = Callable[[SecretUrl], ComfyUI]
+
+
+class PlaceFactory(Protocol):
+    """Whatever gives a job its place: a `Placer` for one request, or an executor's `Station`."""
+
+    def __call__(
+        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill
+    ) -> AbstractAsyncContextManager[Place]:
+        """Be at the place for the block."""
+        ...
+
+
+def owed(place: Place, *, now: datetime) -> tuple[BillLine, ...]:
+    """Return what being there has cost this job until now, before the bill is made when the place is left."""
+    if place.bill or place.machine is None or place.since is None:
+        return place.bill
+    return (_share(place.machine, place.since, now),)
 
 
 class Placer:
@@ -75,11 +98,18 @@ class Placer:
         cloud: Callable[[], Awaitable[tuple[Machines, DevServer]]],
         *,
         tell: Callable[[str], None],
+        host: str | None = None,
     ) -> None:
+        """`host` names this computer where an address is the same on every one; None: as it calls itself."""
+        self._host = platform.node() if host is None else host
         self._comfyui = comfyui
         self._given_server = given_server
         self._cloud = cloud
         self.tell = tell
+
+    def at_request(self, request: JobRequest) -> PlaceFactory:
+        """Return what finds or rents the place that a request asks for."""
+        return partial(self.at, server_url=request.server_url, server_type=request.server_type)
 
     @asynccontextmanager
     async def at(
@@ -116,7 +146,7 @@ class Placer:
         step("check")
         server = self._given_server(url)  # kept warm by its giver, for the next job
         await server.probe()
-        yield Place(server, "server", alone=False)
+        yield Place(server, "server", alone=False, key=server_key(url, self._host))
 
     # -- the dev server ------------------------------------------------------------------------------------
 
@@ -152,7 +182,7 @@ class Placer:
     ) -> AsyncIterator[Place]:
         machine, report, server = warm
         started = machines.clock.now()
-        place = Place(server, "dev server", alone=False, machine=machine)
+        place = Place(server, "dev server", alone=False, key=machine_key(machine.id), machine=machine, since=started)
         if report.stopping_at is not None and report.stopping_at - started < timedelta(minutes=5):
             left = max(0.0, (report.stopping_at - started).total_seconds())
             self.tell(f"the dev server stops in {left:.0f} s; `comfyctl dev extend` lets it run longer")
@@ -223,7 +253,10 @@ class Placer:
             keeper = asyncio.create_task(keep_lease(machines, machine), name=f"lease-{job_id}")
             step("check")
             show(Progress(Step.CHECKING, message="the machine is Ready; asking its ComfyUI"))
-            place = Place(self._comfyui(report.url), "own machine", alone=True, machine=machine)
+            place = Place(
+                self._comfyui(report.url), "own machine", alone=True, key=machine_key(machine.id), machine=machine
+            )
+            place.since = machine.ready_at or machines.clock.now()
             await wait_until_usable(
                 place.server,
                 within=machines.settings.cloud.comfyui_timeout,

@@ -54,6 +54,10 @@ from runcomfy.ports.comfyui import ComfyUI
 SETTLE_SECONDS: Final = 1.0
 """After a hint of the end (success said, prompt not found) the server is asked again this soon: the history follows
 the success message within 0.4 s in all measurements."""
+DEAF_PACE: Final = 0.25
+"""Where nothing can be heard about a prompt it is asked after each time this share of its age has passed, up to the
+poll period: a prompt that runs for 50 ms is not noticed 5 s later."""
+DEAF_FIRST_SECONDS: Final = 0.05
 
 _GPU_TROUBLE: Final = re.compile(
     r"out of memory on device|(cuda|hip|mps backend|xpu)[\w ]* out of memory|allocation on device|"
@@ -93,16 +97,18 @@ class Watcher:
         *,
         events: AsyncIterator[ServerEvent],
         on_progress: Callable[[Progress], None] | None = None,
+        found: Polled | None = None,
     ) -> Ended:
         """Return what the server remembers of the prompt once it has succeeded.
 
         `events` is what `ComfyUI.listen` gave, opened before the prompt was submitted. `on_progress` is called in the
-        event loop for each change; what it raises ends the watch.
+        event loop for each change; what it raises ends the watch. `found`: the prompt was submitted by somebody else
+        and this was read about it just now; the server tells its progress to their socket, so that asking leads.
 
         Raises NodeFailed, GpuOutOfMemory, PromptInterrupted, PromptRemoved, ServerRestarted, WorkerDead, NodeStuck,
         ServerUnreachable, NotComfyUI.
         """
-        watch = _Watch(self._server, self._settings, self._clock, prompt_id, labels, on_progress)
+        watch = _Watch(self._server, self._settings, self._clock, prompt_id, labels, on_progress, found)
         listening = asyncio.create_task(watch.hear(events), name=f"hear {prompt_id}")
         try:
             while watch.state.ending is None:
@@ -128,6 +134,7 @@ class _Watch:
         prompt_id: PromptId,
         labels: Mapping[str, NodeLabel],
         on_progress: Callable[[Progress], None] | None,
+        found: Polled | None = None,
     ) -> None:
         self._server = server
         self._clock = clock
@@ -151,6 +158,10 @@ class _Watch:
         self._hurry = False
         """Whether to ask at once: the end was marked, or the connection changed and something may have been missed."""
         self._trouble: ProviderError | None = None
+        self._deaf = found is not None
+        """Whether the socket says nothing about this prompt because it is another's."""
+        if found is not None:
+            self._fold(found)
 
     # --- hearing ------------------------------------------------------------------------------------------
 
@@ -219,10 +230,16 @@ class _Watch:
             return asked_at
         if self._hurry or evidence.marked or health.absent:
             return soon
-        quiet = max(health.heard_at, asked_at) + self._interval
+        quiet = max(health.heard_at, asked_at) + self._patience(asked_at)
         if evidence.succeeded or evidence.failure is not None or evidence.interrupted:
             return min(quiet, max(health.heard_at, asked_at) + SETTLE_SECONDS)
         return quiet
+
+    def _patience(self, asked_at: float) -> float:
+        """How long nothing may be heard until the server is asked, in seconds."""
+        if not self._deaf and self.state.health.socket is not False:
+            return self._interval
+        return min(self._interval, max(DEAF_FIRST_SECONDS, (asked_at - self._began) * DEAF_PACE))
 
     async def ask(self) -> None:
         """Look the prompt up: queue first, then history, for a prompt that ends in between must not look lost."""
@@ -251,6 +268,8 @@ class _Watch:
     def _doubt_the_socket(self, before: WatchState) -> None:
         """An open socket that kept to itself what polling found out has been forgotten by the server."""
         health, after = before.health, self.state
+        if self._deaf:
+            return
         if health.socket is not True or self._asked_at - health.heard_at < self._interval:
             return
         if after.history is not None and not before.evidence.marked:

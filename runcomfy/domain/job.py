@@ -72,6 +72,11 @@ class JobRequest:
     """Names that `inputs` must have."""
     out_file: str | None = None
     """Where the one result goes, as a file; several get numbered names. Wins over `out_dir`."""
+    out_root: str | None = None
+    """The folder that `out_file` may not leave, not even by a link in its path; None: anywhere."""
+    earlier_outputs: Mapping[str, str] = field(default_factory=dict)
+    """Path -> sha256 of what earlier runs of the same job delivered to `out_file`: may be replaced if it is still
+    that. Anything else found there is kept under another name."""
 
 
 @dataclass(frozen=True, slots=True)

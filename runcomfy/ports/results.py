@@ -6,11 +6,16 @@ Names that came from a server are data: every name here is made by us from the j
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from runcomfy.domain.job import JobId, Output, OutputKind
+
+Publish = Callable[[], None]
+"""Gives every result its final name, durably: quick, blocking, and undone by itself if it raises."""
+Through = Callable[[Publish, tuple[Output, ...]], Awaitable[None]]
+"""Decides whether results count: calls the publishing once, at the right moment, in a thread; or raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,8 @@ class ResultFile:
     file_name: str = ""
     """The file name wanted, without folder (`flux.png`); empty: made from node and counter."""
     remote_name: str = ""
+    passing: bool = False
+    """Whether the server keeps it among its temporary files (a preview)."""
 
 
 class JobFolder(Protocol):
@@ -70,11 +77,25 @@ class JobFolder(Protocol):
         """Return the picture in another format (png, jpg, webp); other kinds are returned as they are."""
         ...
 
-    async def commit(self, files: Sequence[ResultFile], manifest: Mapping[str, Any]) -> tuple[Output, ...]:
-        """Give every file its final name and write `manifest.json`, flushed to the disk once for all; then read back.
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sentences for the user about what the commit found in its way, or gave another name than wished for."""
+        ...
 
-        Either everything is there afterwards, or an error is raised and no final name exists. Raises DiskFull.
+    async def commit(
+        self, files: Sequence[ResultFile], manifest: Mapping[str, Any], *, through: Through | None = None
+    ) -> tuple[Output, ...]:
+        """Give every file its final name and write the manifest, flushed to the disk once for all.
+
+        Either everything is there afterwards, or an error is raised and no final name exists. `through` decides
+        whether the results count, after everything that takes time was done; what it raises takes the names back,
+        and once it was called it is not cancelled: a cancellation that comes meanwhile is too late if it succeeds.
+        Raises DiskFull, LocalError, OutputCorrupt, and what `through` raises.
         """
+        ...
+
+    async def set_aside(self) -> Sequence[str]:
+        """Keep what was fetched, under names that say that it was discarded; return their paths."""
         ...
 
     async def amend(self, facts: Mapping[str, Any]) -> None:
@@ -99,9 +120,10 @@ class Results(Protocol):
         """
         ...
 
-    async def open_folder(self, job_id: JobId, *, under: str) -> JobFolder:
+    async def open_folder(self, job_id: JobId, *, under: str, again: bool = False) -> JobFolder:
         """Make the folder `under/job_id` for a job's results, and prove that it can be written before money is spent.
 
-        Raises DiskFull, LocalError.
+        `again`: results of earlier runs of the job may be there; they are kept in a folder of their own when new ones
+        are committed, or give way to the very same content. Raises DiskFull, LocalError.
         """
         ...

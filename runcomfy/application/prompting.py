@@ -1,0 +1,204 @@
+"""
+The prompt of one run on one server: sent, or found again after a crash; watched; taken back when nobody wants it.
+
+A prompt outlives the process that sent it. So before anything is sent the run's journal is asked for an earlier one,
+and the server is asked what became of it, in the order queue, then history: a prompt that ends in between is then not
+taken for lost. Only what is missed twice in a row, a moment apart, is not there (I12, I13). A server that cannot be
+asked decides nothing: its error goes to the caller, and the journal stays as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from runcomfy.application.faultpoints import faultpoint
+from runcomfy.application.finish import finish
+from runcomfy.application.journal import EarlierPrompt, Journal
+from runcomfy.application.placing import Place
+from runcomfy.application.watcher import Ended, Watcher
+from runcomfy.domain.exceptions import RunComfyError
+from runcomfy.domain.job import PromptId
+from runcomfy.domain.progress import NodeLabel, Progress
+from runcomfy.domain.progress_fold import Polled
+from runcomfy.ports.comfyui import ComfyUI
+
+log = logging.getLogger("runcomfy.orchestrator")
+
+CANCEL_WITHIN: Final = timedelta(seconds=15)
+"""How long the server may take to be told that a prompt is no longer wanted; it may be the server that hangs."""
+LOOKS: Final = 2
+"""Searches in a row that must miss before a prompt is not there."""
+LOOK_GAP_SECONDS: Final = 1.5
+"""Between two searches: a request that a dead process had sent may be read late and still be queued by then."""
+CANCEL_AGAIN_SECONDS: Final = 5.0
+"""How often a prompt that does not end is told again to."""
+END_POLL_SECONDS: Final = 0.25
+
+
+async def look_up(server: ComfyUI, prompt_id: PromptId) -> Polled:
+    """Ask once where a prompt is: queue first, then history. Raises ServerUnreachable, NotComfyUI."""
+    queue = await server.queue()
+    waits_or_runs = prompt_id in queue.running or prompt_id in queue.pending
+    return Polled(queue, None if waits_or_runs else await server.history(prompt_id))
+
+
+async def find_prompt(server: ComfyUI, prompt_id: PromptId) -> Polled | None:
+    """Return what the server says of a prompt that waits, runs or has ended; None if it proves to have none such."""
+    for number in range(LOOKS):
+        if number:
+            await asyncio.sleep(LOOK_GAP_SECONDS)
+        found = await look_up(server, prompt_id)
+        if found.history is not None or _in_queue(found, prompt_id):
+            return found
+    return None
+
+
+async def end_prompt(server: ComfyUI, prompt_id: PromptId, *, alone: bool) -> None:
+    """Take a prompt back by its id and return when it is seen ended: in the history, or missed twice in a row.
+
+    Waits for as long as it runs; whoever has less patience puts a limit around it. Raises ServerUnreachable.
+    """
+    loop = asyncio.get_running_loop()
+    next_call = loop.time()
+    misses = 0
+    while True:
+        found = await look_up(server, prompt_id)
+        if found.history is not None:
+            return
+        if _in_queue(found, prompt_id):
+            misses = 0
+            if loop.time() >= next_call:
+                await server.cancel(prompt_id, alone=alone)
+                next_call = loop.time() + CANCEL_AGAIN_SECONDS
+            await asyncio.sleep(END_POLL_SECONDS)
+            continue
+        misses += 1
+        if misses >= LOOKS:
+            return
+        await asyncio.sleep(LOOK_GAP_SECONDS)
+
+
+def _in_queue(found: Polled, prompt_id: PromptId) -> bool:
+    return found.queue is not None and (prompt_id in found.queue.running or prompt_id in found.queue.pending)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompting:
+    """What one run does with its prompt at its place."""
+
+    place: Place
+    journal: Journal
+    watcher: Watcher
+    tell: Callable[[str], None]
+    """Takes a sentence for the user."""
+    named: Callable[[PromptId], None]
+    """Told the prompt's id whenever it is (newly) known."""
+    on_progress: Callable[[Progress], None] | None = None
+
+    async def find_earlier(self) -> Polled | None:
+        """Return what became of the prompt of an attempt that was cut off, if this run is to go on with it.
+
+        Otherwise it is proven to be on no server, or is at another place, and the journal says so. Raises LeaseLost,
+        ServerUnreachable, NotComfyUI.
+        """
+        earlier = self.journal.earlier
+        if earlier is None:
+            return None
+        if earlier.place != self.place.key:
+            await self.journal.gone(lost=True)
+            return None
+        if earlier.unwanted:
+            await end_prompt(self.place.server, earlier.prompt_id, alone=self.place.alone)
+            await self.journal.gone(lost=False)
+            return None
+        found = await find_prompt(self.place.server, earlier.prompt_id)
+        if found is None:
+            _log_earlier("prompt_not_found", earlier)
+            await self.journal.gone(lost=earlier.accepted)
+            return None
+        _log_earlier("prompt_found", earlier)
+        self.named(earlier.prompt_id)
+        faultpoint("prompt.found")
+        await self.journal.attached()
+        return found
+
+    async def attach(self, found: Polled, prompt_id: PromptId, labels: Mapping[str, NodeLabel]) -> Ended:
+        """Watch a prompt that was found again until it has ended; raises what `Watcher.watch` raises."""
+        try:
+            async with self.place.server.listen(prompt_id) as events:
+                return await self.watcher.watch(
+                    prompt_id, labels, events=events, on_progress=self.on_progress, found=found
+                )
+        except BaseException as error:
+            await self._leave(error, prompt_id)
+            raise
+
+    async def send(
+        self, graph: Mapping[str, Any], labels: Mapping[str, NodeLabel], submitted: Callable[[], None]
+    ) -> Ended:
+        """Write the prompt's id down, send it, and watch it until it has ended. `submitted` is called in between.
+
+        Raises LeaseLost, PromptRejected, and what `Watcher.watch` raises. A prompt that may still run then is taken
+        back, unless the journal says that somebody else goes on with it.
+        """
+        prompt_id = self.journal.prompt_id
+        await self.journal.submitting(prompt_id, place=self.place.key)
+        self.named(prompt_id)
+        faultpoint("prompt.written")
+        try:
+            async with self.place.server.listen(prompt_id) as events:
+                answer = await self.place.server.submit(graph, prompt_id=prompt_id)
+                prompt_id = answer.prompt_id
+                self.named(prompt_id)
+                faultpoint("prompt.sent")
+                await self.journal.accepted(prompt_id)
+                submitted()
+                return await self.watcher.watch(prompt_id, labels, events=events, on_progress=self.on_progress)
+        except BaseException as error:
+            await self._leave(error, prompt_id)
+            raise
+
+    async def _leave(self, error: BaseException, prompt_id: PromptId) -> None:
+        if may_still_run(error) and not self.journal.leaves_prompt(error):
+            await finish(self._take_back(prompt_id))
+
+    async def _take_back(self, prompt_id: PromptId) -> None:
+        server, place = self.place.server, self.place
+        told = seen_gone = False
+        try:
+            async with asyncio.timeout(CANCEL_WITHIN.total_seconds()):
+                told = await server.cancel(prompt_id, alone=place.alone)
+                while told and place.kind != "own machine" and not seen_gone:
+                    queue = await server.queue()
+                    seen_gone = prompt_id not in (*queue.running, *queue.pending)
+                    if not seen_gone:
+                        await asyncio.sleep(END_POLL_SECONDS)
+        except (RunComfyError, TimeoutError) as error:
+            log.warning("prompt_not_taken_back", extra={"fields": {"prompt": prompt_id, "error": repr(error)}})
+        if place.kind == "own machine" or seen_gone:
+            return
+        if told:
+            self.tell(f"prompt {prompt_id} was interrupted; it ends when its node next looks up")
+        else:
+            self.tell(
+                f"prompt {prompt_id} may still run on the server: it could not be interrupted without risk to others"
+            )
+
+
+def _log_earlier(event: str, earlier: EarlierPrompt) -> None:
+    log.info(event, extra={"fields": {"prompt": earlier.prompt_id, "accepted": earlier.accepted}})
+
+
+def may_still_run(error: BaseException) -> bool:
+    """Whether the prompt may still wait or run after this error, and nobody but its sender would take it back.
+
+    What the journal raises is none of these: a prompt whose run has lost its hold on the job is somebody else's.
+    """
+    if isinstance(error, RunComfyError):
+        return error.code in ("node-stuck", "comfyui-unreachable", "worker-dead", "job-timeout")
+    return True
