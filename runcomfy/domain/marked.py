@@ -122,9 +122,13 @@ class Problem:
     message: str
     hint: str = ""
 
+    @property
+    def where(self) -> str:
+        """Line and field, for people."""
+        return f"line {self.line}" + (f", {foreign_text(self.field, 120)}" if self.field else "")
+
     def __str__(self) -> str:
-        where = f"line {self.line}" + (f", {foreign_text(self.field, 120)}" if self.field else "")
-        return f"{where}: {self.message}"
+        return f"{self.where}: {self.message}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the problem as it appears in an error's details."""
