@@ -173,6 +173,7 @@ class Quarantine:
 
     killed: int
     """How many."""
+    end_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,9 +240,9 @@ class RetryPolicy:
         if kind is Kind.BUSY and not submitted:
             return Pause(Scope.HOST, growing(BUSY_FIRST, BUSY_MOST, pauses))
         killed = kind is Kind.KILLED and submitted
+        end_prompt = submitted and (error.code in MAY_STILL_RUN or kind is Kind.UNREACHABLE)
         if killed and kill_count + 1 >= self.kill_limit:
-            return Quarantine(kill_count + 1)
-        end_prompt = submitted and error.code in MAY_STILL_RUN
+            return Quarantine(kill_count + 1, end_prompt)
         if retries_attempted >= (self.limit if retry_limit is None else retry_limit):
             return Fail("limit", killed_machine=killed, end_prompt=end_prompt)
         most = growing(self.first, self.most, retries_attempted)

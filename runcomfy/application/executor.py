@@ -1,0 +1,555 @@
+"""
+The worker of the queue: claims jobs by priority and age, runs them, and survives what may happen meanwhile.
+
+    turn      nothing paused, a slot free: claim, one task per job (`job_run`)
+    watch     every second, and after every change: what is no longer held is cut: cancelled jobs have their prompt
+              interrupted, lost ones leave it to whoever holds the job now
+    report    progress, a batch every two seconds
+    sweep     prompts of cancelled jobs whose worker is gone are ended at the places served here
+    plan      one executor of the database takes back the jobs of dead workers (`planner`)
+    drain     told to stop: claims no more, lets jobs run for a while, then cuts them with their prompts left running
+
+A database that refuses writes stops nothing that runs: nothing is claimed and nothing launched until it works again
+(I23). The heart beats in a thread of its own (`heartbeat`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any, Final, Protocol, Self
+
+from runcomfy.application.faultpoints import faultpoint
+from runcomfy.application.finish import finish
+from runcomfy.application.heartbeat import Held, LoopHeart, Pulse
+from runcomfy.application.job_queue import EXECUTOR, host_scope
+from runcomfy.application.job_run import Bench, JobRun, RunsJobs, Why
+from runcomfy.application.placing import Place, Show, TellBill, TimeStep
+from runcomfy.application.planner import Planner
+from runcomfy.application.prompting import end_prompt
+from runcomfy.domain import retry
+from runcomfy.domain.exceptions import JobBusy, JobNotFound, LeaseLost, LocalError, RunComfyError, foreign_text
+from runcomfy.domain.job import JobId
+from runcomfy.domain.lease import Owner
+from runcomfy.domain.queued import (
+    QUEUE_SCOPE,
+    ClaimLimits,
+    Pause,
+    QueuedJob,
+    QueueStatus,
+    RowId,
+    WorkerId,
+)
+from runcomfy.domain.settings import QueueSettings
+from runcomfy.ports.clock import Clock
+from runcomfy.ports.jobs import JobKey, JobStore
+from runcomfy.ports.processes import Processes
+
+log = logging.getLogger("runcomfy.queue")
+
+WATCH_EVERY: Final = 1.0
+WATCH_GAP: Final = 0.2
+"""Seconds between two looks at what is held: a busy database changes a thousand times a second."""
+REPORT_EVERY: Final = 2.0
+SWEEP_EVERY: Final = 5.0
+END_WITHIN: Final = timedelta(seconds=60)
+"""How long one try to see a cancelled prompt ended may take; there is another."""
+TROUBLE_FIRST: Final = 0.5
+TROUBLE_MOST: Final = 15.0
+"""Seconds between two looks at a database that refuses."""
+CUT_WITHIN: Final = timedelta(seconds=30)
+"""How long runs that were cut may take to leave their places. Ending a rented machine has its own patience."""
+SLEPT: Final = 5.0
+"""Seconds by which the wall clock and the loop's may drift apart before we have slept, or somebody set the clock."""
+
+
+class Workplace(Protocol):
+    """Where an executor's jobs run: `Station`."""
+
+    def at(self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill) -> AbstractAsyncContextManager[Place]:
+        """Be at the place for the block."""
+        ...
+
+    def places(self) -> Collection[str]:
+        """Return the keys of the places that jobs can go on at here."""
+        ...
+
+    async def idle(self) -> None:
+        """Be told that nothing runs: what is rented may be ended."""
+        ...
+
+    async def close(self) -> None:
+        """End what was rented and let go of the rest."""
+        ...
+
+
+class Executor:
+    """One worker process. `await run(stop)` works until told to stop; `run_job` does one job for another engine."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        settings: QueueSettings,
+        station: Workplace,
+        orchestrator: RunsJobs,
+        owner: Owner,
+        *,
+        clock: Clock,
+        processes: Processes,
+        heart: Pulse | None = None,
+        draw: retry.Draw | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`store` is open and stays the caller's; `owner` is registered here. `heart` renews what `worker` holds.
+
+        Without a `heart` one beats in the event loop. `draw(low, high)` draws the jitter of waits.
+        """
+        self.store, self.settings, self.station = store, settings, station
+        self.owner = replace(owner, command=f"{owner.command} {EXECUTOR}".strip())
+        self.worker = WorkerId(owner.id)
+        self.tell = tell
+        self._clock = clock
+        self._heart: Pulse = heart or LoopHeart(
+            lambda: store.renew(self.worker, lease=settings.lease), every=settings.heartbeat, lease=settings.lease
+        )
+        self.planner = Planner(store, settings, self.owner, processes, tell=tell, trouble=self._troubled)
+        self._runs: dict[tuple[int, int], tuple[JobRun, asyncio.Task[None]]] = {}
+        self._scopes = (QUEUE_SCOPE, host_scope(self.owner))
+        self._limits = limits_of(settings)
+        self._wake = asyncio.Event()
+        self._nudge = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._broken: BaseException | None = None
+        self._depth = 0
+        """How many `async with` blocks are open."""
+        self._leave = asyncio.Event()
+        self._owes = False
+        """Whether a claim is left open because its end could not be written down."""
+        self._trouble: LocalError | None = None
+        self._trouble_wait = TROUBLE_FIRST
+        self._paused_in_a_row = 0
+        self._paused_until: float | None = None
+        self._on_trial = False
+        """A pause of our own is over: one job at a time, until one finds its server."""
+        self._told_pause = ""
+        self._bench = Bench(
+            store=store,
+            settings=settings,
+            orchestrator=orchestrator,
+            at=station.at,
+            pulse=self._heart,
+            policy=retry.RetryPolicy(
+                settings.retry_limit, settings.kill_limit, settings.backoff_first, settings.backoff_most
+            ),
+            draw=draw or random.uniform,
+            pauses=lambda: self._paused_in_a_row,
+            pause=self._pause,
+            reached=self._reached,
+            trouble=self._troubled,
+            leaving=self._leave.is_set,
+            tell=tell,
+        )
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        """Register as a worker and begin to beat, watch and plan. May be nested; the last to leave ends it."""
+        self._depth += 1
+        if self._depth == 1:
+            self._leave.clear()
+            try:
+                await self.store.register_owner(self.owner)
+                self._heart.start(self._beaten)
+                await self.planner.round()
+            except BaseException:
+                self._depth = 0
+                await finish(self._heart.stop())
+                raise
+            for name, loop in (
+                ("watch", self._watch()),
+                ("report", self._report()),
+                ("sweep", self._sweep()),
+                ("plan", self.planner.run()),
+            ):
+                self._tasks.append(self._start(name, loop))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            await finish(self._end())
+
+    def _start(self, name: str, loop: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(loop, name=f"queue-{name}")
+        task.add_done_callback(self._died)
+        return task
+
+    def _died(self, task: asyncio.Task[None]) -> None:
+        """A loop of the service never ends by itself: its end is the service's."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._broken = self._broken or error
+            self._wake.set()
+
+    async def _end(self) -> None:
+        await self._cut_all()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        try:
+            await self.station.close()
+        finally:
+            await self.planner.stop()
+            await self._heart.stop()
+            if not self._owes:  # or nobody would see that the claim's worker is gone
+                with suppress(LocalError):
+                    await self.store.sign_off(self.owner.id)
+
+    async def run(self, stop: asyncio.Event, leave: asyncio.Event | None = None, *, once: bool = False) -> None:
+        """Work until `stop` is set, then let running jobs go on for `settings.drain`, or until `leave` is set.
+
+        `once`: work off what can be claimed, then return. Cancelling this is a `leave`. Raises LocalError if the
+        database cannot be used at the start; later it only waits.
+        """
+        told = asyncio.create_task(stop.wait())
+        obeys = asyncio.create_task(self._leave_with(leave)) if leave is not None else None
+        try:
+            async with self:
+                try:
+                    await self._work(stop, told, once=once)
+                    if self._broken is None:
+                        await self._drain()
+                except asyncio.CancelledError:
+                    self._leave.set()
+                    raise
+        finally:
+            for task in (told, obeys):
+                if task is not None:
+                    task.cancel()
+        if self._broken is not None:
+            raise self._broken
+
+    async def _leave_with(self, leave: asyncio.Event) -> None:
+        await leave.wait()
+        self._leave.set()
+
+    async def run_job(self, key: JobKey) -> QueuedJob:
+        """Claim one job, run it, and return it as it is then; for programs that have an engine of their own.
+
+        A job that has ended is returned as it is. One that failed and is to be tried again is pending afterwards.
+        Raises JobNotFound, and JobBusy if it cannot be claimed now.
+        """
+        async with self:
+            row = await self.store.job(key)
+            if row is None:
+                raise JobNotFound(f"the queue has no job {foreign_text(key, 80)!r}")
+            if row.ended:
+                return row
+            if (pause := self._paused(await self.store.pauses())) is not None:
+                raise JobBusy(f"the queue is paused: {pause.message}", hint="`comfyctl queue resume` ends the pause")
+            claimed = await self._claim(1, only=row.id)
+            if not claimed:
+                raise JobBusy(
+                    f"job {row.config_name} cannot be claimed now: it is {row.status}",
+                    hint="another worker has it, it waits for a retry, or a limit is reached",
+                )
+            run = self._begin(claimed[0])
+            try:
+                await asyncio.shield(self._runs[run.key][1])
+            except asyncio.CancelledError:
+                run.cut(Why.DRAIN)
+                raise
+            return await self.store.job(row.id) or row
+
+    # -- claiming ------------------------------------------------------------------------------------------
+
+    async def _work(self, stop: asyncio.Event, told: asyncio.Task[Any], *, once: bool) -> None:
+        look: asyncio.Task[int] | None = None
+        mark = 0
+        try:
+            while not stop.is_set() and self._broken is None:
+                self._wake.clear()
+                begun = await self._turn()
+                if once and not begun and not self._runs and self._trouble is None:
+                    return
+                if look is None:
+                    look = asyncio.create_task(self.store.changed(timeout=self.settings.poll_interval, seen=mark))
+                wake = asyncio.create_task(self._wake.wait())
+                # What changes matters only to somebody with a slot free; a database that refuses may refuse this, too.
+                deaf = self._trouble is not None or len(self._runs) >= self.settings.slots
+                await asyncio.wait(
+                    {wake, told} if deaf else {look, wake, told},
+                    return_when=asyncio.FIRST_COMPLETED,
+                    timeout=self._trouble_wait if self._trouble is not None else WATCH_EVERY,
+                )
+                wake.cancel()
+                if look.done():
+                    mark, look = self._seen(look, mark), None
+                    self._nudge.set()
+        finally:
+            if look is not None:
+                look.cancel()
+                await asyncio.wait({look})
+
+    def _seen(self, look: asyncio.Task[int], mark: int) -> int:
+        try:
+            return look.result()
+        except LocalError as error:
+            self._troubled(error)
+            return mark
+
+    async def _turn(self) -> int:
+        """Claim what there is room for; return how many jobs were begun."""
+        room = self.settings.slots - len(self._runs)
+        if self._on_trial:
+            room = min(room, 1 - len(self._runs))
+        if room <= 0:
+            return 0
+        try:
+            if not await self._may_claim():
+                return 0
+            claimed = await self._claim(room)
+        except LocalError as error:
+            self._troubled(error)
+            return 0
+        for row in claimed:
+            self._begin(row)
+        if claimed:  # nothing to claim proves nothing: no word was written
+            self._troubled(None)
+        return len(claimed)
+
+    async def _claim(self, count: int, *, only: RowId | None = None) -> Sequence[QueuedJob]:
+        return await self.store.claim(
+            self.worker,
+            count=count,
+            lease=self.settings.lease,
+            places=self.station.places(),
+            limits=self._limits,
+            only=only,
+        )
+
+    def _begin(self, row: QueuedJob) -> JobRun:
+        faultpoint("queue.claimed")
+        run = JobRun(self._bench, row)
+        task = asyncio.create_task(run.run(), name=f"run-{row.id}")
+        self._runs[run.key] = run, task
+
+        def over(task: asyncio.Task[None]) -> None:
+            del self._runs[run.key]
+            self._owes = self._owes or run.unwritten
+            self._wake.set()
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._broken = self._broken or error
+
+        task.add_done_callback(over)
+        return run
+
+    # -- pauses --------------------------------------------------------------------------------------------
+
+    def _paused(self, pauses: Sequence[Pause]) -> Pause | None:
+        return next((pause for pause in pauses if pause.scope in self._scopes), None)
+
+    async def _may_claim(self) -> bool:
+        """Whether nothing is paused here. A pause whose time is over is ended, and one job is tried."""
+        now = self.store.now()
+        standing: Pause | None = None
+        for pause in await self.store.pauses():
+            if pause.scope not in self._scopes:
+                continue
+            if pause.until is None or pause.until > now:
+                standing = pause
+                continue
+            await self.store.resume(scope=pause.scope, by=self.worker)
+            self._on_trial = True
+        if standing is None:
+            self._told_pause, self._paused_until = "", None
+            return True
+        words = f"{standing.scope} {standing.reason} {standing.message}"
+        if words != self._told_pause:
+            self._told_pause = words
+            again = f"; tried again at {standing.until:%H:%M:%S} UTC" if standing.until is not None else ""
+            self.tell(f"paused: {standing.message}{again}")
+        return False
+
+    async def _pause(self, decision: retry.Pause, error: RunComfyError) -> None:
+        """Write down that something is missing that every job needs. Several runs may find it out at once."""
+        loop = asyncio.get_running_loop()
+        if self._paused_until is not None and loop.time() < self._paused_until:
+            return
+        self._paused_until = loop.time() + (decision.retry_in or timedelta(days=1)).total_seconds()
+        self._paused_in_a_row += 1
+        scope = QUEUE_SCOPE if decision.scope is retry.Scope.QUEUE else self._scopes[1]
+        message = f"{error.message}; {error.hint}" if error.hint else error.message
+        try:
+            await self.store.pause(
+                scope=scope, reason=error.code, message=message, retry_in=decision.retry_in, by=self.worker
+            )
+        except LocalError as refused:
+            self._troubled(refused)
+
+    def _reached(self) -> None:
+        self._paused_in_a_row, self._on_trial = 0, False
+        self._wake.set()
+
+    # -- trouble -------------------------------------------------------------------------------------------
+
+    def _troubled(self, error: LocalError | None) -> None:
+        """Hear what the database refuses, or (None) that it works; say each once."""
+        if error is None:
+            if self._trouble is not None:
+                self._trouble, self._trouble_wait = None, TROUBLE_FIRST
+                self.tell("the database works again")
+            return
+        if isinstance(error, LeaseLost):
+            return
+        log.warning("store_refused", extra={"fields": {"error": error.code, "message": error.message}})
+        if self._trouble is None:
+            hint = f" ({error.hint})" if error.hint else ""
+            self.tell(f"{error.message}{hint}; nothing new is begun until it works again")
+        else:
+            self._trouble_wait = min(self._trouble_wait * 2, TROUBLE_MOST)
+        self._trouble = error
+
+    # -- what is held --------------------------------------------------------------------------------------
+
+    def _beaten(self, held: Held) -> None:
+        """Hear from the heart what is held; what is missing is looked up, for it may have ended in good order."""
+        self._troubled(None)
+        if any(held.get(run.row.id) != run.row.token for run, _ in self._runs.values()):
+            self._nudge.set()
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        last = loop.time(), self._clock.now()
+        warned = False
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_EVERY):
+                    await self._nudge.wait()
+            self._nudge.clear()
+            last = self._slept(*last)
+            if self._runs and not self._heart.fresh and not warned:
+                warned = True
+                self.tell("no lease could be renewed for a whole lease: others may take over what runs here")
+            warned = warned and not self._heart.fresh
+            await self._look_at_held()
+            await asyncio.sleep(WATCH_GAP)
+
+    def _slept(self, at: float, wall: datetime) -> tuple[float, datetime]:
+        """After the computer slept (or the clock was set), the first thing is to see what is still held."""
+        now, now_wall = asyncio.get_running_loop().time(), self._clock.now()
+        if (
+            abs((now_wall - wall).total_seconds() - (now - at)) > SLEPT
+            or now - at > self.settings.lease.total_seconds()
+        ):
+            log.warning(
+                "clock_jumped", extra={"fields": {"loop_s": now - at, "wall_s": (now_wall - wall).total_seconds()}}
+            )
+            self._heart.hurry()
+        return now, now_wall
+
+    async def _look_at_held(self) -> None:
+        """Cut every run whose claim is gone."""
+        watched = [run for run, _ in self._runs.values() if not run.ending and run.why in (None, Why.DRAIN)]
+        if not watched:
+            return
+        try:
+            held = await self.store.holds(self.worker)
+            for run in watched:
+                if held.get(run.row.id) != run.row.token and not run.ending:
+                    row = await self.store.job(run.row.id)
+                    wanted = row is not None and row.status in (QueueStatus.PENDING, QueueStatus.PROCESSING)
+                    if not run.ending:
+                        run.cut(Why.LOST if wanted else Why.CANCELLED)
+        except LocalError as error:
+            self._troubled(error)
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_EVERY)
+            fresh = {run.row.id: run.progress for run, _ in self._runs.values() if run.progress and not run.ending}
+            if not fresh:
+                continue
+            for run, _ in self._runs.values():
+                run.progress = None
+            with suppress(LocalError):  # the next report says it
+                await self.store.report(self.worker, fresh)
+
+    # -- prompts nobody wants ------------------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        """End the prompts of cancelled jobs: those that a run here left behind, and those whose worker is gone."""
+        while True:
+            await asyncio.sleep(SWEEP_EVERY)
+            places = self.station.places()
+            if not places:
+                continue
+            try:
+                rows = await self.store.to_end(places)
+            except LocalError as error:
+                self._troubled(error)
+                continue
+            busy = {run.row.id for run, _ in self._runs.values()}
+            await asyncio.gather(*(self._end_prompt(row) for row in rows if row.id not in busy))
+
+    async def _end_prompt(self, row: QueuedJob) -> None:
+        if row.prompt_id is None or row.place not in self.station.places():
+            return
+        nothing: Callable[[Any], None] = lambda _: None  # noqa: E731 - a name for its type
+        try:
+            async with (
+                asyncio.timeout(END_WITHIN.total_seconds()),
+                self.station.at(job_id=row.uid, show=nothing, step=nothing, on_bill=nothing) as place,
+            ):
+                if place.key == row.place:
+                    await end_prompt(place.server, row.prompt_id, alone=place.alone)
+                    await self.store.prompt_ended(row.id, row.prompt_id)
+        except (RunComfyError, TimeoutError) as error:
+            log.warning("prompt_not_ended", extra={"fields": {"job": row.uid, "error": repr(error)}})
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """Let jobs run on for a while, then cut what still runs."""
+        if self._runs and not self._leave.is_set():
+            patience = self.settings.drain.total_seconds()
+            self.tell(f"{len(self._runs)} jobs run on for up to {patience:.0f} s; nothing new is begun")
+            await self._runs_over(patience)
+
+    async def _cut_all(self) -> None:
+        """Cut what runs, and wait for it; what cannot be written down within a while is left to the next owner."""
+        for run, _ in self._runs.values():
+            run.cut(Why.DRAIN)
+        if self._runs and not self._leave.is_set():
+            await self._runs_over(CUT_WITHIN.total_seconds())
+        self._leave.set()
+        while self._runs:
+            await asyncio.wait([task for _, task in self._runs.values()])
+
+    async def _runs_over(self, patience: float) -> None:
+        """Wait until no job runs any more, for so many seconds at most, and no longer than until `leave`."""
+        over = asyncio.create_task(self._leave.wait())
+        runs = asyncio.create_task(self._all_over())
+        await asyncio.wait({over, runs}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        for task in (over, runs):
+            task.cancel()
+
+    async def _all_over(self) -> None:
+        while self._runs:
+            await asyncio.wait([task for _, task in self._runs.values()])
+
+
+def limits_of(settings: QueueSettings) -> ClaimLimits:
+    """Return what the settings allow at once, over the whole database."""
+    return ClaimLimits(
+        workflow=settings.limit_workflow,
+        job_type=settings.limit_job_type,
+        user=settings.limit_user,
+        place=settings.limit_place,
+        fair_users=settings.fair_users,
+    )

@@ -1,0 +1,315 @@
+"""
+One claimed job, from claim to the line that says how it ended.
+
+The orchestrator does the job; this decides what follows (`domain.retry`) and writes it down under the claim's fence.
+A run that is cut says first why: that decides whether its prompt goes on running for the next worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Any, Protocol
+
+from runcomfy.application.faultpoints import faultpoint
+from runcomfy.application.finish import finish
+from runcomfy.application.heartbeat import Pulse
+from runcomfy.application.journal import Journal
+from runcomfy.application.placing import Place, PlaceFactory, Show
+from runcomfy.application.store_journal import StoreJournal
+from runcomfy.domain import retry
+from runcomfy.domain.exceptions import (
+    JobFileInvalid,
+    LeaseLost,
+    LocalError,
+    RunComfyError,
+    foreign_text,
+)
+from runcomfy.domain.job import JobRequest, JobResult
+from runcomfy.domain.progress import Progress
+from runcomfy.domain.queued import Ending, Outcome, QueuedJob, QueueStatus, Reason
+from runcomfy.domain.settings import QueueSettings
+from runcomfy.ports.jobs import JobStore
+
+log = logging.getLogger("runcomfy.queue")
+
+OWN_MACHINE = "own machine"
+"""`Place.kind` of a machine that is ended when nobody needs it; a prompt there ends with it."""
+
+
+class RunsJobs(Protocol):
+    """What does a job: `RunComfyOrchestrator`."""
+
+    async def run(
+        self,
+        request: JobRequest,
+        *,
+        on_progress: Show | None = None,
+        cancel: asyncio.Event | None = None,
+        journal: Journal | None = None,
+        at: PlaceFactory | None = None,
+    ) -> JobResult:
+        """Do the job; what goes wrong with it is in the result."""
+        ...
+
+
+class Why(Enum):
+    """Why a run is cut."""
+
+    CANCELLED = auto()
+    """A user ended the job: the prompt is interrupted."""
+    LOST = auto()
+    """The job is somebody else's by now: the prompt is theirs, too."""
+    DRAIN = auto()
+    """This process ends: the job goes back to the queue, its prompt runs on where the server stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every run of an executor works with."""
+
+    store: JobStore
+    settings: QueueSettings
+    orchestrator: RunsJobs
+    at: PlaceFactory
+    pulse: Pulse
+    policy: retry.RetryPolicy
+    draw: retry.Draw
+    pauses: Callable[[], int]
+    """How often in a row this computer has paused."""
+    pause: Callable[[retry.Pause, RunComfyError], Awaitable[None]]
+    reached: Callable[[], None]
+    """Called when a run has a server that takes prompts."""
+    trouble: Callable[[LocalError | None], None]
+    """Called with what the database refuses, and with None when it works again."""
+    leaving: Callable[[], bool]
+    """Whether this process is to end at once."""
+    tell: Callable[[str], None]
+
+
+class JobRun:
+    """One attempt. `await run()` ends when everything is written that can be."""
+
+    def __init__(self, bench: Bench, row: QueuedJob) -> None:
+        self._bench = bench
+        self.row = row
+        self.cancel = asyncio.Event()
+        self.why: Why | None = None
+        self.ending = False
+        """Whether its end is being written: what the store says of the claim from now on is our own doing."""
+        self.unwritten = False
+        """Whether its end could not be written down, so that the claim stays open."""
+        self.progress: tuple[float, str] | None = None
+        """Percent and words that were not reported yet."""
+        self._place: Place | None = None
+        self.journal = StoreJournal(
+            bench.store,
+            row,
+            bench.pulse,
+            leaves=self._leaves,
+            reached=bench.reached,
+            trouble=bench.trouble,
+            leaving=bench.leaving,
+        )
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Names the claim: the same job may be claimed again while an older run of it still ends."""
+        return self.row.id, self.row.token
+
+    def cut(self, why: Why) -> None:
+        """End the run in good order; the first reason counts, but for a lost claim, which outranks all."""
+        if self.why is None or why is not Why.DRAIN:
+            self.why = why
+        self.cancel.set()
+
+    async def run(self) -> None:
+        """Do the job and write down what came of it."""
+        row = self.row
+        log.info("job_begun", extra={"fields": {"job": row.uid, "row": row.id, "token": row.token}})
+        try:
+            result = await self._bench.orchestrator.run(
+                await self._request(), on_progress=self._note, cancel=self.cancel, journal=self.journal, at=self._at
+            )
+            error: RunComfyError | None = result.exception if isinstance(result.exception, RunComfyError) else None
+        except RunComfyError as refused:  # before anything was begun
+            error = refused
+        self.ending = True
+        if self.journal.done is not None:
+            self._tell_done(self.journal.done)
+            return
+        await finish(self._conclude(error or RunComfyError("the run ended without a result and without an error")))
+        faultpoint("queue.ended")
+
+    async def _request(self) -> JobRequest:
+        row, settings = self.row, self._bench.settings
+        if row.request is None:
+            raise JobFileInvalid(
+                "the row says nothing of what to run",
+                hint="put jobs in with `comfyctl queue add FILE`, a job file, or JobQueue.enqueue",
+            )
+        request = row.request
+        earlier = dict(request.earlier_outputs)
+        if request.out_file is not None:
+            for attempt in await self._bench.store.attempts(row.id):
+                for output in attempt.result.get("outputs", ()):
+                    earlier[str(output["path"])] = str(output["sha256"])
+        return replace(
+            request,
+            job_id=row.uid,
+            timeout=request.timeout or settings.job_timeout,
+            out_dir=request.out_dir or settings.jobs_finished,
+            earlier_outputs=earlier,
+        )
+
+    @asynccontextmanager
+    async def _at(self, **options: Any) -> AsyncIterator[Place]:
+        async with self._bench.at(**options) as place:
+            self._place = place
+            yield place
+
+    def _note(self, progress: Progress) -> None:
+        self.progress = progress.percent, foreign_text(progress.message or progress.step)
+
+    # -- prompts that are left running ---------------------------------------------------------------------
+
+    @property
+    def _server_stays(self) -> bool:
+        """Whether the server goes on existing without this run; one that was not reached is not ours to end."""
+        return self._place is None or self._place.kind != OWN_MACHINE
+
+    def _leaves(self, error: BaseException) -> bool:
+        if isinstance(error, RunComfyError) and retry.kind_of(error) is not retry.Kind.OURS:
+            return self._bench.policy.keeps_prompt(error, server_stays=self._server_stays)
+        if self.why is Why.DRAIN:
+            return self._server_stays
+        return isinstance(error, LeaseLost) or self.why is Why.LOST
+
+    @property
+    def _has_prompt(self) -> bool:
+        """Whether the row names a prompt that may be on a server."""
+        return self.journal.touched or self.journal.earlier is not None
+
+    def _keeps(self, error: RunComfyError) -> bool:
+        untouched = self.journal.earlier is not None and not self.journal.touched
+        return untouched or (self.journal.touched and self._leaves(error))
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    async def _conclude(self, error: RunComfyError) -> None:
+        """Write down how the run ended, or leave it to the next owner if nothing can be written."""
+        if isinstance(error, LeaseLost) or self.why in (Why.LOST, Why.CANCELLED):
+            await self._discard()
+            return
+        ending = await self._ending(error)
+        row: QueuedJob | None = None
+
+        async def write() -> None:
+            nonlocal row
+            row = await self._bench.store.finish(self.row.id, self.row.token, ending)
+
+        async def stands() -> bool:
+            attempts = await self._bench.store.attempts(self.row.id)
+            return any(a.token == self.row.token and a.outcome is ending.outcome for a in attempts)
+
+        try:
+            await self.journal.insist(write, stands)
+        except LeaseLost:
+            await self._discard()
+        except LocalError as refused:
+            self.unwritten = True
+            self._tell(f"how it ended could not be written down ({refused.message}); the next worker goes on with it")
+        else:
+            self._tell_ending(ending, error, row)
+
+    async def _ending(self, error: RunComfyError) -> Ending:
+        bench, row = self._bench, self.row
+        facts = error.as_dict()
+        if retry.kind_of(error) is retry.Kind.OURS:
+            return Ending(Outcome.PUT_BACK, keeps_prompt=self._keeps(error))
+        decision = bench.policy.decide(
+            error,
+            submitted=self.journal.touched,
+            server_stays=self._server_stays,
+            retries_attempted=row.retries_attempted,
+            retry_limit=row.retry_limit,
+            kill_count=row.kill_count,
+            pauses=bench.pauses(),
+            draw=bench.draw,
+        )
+        # A prompt of an earlier attempt that this one did not get to is not forgotten by a failure of its own.
+        left = self.journal.earlier is not None and not self.journal.touched
+        match decision:
+            case retry.Pause():
+                await bench.pause(decision, error)  # first, or the job would be claimed again at once
+                return Ending(Outcome.PUT_BACK, error=facts, keeps_prompt=self._keeps(error))
+            case retry.StoreTrouble() | retry.Stopped():
+                return Ending(Outcome.PUT_BACK, error=facts, keeps_prompt=self._has_prompt)
+            case retry.Quarantine():
+                return Ending(
+                    Outcome.QUARANTINED,
+                    error=facts,
+                    reason=Reason.QUARANTINED,
+                    killed_machine=True,
+                    end_prompt=decision.end_prompt,
+                )
+            case retry.Retry():
+                return Ending(
+                    Outcome.REQUEUED,
+                    error=facts,
+                    delay=decision.delay,
+                    killed_machine=decision.killed_machine,
+                    end_prompt=decision.end_prompt or left,
+                )
+            case retry.Fail():
+                return Ending(
+                    Outcome.FAILED,
+                    error=facts,
+                    killed_machine=decision.killed_machine,
+                    end_prompt=decision.end_prompt or left,
+                )
+
+    async def _discard(self) -> None:
+        """Say that the run does not count. Its claim is gone, so nothing is written but that."""
+        row: QueuedJob | None = None
+        try:
+            row = await self._bench.store.job(self.row.id)
+        except LocalError as error:
+            self._bench.trouble(error)
+        fields = {"job": self.row.uid, "row": self.row.id, "token": self.row.token}
+        if row is not None and row.status is QueueStatus.FAILED:
+            log.info("job_cancelled", extra={"fields": fields})
+            self._tell("cancelled")
+            return
+        log.warning("job_discarded", extra={"fields": fields})
+        self._tell("another worker has taken it over meanwhile; what this one did is discarded")
+
+    # -- words ---------------------------------------------------------------------------------------------
+
+    def _tell(self, sentence: str) -> None:
+        self._bench.tell(f"{self.row.config_name}: {sentence}")
+
+    def _tell_done(self, row: QueuedJob) -> None:
+        paths = [str(output.get("path", "")) for output in row.result.get("outputs", ())]
+        seconds = f" in {row.duration:.1f} s" if row.duration is not None else ""
+        log.info("job_done", extra={"fields": {"job": row.uid, "row": row.id, "token": self.row.token}})
+        self._tell(f"done{seconds}: {', '.join(paths)}")
+
+    def _tell_ending(self, ending: Ending, error: RunComfyError, row: QueuedJob | None) -> None:
+        fields = {"job": self.row.uid, "row": self.row.id, "token": self.row.token, "error": error.code}
+        log.info("job_run_over", extra={"fields": {**fields, "outcome": str(ending.outcome)}})
+        match ending.outcome:
+            case Outcome.REQUEUED:
+                after = f"in {ending.delay.total_seconds():.0f} s"
+                self._tell(f"{error.message}; tried again {after}")
+            case Outcome.PUT_BACK:
+                kept = "; its prompt runs on" if ending.keeps_prompt and self.why is Why.DRAIN else ""
+                self._tell(f"put back into the queue{kept}")
+            case Outcome.QUARANTINED:
+                self._tell(f"taken out of the queue: machines die under it ({error.message})")
+            case _:
+                self._tell(f"failed: {error.message}{f' ({error.hint})' if error.hint else ''}")
