@@ -8,6 +8,7 @@ under virtual time (looptime) as well as in real time.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.postgres import NoPostgres, PostgresForTests
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,3 +73,25 @@ async def cloud_client(cloud_settings: CloudSettings, clock: LoopClock) -> Async
     """A client of the emulated cloud with a rate limiter of its own."""
     async with RunComfyAPIClient(cloud_settings, clock=clock) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresForTests]:
+    """A PostgreSQL server of this test run's own (one per worker of xdist); skips, and says why, where there is none.
+
+    It does not wait for the disk: what it must survive is its own end, not the computer's.
+    """
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(PostgresForTests(fsync=False))
+        except NoPostgres as reason:
+            pytest.skip(str(reason))
+        yield server
+
+
+@pytest.fixture
+def postgres_dsn(postgres_server: PostgresForTests) -> Iterator[str]:
+    """The address of a fresh database with our tables in it."""
+    dsn = postgres_server.database()
+    yield dsn
+    postgres_server.drop(dsn)
