@@ -40,6 +40,7 @@ def test_what_ships_is_listed(say: Any) -> None:
     assert [(each["name"], each["node_count"]) for each in json.loads(out)] == [
         ("generate_flux_mesh", 18),
         ("image_invert", 3),
+        ("wf_realistic_portrait", 7),
     ]
 
 
