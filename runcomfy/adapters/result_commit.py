@@ -48,6 +48,8 @@ class Move:
 
     source: str
     target: str
+    mark: tuple[int, int] | None = None
+    """Which file it was (device and inode), once it was done."""
 
 
 @dataclass(slots=True)
@@ -117,8 +119,9 @@ class Commit:
                 self._rename(file.partial, output.path)
             if self.plan.manifest is not None:
                 with self._step(self.plan.manifest[0], "write"):
+                    mark = _mark(self._manifest)
                     self._disk.replace(self._manifest, self.plan.manifest[0])
-                self._moved.append(Move(self._manifest, self.plan.manifest[0]))
+                self._moved.append(Move(self._manifest, self.plan.manifest[0], mark))
             for directory in self.plan.directories if self._durable else ():
                 with self._step(directory, "flush"):
                     self._disk.fsync_directory(directory)
@@ -181,21 +184,30 @@ class Commit:
 
     def _rename(self, source: str, target: str) -> None:
         with self._step(target, "rename a result to"):
+            mark = _mark(source)
             self._disk.rename(source, target)
-        self._moved.append(Move(source, target))
+        self._moved.append(Move(source, target, mark))
 
     def _waiting_name(self, path: str) -> str:
         return os.path.join(self.plan.staging, REPLACED + os.path.basename(path))  # noqa: PTH118, PTH119
 
     def _take_back(self) -> None:
+        partials = {file.partial for file in self.plan.files}
         for move in reversed(self._moved):
-            # Not through the seam: this must not fail by design.
             with suppress(OSError):
+                if _mark(move.target) != move.mark:
+                    continue  # whoever holds the job now has put its own there
+                # Not through the seam: this must not fail by design.
                 os.rename(move.target, move.source)  # noqa: PTH104
                 continue
-            if move.source in {file.partial for file in self.plan.files}:
+            if move.source in partials:
                 remove_quietly(move.target)
         self._moved, self._waiting = [], []
+
+
+def _mark(path: str) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
 
 
 def _same_size(output: Output) -> None:

@@ -52,7 +52,10 @@ class Journal(Protocol):
         ...
 
     async def submitting(self, prompt_id: PromptId, *, place: str) -> None:
-        """Called before the prompt is sent; it is sent only after this returned. Raises LeaseLost."""
+        """Called before the prompt is sent; it is sent only after this returned. Raises LeaseLost.
+
+        Called again with the same id if so much time passed meanwhile that the job may have been lost.
+        """
         ...
 
     async def accepted(self, prompt_id: PromptId) -> None:

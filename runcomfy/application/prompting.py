@@ -38,6 +38,9 @@ LOOK_GAP_SECONDS: Final = 1.5
 CANCEL_AGAIN_SECONDS: Final = 5.0
 """How often a prompt that does not end is told again to."""
 END_POLL_SECONDS: Final = 0.25
+FRESH_SECONDS: Final = 5.0
+"""How old the journal's word may be when a prompt is sent: a process that was suspended in between may have lost the
+job meanwhile, and its prompt would run beside its successor's."""
 
 
 async def look_up(server: ComfyUI, prompt_id: PromptId) -> Polled:
@@ -147,7 +150,7 @@ class Prompting:
         back, unless the journal says that somebody else goes on with it.
         """
         prompt_id = self.journal.prompt_id
-        await self.journal.submitting(prompt_id, place=self.place.key)
+        await self._write_ahead(prompt_id)
         self.named(prompt_id)
         faultpoint("prompt.written")
         try:
@@ -162,6 +165,14 @@ class Prompting:
         except BaseException as error:
             await self._leave(error, prompt_id)
             raise
+
+    async def _write_ahead(self, prompt_id: PromptId) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            await self.journal.submitting(prompt_id, place=self.place.key)
+            if loop.time() - began <= FRESH_SECONDS:
+                return
 
     async def _leave(self, error: BaseException, prompt_id: PromptId) -> None:
         if may_still_run(error) and not self.journal.leaves_prompt(error):
