@@ -52,7 +52,7 @@ _OPTIONS: Final = {
     "log_min_messages": "warning",
     "restart_after_crash": "off",
 }
-_HASTE: Final = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+_HASTE: Final = {"fsync": "off", "full_page_writes": "off"}
 
 
 class NoPostgres(Exception):

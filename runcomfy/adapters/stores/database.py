@@ -18,11 +18,9 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from datetime import datetime, timedelta
-from sqlite3 import Error as SqliteError
 from typing import Any, Final, Generic, NoReturn, Protocol, Self, TypeVar
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
 
 from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.stores import migrate
@@ -37,8 +35,6 @@ Work = Callable[[Connection], T]
 
 WRITES: Final = "runcomfy_writes"
 """Execution option of connections whose transactions take the write lock at once."""
-
-DATABASE_ERRORS: Final = (SQLAlchemyError, SqliteError, OSError, UnicodeDecodeError)
 
 MOST_IN_ONE_COMMIT: Final = 256
 """Writes that share a transaction at most: the last of them waits for all."""
@@ -63,6 +59,11 @@ class DatabaseKind(Protocol):
     @property
     def shareable(self) -> bool:
         """Whether a second connection reaches the same data."""
+        ...
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What the database raises, by SQLAlchemy and by the driver itself; `error` says what it means."""
         ...
 
     def opening(self) -> AbstractContextManager[None]:
@@ -138,7 +139,7 @@ class _Link:
             try:
                 with engine.begin() as connection:
                     return work(connection)
-            except DATABASE_ERRORS as error:
+            except self._kind.errors as error:
                 if not self._kind.try_again(error):
                     raise
         with engine.begin() as connection:
@@ -188,7 +189,7 @@ class SyncDatabase:
             if self._link is None:
                 self._link = _Link(self._kind)
             return self._link.run(work, writes=writes)
-        except DATABASE_ERRORS as error:
+        except self._kind.errors as error:
             _fail(self._kind, error)
 
 
@@ -259,7 +260,7 @@ class Database:
                 except BaseException:
                     link.dispose()
                     raise
-        except DATABASE_ERRORS as error:
+        except self.kind.errors as error:
             _fail(self.kind, error)
         self._link = link
 
@@ -306,6 +307,14 @@ class Database:
         self._server_time.measure(lambda: self.kind.time(connection) or first)
 
     # -- waiting -------------------------------------------------------------------------------------------
+
+    @property
+    def wakes_at_once(self) -> bool:
+        """Whether changes by others end a wait within milliseconds; else it ends after `waking.UNHEARD`.
+
+        A server must first have been waited for and have shown that it calls.
+        """
+        return self._polling is not None or (self._listener is not None and self._listener.hears)
 
     async def changed(self, *, timeout: timedelta, seen: int = 0) -> int:
         """Return soon after the database changed, at the latest after `timeout`; the mark returned is the next `seen`.
@@ -365,6 +374,23 @@ class Database:
             raise item.error
         return item.result  # type: ignore[return-value]  # set, unless there was an error
 
+    async def write_alone(self, work: Work[T], *, wakes: bool | None = None) -> T:
+        """Run `work` as `write` does, in a transaction that it shares with nobody.
+
+        For work that does something outside the database as its last step: what others write cannot undo it.
+        """
+        item = _Item(work, wakes=wakes)
+
+        def commit() -> None:
+            items: list[_Item[Any]] = [item]
+            while items:
+                items = self._commit(items)
+
+        await self.in_thread(commit)
+        if item.error is not None:
+            raise item.error
+        return item.result  # type: ignore[return-value]  # set, unless there was an error
+
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run `work` in the database's thread."""
         if self._thread is None:
@@ -386,7 +412,7 @@ class Database:
     def _run(self, work: Work[T], *, writes: bool) -> T:
         try:
             return self._linked().run(work, writes=writes)
-        except DATABASE_ERRORS as error:
+        except self.kind.errors as error:
             _fail(self.kind, error)
 
     def _linked(self) -> _Link:
@@ -413,14 +439,15 @@ class Database:
         wakes = False
         try:
             with self._linked().writing.begin() as connection:
-                for item in items:
+                for number, item in enumerate(items):
                     item.tries += 1
                     before = self.kind.changes(connection) if item.wakes is None else None
                     if len(items) == 1:
                         item.result = item.work(connection)
                     else:
-                        self._in_savepoint(connection, item)
-                    wakes |= bool(item.wakes) or (before is not None and self.kind.changes(connection) != before)
+                        _in_savepoint(connection, item, first=number == 0)
+                    if item.error is None:
+                        wakes |= bool(item.wakes) or (before is not None and self.kind.changes(connection) != before)
         except Exception as error:  # noqa: BLE001 - every caller gets it
             # The transaction is gone, with what the others wrote in it.
             for item in items:
@@ -438,14 +465,20 @@ class Database:
             self._ring()
         return again
 
-    def _in_savepoint(self, connection: Connection, item: _Item[Any]) -> None:
+
+def _in_savepoint(connection: Connection, item: _Item[Any], *, first: bool) -> None:
+    """Do one of several; the next one ends its savepoint, the last one's ends with the transaction."""
+    if first or connection.dialect.name != "postgresql":
+        if not first:
+            connection.exec_driver_sql("RELEASE SAVEPOINT one")
         connection.exec_driver_sql("SAVEPOINT one")
-        try:
-            item.result = item.work(connection)
-        except Exception as error:  # noqa: BLE001 - its caller gets it
-            item.error = error
-            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT one")
-        connection.exec_driver_sql("RELEASE SAVEPOINT one")
+    else:
+        connection.exec_driver_sql("RELEASE SAVEPOINT one; SAVEPOINT one")  # one way there and back, not two
+    try:
+        item.result = item.work(connection)
+    except Exception as error:  # noqa: BLE001 - its caller gets it
+        item.error = error
+        connection.exec_driver_sql("ROLLBACK TO SAVEPOINT one")
 
 
 def _fail(kind: DatabaseKind, error: Exception) -> NoReturn:
@@ -458,7 +491,7 @@ def _fail(kind: DatabaseKind, error: Exception) -> NoReturn:
 def _meaning(kind: DatabaseKind, error: Exception) -> Exception:
     if is_callers_fault(error):
         return TypeError(f"a value that cannot be stored: {error.args[0]}")
-    if isinstance(error, DATABASE_ERRORS):
+    if isinstance(error, kind.errors):
         meaning = kind.error(error)
         meaning.__cause__ = error
         return meaning

@@ -23,7 +23,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, text
-from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.exc import DisconnectionError, SQLAlchemyError
 
 from runcomfy.adapters.stores.errors import STILL_STOPS
 from runcomfy.adapters.stores.postgres_errors import COLLISIONS, code_of, server_error
@@ -123,6 +123,11 @@ class PostgresServer:
     def shareable(self) -> bool:
         """Every connection reaches the same data."""
         return True
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """Also what the driver raises where it is used directly, and the system's word on sockets."""
+        return (SQLAlchemyError, psycopg.Error, OSError)
 
     def error(self, error: Exception) -> RunComfyError:
         """Return what an error of the server, or of the way to it, means."""

@@ -20,6 +20,7 @@ from typing import Final
 
 import psutil
 from sqlalchemy import Connection, Engine, StaticPool, create_engine, event
+from sqlalchemy.exc import SQLAlchemyError
 
 from runcomfy.adapters.stores.database import WRITES
 from runcomfy.adapters.stores.errors import corrupt, local_error, locked
@@ -73,6 +74,11 @@ class SqliteFile:
     def shareable(self) -> bool:
         """What is in memory belongs to one connection."""
         return self.path != IN_MEMORY
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """Also what the file system says, and text that is none."""
+        return (SQLAlchemyError, sqlite3.Error, OSError, UnicodeDecodeError)
 
     def error(self, error: Exception) -> RunComfyError:
         """Return what an error of SQLite or of the system means."""
