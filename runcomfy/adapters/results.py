@@ -21,7 +21,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +93,10 @@ class DiskResults:
         else:
             await asyncio.to_thread(media.check_input_file, path)
 
+    async def files_among(self, values: Collection[str]) -> frozenset[str]:
+        """See the port."""
+        return await asyncio.to_thread(lambda: frozenset(value for value in values if _is_file(value)))
+
     async def open_folder(self, job_id: JobId, *, under: str, again: bool = False) -> DiskJobFolder:
         """See the port. A folder left by an attempt that committed nothing is used again, its partial files removed."""
         path = await asyncio.to_thread(self._make_folder, job_id, under, again=again)
@@ -157,6 +161,13 @@ def _take_over(folder: Path, *, again: bool = False) -> None:
                 hint="choose another job id or another folder (--out)",
                 details={"path": str(folder), "file": safe_name(entry.name)},
             )
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_absolute() and Path(value).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def put_back(entry: Path, folder: Path) -> None:

@@ -84,6 +84,8 @@ class Prepared:
     sidecar: Sidecar | None
     bound: BoundWorkflow
     out_dir: str
+    files: frozenset[str] = frozenset()
+    """Values of the request's inputs that are files of this computer."""
 
 
 @dataclass(slots=True)
@@ -170,7 +172,9 @@ class RunComfyOrchestrator:
                 sidecar.check(workflow)
         else:
             workflow, sidecar = Workflow.parse(request.workflow), None
-        bound = bind(workflow, sidecar, request, random_int=random_int or self._random_int)
+        texts = [value for value in request.inputs.values() if isinstance(value, str)]
+        files = await self._results.files_among(texts) if texts else frozenset()
+        bound = bind(workflow, sidecar, request, random_int=random_int or self._random_int, files=files)
         for upload in bound.uploads:
             await self._results.check_input(upload.path, kind=upload.kind)
         return Prepared(
@@ -179,6 +183,7 @@ class RunComfyOrchestrator:
             workflow=workflow,
             sidecar=sidecar,
             bound=bound,
+            files=files,
             out_dir=request.out_dir or self._settings.files.output_dir,
         )
 
@@ -366,7 +371,8 @@ class RunComfyOrchestrator:
         return bound, await prompting.send(graph, labels, lambda: run.step("execute"))
 
     def _drawn_anew(self, run: _Run, prepared: Prepared) -> Prepared:
-        bound = bind(prepared.workflow, prepared.sidecar, prepared.request, random_int=run.journal.random_int)
+        draw = run.journal.random_int
+        bound = bind(prepared.workflow, prepared.sidecar, prepared.request, random_int=draw, files=prepared.files)
         run.seeds, run.drawn_for = bound.seeds, run.journal.prompt_id
         return replace(prepared, bound=bound)
 

@@ -19,6 +19,7 @@ from typing import Any, Final
 from runcomfy.domain.exceptions import BadInput, TargetUnknown, ValueInvalid, WorkflowInvalid, foreign_text
 from runcomfy.domain.guess import guess_image, guess_prompt, guess_seeds
 from runcomfy.domain.job import JobRequest
+from runcomfy.domain.named_inputs import Meaning, check_required, holds_text, meaning_of, names_a_file
 from runcomfy.domain.sidecar import NamedInput, SeedRange, Sidecar, fits_range
 from runcomfy.domain.workflow import (
     Graph,
@@ -62,7 +63,7 @@ class Applied:
     """`node id.input`."""
     value: Any
     source: str
-    """What asked for it: `--image`, `--prompt`, `--seed`, `random`, `default`, or `--set TARGET`."""
+    """What asked for it: `--image`, `--prompt`, `--seed`, `random`, `default`, `inputs.NAME` or `--set TARGET`."""
 
 
 @dataclass(frozen=True)
@@ -110,25 +111,35 @@ def bind(
     request: JobRequest,
     *,
     random_int: Callable[[int, int], int],
+    files: Collection[str] = (),
 ) -> BoundWorkflow:
     """Return the graph with the request in it; the workflow itself is not touched.
 
     `random_int(low, high)` draws a seed, both ends included. Later wins: what the file holds, the sidecar's
-    defaults, `image`, `prompt` and `seed`, then every `sets`. Inputs that are links are left alone, except by `sets`.
+    defaults, `image`, `prompt` and `seed`, then every `inputs`, then every `sets`. Inputs that are links are left
+    alone, except by `sets` and by names that say the node. `files`: values of `inputs` that are files of this
+    computer; where an input takes a file they are uploaded, any other text is a name that the server knows.
 
     Raises BadInput (required inputs missing), TargetUnknown, TargetAmbiguous, ValueInvalid.
     """
+    check_required(request)
     binder = _Binder(workflow, sidecar or Sidecar(), random_int)
     binder.defaults()
     if request.image is not None:
         binder.image(request.image)
     if request.prompt is not None:
         binder.prompt(request.prompt)
+    named = binder.meanings(request)
     sets = binder.resolved(request.sets)
-    binder.seeds(request.seed, skip={(node, name) for places, _, _ in sets for node, name in places})
+    skip = {place for meaning, _, _ in named if not meaning.all_seeds for place in meaning.places}
+    seed = next((binder.seed_value(value) for meaning, value, _ in named if meaning.all_seeds), request.seed)
+    binder.seeds(seed, skip=skip | {place for places, _, _ in sets for place in places})
+    for meaning, value, name in named:
+        if not meaning.all_seeds:
+            binder.named(meaning, value, name, files)
     for places, value, key in sets:
         binder.set(places, value, key)
-    binder.require()
+    binder.require(by_name=bool(request.inputs))
     return binder.result()
 
 
@@ -272,6 +283,42 @@ class _Binder:
     def resolved(self, sets: Mapping[str, Any]) -> list[tuple[list[Place], Any, str]]:
         return [(self._places(key, from_user=True), value, key) for key, value in sets.items()]
 
+    def meanings(self, request: JobRequest) -> list[tuple[Meaning, Any, str]]:
+        """Return what the names of `inputs` mean; a name without a value counts as left out."""
+        return [
+            (meaning_of(name, self._workflow, self._sidecar, request.input_names), value, name)
+            for name, value in request.inputs.items()
+            if value is not None
+        ]
+
+    def seed_value(self, value: Any) -> int:
+        """Return the seed that a job file gives."""
+        if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) <= 20:
+            value = int(value)
+        if type(value) is not int:
+            raise ValueInvalid(
+                f"seed = {foreign_text(value, 60)!r} is not a whole number", hint="leave it out for a random one"
+            )
+        return value
+
+    def named(self, meaning: Meaning, value: Any, name: str, files: Collection[str]) -> None:
+        """Put the value of one of `inputs` where it goes."""
+        source, item = f"inputs.{foreign_text(name, 80)}", meaning.named
+        for place in meaning.places:
+            kind = item.kind if item else self._kinds.get(place, "")
+            if isinstance(value, str) and not holds_text(place, self._workflow, kind):
+                if value.startswith("@") and not value.startswith("@@"):
+                    self._upload(place, value[1:], self._kind_of(place), source)
+                    continue
+                if value in files and names_a_file(place, self._workflow, kind):
+                    self._upload(place, value, self._kind_of(place), source)
+                    continue
+                value = value.removeprefix("@") if value.startswith("@@") else value
+            if not (isinstance(value, str) and isinstance(self._workflow.value(*place), str)):
+                value = self._parsed(place, value)
+                _check_range(item, value, name)
+            self._put(place, value, source)
+
     def set(self, places: list[Place], value: Any, key: str) -> None:
         source = f"--set {key}"
         named = self._sidecar.inputs.get(key)
@@ -280,17 +327,14 @@ class _Binder:
                 self._upload(place, value[1:], self._kind_of(place), source)
                 continue
             final = self._parsed(place, value)
-            if named and not fits_range(final, named.minimum, named.maximum):
-                raise ValueInvalid(
-                    f"{key} = {foreign_text(final, 60)} is outside {_range(named)}", hint="choose a value in between"
-                )
+            _check_range(named, final, key)
             self._put(place, final, source)
 
-    def require(self) -> None:
-        """Make sure that what the sidecar calls required was given."""
+    def require(self, *, by_name: bool = False) -> None:
+        """Make sure that what the sidecar calls required was given. `by_name`: the request has names, not options."""
         missing = [item for item in self._sidecar.inputs.values() if item.required and not self._given(item)]
         if missing:
-            flags = [_flag(item) for item in missing]
+            flags = [item.name if by_name else _flag(item) for item in missing]
             raise BadInput(
                 f"{self._workflow.name or 'the workflow'} needs {' and '.join(flags)}",
                 hint="; ".join(
@@ -382,7 +426,7 @@ class _Binder:
         self._uploads.pop(place, None)
         self._applied.pop(place, None)  # so that the order is that of the last word
         self._applied[place] = Applied(_target(place), value, source)
-        if source.startswith("--set"):
+        if source.startswith(("--set", "inputs.")):
             self._free_seeds.discard(place)
             if input_name.rpartition(".")[2] in ("seed", "noise_seed"):
                 self._seed_places.add(place)
@@ -413,6 +457,14 @@ class _Binder:
 
 def _target(place: Place) -> str:
     return f"{place[0]}.{place[1]}"
+
+
+def _check_range(item: NamedInput | None, value: Any, name: str) -> None:
+    if item and not fits_range(value, item.minimum, item.maximum):
+        raise ValueInvalid(
+            f"{foreign_text(name, 80)} = {foreign_text(value, 60)} is outside {_range(item)}",
+            hint="choose a value in between",
+        )
 
 
 def _flag(item: NamedInput) -> str:

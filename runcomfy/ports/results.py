@@ -6,7 +6,7 @@ Names that came from a server are data: every name here is made by us from the j
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -118,6 +118,10 @@ class Results(Protocol):
 
         Raises InputFileMissing, InputFileInvalid (not an image, 0 bytes, too many pixels).
         """
+        ...
+
+    async def files_among(self, values: Collection[str]) -> frozenset[str]:
+        """Return which of these texts are absolute paths of files that are there. Never raises."""
         ...
 
     async def open_folder(self, job_id: JobId, *, under: str, again: bool = False) -> JobFolder:
