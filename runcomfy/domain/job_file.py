@@ -28,7 +28,7 @@ from difflib import get_close_matches
 from typing import Any, Final, TypeVar
 
 from runcomfy.domain.durations import parse_duration
-from runcomfy.domain.exceptions import BadInput, JobFileInvalid, ValueInvalid, foreign_text
+from runcomfy.domain.exceptions import BadInput, JobFileInvalid, NameTaken, ValueInvalid, foreign_text
 from runcomfy.domain.marked import (
     Branch,
     Entry,
@@ -106,7 +106,7 @@ def invalid(problems: Sequence[Problem], *, file_name: str, cause: BadInput | No
 
 
 def blamed(error: BadInput, lines: Mapping[str, int], *, file_name: str, names: Collection[str]) -> JobFileInvalid:
-    """Return `error`, found out only with the workflow at hand, with the line of the field that is to blame.
+    """Return `error`, found out with the workflow or the queue at hand, with the line of the field that is to blame.
 
     `names` are the inputs the file gives. An error that names none of them is the workflow's, or of all inputs.
     """
@@ -116,7 +116,9 @@ def blamed(error: BadInput, lines: Mapping[str, int], *, file_name: str, names: 
     guilty = next((name for name in named if name in names), None) or next(
         (name for name in sorted(names, key=len, reverse=True) if _mentions(error.message, name)), None
     )
-    if guilty is not None:
+    if isinstance(error, NameTaken):
+        where = "outputs.file_path"
+    elif guilty is not None:
         where = below("inputs", guilty)
     elif error.code.startswith("workflow"):
         where = "workflow_id"
