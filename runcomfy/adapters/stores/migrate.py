@@ -20,8 +20,13 @@ from runcomfy.domain.exceptions import StoreTooNew, StoreUnavailable, foreign_te
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD: Final = "0001"
+HEAD: Final = "0002"
 """The newest revision in `migrations/versions`."""
+
+_MOVE_ASIDE: Final = (
+    "if it is another agent's queue, move the file aside (or name another database): a new one is made at the next "
+    "start, and the job files in jobs/processing are taken up again"
+)
 
 _REVISION: Final = text("SELECT version_num FROM alembic_version")
 
@@ -35,7 +40,7 @@ def revision_of(connection: Connection, where: str) -> str | None:
     if tables:
         raise StoreUnavailable(
             f"{where} is the database of another program (it has tables {foreign_text(', '.join(sorted(tables)), 80)})",
-            hint="set RUNCOMFY_STATE_DIR to a folder of its own",
+            hint=_MOVE_ASIDE if "jobs" in tables else "set RUNCOMFY_STATE_DIR to a folder of its own",
         )
     return None
 

@@ -12,7 +12,25 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import JSON, BigInteger, Column, Double, ForeignKey, Index, Integer, MetaData, Row, Table
+from sqlalchemy import (
+    JSON,
+    REAL,
+    TIMESTAMP,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    Row,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.types import TypeEngine
 
 from runcomfy.adapters.stores.columns import Exact, Microseconds, SafeText, ServerIds, Times, UtcTime, Word, time_text
 from runcomfy.domain.lease import Owner, Use
@@ -129,6 +147,144 @@ upgrades: Final = Table(
     Column("revision", SafeText, nullable=False),
     Column("program_version", SafeText, nullable=False),
     Column("at", UtcTime, nullable=False),
+)
+
+# -- the queue -------------------------------------------------------------------------------------------------
+
+# Users read and write these rows with SQL. So the columns are plain, and reading them is `jobs_rows.py`'s work, which
+# forgives what hands write.
+_Stamp: Final = Text().with_variant(TIMESTAMP(timezone=True), "postgresql")
+_Number: Final = BigInteger().with_variant(Integer, "sqlite")
+_Seconds: Final[TypeEngine[float]] = REAL().with_variant(Double, "postgresql")
+_NO_TEXT: Final = text("''")
+_ZERO: Final = text("0")
+_EMPTY: Final = text("'{}'")
+_NEW_UID: Final = text(
+    "(lower(hex(randomblob(4))) || '-' || lower(hex(randomblob(2))) || '-4' || substr(lower(hex(randomblob(2))), 2) "
+    "|| '-' || substr('89ab', 1 + (random() & 3), 1) || substr(lower(hex(randomblob(2))), 2) || '-' "
+    "|| lower(hex(randomblob(6))))"
+)
+"""For rows made by hand, on SQLite; PostgreSQL's is in the migration."""
+
+jobs: Final = Table(
+    "jobs",
+    metadata,
+    Column("id", _Number, Identity(always=False), primary_key=True, autoincrement=True),
+    Column("config_name", Text, nullable=False, unique=True),
+    Column("job_type", Text, nullable=False),
+    Column("workflow_id", Text, nullable=False),
+    Column("priority", Integer, server_default=text("50")),
+    Column("status", Text, nullable=False),
+    Column("retries_attempted", Integer, server_default=_ZERO),
+    Column("run_count", Integer, server_default=_ZERO),
+    Column("retry_limit", Integer),
+    Column("start_time", _Stamp),
+    Column("end_time", _Stamp),
+    Column("duration", _Seconds),
+    Column("error_trace", Text),
+    Column("metadata", Text),
+    Column("worker_id", Text),
+    Column("lease_expires_at", _Stamp),
+    # Beyond the published columns.
+    Column("uid", Text, nullable=False, unique=True, server_default=_NEW_UID),
+    Column("token", _Number, nullable=False, server_default=_ZERO),
+    Column("reason", Text, nullable=False, server_default=_NO_TEXT),
+    Column("request", Text),
+    Column("phase", Text, nullable=False, server_default=_NO_TEXT),
+    Column("place", Text),
+    Column("prompt_id", Text),
+    Column("not_before", _Stamp),
+    Column("others_from", _Stamp),
+    Column("created_at", _Stamp, server_default=text("CURRENT_TIMESTAMP")),
+    Column("username", Text, nullable=False, server_default=_NO_TEXT),
+    Column("project", Text, nullable=False, server_default=_NO_TEXT),
+    Column("idempotency_key", Text),
+    Column("source_path", Text, nullable=False, server_default=_NO_TEXT),
+    Column("content_sha256", Text, nullable=False, server_default=_NO_TEXT),
+    Column("held_sha256", Text, nullable=False, server_default=_NO_TEXT),
+    Column("lost_count", Integer, nullable=False, server_default=_ZERO),
+    Column("kill_count", Integer, nullable=False, server_default=_ZERO),
+    Column("progress", _Seconds, nullable=False, server_default=_ZERO),
+    Column("message", Text, nullable=False, server_default=_NO_TEXT),
+    Column("result", Text, nullable=False, server_default=_EMPTY),
+    # What the domain's class does not show.
+    Column("body_sha256", Text, nullable=False, server_default=_NO_TEXT),
+    Column("output_path", Text),
+    # When the run began, to the microsecond: start_time tells seconds.
+    Column("run_began_at", _Stamp),
+    # Whether run_count has the run that is going on.
+    Column("run_counted", Integer, nullable=False, server_default=_ZERO),
+    # When not_before was written: a clock that is behind this was set back, and the wait means nothing.
+    Column("waits_since", _Stamp),
+    CheckConstraint("status IN ('pending','processing','done','failed')", name="jobs_status"),
+    sqlite_autoincrement=True,
+)
+_pending, _has_prompt = text("status = 'pending'"), text("phase <> ''")
+Index("idx_jobs_status_priority", jobs.c.status, jobs.c.priority)
+Index("idx_jobs_started", jobs.c.start_time)
+for _name in ("idempotency_key", "output_path"):
+    _there = text(f"{_name} IS NOT NULL")
+    Index(f"ux_jobs_{_name}", jobs.c[_name], unique=True, sqlite_where=_there, postgresql_where=_there)
+Index(
+    "ix_jobs_users",
+    *(jobs.c.username, jobs.c.priority, jobs.c.id),
+    sqlite_where=_pending,
+    postgresql_where=_pending,
+)
+Index("ix_jobs_places", jobs.c.place, sqlite_where=_has_prompt, postgresql_where=_has_prompt)
+
+job_attempts: Final = Table(
+    "job_attempts",
+    metadata,
+    Column("job_id", _Number, primary_key=True, autoincrement=False),
+    Column("token", _Number, primary_key=True, autoincrement=False),
+    Column("run", Integer, nullable=False),
+    Column("worker_id", Text, nullable=False),
+    Column("started_at", _Stamp, nullable=False),
+    Column("ended_at", _Stamp),
+    Column("outcome", Text),
+    Column("place", Text),
+    Column("prompt_id", Text),
+    Column("error_code", Text, nullable=False, server_default=_NO_TEXT),
+    Column("error_trace", Text, nullable=False, server_default=_NO_TEXT),
+    Column("result", Text, nullable=False, server_default=_EMPTY),
+    Column("error", Text),
+    sqlite_with_rowid=False,
+)
+
+job_events: Final = Table(
+    "job_events",
+    metadata,
+    Column("number", _Number, Identity(always=False), primary_key=True, autoincrement=True),
+    Column("at", _Stamp, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("job_id", _Number),
+    Column("token", _Number, nullable=False, server_default=_ZERO),
+    Column("worker_id", Text),
+    Column("data", Text, nullable=False, server_default=_EMPTY),
+    sqlite_autoincrement=True,
+)
+Index("ix_job_events_job_id", job_events.c.job_id, job_events.c.number)
+
+queue_pauses: Final = Table(
+    "queue_pauses",
+    metadata,
+    Column("scope", SafeText, primary_key=True),
+    Column("reason", SafeText, nullable=False),
+    Column("message", SafeText, nullable=False),
+    Column("since", UtcTime, nullable=False),
+    Column("until", UtcTime),
+    Column("by", SafeText, nullable=False),
+)
+
+roles: Final = Table(
+    "roles",
+    metadata,
+    Column("name", SafeText, primary_key=True),
+    Column("owner_id", SafeText),
+    Column("epoch", _Number, nullable=False),
+    Column("since", UtcTime, nullable=False),
+    Column("expires_at", UtcTime, nullable=False),
 )
 
 MACHINE_FIELDS: Final = tuple(field.name for field in fields(Machine))

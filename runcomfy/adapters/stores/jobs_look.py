@@ -1,0 +1,137 @@
+"""
+Looking at the queue: jobs, attempts, the event log.
+
+Numbers of events are given out before their transaction is committed, so on a server a later number may be seen
+before an earlier one. A reader that went on from it would never see the other. So the log is read up to the first
+number that is missing, until it is sure that nobody will fill it: every transaction that was going on when the gap
+was seen has ended, or what comes after it is older than any transaction of ours can be.
+"""
+
+# ruff: noqa: S608 - what is put into statements are names and words of ours; values are parameters
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import Connection
+
+from runcomfy.adapters.stores.jobs_rows import attempt_of, event_of, job_of, safe
+from runcomfy.adapters.stores.jobs_sql import ATTEMPTS, COLUMNS, EVENTS, Sql, in_list, listed
+from runcomfy.domain.queued import Attempt, JobEvent, QueuedJob, QueueStatus, RowId
+
+_BY_ID: Final = Sql(f"SELECT {COLUMNS} FROM jobs WHERE id = :id")
+_BY_TEXT: Final = Sql(
+    f"SELECT {COLUMNS} FROM jobs WHERE config_name = :text UNION SELECT {COLUMNS} FROM jobs WHERE uid = :text"
+)
+_COUNTS: Final = Sql("SELECT status, count(*) FROM jobs GROUP BY status")
+_NAMES: Final = in_list("config_name", "names", "text")
+_FILES_TEXT: Final = "SELECT config_name, content_sha256, held_sha256, status, source_path FROM jobs WHERE "
+_FILES: Final = Sql(_FILES_TEXT + _NAMES[0], postgres=_FILES_TEXT + _NAMES[1])
+_ATTEMPTS: Final = Sql(f"SELECT {ATTEMPTS} FROM job_attempts WHERE job_id = :job_id ORDER BY token")
+_OF_JOB: Final = Sql(
+    f"SELECT {EVENTS} FROM job_events WHERE job_id = :job_id AND number > :after ORDER BY number LIMIT :count"
+)
+_ALL: Final = Sql(
+    f"SELECT {EVENTS} FROM job_events WHERE number > :after ORDER BY number LIMIT :count",
+    postgres=(
+        f"SELECT {EVENTS}, txid_snapshot_xmax(txid_current_snapshot()) FROM job_events "
+        "WHERE number > :after ORDER BY number LIMIT :count"
+    ),
+)
+_OLDEST_GOING_ON: Final = Sql("SELECT 0", postgres="SELECT txid_snapshot_xmin(txid_current_snapshot())")
+
+SURELY_OVER: Final = timedelta(minutes=5)
+"""Longer than a transaction of ours can last: the server ends statements and idle transactions after a minute."""
+
+MAX_NUMBER: Final = 2**63 - 1
+
+
+def find(connection: Connection, key: int | str) -> QueuedJob | None:
+    """Return the job with this number, uid or config name."""
+    if not isinstance(key, str):
+        row = _BY_ID.run(connection, {"id": key}).first() if abs(key) <= MAX_NUMBER else None
+        return None if row is None else job_of(row)
+    rows = _BY_TEXT.run(connection, {"text": safe(key)}).fetchall()
+    if rows:
+        # Somebody may have named a job like another one's uid.
+        return min((job_of(row) for row in rows), key=lambda job: job.config_name != safe(key))
+    return find(connection, int(key)) if key.isascii() and key.isdigit() and len(key) < 20 else None
+
+
+def jobs(
+    connection: Connection, *, status: QueueStatus | None, source_dir: str | None, limit: int | None, newest_first: bool
+) -> list[QueuedJob]:
+    """Return jobs: pending ones by priority and age, others by number."""
+    conditions, parameters = [], dict[str, Any]()
+    if status is not None:
+        # Said as a word: an index of the pending rows is of use only to who names them.
+        conditions.append(f"status = '{QueueStatus(status).value}'")
+    if source_dir is not None:
+        end = "\\" if "\\" in source_dir and "/" not in source_dir else "/"
+        parameters["folder"] = safe(source_dir.rstrip("/\\") + end)
+        conditions.append("substr(source_path, 1, length(:folder)) = :folder")
+    where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
+    turn = " DESC" if newest_first else ""
+    order = f"priority{turn}, id{turn}" if status is QueueStatus.PENDING else f"id{turn}"
+    count = "" if limit is None else f" LIMIT {max(0, int(limit))}"
+    query = f"SELECT {COLUMNS} FROM jobs {where}ORDER BY {order}{count}"
+    server = query.replace("length(:folder)", "length(CAST(:folder AS text))")
+    return [job_of(row) for row in Sql(query, postgres=server).run(connection, parameters)]
+
+
+def counts(connection: Connection) -> Mapping[QueueStatus, int]:
+    """Return how many jobs there are of each status; every status is named."""
+    found = {str(status): count for status, count in _COUNTS.run(connection)}
+    return {status: found.get(status.value, 0) for status in QueueStatus}
+
+
+def known_files(connection: Connection, names: Collection[str]) -> Mapping[str, tuple[str, str, QueueStatus, str]]:
+    """Return content, held content, status and path of the jobs with these names."""
+    asked = {safe(name): name for name in names}
+    found = _FILES.run(connection, {"names": listed(connection, asked)}) if asked else ()
+    return {asked[name]: (content, held, QueueStatus(status), path) for name, content, held, status, path in found}
+
+
+def attempts(connection: Connection, job_id: RowId) -> list[Attempt]:
+    """Return every attempt of a job, in order."""
+    return [attempt_of(row) for row in _ATTEMPTS.run(connection, {"job_id": job_id})]
+
+
+class EventLog:
+    """Reads the event log. Remembers the gaps it saw, as the databases of one process do."""
+
+    def __init__(self) -> None:
+        self._gaps: dict[int, int] = {}
+        """Number after a gap -> the first transaction that began after it was seen."""
+
+    def read(
+        self, connection: Connection, now: datetime, *, after: int, job_id: RowId | None, limit: int
+    ) -> list[JobEvent]:
+        """Return events with a number above `after`, in order, none of which can be preceded by a later one."""
+        parameters = {"after": after, "count": max(0, limit)}
+        if job_id is not None:
+            # Events of one job are written by who has locked its row: their numbers are in the order of the commits.
+            return [event_of(row) for row in _OF_JOB.run(connection, {**parameters, "job_id": job_id})]
+        rows = _ALL.run(connection, parameters).fetchall()
+        if connection.dialect.name != "postgresql":
+            return [event_of(row) for row in rows]
+        return list(self._without_gaps(connection, now, after, rows))
+
+    def _without_gaps(
+        self, connection: Connection, now: datetime, after: int, rows: Sequence[Sequence[Any]]
+    ) -> Iterable[JobEvent]:
+        self._gaps = {number: seen for number, seen in self._gaps.items() if number > after}
+        oldest: int | None = None
+        expected = after + 1
+        for *row, next_transaction in rows:
+            event = event_of(row)
+            if event.number != expected and event.at > now - SURELY_OVER:
+                seen = self._gaps.setdefault(event.number, next_transaction)
+                if oldest is None:
+                    oldest = int(_OLDEST_GOING_ON.run(connection).scalar_one())
+                if oldest < seen:
+                    return
+            expected = event.number + 1
+            yield event

@@ -1,0 +1,240 @@
+"""
+Leases and roles: renewing them, and taking back what nobody holds any more.
+
+A lease that lies farther ahead than any can was written by a clock that was set back since; it is cut, so that a
+jump of the clock never holds a job for longer. A lease nobody can read has run out.
+"""
+
+# ruff: noqa: S608 - what is put into statements are names and words of ours; values are parameters
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import Connection, select, update
+
+from runcomfy.adapters.stores import tables
+from runcomfy.adapters.stores.jobs_finish import seconds_of_run
+from runcomfy.adapters.stores.jobs_rows import Entry
+from runcomfy.adapters.stores.jobs_sql import (
+    Sql,
+    Told,
+    changed,
+    close_open_attempts,
+    hold,
+    in_list,
+    listed,
+    save,
+    stamps,
+    tell,
+)
+from runcomfy.domain.exceptions import LeaseLost
+from runcomfy.domain.machine import OwnerId
+from runcomfy.domain.queued import EventKind, Outcome, Phase, QueuedJob, QueueStatus, Reason, RowId, WorkerId
+
+PLANNER: Final = "planner"
+
+# -- leases ----------------------------------------------------------------------------------------------------
+
+_RENEW: Final = Sql(
+    "UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE status = 'processing' AND worker_id = :worker "
+    "RETURNING id, token",
+    # Rows are locked by number, as everybody does who locks several.
+    postgres=(
+        "WITH mine AS MATERIALIZED (SELECT id FROM jobs WHERE status = 'processing' AND worker_id = :worker "
+        "ORDER BY id FOR NO KEY UPDATE) UPDATE jobs SET lease_expires_at = :lease_expires_at FROM mine "
+        "WHERE jobs.id = mine.id RETURNING jobs.id, jobs.token"
+    ),
+)
+_ALIVE: Final = Sql("UPDATE owners SET heartbeat_at = :now WHERE id = :worker")
+_HELD: Final = Sql("SELECT id, token FROM jobs WHERE status = 'processing' AND worker_id = :worker")
+
+
+def renew_in(connection: Connection, worker: WorkerId, *, now: datetime, lease: timedelta) -> dict[RowId, int]:
+    """Renew every lease of a worker and say that it lives; return job -> token of what it still holds."""
+    write = stamps(connection)
+    rows = _RENEW.run(connection, {"lease_expires_at": write.whole(now + lease), "worker": worker}).fetchall()
+    _ALIVE.run(connection, {"now": write.exact(now), "worker": worker})
+    return {RowId(job_id): token for job_id, token in rows}
+
+
+def held_by(connection: Connection, worker: WorkerId) -> dict[RowId, int]:
+    """Return job -> token of what a worker holds."""
+    return {RowId(job_id): token for job_id, token in _HELD.run(connection, {"worker": worker})}
+
+
+# -- taking back -----------------------------------------------------------------------------------------------
+
+
+def _over(dead: str, lease: str) -> str:
+    return f"SELECT id FROM jobs WHERE status = 'processing' AND ({lease} OR {dead}) ORDER BY id"
+
+
+_DEAD: Final = in_list("worker_id", "dead", "text")
+_OVER: Final = Sql(
+    # datetime() reads what hands write, with T, fraction and offset; what it cannot read is NULL.
+    _over(_DEAD[0], "datetime(lease_expires_at) IS NULL OR datetime(lease_expires_at) < :now"),
+    postgres=_over(_DEAD[1], "lease_expires_at IS NULL OR lease_expires_at < :now"),
+)
+_CUT: Final = Sql(
+    "UPDATE jobs SET lease_expires_at = :latest WHERE status = 'processing' AND datetime(lease_expires_at) > :latest",
+    postgres=(
+        "WITH far AS MATERIALIZED (SELECT id FROM jobs WHERE status = 'processing' AND lease_expires_at > :latest "
+        "ORDER BY id FOR UPDATE) UPDATE jobs SET lease_expires_at = :latest FROM far WHERE jobs.id = far.id"
+    ),
+)
+# A prompt that may run is for workers that reach its place; from when for others too is decided here, whoever put the
+# job back: a worker that left, a user's SQL, a retry.
+_UNDATED: Final = (
+    "status = 'pending' AND phase <> '' AND place IS NOT NULL AND (others_from IS NULL OR others_from > :from)"
+)
+_DATE: Final = Sql(
+    f"UPDATE jobs SET others_from = :from WHERE {_UNDATED}",
+    postgres=(
+        f"WITH undated AS MATERIALIZED (SELECT id FROM jobs WHERE {_UNDATED} ORDER BY id FOR UPDATE) "
+        "UPDATE jobs SET others_from = :from FROM undated WHERE jobs.id = undated.id"
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reap:
+    """What the planner asks for."""
+
+    lease: timedelta
+    dead: Collection[WorkerId]
+    lost_limit: int
+    grace: timedelta
+    epoch: int
+
+
+def reap(connection: Connection, now: datetime, order: Reap) -> list[QueuedJob]:
+    """Take back jobs that nobody holds; return them as they are now."""
+    _must_plan(connection, order.epoch)
+    write = stamps(connection)
+    _CUT.run(connection, {"latest": write.whole(now + order.lease)})
+    over = _OVER.run(connection, {"now": write.whole(now), "dead": listed(connection, order.dead)}).fetchall()
+    before: list[Entry] = []
+    after: list[Entry] = []
+    for entry in hold(connection, (job_id for (job_id,) in over)).values() if over else ():
+        if entry.job.status is QueueStatus.PROCESSING and _is_over(entry.job, now, write.whole(now), order):
+            before.append(entry)
+            after.append(lost(entry, now, write.kept(now), limit=order.lost_limit))
+    save(connection, after)
+    for outcome in (Outcome.LOST, Outcome.QUARANTINED):
+        ended = [
+            (entry.job.id, entry.job.token)
+            for entry in after
+            if (entry.job.status is QueueStatus.FAILED) == (outcome is Outcome.QUARANTINED)
+        ]
+        close_open_attempts(connection, now, ended, outcome)
+    tell(connection, now, [event for pair in zip(before, after, strict=True) for event in _told(*pair)])
+    _DATE.run(connection, {"from": write.exact(now + order.grace)})
+    waiting = {entry.job.id for entry in after}
+    return [entry.job for entry in hold(connection, waiting).values()] if waiting else []
+
+
+def _is_over(job: QueuedJob, now: datetime, now_whole: Any, order: Reap) -> bool:
+    """Judge again what was found before the row was locked: its worker may have renewed it meanwhile."""
+    alone = isinstance(now_whole, str)  # a file has one writer at a time
+    return alone or job.worker_id in order.dead or job.lease_expires_at is None or job.lease_expires_at < now
+
+
+def lost(entry: Entry, now: datetime, end_time: datetime, *, limit: int) -> Entry:
+    """Return what becomes of a job whose worker vanished: it costs nothing, until it was lost too often."""
+    job = entry.job
+    count = job.lost_count + 1
+    if count < limit:
+        return changed(
+            entry,
+            status=QueueStatus.PENDING,
+            worker_id=None,
+            lease_expires_at=None,
+            lost_count=count,
+            others_from=None,
+            not_before=None,
+            message="",
+        )
+    at_a_server = job.phase is not Phase.NONE
+    return changed(
+        entry,
+        status=QueueStatus.FAILED,
+        reason=Reason.QUARANTINED,
+        error_trace=(
+            f"{Reason.QUARANTINED}: its worker vanished {count} times in a row\n"
+            "hint: see what the attempts have in common (comfyctl queue show), then: comfyctl queue retry"
+        ),
+        worker_id=None,
+        lease_expires_at=None,
+        end_time=end_time,
+        duration=seconds_of_run(entry, now),
+        lost_count=count,
+        phase=Phase.ENDING if at_a_server else Phase.NONE,
+        place=job.place if at_a_server else None,
+        prompt_id=job.prompt_id if at_a_server else None,
+        message="",
+        run_counted=False,
+    )
+
+
+def _told(before: Entry, after: Entry) -> list[Told]:
+    job = before.job
+    events: list[Told] = [(EventKind.LOST, job.id, job.token, job.worker_id, {"times": after.job.lost_count})]
+    if after.job.status is QueueStatus.FAILED:
+        events.append((EventKind.QUARANTINED, job.id, job.token, job.worker_id, {"reason": Reason.QUARANTINED}))
+    return events
+
+
+# -- roles -----------------------------------------------------------------------------------------------------
+
+_roles, _owners = tables.roles, tables.owners
+_ROLE: Final = select(_roles)
+_NEW_ROLE: Final = Sql(
+    "INSERT INTO roles (name, owner_id, epoch, since, expires_at) VALUES (:name, NULL, 0, :now, :now) "
+    "ON CONFLICT (name) DO NOTHING"
+)
+
+
+def _must_plan(connection: Connection, epoch: int) -> None:
+    """Raise LeaseLost unless the planner's epoch is still this one; it stays so until this transaction ends."""
+    row = connection.execute(_ROLE.where(_roles.c.name == PLANNER).with_for_update()).one_or_none()
+    if row is None or row.owner_id is None or row.epoch != epoch:
+        holder = "nobody" if row is None or row.owner_id is None else row.owner_id
+        raise LeaseLost(
+            f"the role {PLANNER} is held by {holder} now",
+            hint="nothing to do: another process plans for this database",
+            details={"epoch": None if row is None else row.epoch, "expected_epoch": epoch},
+        )
+
+
+def take_role(connection: Connection, now: datetime, role: str, owner_id: OwnerId, *, lease: timedelta) -> int | None:
+    """Take or keep a role; return its epoch, or None if somebody else has it."""
+    query = _ROLE.where(_roles.c.name == role).with_for_update()
+    if (row := connection.execute(query).one_or_none()) is None:
+        _NEW_ROLE.run(connection, {"name": role, "now": stamps(connection).exact(now)})
+        row = connection.execute(query).one()
+    this = update(_roles).where(_roles.c.name == role)
+    if row.owner_id == owner_id:
+        connection.execute(this.values(expires_at=now + lease))
+        return int(row.epoch)
+    if row.owner_id is not None and now < row.expires_at and not _signed_off(connection, row.owner_id):
+        if row.expires_at > now + lease:  # the clock was set back since
+            connection.execute(this.values(expires_at=now + lease))
+        return None
+    epoch = int(row.epoch) + 1
+    connection.execute(this.values(owner_id=owner_id, epoch=epoch, since=now, expires_at=now + lease))
+    return epoch
+
+
+def _signed_off(connection: Connection, owner_id: str) -> bool:
+    ended = connection.execute(select(_owners.c.ended_at).where(_owners.c.id == owner_id)).scalar()
+    return ended is not None
+
+
+def drop_role(connection: Connection, now: datetime, role: str, owner_id: OwnerId) -> None:
+    """Give a role up, if this owner holds it. The epoch stays, so that the next holder's is another."""
+    mine = (_roles.c.name == role) & (_roles.c.owner_id == owner_id)
+    connection.execute(update(_roles).where(mine).values(owner_id=None, expires_at=now))
