@@ -9,12 +9,13 @@ database.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import workflows
 from runcomfy.adapters.clock import SystemClock
@@ -28,16 +29,26 @@ from runcomfy.application.machines import Machines
 from runcomfy.application.orchestrator import RunComfyOrchestrator
 from runcomfy.application.owner import OwnerSession
 from runcomfy.application.placing import Placer
-from runcomfy.domain.exceptions import ValueInvalid, foreign_text
+from runcomfy.domain.exceptions import SettingInvalid, ValueInvalid, foreign_text
 from runcomfy.domain.machine import Machine
-from runcomfy.domain.secret import SecretUrl
-from runcomfy.domain.settings import Settings
+from runcomfy.domain.queued import NewJob
+from runcomfy.domain.secret import Secret, SecretUrl
+from runcomfy.domain.settings import QueueSettings, Settings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.comfyui import ComfyUI
 from runcomfy.ports.provider import Provider
 from runcomfy.ports.store import Store
 
+if TYPE_CHECKING:
+    from runcomfy.adapters.stores.database import Database
+    from runcomfy.adapters.stores.jobs import SqlJobs
+    from runcomfy.application.job_queue import JobQueue
+    from runcomfy.application.monitor import Monitor
+
 STORE_NAME = "runcomfy.sqlite3"
+DATABASE_URL = "RUNCOMFY_DATABASE_URL"
+"""Puts the machines' books, and the queue unless it has a database of its own, on a PostgreSQL."""
+QUEUE_PREFIX = "COMFYUI_AGENT_"
 Tell = Callable[[str], None]
 
 
@@ -52,9 +63,20 @@ class App:
         clock: Clock | None = None,
         tell: Tell = quiet,
         launches: bool = True,
+        queue: Mapping[str, Any] | None = None,
+        queue_config: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Nothing is opened yet. `launches=False`: the workflow version id, which launching needs, may be missing."""
-        self._overrides = dict(overrides or {})
+        """Nothing is opened yet. `launches=False`: the workflow version id, which launching needs, may be missing.
+
+        `overrides` may hold the queue's variables, too. `queue`: field of `QueueSettings` -> value that wins over
+        everything; None counts as not given. `queue_config`: the project's configuration file.
+        """
+        given = dict(overrides or {})
+        self._queue_overrides = {name: given.pop(name) for name in list(given) if name.startswith(QUEUE_PREFIX)}
+        self._queue_overrides |= {name: value for name, value in (queue or {}).items() if value is not None}
+        self._queue_config = queue_config
+        self._database_url = str(given.pop(DATABASE_URL, "") or os.environ.get(DATABASE_URL, "")).strip()
+        self._overrides = given
         self.settings = settings or load_settings(overrides=self._overrides)
         self.clock = clock or SystemClock()
         self.tell = tell
@@ -63,6 +85,9 @@ class App:
         self._opening = asyncio.Lock()
         self._cloud: tuple[Machines, DevServer] | None = None
         self._given: dict[str, ComfyUI] = {}
+        self._queue_settings: QueueSettings | None = None
+        self._opening_jobs = asyncio.Lock()
+        self._jobs: SqlJobs | None = None
 
     async def __aenter__(self) -> App:
         return self
@@ -100,8 +125,8 @@ class App:
             # Read once more for the error that names every missing value with the place to set it.
             settings = load_settings(overrides=self._overrides, require_cloud=True, require_version=self._launches)
         folder = Path(settings.files.state_dir)
-        path = Path(":memory:") if in_memory else folder / STORE_NAME
-        store = await self._stack.enter_async_context(SqlStore(path, clock=self.clock, durable=settings.files.durable))
+        database = self._database(":memory:" if in_memory else self._machines_database(folder))
+        store = await self._stack.enter_async_context(SqlStore.over(database))
         provider = await self._provider(store, settings)
         processes = ProcessTable()
         session = await self._stack.enter_async_context(OwnerSession(store, processes, self.clock))
@@ -111,6 +136,31 @@ class App:
         machines = Machines(provider, processes, books)
         manager = DevServerStateManager(folder / "dev_server_state.json", copies=settings.files.state_copies)
         return machines, DevServer(machines, PublishedDevServer(manager), self.comfyui)
+
+    def _machines_database(self, folder: Path) -> str:
+        from runcomfy.adapters.stores.choose import is_server
+
+        if not self._database_url:
+            return str(folder / STORE_NAME)
+        if not is_server(self._database_url):
+            raise SettingInvalid(
+                f"{DATABASE_URL} is not the address of a PostgreSQL",
+                hint="write postgresql://user:password@host/name, or leave it out: the books are then a file",
+                details={"setting": DATABASE_URL},
+            )
+        return self._database_url
+
+    def _database(self, name: str, **options: Any) -> Database:
+        from runcomfy.adapters.log import register_secret
+        from runcomfy.adapters.stores.choose import is_server, store_from
+
+        if is_server(name):
+            register_secret(Secret(name))
+            with suppress(ValueError):  # what cannot be read is refused below
+                password = urlsplit(name).password or ""
+                for text in filter(None, {password, unquote(password)}):
+                    register_secret(Secret(text))
+        return store_from(Secret(name), clock=self.clock, durable=self.settings.files.durable, **options)
 
     def _has_credentials(self) -> bool:
         cloud = self.settings.cloud
@@ -154,6 +204,81 @@ class App:
         if url not in self._given:
             self._given[url] = self._client(SecretUrl(url))
         return self._given[url]
+
+    # -- the queue -----------------------------------------------------------------------------------------
+
+    @property
+    def queue_settings(self) -> QueueSettings:
+        """The queue's settings, read on first use. Raises SettingInvalid."""
+        if self._queue_settings is None:
+            from runcomfy.adapters.agent_config import load_queue_settings
+
+            self._queue_settings = load_queue_settings(
+                settings=self.settings,
+                env={**os.environ, DATABASE_URL: self._database_url},
+                config_file=self._queue_config,
+                overrides=self._queue_overrides,
+            )
+        return self._queue_settings
+
+    @property
+    def queue_where(self) -> str:
+        """What the queue's database is called, without secrets."""
+        from runcomfy.adapters.agent_variables import database_shown
+
+        return database_shown(self.queue_settings.database)
+
+    @property
+    def queue_exists(self) -> bool:
+        """Whether there is a database to look into; one on a server is taken to be there."""
+        from runcomfy.adapters.stores.choose import is_server
+
+        name = self.queue_settings.database
+        return is_server(name) or Path(name.reveal()).exists()
+
+    async def job_store(self) -> SqlJobs:
+        """Return the queue's database, opened on first use. Raises LocalError, SettingInvalid."""
+        from runcomfy.adapters.stores.jobs import SqlJobs
+
+        async with self._opening_jobs:
+            if self._jobs is None:
+                settings = self.queue_settings
+                database = self._database(settings.database.reveal(), wake_interval=settings.wake_interval)
+                self._jobs = await self._stack.enter_async_context(SqlJobs(database))
+            return self._jobs
+
+    async def job_queue(self) -> JobQueue:
+        """Return the queue as programs use it; what is put in is checked as far as it can be without a machine."""
+        from runcomfy.adapters.processes import ProcessTable
+        from runcomfy.application.job_queue import JobQueue
+
+        return JobQueue(
+            await self.job_store(), self.queue_settings, check=self.orchestrator().prepare, processes=ProcessTable()
+        )
+
+    async def monitor(self, *, hold: bool = False) -> Monitor:
+        """Return what takes job files up. `hold`: be the one monitor of the folder, from now on.
+
+        Raises FolderWatched, LocalError.
+        """
+        from runcomfy.adapters.job_files import YamlJobFiles
+        from runcomfy.adapters.workflow_registry import WorkflowRegistry
+        from runcomfy.application.monitor import Monitor
+
+        settings, store, orchestrator = self.queue_settings, await self.job_store(), self.orchestrator()
+        registry = WorkflowRegistry(root=settings.root, workflows_file=settings.workflows_file, shipped=workflows.names)
+        files = YamlJobFiles(settings, registry=registry)
+        if hold:
+            self._stack.callback(files.release)
+            await asyncio.to_thread(files.hold)
+
+        async def check(job: NewJob) -> None:
+            await orchestrator.prepare(job.request)
+
+        return Monitor(store, files, settings, check=check, tell=self._say, clock=self.clock)
+
+    def _say(self, sentence: str) -> None:
+        self.tell(sentence)  # whoever listens may change
 
     # -- jobs ----------------------------------------------------------------------------------------------
 

@@ -10,27 +10,35 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runcomfy.application.books import quiet
 from runcomfy.bootstrap import App
 from runcomfy.domain.durations import parse_duration
 from runcomfy.domain.job import JobRequest, JobResult
 from runcomfy.domain.progress import Progress
+from runcomfy.domain.queued import JobEvent, NewJob, Pause, QueuedJob, QueueStatus
+
+if TYPE_CHECKING:
+    from runcomfy.application.job_queue import JobQueue, JobStory, Which
 
 T = TypeVar("T")
 PathText = str | os.PathLike[str]
 OnProgress = Callable[[Progress], None]
+RUN_OPTIONS = ("image", "prompt", "seed", "sets", "out_dir", "server_url", "server_type", "timeout", "convert")
+"""What says what to run, beside the workflow."""
 
 
 def connect(*, server_url: str | None = None, tell: Callable[[str], None] | None = None, **overrides: Any) -> Connector:
     """Return a connection to be entered with `async with` or `with`.
 
     Settings come from the environment and credentials.txt, as for the command line; `overrides` win over both, by
-    their variable names (`RUNCOMFY_OUTPUT_DIR="out"`). `server_url` makes every job run on that ComfyUI: nothing is
-    launched and nothing billed. `tell` takes sentences meant for the user (default: they are only logged).
+    their variable names (`RUNCOMFY_OUTPUT_DIR="out"`, `COMFYUI_AGENT_DATABASE="queue.db"`). `server_url` makes every
+    job run on that ComfyUI: nothing is launched and nothing billed. `tell` takes sentences meant for the user (default:
+    they are only logged).
     """
     return Connector(server_url, tell, overrides)
 
@@ -99,6 +107,7 @@ class Connection:
         self.app = app
         self._server_url = server_url
         self._orchestrator = app.orchestrator()
+        self.queue = Queue(app, self._request)
 
     async def close(self) -> None:
         """Close every connection; a dev server stays, what was rented for a job is long gone."""
@@ -130,10 +139,9 @@ class Connection:
 
     def start(self, workflow: PathText | Mapping[str, Any], *, check: bool = True, **options: Any) -> Running:
         """Start a workflow (options as for `run`) and return it while it runs."""
-        names = ("image", "prompt", "seed", "sets", "out_dir", "server_url", "server_type", "timeout", "convert")
-        if unknown := set(options) - set(names):
+        if unknown := set(options) - set(RUN_OPTIONS):
             raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-        request = self._request(workflow, *(options.get(name) for name in names))
+        request = self._request(workflow, *(options.get(name) for name in RUN_OPTIONS))
 
         async def work(on_progress: OnProgress, cancel: asyncio.Event) -> JobResult:
             return checked(await self._orchestrator.run(request, on_progress=on_progress, cancel=cancel), check)
@@ -171,6 +179,124 @@ class Connection:
         )
 
 
+class Queue:
+    """The queue of the project in the working directory: put jobs in, follow them, change their fate.
+
+    Nothing here runs them: `comfyctl agent execute` does, in any process on any host of the same database. Where a job
+    is asked for, a `QueuedJob`, its number, its uid or its config name will do.
+    """
+
+    def __init__(self, app: App, request: Callable[..., JobRequest]) -> None:
+        self._app, self._request = app, request
+
+    async def _open(self) -> JobQueue:
+        return await self._app.job_queue()
+
+    async def enqueue(
+        self,
+        workflow: PathText | Mapping[str, Any] | JobRequest | NewJob,
+        *,
+        idempotency_key: str | None = None,
+        priority: int | None = None,
+        job_type: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        user: str | None = None,
+        project: str | None = None,
+        retry_limit: int | None = None,
+        config_name: str | None = None,
+        out_file: PathText | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> QueuedJob:
+        """Put a job in; it is accepted, committed and flushed, when this returns.
+
+        `options` are those of `Connection.run` that say what to run: image, prompt, seed, sets, out_dir, server_url,
+        server_type, timeout, convert. `out_file` is the path of the one result, `inputs` are values by the names
+        that job files use. Files are named from the working directory and kept by their absolute paths.
+
+        With the same `idempotency_key` and the same body the same job comes back, whatever has become of it.
+
+        Raises BadInput (it could never be run; NameTaken; IdempotencyConflict: same key, other body), LocalError.
+        """
+        queue = await self._open()
+        what: JobRequest | NewJob
+        if isinstance(workflow, JobRequest | NewJob):
+            if options or out_file is not None or inputs is not None:
+                raise TypeError("what to run is in the request; give it no further options")
+            what = workflow
+        else:
+            if unknown := set(options) - set(RUN_OPTIONS):
+                raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+            what = replace(
+                self._request(workflow, *(options.get(name) for name in RUN_OPTIONS)),
+                out_file=os.fspath(out_file) if out_file is not None else None,
+                inputs=dict(inputs or {}),
+            )
+        return await queue.enqueue(
+            what,
+            idempotency_key=idempotency_key,
+            priority=priority,
+            job_type=job_type,
+            metadata=metadata,
+            user=user,
+            project=project,
+            retry_limit=retry_limit,
+            config_name=config_name,
+        )
+
+    async def job(self, which: Which) -> QueuedJob:
+        """Return a job as it is now. Raises JobNotFound."""
+        return await (await self._open()).job(which)
+
+    async def show(self, which: Which) -> JobStory:
+        """Return a job with every attempt and every event. Raises JobNotFound."""
+        return await (await self._open()).show(which)
+
+    async def list(
+        self, *, status: QueueStatus | None = None, limit: int | None = None, newest_first: bool = False
+    ) -> Sequence[QueuedJob]:
+        """Return jobs: pending ones in the order in which they will run, others by number."""
+        return await (await self._open()).list(status=status, limit=limit, newest_first=newest_first)
+
+    async def counts(self) -> Mapping[QueueStatus, int]:
+        """Return how many jobs there are of each status."""
+        return await (await self._open()).counts()
+
+    async def wait(self, which: Which, *, timeout: timedelta | None = None) -> QueuedJob:
+        """Return the job when it has ended: done, failed or cancelled. Raises JobNotFound, TimeoutError."""
+        return await (await self._open()).wait(which, timeout=timeout)
+
+    async def events(self, which: Which | None = None, *, after: int = 0) -> AsyncIterator[JobEvent]:
+        """Replay and follow what happens to a job until it has ended, or to all jobs for ever."""
+        async for event in (await self._open()).events(which, after=after):
+            yield event
+
+    async def follow(self, which: Which) -> AsyncIterator[QueuedJob]:
+        """Yield the job as it is, and whenever its status or progress changes, until it has ended."""
+        async for job in (await self._open()).follow(which):
+            yield job
+
+    async def cancel(self, which: Which) -> QueuedJob:
+        """End a job for good; its prompt is interrupted by id. Raises JobNotFound."""
+        return await (await self._open()).cancel(which)
+
+    async def retry(self, which: Which) -> QueuedJob:
+        """Let an ended job run again from the start. Raises JobNotFound, JobBusy."""
+        return await (await self._open()).retry(which)
+
+    async def set_priority(self, which: Which, priority: int) -> QueuedJob:
+        """Change the priority, 1 (first) to 999. Raises JobNotFound."""
+        return await (await self._open()).set_priority(which, priority)
+
+    async def pause(self, message: str = "") -> Pause:
+        """Let nothing further begin; what runs goes on."""
+        return await (await self._open()).pause(message)
+
+    async def resume(self) -> Sequence[Pause]:
+        """End every pause and return them."""
+        return await (await self._open()).resume()
+
+
 def checked(result: JobResult, check: bool) -> JobResult:
     """Return the result, or raise the job's error if it has one and the caller wants it raised."""
     if check and result.exception is not None:
@@ -190,6 +316,7 @@ class SyncConnection:
         except BaseException:
             self._end()
             raise
+        self.queue = SyncQueue(self._connection.queue, self._call)
 
     @staticmethod
     async def _made(make: Callable[[], Connection]) -> Connection:
@@ -224,6 +351,58 @@ class SyncConnection:
         self._loop.close()
 
 
+class SyncQueue:
+    """The queue for code without an event loop; the calls are those of `Queue`."""
+
+    def __init__(self, queue: Queue, call: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._queue, self._call = queue, call
+
+    def enqueue(self, workflow: PathText | Mapping[str, Any] | JobRequest | NewJob, **options: Any) -> QueuedJob:
+        """Put a job in; everything as in `Queue.enqueue`."""
+        job: QueuedJob = self._call(self._queue.enqueue(workflow, **options))
+        return job
+
+    def job(self, which: Which) -> QueuedJob:
+        """Return a job as it is now. Raises JobNotFound."""
+        job: QueuedJob = self._call(self._queue.job(which))
+        return job
+
+    def list(self, **options: Any) -> Sequence[QueuedJob]:
+        """Return jobs; everything as in `Queue.list`."""
+        jobs: Sequence[QueuedJob] = self._call(self._queue.list(**options))
+        return jobs
+
+    def wait(self, which: Which, *, timeout: timedelta | None = None) -> QueuedJob:
+        """Return the job when it has ended. Raises JobNotFound, TimeoutError."""
+        job: QueuedJob = self._call(self._queue.wait(which, timeout=timeout))
+        return job
+
+    def events(self, which: Which | None = None, *, after: int = 0) -> Iterator[JobEvent]:
+        """Replay and follow what happens to a job until it has ended, or to all jobs for ever."""
+        events = self._queue.events(which, after=after)
+        while (event := self._call(_next(events))) is not None:
+            yield event
+
+    def cancel(self, which: Which) -> QueuedJob:
+        """End a job for good. Raises JobNotFound."""
+        job: QueuedJob = self._call(self._queue.cancel(which))
+        return job
+
+    def retry(self, which: Which) -> QueuedJob:
+        """Let an ended job run again. Raises JobNotFound, JobBusy."""
+        job: QueuedJob = self._call(self._queue.retry(which))
+        return job
+
+    def set_priority(self, which: Which, priority: int) -> QueuedJob:
+        """Change the priority. Raises JobNotFound."""
+        job: QueuedJob = self._call(self._queue.set_priority(which, priority))
+        return job
+
+
+async def _next(events: AsyncIterator[JobEvent]) -> JobEvent | None:
+    return await anext(events, None)
+
+
 async def _cancelled(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
@@ -231,4 +410,4 @@ async def _cancelled(tasks: list[asyncio.Task[Any]]) -> None:
         await asyncio.wait(tasks)
 
 
-__all__ = ["Connection", "Connector", "Running", "SyncConnection", "connect"]
+__all__ = ["Connection", "Connector", "Queue", "Running", "SyncConnection", "SyncQueue", "connect"]

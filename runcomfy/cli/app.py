@@ -37,9 +37,18 @@ def open_app(
     require_cloud: bool = False,
     launches: bool = True,
     quiet: bool = False,
+    queue: Mapping[str, Any] | None = None,
 ) -> App:
-    """Return the product, not yet entered, with its last words prepared. What never launches needs no version id."""
+    """Return the product, not yet entered, with its last words prepared. What never launches needs no version id.
+
+    `queue`: the queue's settings that the command line gives, and `config`, the file with the others.
+    """
     settings = load(overrides, require_cloud=require_cloud, launches=launches, quiet=quiet)
-    app = App(settings, overrides=overrides, tell=tell, launches=launches)
+    given = dict(queue or {})
+    config = given.pop("config", None)
+    app = App(settings, overrides=overrides, tell=tell, launches=launches, queue=given, queue_config=config)
+    if queue is not None and not quiet:
+        for warning in app.queue_settings.warnings:
+            tell(f"warning: {warning}")
     interrupts.last_words = lambda: still_billing(app.held())
     return app

@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
-COMMANDS: Final[dict[str, tuple[str, str]]] = {
+Table = Mapping[str, tuple[str, str]]
+"""Name of a command -> `module:attribute`, and its line in the help."""
+
+COMMANDS: Final[Table] = {
     "run": ("runcomfy.cli.run:run", "Run a workflow and bring its verified results."),
+    "queue": ("runcomfy.cli.queue_commands:queue", "Put jobs into the queue, look at them, change their order."),
+    "agent": ("runcomfy.cli.agent:agent", "Work on the queue: watch the folder of job files, run what waits."),
     "dev": ("runcomfy.cli.dev:dev", "Start, look at, extend and stop the one warm dev server."),
     "machines": ("runcomfy.cli.machines:machines", "See what the account runs; stop, adopt, reap."),
     "workflows": ("runcomfy.cli.workflows:workflows", "List, show and check workflows."),
@@ -28,15 +33,19 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called, so that `--help` stays quick."""
 
+    def __init__(self, *arguments: Any, table: Table = COMMANDS, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._table = table
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of the table."""
-        return list(COMMANDS)
+        return list(self._table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command, or return None if there is none of that name."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self._table:
             return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        module, _, attribute = self._table[cmd_name][0].partition(":")
         command = getattr(import_module(module), attribute)
         if not isinstance(command, click.Command):
             raise TypeError(f"{module}:{attribute} is not a command")
@@ -45,7 +54,7 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table without importing anything."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+            formatter.write_dl([(name, text) for name, (_, text) in self._table.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -33,16 +33,29 @@ if TYPE_CHECKING:
 @click.option("--convert", type=click.Choice(list(PICTURE_FORMATS)), help="Convert picture results.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 @click.option("--dry-run", is_flag=True, help="Check and show everything, send nothing.")
-def run(workflow: str, as_json: bool, dry_run: bool, **options: Any) -> int:
+@click.option("--queue", "queued", is_flag=True, help="Put it into the queue and follow it; Ctrl+C leaves it there.")
+@click.option("--priority", type=click.IntRange(1, 999), help="With --queue: its place, 1 first (default: 50).")
+@click.option("--key", metavar="TEXT", help="With --queue: the same key again finds the same job, and runs nothing.")
+def run(workflow: str, as_json: bool, dry_run: bool, queued: bool, **options: Any) -> int:
     """Run WORKFLOW, a shipped name or the path of an API-format file, and bring its verified results.
 
     Without --server it runs on the dev server if that is alive, else on a machine of its own, which is stopped at the
-    end whatever happens.
+    end whatever happens. With --queue it runs where the queue's executors run.
     """
+    for name in ("priority", "key"):
+        if options[name] is not None and not queued:
+            raise click.UsageError(f"--{name} is for jobs in the queue: add --queue", click.get_current_context())
     if dry_run:
         from runcomfy.cli.dry_run import dry_run as show
 
         return _guarded(as_json, lambda: show(request_of(workflow, options), as_json=as_json))
+    if queued:
+        from runcomfy.cli.run_queued import run_queued
+
+        return _guarded(
+            as_json,
+            lambda: run_async(lambda ui: run_queued(ui, request_of(workflow, options), options, {}, as_json=as_json)),
+        )
     return _guarded(as_json, lambda: run_async(lambda interrupts: _run(interrupts, workflow, options, as_json=as_json)))
 
 
