@@ -142,6 +142,7 @@ class Executor:
             settings=settings,
             orchestrator=orchestrator,
             at=station.at,
+            places=station.places,
             pulse=self._heart,
             policy=retry.RetryPolicy(
                 settings.retry_limit, settings.kill_limit, settings.backoff_first, settings.backoff_most

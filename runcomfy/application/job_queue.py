@@ -13,7 +13,7 @@ Nothing here runs a job: that is the executor's work, in this process or in any 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -202,7 +202,7 @@ class JobQueue:
                 job = await self.job(job.id)
         return job
 
-    async def events(self, which: Which | None = None, *, after: int = 0) -> AsyncIterator[JobEvent]:
+    async def events(self, which: Which | None = None, *, after: int = 0) -> AsyncGenerator[JobEvent, None]:
         """Replay the event log from the number after `after`, and follow it; what is told is durable.
 
         Of one job: until it has ended and everything was told; a job that was retried since is followed on. Without
@@ -224,7 +224,7 @@ class JobQueue:
                 return
             mark = await self.store.changed(timeout=self.settings.poll_interval, seen=mark)
 
-    async def follow(self, which: Which) -> AsyncIterator[QueuedJob]:
+    async def follow(self, which: Which) -> AsyncGenerator[QueuedJob, None]:
         """Yield the job as it is, and again whenever its status or progress changes, until it has ended."""
         job = await self.job(which)
         mark = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -76,6 +76,8 @@ class Bench:
     settings: QueueSettings
     orchestrator: RunsJobs
     at: PlaceFactory
+    places: Callable[[], Collection[str]]
+    """The keys of the places that can be gone to now."""
     pulse: Pulse
     policy: retry.RetryPolicy
     draw: retry.Draw
@@ -111,9 +113,11 @@ class JobRun:
             row,
             bench.pulse,
             leaves=self._leaves,
+            here=lambda: self._place.key if self._place is not None else "",
             reached=bench.reached,
             trouble=bench.trouble,
             leaving=bench.leaving,
+            kill_limit=bench.settings.kill_limit,
         )
 
     @property
@@ -233,20 +237,25 @@ class JobRun:
             return Ending(Outcome.PUT_BACK, keeps_prompt=self._keeps(error))
         decision = bench.policy.decide(
             error,
-            submitted=self.journal.touched,
+            submitted=self.journal.touched or self.journal.killed,
             server_stays=self._server_stays,
             retries_attempted=row.retries_attempted,
             retry_limit=row.retry_limit,
-            kill_count=row.kill_count,
+            kill_count=row.kill_count + (self.journal.killed and self.journal.touched),
             pauses=bench.pauses(),
             draw=bench.draw,
         )
         # A prompt of an earlier attempt that this one did not get to is not forgotten by a failure of its own.
         left = self.journal.earlier is not None and not self.journal.touched
+        ends = isinstance(decision, retry.Retry | retry.Fail | retry.Quarantine) and decision.end_prompt
+        if ends and not self._server_stays and self._place is not None:
+            ends = self._place.key in bench.places()  # a machine that is gone took its prompts along
         match decision:
             case retry.Pause():
                 await bench.pause(decision, error)  # first, or the job would be claimed again at once
-                return Ending(Outcome.PUT_BACK, error=facts, keeps_prompt=self._keeps(error))
+                return Ending(
+                    Outcome.PUT_BACK, error=facts, keeps_prompt=self._keeps(error), killed_machine=self.journal.killed
+                )
             case retry.StoreTrouble() | retry.Stopped():
                 return Ending(Outcome.PUT_BACK, error=facts, keeps_prompt=self._has_prompt)
             case retry.Quarantine():
@@ -255,22 +264,22 @@ class JobRun:
                     error=facts,
                     reason=Reason.QUARANTINED,
                     killed_machine=True,
-                    end_prompt=decision.end_prompt,
+                    end_prompt=ends,
                 )
             case retry.Retry():
                 return Ending(
                     Outcome.REQUEUED,
                     error=facts,
                     delay=decision.delay,
-                    killed_machine=decision.killed_machine,
-                    end_prompt=decision.end_prompt or left,
+                    killed_machine=decision.killed_machine or self.journal.killed,
+                    end_prompt=ends or left,
                 )
             case retry.Fail():
                 return Ending(
                     Outcome.FAILED,
                     error=facts,
-                    killed_machine=decision.killed_machine,
-                    end_prompt=decision.end_prompt or left,
+                    killed_machine=decision.killed_machine or self.journal.killed,
+                    end_prompt=ends or left,
                 )
 
     async def _discard(self) -> None:

@@ -18,7 +18,7 @@ from uuid import uuid4
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.journal import EarlierPrompt, Publish
-from runcomfy.domain.exceptions import LeaseLost, LocalError, StoreUnavailable
+from runcomfy.domain.exceptions import LeaseLost, LocalError, ServerRestarted, StoreUnavailable
 from runcomfy.domain.job import Output, PromptId
 from runcomfy.domain.queued import Ending, Outcome, Phase, QueuedJob
 from runcomfy.ports.jobs import JobStore
@@ -32,6 +32,14 @@ AGAIN_MOST_SECONDS: Final = 5.0
 """Between two tries of a write that the database refused."""
 
 
+class _NotNamed(Exception):
+    """The disk refused to name the results: that is the run's failure, not the database's."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__()
+        self.cause = cause
+
+
 class StoreJournal:
     """Keeps `runcomfy.application.journal.Journal` for one claim."""
 
@@ -42,23 +50,29 @@ class StoreJournal:
         pulse: Pulse,
         *,
         leaves: Callable[[BaseException], bool],
+        here: Callable[[], str],
         reached: Callable[[], None],
         trouble: Callable[[LocalError | None], None],
         leaving: Callable[[], bool],
+        kill_limit: int,
     ) -> None:
         """
-        `leaves` answers `leaves_prompt`. `reached` is called when the run has a server that takes prompts, `trouble`
-        with the error when the database refuses a write and with None when it takes one, `leaving` says whether this
-        process is to end at once.
+        `leaves` answers `leaves_prompt`, `here` names the place the run is at. `reached` is called when the run has a
+        server that takes prompts, `trouble` with the error when the database refuses a write and with None when it
+        takes one, `leaving` says whether this process is to end at once.
         """
         self._store, self._pulse = store, pulse
         self._id, self._token = row.id, row.token
-        self._leaves, self._reached, self._trouble, self._leaving = leaves, reached, trouble, leaving
+        self._leaves, self._here, self._reached = leaves, here, reached
+        self._trouble, self._leaving = trouble, leaving
+        self._kills_left = kill_limit - row.kill_count
         self._earlier = earlier_prompt(row)
         self._written = self._earlier.prompt_id if self._earlier else None
         self._name(self._earlier.prompt_id if self._earlier else _new_id())
         self.touched = False
         """Whether this run has a prompt on a server, or may have: sent, or found again."""
+        self.killed = False
+        """Whether the server died under the earlier prompt."""
         self.done: QueuedJob | None = None
         """The row, once the result is committed."""
 
@@ -114,14 +128,24 @@ class StoreJournal:
         await self._try(lambda: self._store.attached(self._id, self._token))
 
     async def gone(self, *, lost: bool) -> None:
-        """Write that the earlier prompt is on no server. One that may have run is never sent under its id again."""
+        """Write that the earlier prompt is on no server. One that may have run is never sent under its id again.
+
+        Raises ServerRestarted, too: nothing is run again of a job under which the last server died that it may kill.
+        """
         earlier, unwanted = self._earlier, self._earlier is not None and self._earlier.unwanted
-        await self.insist(
-            lambda: self._store.prompt_gone(self._id, self._token, lost=lost and not unwanted), self._no_prompt
-        )
+        lost = lost and not unwanted
+        await self.insist(lambda: self._store.prompt_gone(self._id, self._token, lost=lost), self._no_prompt)
         self._earlier = None
         if earlier is None or earlier.accepted or unwanted or lost:
             self._name(_new_id())
+        if earlier is not None and lost and earlier.place == self._here():
+            self.killed = True
+            if self._kills_left <= 1:
+                raise ServerRestarted(
+                    "ComfyUI restarted once more while the prompt waited or ran",
+                    hint="look for a crash in the server's log; `comfyctl queue retry` runs the job again",
+                    details={"prompt_id": earlier.prompt_id},
+                )
 
     def leaves_prompt(self, error: BaseException) -> bool:
         """Ask the run why it ends."""
@@ -135,12 +159,30 @@ class StoreJournal:
         result = {**facts, "outputs": [{**output.as_dict(), "name": output.name} for output in outputs]}
         ending = Ending(Outcome.DONE, result=result)
         faultpoint("queue.committing")
+        named: list[Exception | None] = []
+
+        def name_once() -> None:
+            if named:  # it was the record that failed
+                return
+            try:
+                publish()
+            except Exception as error:
+                named.append(error)
+                raise
+            named.append(None)
 
         async def write() -> None:
-            self.done = await self._store.finish(self._id, self._token, ending, publish=publish)
+            try:
+                self.done = await self._store.finish(self._id, self._token, ending, publish=name_once)
+            except LocalError as error:
+                if named and named[0] is not None:
+                    raise _NotNamed(named[0]) from error
+                raise
 
         try:
             await self.insist(write, self._committed)
+        except _NotNamed as error:
+            raise error.cause from None
         except LocalError as error:
             if isinstance(error, StoreUnavailable) and await self._found_committed():
                 return
