@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import state
+from runcomfy.adapters.agent_variables import VARIABLES as QUEUE_VARIABLES
 from runcomfy.adapters.config import default_settings, load_rates
 from runcomfy.adapters.variables import BY_NAME, VARIABLES
 from runcomfy.cli.config import config, reference_page
@@ -381,6 +382,7 @@ def test_config_show_prints_every_setting_and_the_warnings_last(monkeypatch: pyt
     assert result.exit_code == 0
     assert "canary" not in result.output
     assert all(name in result.stdout for name in BY_NAME)
+    assert all(variable.name in result.stdout for variable in QUEUE_VARIABLES)
     assert result.stderr == "warning: RUNCOMFY_PLN is not a setting; did you mean RUNCOMFY_PLAN?\n"
 
 
@@ -399,7 +401,9 @@ def test_config_show_json_is_one_object(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_reference_page_is_current_and_has_every_setting() -> None:
     page = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
     assert page == reference_page(), "run: comfyctl config reference > docs/reference/settings.md"
-    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == [v.name for v in VARIABLES]
+    headings = [line.split(" ", 1) for line in page.splitlines() if line.startswith("##")]
+    assert [words for mark, words in headings if mark == "##"] == [*(v.name for v in VARIABLES), "The queue"]
+    assert [words for mark, words in headings if mark == "###"] == [v.name for v in QUEUE_VARIABLES]
 
 
 def test_defaults_are_described_without_any_source() -> None:
