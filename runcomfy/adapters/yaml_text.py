@@ -64,12 +64,13 @@ def read_yaml(data: bytes, *, loader: Any = LOADER) -> tuple[Node | None, list[P
         return None, [Problem(line, "", "the text is not UTF-8", "save the file as UTF-8")]
     if problem := _strange_character(text):
         return None, [problem]
+    spans: list[tuple[int, int]] = []
     try:
-        return _document(_events(text, loader)), []
+        return _document(_events(text, loader), spans), []
     except _Refused as refused:
         return None, [refused.problem]
     except yaml.YAMLError as error:
-        return None, [_syntax(error, text)]
+        return None, [_syntax(error, text, spans)]
     except (ValueError, OverflowError, RecursionError, IndexError, TypeError) as error:
         # What hostile texts get out of the parser itself, such as an escape code of no character.
         return None, [Problem(1, "", f"this is not YAML: {foreign_text(error, 120)}", _SYNTAX_HINT)]
@@ -86,7 +87,7 @@ def _strange_character(text: str) -> Problem | None:
     return Problem(line, "", f"there is a control character ({name})", "remove it; is this a text file?")
 
 
-def _syntax(error: yaml.YAMLError, text: str) -> Problem:
+def _syntax(error: yaml.YAMLError, text: str, spans: Sequence[tuple[int, int]]) -> Problem:
     problem, context = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
     words = foreign_text(getattr(error, "problem", None) or getattr(error, "reason", None) or error, 120)
     # What is never closed is noticed at the end of the file; the user has to look where it was opened.
@@ -97,6 +98,11 @@ def _syntax(error: yaml.YAMLError, text: str) -> Problem:
     said = f"{foreign_text(about, 80)}, {words}" if about else words
     lines = text.splitlines()
     number = min(mark.line if mark else 0, max(0, len(lines) - 1))
+    if spans and spans[-1][1] == number:
+        # A quote that was forgotten is closed by the next one, lines later; that is where the parser stumbles.
+        first = spans[-1][0]
+        said = f"the text in quotes that begins here goes on to line {number + 1}"
+        return Problem(first + 1, _names_at(lines, first), f"this is not YAML: {said}", "is a quote missing?")
     return Problem(number + 1, _names_at(lines, number), f"this is not YAML: {said}", _SYNTAX_HINT)
 
 
@@ -126,8 +132,11 @@ def _events(text: str, loader: Any) -> Iterator[Any]:
         parser.dispose()
 
 
-def _document(events: Iterator[Any]) -> Node | None:
-    """Return the one document's tree. Raises _Refused, or what the parser raises."""
+def _document(events: Iterator[Any], spans: list[tuple[int, int]]) -> Node | None:
+    """Return the one document's tree. Raises _Refused, or what the parser raises.
+
+    `spans` gets the first and last line of texts in quotes that are longer than a line.
+    """
     stack: list[_Open] = []
     root: Node | None = None
     documents = values = 0
@@ -149,6 +158,8 @@ def _document(events: Iterator[Any]) -> Node | None:
         match event:
             case yaml.ScalarEvent():
                 node = Leaf(_line(event), event.value, quoted=not event.implicit[0])
+                if event.style in ("'", '"') and _end_line(event) > _line(event):
+                    spans.append((_line(event) - 1, _end_line(event) - 1))
                 if name := unprintable(node.text):
                     raise _refused(event, stack, f"there is a control character ({name})", "remove it")
             case yaml.MappingStartEvent() | yaml.SequenceStartEvent():
@@ -168,6 +179,10 @@ def _document(events: Iterator[Any]) -> Node | None:
 
 def _line(event: Any) -> int:
     return int(event.start_mark.line) + 1
+
+
+def _end_line(event: Any) -> int:
+    return int(event.end_mark.line) + 1
 
 
 def _field(stack: list[_Open]) -> str:
