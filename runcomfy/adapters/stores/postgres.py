@@ -14,7 +14,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -275,10 +275,11 @@ def _readable(handle: int) -> bool:
 def _parameters(dsn: Secret) -> dict[str, Any]:
     """Read an address. What cannot be read is not quoted: any part of it may be the password."""
     written = dsn.reveal().strip().replace("postgresql+psycopg://", "postgresql://", 1)
-    try:
+    found: dict[str, Any] | None = None
+    with suppress(psycopg.Error):  # whose text quotes it
         found = conninfo_to_dict(written)
-    except psycopg.Error:
-        raise _unreadable("it is not written as one") from None
+    if found is None:
+        raise _unreadable("it is not written as one")
     hosts = str(found.get("host") or "").split(",")
     if any("@" in str(found.get(name, "")) for name in ("host", "port", "dbname")):
         raise _unreadable("it has an @ too many")

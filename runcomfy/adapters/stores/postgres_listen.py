@@ -40,8 +40,11 @@ class PostgresListener:
         changed: Callable[[], None],
         *,
         expects_pooler: bool = False,
+        patience: timedelta = _TRIAL_TIMEOUT,
     ) -> None:
+        """`patience`: how long the call that is made to try it may take."""
         self._connect = connect
+        self._patience = patience.total_seconds()
         self._changed = changed
         self._hears = False
         self._deaf = expects_pooler
@@ -64,9 +67,13 @@ class PostgresListener:
     def stop(self) -> None:
         """End the thread; blocks until it has ended. Harmless when repeated."""
         self._stop.close()
-        if self._thread.is_alive():
-            self._thread.join()
+        self.join()
         self._stopped.close()
+
+    def join(self, *, timeout: float | None = None) -> None:
+        """Wait until the thread has ended: stopped, or given up."""
+        if self._thread.is_alive():
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         wait = _AGAIN_FIRST
@@ -94,7 +101,7 @@ class PostgresListener:
         with contextlib.closing(self._connect()) as other:
             other.autocommit = True
             other.execute("SELECT pg_notify(%s, %s)", (CHANNEL, word))
-        until = time.monotonic() + _TRIAL_TIMEOUT.total_seconds()
+        until = time.monotonic() + self._patience
         while (left := until - time.monotonic()) > 0:
             if word in self._calls(connection):
                 return True
