@@ -136,6 +136,28 @@ async def test_a_database_of_a_newer_version_is_refused(postgres_dsn: str) -> No
     assert str(urlsplit(postgres_dsn).password) not in caught.value.message
 
 
+async def test_other_programs_may_have_tables_beside_ours_but_not_in_their_place(
+    postgres_server: PostgresForTests,
+) -> None:
+    dsn = postgres_server.database(empty=True)
+    with psycopg.connect(dsn) as connection:
+        connection.execute("CREATE TABLE customers (name text)")
+    async with a_database(dsn) as database:
+        assert await database.read(one) == 1
+    postgres_server.drop(dsn)
+    for table in ("jobs", "alembic_version"):
+        dsn = postgres_server.database(empty=True)
+        with psycopg.connect(dsn) as connection:
+            connection.execute(f"CREATE TABLE {table} (version_num text)".encode())
+            connection.execute("CREATE SCHEMA runcomfy")
+        with pytest.raises(StoreUnavailable, match=f"another program .*{table}") as caught:
+            await a_database(dsn).open()
+        assert "?options=-csearch_path%3Druncomfy" in caught.value.hint
+        async with a_database(dsn + "?options=-csearch_path%3Druncomfy") as database:
+            assert await SqlStore.over(database).owners() == {}
+        postgres_server.drop(dsn)
+
+
 async def test_the_session_is_what_the_store_counts_on(postgres_dsn: str) -> None:
     def work(connection: Connection) -> dict[str, str]:
         names = ["TimeZone", "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"]

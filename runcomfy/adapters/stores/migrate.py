@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection, insert, inspect, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from runcomfy.adapters.stores.tables import upgrades
+from runcomfy.adapters.stores.tables import metadata, upgrades
 from runcomfy.domain.exceptions import StoreTooNew, StoreUnavailable, foreign_text
 
 if TYPE_CHECKING:
@@ -28,19 +28,30 @@ _MOVE_ASIDE: Final = (
     "start, and the job files in jobs/processing are taken up again"
 )
 
+_OWN_FOLDER: Final = "set RUNCOMFY_STATE_DIR to a folder of its own"
+_OWN_SCHEMA: Final = (
+    "name another database, or make a schema of its own in this one (CREATE SCHEMA runcomfy) and end the address with "
+    "?options=-csearch_path%3Druncomfy"
+)
+
+_VERSIONS: Final = "alembic_version"
 _REVISION: Final = text("SELECT version_num FROM alembic_version")
 
 
 def revision_of(connection: Connection, where: str) -> str | None:
     """Return the database's revision, None for an empty one; raise StoreUnavailable if it is not ours."""
-    tables = inspect(connection).get_table_names()
-    if "alembic_version" in tables:
+    tables = set(inspect(connection).get_table_names())
+    on_server = connection.dialect.name == "postgresql"
+    ours = tables & set(metadata.tables)
+    if _VERSIONS in tables and (ours or not on_server):
         found = connection.execute(_REVISION).scalar()
         return None if found is None else str(found)
-    if tables:
+    # A server's database may be shared with other programs, as long as they use other names.
+    if strange := (tables & {*ours, _VERSIONS} if on_server else tables):
+        names = foreign_text(", ".join(sorted(strange)), 80)
         raise StoreUnavailable(
-            f"{where} is the database of another program (it has tables {foreign_text(', '.join(sorted(tables)), 80)})",
-            hint=_MOVE_ASIDE if "jobs" in tables else "set RUNCOMFY_STATE_DIR to a folder of its own",
+            f"{where} is the database of another program (it has tables {names})",
+            hint=_OWN_SCHEMA if on_server else _MOVE_ASIDE if "jobs" in tables else _OWN_FOLDER,
         )
     return None
 
@@ -85,7 +96,8 @@ def _too_new(connection: Connection, where: str, found: str) -> StoreTooNew:
     return StoreTooNew(
         f"the database {where} was written by {by} of this program (revision {foreign_text(found, 40)}; "
         f"this one is {_program_version()} and knows up to {HEAD})",
-        hint="upgrade: pip install --upgrade runcomfy-orchestrator; or name another folder with RUNCOMFY_STATE_DIR",
+        hint="upgrade: pip install --upgrade runcomfy-orchestrator; or name another "
+        + ("database" if connection.dialect.name == "postgresql" else "folder with RUNCOMFY_STATE_DIR"),
     )
 
 
