@@ -21,7 +21,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from runcomfy.adapters.files import DISK, Disk, local_error, open_new, open_regular, remove_quietly, safe_name
+from runcomfy.adapters.files import (
+    DISK,
+    PRIVATE_DIR,
+    Disk,
+    local_error,
+    open_new,
+    open_regular,
+    remove_quietly,
+    safe_name,
+)
 from runcomfy.domain.exceptions import LocalError, OutputCorrupt
 from runcomfy.domain.job import Output
 from runcomfy.ports.results import ResultFile
@@ -73,6 +82,10 @@ class Plan:
     """Path and text of a manifest, written last: it means that everything before it is there."""
     mode: int | None = None
     """Permissions of the results; None: as they are."""
+    anchor: tuple[str, tuple[int, int]] | None = None
+    """A folder that must still be the one that was looked at, and which that is."""
+    fleeting: bool = False
+    """Whether `staging` goes when nothing is left in it."""
 
 
 class Commit:
@@ -110,6 +123,7 @@ class Commit:
     def publish(self) -> None:
         """Give every file its final name, durably; undone by itself if it raises. Raises DiskFull, LocalError."""
         try:
+            self._check_anchor()
             for path in self.plan.replaced:
                 self._rename(path, self._waiting_name(path))
                 self._waiting.append(self._moved[-1].target)
@@ -119,9 +133,12 @@ class Commit:
                 self._rename(file.partial, output.path)
             if self.plan.manifest is not None:
                 with self._step(self.plan.manifest[0], "write"):
-                    mark = _mark(self._manifest)
+                    mark = mark_of(self._manifest)
                     self._disk.replace(self._manifest, self.plan.manifest[0])
                 self._moved.append(Move(self._manifest, self.plan.manifest[0], mark))
+            if self.plan.fleeting:
+                with suppress(OSError):  # refused while anything is in it
+                    os.rmdir(self.plan.staging)  # noqa: PTH106
             for directory in self.plan.directories if self._durable else ():
                 with self._step(directory, "flush"):
                     self._disk.fsync_directory(directory)
@@ -184,18 +201,32 @@ class Commit:
 
     def _rename(self, source: str, target: str) -> None:
         with self._step(target, "rename a result to"):
-            mark = _mark(source)
+            mark = mark_of(source)
             self._disk.rename(source, target)
         self._moved.append(Move(source, target, mark))
 
     def _waiting_name(self, path: str) -> str:
         return os.path.join(self.plan.staging, REPLACED + os.path.basename(path))  # noqa: PTH118, PTH119
 
+    def _check_anchor(self) -> None:
+        if self.plan.anchor is None:
+            return
+        folder, mark = self.plan.anchor
+        with self._step(folder, "find"):
+            if mark_of(folder) != mark:
+                raise LocalError(
+                    f"{folder} is not the folder any more that it was when the job began",
+                    hint="put it back, and look who exchanged it",
+                )
+
     def _take_back(self) -> None:
+        if self.plan.fleeting and self._moved:
+            with suppress(OSError):
+                os.mkdir(self.plan.staging, PRIVATE_DIR)  # noqa: PTH102
         partials = {file.partial for file in self.plan.files}
         for move in reversed(self._moved):
             with suppress(OSError):
-                if _mark(move.target) != move.mark:
+                if mark_of(move.target) != move.mark:
                     continue  # whoever holds the job now has put its own there
                 # Not through the seam: this must not fail by design.
                 os.rename(move.target, move.source)  # noqa: PTH104
@@ -205,7 +236,8 @@ class Commit:
         self._moved, self._waiting = [], []
 
 
-def _mark(path: str) -> tuple[int, int]:
+def mark_of(path: str) -> tuple[int, int]:
+    """Return which file or folder that is, whatever it is called (device and inode)."""
     found = os.lstat(path)
     return found.st_dev, found.st_ino
 

@@ -92,6 +92,7 @@ async def _fetch(item: MatchedOutput, found: FoundOutput, server: ComfyUI, folde
         name=item.declared.name if item.declared else "",
         file_name=item.declared.file_name if item.declared else "",
         remote_name=found.file.filename,
+        passing=found.file.type == "temp",
     )
 
 

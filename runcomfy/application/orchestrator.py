@@ -46,6 +46,7 @@ from runcomfy.domain.exceptions import (
     ValueInvalid,
 )
 from runcomfy.domain.job import PICTURE_FORMATS, BillLine, JobId, JobRequest, JobResult, JobStatus, Output, PromptId
+from runcomfy.domain.out_file import checked_out_file
 from runcomfy.domain.preflight import Problem, preflight
 from runcomfy.domain.progress import NodeLabel, Progress, Step
 from runcomfy.domain.settings import Settings
@@ -164,6 +165,8 @@ class RunComfyOrchestrator:
             raise ValueInvalid(
                 f"pictures cannot be converted to {request.convert!r}", hint=f"use one of {', '.join(PICTURE_FORMATS)}"
             )
+        if request.out_file is not None and request.out_root is not None:
+            checked_out_file(request.out_file, request.out_root, request.out_root)
         if isinstance(request.workflow, str):
             text, toml, name = await asyncio.to_thread(self._load_workflow, request.workflow)
             workflow = Workflow.parse(text, name=name)
@@ -293,7 +296,7 @@ class RunComfyOrchestrator:
         run.step("prepare")
         prepared = await self.prepare(request, random_int=run.journal.random_int)
         run.seeds = prepared.bound.seeds
-        folder = await self._results.open_folder(run.job_id, under=prepared.out_dir, again=queued)
+        folder = await self._open_folder(prepared, queued=queued)
         run.folder = folder.path
         try:
             async with at(job_id=run.job_id, show=run.show, step=run.step, on_bill=run.owe) as place:
@@ -311,6 +314,14 @@ class RunComfyOrchestrator:
             if run.outputs:
                 await finish(self._tell_cost(run, folder))
         run.show(Progress(Step.FINISHED, percent=100.0, message="done"))
+
+    async def _open_folder(self, prepared: Prepared, *, queued: bool) -> JobFolder:
+        request, job_id = prepared.request, prepared.job_id
+        if request.out_file is None:
+            return await self._results.open_folder(job_id, under=prepared.out_dir, again=queued)
+        return await self._results.open_beside(
+            job_id, file=request.out_file, root=request.out_root, earlier=request.earlier_outputs
+        )
 
     async def _tell_cost(self, run: _Run, folder: JobFolder) -> None:
         """Complete the manifest with what is known only when the place was left. The results are whole without it."""

@@ -131,3 +131,16 @@ class Results(Protocol):
         are committed, or give way to the very same content. Raises DiskFull, LocalError.
         """
         ...
+
+    async def open_beside(
+        self, job_id: JobId, *, file: str, root: str | None = None, earlier: Mapping[str, str] | None = None
+    ) -> JobFolder:
+        """Make the folder of `file` for a job whose one result goes there, and prove that it can be written.
+
+        Several results get numbers; the content decides the ending. What is there already is kept under another name,
+        unless it is the same content or what `earlier` (path -> sha256) says that earlier runs of the job delivered.
+        Nothing is written outside `root`, wherever links lead.
+
+        Raises ValueInvalid, DiskFull, LocalError.
+        """
+        ...
