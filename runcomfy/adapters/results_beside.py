@@ -38,7 +38,7 @@ def make_room(job_id: JobId, file: str, root: str | None) -> tuple[str, str]:
     """
     try:
         target = Path(file)
-        if not target.is_absolute():
+        if not target.is_absolute() or "\0" in file:
             raise ValueInvalid(f"{foreign_text(file, 200)!r} is not an absolute path", hint="write the path out")
         if root is not None:
             _check_within(target.parent, root, file)
@@ -56,7 +56,7 @@ def make_room(job_id: JobId, file: str, root: str | None) -> tuple[str, str]:
             take_over(work, home=target.parent)
     except OSError as error:
         raise local_error(error, file, "make the folder of") from error
-    except ValueError as error:  # a zero byte
+    except ValueError as error:  # on another drive than the root
         raise ValueInvalid(f"{foreign_text(file, 200)!r} is no path: {foreign_text(error)}") from None
     return str(target.parent), str(work)
 
