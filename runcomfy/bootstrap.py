@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -42,6 +43,7 @@ from runcomfy.ports.store import Store
 if TYPE_CHECKING:
     from runcomfy.adapters.stores.database import Database
     from runcomfy.adapters.stores.jobs import SqlJobs
+    from runcomfy.adapters.stores.postgres import OpenTransaction
     from runcomfy.application.job_queue import JobQueue
     from runcomfy.application.monitor import Monitor
 
@@ -88,6 +90,7 @@ class App:
         self._queue_settings: QueueSettings | None = None
         self._opening_jobs = asyncio.Lock()
         self._jobs: SqlJobs | None = None
+        self._jobs_database: Database | None = None
 
     async def __aenter__(self) -> App:
         return self
@@ -244,6 +247,7 @@ class App:
             if self._jobs is None:
                 settings = self.queue_settings
                 database = self._database(settings.database.reveal(), wake_interval=settings.wake_interval)
+                self._jobs_database = database
                 self._jobs = await self._stack.enter_async_context(SqlJobs(database))
             return self._jobs
 
@@ -255,6 +259,16 @@ class App:
         return JobQueue(
             await self.job_store(), self.queue_settings, check=self.orchestrator().prepare, processes=ProcessTable()
         )
+
+    async def open_transactions(self, *, older_than: timedelta) -> list[OpenTransaction] | None:
+        """Return transactions of others that are open in the queue's database; None: it is a file."""
+        await self.job_store()
+        database = self._jobs_database
+        look = getattr(database.kind, "open_transactions", None) if database is not None else None
+        if database is None or look is None:
+            return None
+        found: list[OpenTransaction] = await database.read(lambda connection: look(connection, older_than=older_than))
+        return found
 
     async def monitor(self, *, hold: bool = False) -> Monitor:
         """Return what takes job files up. `hold`: be the one monitor of the folder, from now on.

@@ -10,23 +10,43 @@ from runcomfy.cli.runner import Interrupts, run_async
 
 if TYPE_CHECKING:
     from runcomfy.application.doctor import Finding
+    from runcomfy.bootstrap import App
 
 
 @click.command()
 @click.option("--server", metavar="URL", help="Test a ComfyUI instead of the account.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(server: str | None, as_json: bool) -> int:
-    """Test each layer alone and say which one is wrong. Launches and changes nothing."""
+    """Test each layer alone and say which one is wrong. Launches and changes nothing.
+
+    The account; where there is a queue, its database, who holds it up, and the ComfyUI its jobs run on.
+    """
     return run_async(lambda interrupts: _doctor(interrupts, server, as_json=as_json))
 
 
 async def _doctor(interrupts: Interrupts, server: str | None, *, as_json: bool) -> int:
     from runcomfy.application.doctor import examine_server
     from runcomfy.cli.app import open_app
+    from runcomfy.cli.doctor_queue import examine_queue, has_queue
 
     async with open_app(interrupts, quiet=as_json) as app:
-        found = await examine_server(app.given_server(server)) if server else await _examine_account()
+        if server:
+            found = await examine_server(app.given_server(server))
+        else:
+            found = await _examine_account()
+            found = [*_needed(found, app), *(await examine_queue(app) if has_queue(app) else ())]
     return _report(found, as_json=as_json)
+
+
+def _needed(found: list[Finding], app: App) -> list[Finding]:
+    """Where the queue runs on a ComfyUI that is there, an account that was never set up is not missed."""
+    from runcomfy.application.doctor import Finding
+    from runcomfy.cli.doctor_queue import has_queue
+    from runcomfy.domain.exceptions import CredentialsMissing
+
+    if not has_queue(app) or app.queue_settings.where != "server" or not isinstance(found[0].error, CredentialsMissing):
+        return found
+    return [Finding("credentials", ok=False, skipped=True, detail="none; they are needed for rented machines only")]
 
 
 async def _examine_account() -> list[Finding]:
