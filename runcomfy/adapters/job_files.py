@@ -23,7 +23,7 @@ from runcomfy.adapters.workflow_registry import Resolved, WorkflowRegistry, mark
 from runcomfy.adapters.yaml_text import MAX_BYTES, read_yaml
 from runcomfy.domain.exceptions import BadInput, InputFileMissing, JobFileInvalid, foreign_text
 from runcomfy.domain.job import JobRequest
-from runcomfy.domain.job_file import JobFile, invalid, read_job_file
+from runcomfy.domain.job_file import JobFile, invalid, read_job_file, wants_text
 from runcomfy.domain.marked import Problem, unprintable
 from runcomfy.domain.out_file import checked_out_file
 from runcomfy.domain.queued import NewJob
@@ -133,7 +133,10 @@ class YamlJobFiles:
         return NewJob(
             request=JobRequest(
                 workflow=resolved.workflow,
-                inputs={name: _with_files(value, root) for name, value in fields.inputs.items()},
+                inputs={
+                    name: value if wants_text(name) else _with_files(value, root)
+                    for name, value in fields.inputs.items()
+                },
                 input_names=resolved.input_names,
                 required_inputs=resolved.required_inputs,
                 out_file=out_file,

@@ -369,8 +369,8 @@ class Monitor:
         try:
             await self._check(read.job)
         except BadInput as error:
-            names = read.job.request.inputs
-            raise blamed(error, read.lines, file_name=read.job.config_name, names=names) from error
+            inputs = read.job.request.inputs
+            raise blamed(error, read.lines, file_name=read.job.config_name, inputs=inputs) from error
 
     def _inside(self, path: str) -> bool:
         folder = self._settings.jobs_processing
@@ -387,8 +387,8 @@ class Monitor:
         try:
             return await self._store.ingest(read.job, default_priority=self._settings.default_priority)
         except BadInput as error:  # another job writes to that file
-            names = read.job.request.inputs
-            raise blamed(error, read.lines, file_name=read.job.config_name, names=names) from error
+            inputs = read.job.request.inputs
+            raise blamed(error, read.lines, file_name=read.job.config_name, inputs=inputs) from error
 
     # -- telling -------------------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ others to say: this module sees a tree and gives values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
@@ -52,6 +53,8 @@ MOST_RETRIES: Final = 100
 LONGEST_TIMEOUT: Final = timedelta(days=30)
 LONGEST_WORD: Final = 200
 LONGEST_PATH: Final = 4_000
+_SHORTEST_PATH: Final = 4
+"""Shorter texts may stand in any sentence."""
 
 _QUOTE_HINT: Final = "put the text in quotes"
 _SWITCH_HINT: Final = 'write true or false for a switch, or put the word in quotes for a text: "{}"'
@@ -105,20 +108,20 @@ def invalid(problems: Sequence[Problem], *, file_name: str, cause: BadInput | No
     return JobFileInvalid(f"{foreign_text(file_name, 120)}, {words}", hint=hint, details=details)
 
 
-def blamed(error: BadInput, lines: Mapping[str, int], *, file_name: str, names: Collection[str]) -> JobFileInvalid:
+def blamed(error: BadInput, lines: Mapping[str, int], *, file_name: str, inputs: Mapping[str, Any]) -> JobFileInvalid:
     """Return `error`, found out with the workflow or the queue at hand, with the line of the field that is to blame.
 
-    `names` are the inputs the file gives. An error that names none of them is the workflow's, or of all inputs.
+    `inputs` are those the file gives. An error that is about none of them is the workflow's, or of all inputs.
     """
     if isinstance(error, JobFileInvalid):
         return error
-    named = [str(error.details.get(key, "")) for key in ("input", "name", "target")]
-    guilty = next((name for name in named if name in names), None) or next(
-        (name for name in sorted(names, key=len, reverse=True) if _mentions(error.message, name)), None
-    )
     if isinstance(error, NameTaken):
         where = "outputs.file_path"
-    elif guilty is not None:
+    elif (named := error.details.get("field")) in lines:
+        where = str(named)
+    elif "missing" in error.details:
+        where = "inputs"
+    elif (guilty := _guilty(error, inputs)) is not None:
         where = below("inputs", guilty)
     elif error.code.startswith("workflow"):
         where = "workflow_id"
@@ -128,15 +131,25 @@ def blamed(error: BadInput, lines: Mapping[str, int], *, file_name: str, names: 
     return invalid([problem], file_name=file_name, cause=error)
 
 
+def _guilty(error: BadInput, inputs: Mapping[str, Any]) -> str | None:
+    """Return the input an error is about: it says so, or its words have the input's name or the file it names."""
+    for key in ("name", "input", "target"):
+        if (said := error.details.get(key)) in inputs:
+            return str(said)
+    longest_first = sorted(inputs, key=len, reverse=True)
+    for name in longest_first:
+        if _mentions(error.message, name):
+            return name
+    for name in longest_first:
+        value = inputs[name]
+        if isinstance(value, str) and len(value) > _SHORTEST_PATH and value.removeprefix("@") in error.message:
+            return name
+    return None
+
+
 def _mentions(message: str, name: str) -> bool:
     """Whether the name stands in the message as a word of its own."""
-    start = message.find(name)
-    while start >= 0:
-        before, after = message[start - 1 : start], message[start + len(name) : start + len(name) + 1]
-        if not (before.isalnum() or before == "_" or after.isalnum() or after == "_"):
-            return True
-        start = message.find(name, start + 1)
-    return False
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message) is not None
 
 
 class _Reader:
@@ -318,9 +331,9 @@ class _Reader:
                 hint = 'write a value after the colon, "" for an empty text, null for none'
                 self._wrong(node, where, "there is no value", hint)
                 return None
-            if _wants_text(entry.key):
+            if wants_text(entry.key):
                 return node.text if node.quoted else self._text(node, where)
-        elif _wants_text(entry.key):
+        elif wants_text(entry.key):
             self._wrong(node, where, f"expected a text, found {what_it_is(node)}", _QUOTE_HINT)
             return None
         self._doubts(node, where)
@@ -341,5 +354,6 @@ class _Reader:
                 pass
 
 
-def _wants_text(name: str) -> bool:
+def wants_text(name: str) -> bool:
+    """Return whether an input of that name takes what a person writes, whatever it looks like."""
     return name in _TEXT_NAMES or name.endswith(_TEXT_ENDINGS)
