@@ -19,7 +19,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol, Self
@@ -197,19 +197,25 @@ class Executor:
             self._wake.set()
 
     async def _end(self) -> None:
-        await self._cut_all()
+        async with AsyncExitStack() as last:  # each is done whatever becomes of those before it
+            last.push_async_callback(self._sign_off)
+            last.push_async_callback(self._heart.stop)
+            last.push_async_callback(self.planner.stop)
+            last.push_async_callback(self.station.close)
+            last.push_async_callback(self._end_loops)
+            await self._cut_all()
+
+    async def _end_loops(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        try:
-            await self.station.close()
-        finally:
-            await self.planner.stop()
-            await self._heart.stop()
-            if not self._owes:  # or nobody would see that the claim's worker is gone
-                with suppress(LocalError):
-                    await self.store.sign_off(self.owner.id)
+
+    async def _sign_off(self) -> None:
+        if self._owes:  # or nobody would see that the open claim's worker is gone
+            return
+        with suppress(LocalError):  # whoever looks later sees it all the same
+            await self.store.sign_off(self.owner.id)
 
     async def run(self, stop: asyncio.Event, leave: asyncio.Event | None = None, *, once: bool = False) -> None:
         """Work until `stop` is set, then let running jobs go on for `settings.drain`, or until `leave` is set.

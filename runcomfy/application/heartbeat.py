@@ -155,7 +155,7 @@ class LoopHeart:
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
-            await asyncio.wait({task})
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _beat(self, on_beat: OnBeat) -> None:
         wait = self._every

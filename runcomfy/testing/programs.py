@@ -70,7 +70,7 @@ class Killed(BaseException):
     """Raised in a program that was killed when it tries to have an effect; nothing of the product catches it."""
 
 
-class _Mortal:
+class Mortal:
     """Lets a program have no effect any more, through the port behind this, once it was killed.
 
     A call that is under way then has left already: what it asked for may be done, and nobody hears the answer.
@@ -214,11 +214,11 @@ class Programs:
         with suppress(Killed):  # what it would do at its end, it does not do any more
             async with AsyncExitStack() as stack:
                 disk = SqlStore(path, clock=self.clock, durable=False, busy_timeout=busy_timeout)
-                store: Any = _Mortal(await stack.enter_async_context(disk), killed)
+                store: Any = Mortal(await stack.enter_async_context(disk), killed)
                 account = RunComfyAPIClient(settings.cloud, clock=self.clock).account
                 limiter = StoreLimiter(store, account, settings.cloud, self.clock)
                 client = RunComfyAPIClient(settings.cloud, clock=self.clock, limiter=limiter)
-                provider: Any = _Mortal(await stack.enter_async_context(client), killed)
+                provider: Any = Mortal(await stack.enter_async_context(client), killed)
                 session = await stack.enter_async_context(OwnerSession(store, self.processes, self.clock))
                 yield self._program(settings, store, provider, session.owner, killed)
 

@@ -1,0 +1,209 @@
+"""
+Workers of a queue, several in one test: each with its own connection to the database and its own clients of the server.
+
+A worker can die like a process that was killed: nothing of it has an effect any more and nobody signs off;
+`EmulatedProcesses` tells the others. Times come from the clock that is passed in, so that it works under virtual time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import workflows
+from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
+from runcomfy.adapters.results import DiskResults
+from runcomfy.adapters.stores.choose import store_from
+from runcomfy.adapters.stores.jobs import SqlJobs
+from runcomfy.adapters.workflow_files import WorkflowFiles
+from runcomfy.application.executor import Executor
+from runcomfy.application.heartbeat import Pulse
+from runcomfy.application.job_queue import JobQueue
+from runcomfy.application.orchestrator import RunComfyOrchestrator
+from runcomfy.application.placing import Place, Placer, Show, TellBill, TimeStep
+from runcomfy.domain.exceptions import CredentialsMissing
+from runcomfy.domain.job import JobId
+from runcomfy.domain.lease import Owner
+from runcomfy.domain.place_key import server_key
+from runcomfy.domain.queued import WorkerId
+from runcomfy.domain.secret import Secret, SecretUrl
+from runcomfy.domain.settings import QueueSettings, Settings
+from runcomfy.ports.clock import Clock
+from runcomfy.testing.programs import EmulatedProcesses, Killed, Mortal
+
+HOST = "test-host"
+
+
+class Worker:
+    """One running worker: what it does, what it said."""
+
+    def __init__(self, executor: Executor, store: SqlJobs, queue: JobQueue, killed: asyncio.Event) -> None:
+        self.executor, self.store, self.queue = executor, store, queue
+        self.said: list[str] = []
+        """Every sentence for the user, in order."""
+        self.stop, self.leave = asyncio.Event(), asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        self._killed = killed
+
+    @property
+    def id(self) -> WorkerId:
+        """What the rows call it."""
+        return self.executor.worker
+
+    def begin(self, *, once: bool = False) -> asyncio.Task[None]:
+        """Work, in a task of its own."""
+        self.task = asyncio.create_task(self.executor.run(self.stop, self.leave, once=once), name="worker")
+        return self.task
+
+    async def end(self) -> None:
+        """Stop as by one Ctrl+C, and wait for the end."""
+        self.stop.set()
+        if self.task is not None:
+            task, self.task = self.task, None
+            await task
+
+    async def kill(self, processes: EmulatedProcesses) -> None:
+        """Die as by `kill -9`: what runs has no effect any more."""
+        processes.dead.add(self.executor.owner.id)
+        self._killed.set()
+        task, self.task = self.task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()
+
+
+class Workers:
+    """Starts workers that share one database and one server."""
+
+    def __init__(self, settings: Settings, queue: QueueSettings, clock: Clock) -> None:
+        """`queue.api_base_url` is where the jobs run."""
+        self.settings, self.queue_settings, self.clock = settings, queue, clock
+        self.processes = EmulatedProcesses()
+
+    def open(self, *, busy_timeout: timedelta = timedelta(seconds=5)) -> SqlJobs:
+        """Return a connection of its own, not opened yet."""
+        database = store_from(
+            self.queue_settings.database,
+            clock=self.clock,
+            durable=False,
+            busy_timeout=busy_timeout,
+            wake_interval=timedelta(milliseconds=200),
+        )
+        return SqlJobs(database)
+
+    @asynccontextmanager
+    async def start(
+        self,
+        *,
+        works: bool = True,
+        once: bool = False,
+        heart: Callable[[SqlJobs, WorkerId], Pulse] | None = None,
+        busy_timeout: timedelta = timedelta(seconds=5),
+        **changes: Any,
+    ) -> AsyncIterator[Worker]:
+        """Run a worker for the block; `changes` are laid over the queue's settings. `works=False`: only make it."""
+        settings = replace(self.queue_settings, **changes)
+        killed = asyncio.Event()
+        worker: Worker | None = None
+        with suppress(Killed):
+            async with AsyncExitStack() as stack:
+                store = await stack.enter_async_context(self.open(busy_timeout=busy_timeout))
+                worker = self._worker(stack, store, settings, killed, heart)
+                if works:
+                    worker.begin(once=once)
+                try:
+                    yield worker
+                finally:
+                    await worker.end()
+
+    def _worker(
+        self,
+        stack: AsyncExitStack,
+        disk: SqlJobs,
+        settings: QueueSettings,
+        killed: asyncio.Event,
+        heart: Callable[[SqlJobs, WorkerId], Pulse] | None,
+    ) -> Worker:
+        said: list[str] = []
+        store: Any = Mortal(disk, killed)
+        clients: dict[str, Any] = {}
+
+        def comfyui(url: str) -> Any:
+            if url not in clients:
+                client = ComfyUIWorkflowClient(SecretUrl(url), self.settings.comfy, clock=self.clock)
+                stack.push_async_callback(client.close)
+                clients[url] = Mortal(client, killed)
+            return clients[url]
+
+        async def no_cloud() -> Any:
+            raise CredentialsMissing("this worker has no cloud")
+
+        placer = Placer(lambda url: comfyui(url.reveal()), comfyui, no_cloud, tell=said.append, host=HOST)
+        orchestrator = RunComfyOrchestrator(
+            settings=self.settings,
+            clock=self.clock,
+            results=DiskResults(self.settings.files),
+            placer=placer,
+            load_workflow=WorkflowFiles(workflows.names, workflows.load),
+            random_int=random.SystemRandom().randint,
+        )
+        owner: Owner = self.processes.me(now=self.clock.now())
+        executor = Executor(
+            store,
+            settings,
+            AtServer(placer, settings.api_base_url),
+            orchestrator,
+            owner,
+            clock=self.clock,
+            processes=self.processes,
+            heart=heart(disk, WorkerId(owner.id)) if heart is not None else None,
+            tell=said.append,
+        )
+        worker = Worker(executor, disk, JobQueue(disk, settings, processes=self.processes), killed)
+        worker.said = said
+        return worker
+
+
+class AtServer:
+    """A workplace: one ComfyUI that runs already."""
+
+    def __init__(self, placer: Placer, url: str) -> None:
+        self._placer, self._url = placer, url
+
+    def at(self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill) -> AbstractAsyncContextManager[Place]:
+        """Be at the server."""
+        return self._placer.at(
+            server_url=self._url, server_type=None, job_id=job_id, show=show, step=step, on_bill=on_bill
+        )
+
+    def places(self) -> tuple[str, ...]:
+        """Return the server's key."""
+        return (server_key(self._url, host=HOST),)
+
+    async def idle(self) -> None:
+        """Nothing was rented."""
+
+    async def close(self) -> None:
+        """Nothing was rented."""
+
+
+def queue_settings_for(url: str, folder: Path, **changes: Any) -> QueueSettings:
+    """Return the queue's defaults in a folder of the test's."""
+    return replace(
+        QueueSettings(
+            root=str(folder),
+            jobs_processing=str(folder / "jobs" / "processing"),
+            jobs_finished=str(folder / "jobs" / "finished"),
+            database=Secret(str(folder / "queue.sqlite3")),
+            api_base_url=url,
+        ),
+        **changes,
+    )
