@@ -71,8 +71,10 @@ SLEPT: Final = 5.0
 class Workplace(Protocol):
     """Where an executor's jobs run: `Station`."""
 
-    def at(self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill) -> AbstractAsyncContextManager[Place]:
-        """Be at the place for the block."""
+    def at(
+        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill, prefer: str | None = None
+    ) -> AbstractAsyncContextManager[Place]:
+        """Be at the place for the block; at the one of the key `prefer` if that can be gone to."""
         ...
 
     def places(self) -> Collection[str]:
@@ -511,7 +513,9 @@ class Executor:
         try:
             async with (
                 asyncio.timeout(END_WITHIN.total_seconds()),
-                self.station.at(job_id=row.uid, show=nothing, step=nothing, on_bill=nothing) as place,
+                self.station.at(
+                    job_id=row.uid, show=nothing, step=nothing, on_bill=nothing, prefer=row.place
+                ) as place,
             ):
                 if place.key == row.place:
                     await end_prompt(place.server, row.prompt_id, alone=place.alone)

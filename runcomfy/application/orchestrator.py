@@ -299,7 +299,9 @@ class RunComfyOrchestrator:
         folder = await self._open_folder(prepared, queued=queued)
         run.folder = folder.path
         try:
-            async with at(job_id=run.job_id, show=run.show, step=run.step, on_bill=run.owe) as place:
+            earlier = run.journal.earlier
+            prefer = earlier.place if earlier is not None else None
+            async with at(job_id=run.job_id, show=run.show, step=run.step, on_bill=run.owe, prefer=prefer) as place:
                 run.place = place
                 await self._within_timeout(run, prepared, place, folder)
                 run.step("leave")

@@ -75,9 +75,9 @@ class PlaceFactory(Protocol):
     """Whatever gives a job its place: a `Placer` for one request, or an executor's `Station`."""
 
     def __call__(
-        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill
+        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill, prefer: str | None = None
     ) -> AbstractAsyncContextManager[Place]:
-        """Be at the place for the block."""
+        """Be at the place for the block: the one of the key `prefer`, where an earlier prompt is, if that can be."""
         ...
 
 
@@ -121,8 +121,12 @@ class Placer:
         show: Show,
         step: TimeStep,
         on_bill: TellBill = lambda _: None,
+        prefer: str | None = None,
     ) -> AsyncIterator[Place]:
-        """Be at the place for the block. A machine of one's own is gone, by the provider's word, when it is left."""
+        """Be at the place for the block. A machine of one's own is gone, by the provider's word, when it is left.
+
+        A single run has no earlier prompt that `prefer` could name.
+        """
         if server_url is not None:
             async with self._at_server(server_url, step) as place:
                 yield place

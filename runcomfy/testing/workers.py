@@ -2,12 +2,13 @@
 Workers of a queue, several in one test: each with its own connection to the database and its own clients of the server.
 
 A worker can die like a process that was killed: nothing of it has an effect any more and nobody signs off;
-`EmulatedProcesses` tells the others. Times come from the clock that is passed in, so that it works under virtual time.
+`EmulatedProcesses` tells the others. It can freeze, as a suspended computer does, and wake. Times come from the clock that is passed in, so that it works under virtual time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
@@ -40,11 +41,35 @@ from runcomfy.testing.programs import EmulatedProcesses, Killed, Mortal
 HOST = "test-host"
 
 
+class _Sleeper:
+    """Holds every call of a program through the port behind this while it is frozen."""
+
+    def __init__(self, port: Any, awake: asyncio.Event) -> None:
+        self._port, self._awake = port, awake
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._port, name)
+        if not inspect.iscoroutinefunction(found):
+            return found
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            await self._awake.wait()
+            answer = await found(*args, **kwargs)
+            await self._awake.wait()
+            return answer
+
+        return call
+
+
 class Worker:
     """One running worker: what it does, what it said."""
 
-    def __init__(self, executor: Executor, store: SqlJobs, queue: JobQueue, killed: asyncio.Event) -> None:
+    def __init__(
+        self, executor: Executor, store: SqlJobs, queue: JobQueue, killed: asyncio.Event, awake: asyncio.Event
+    ) -> None:
+        """`store` and `queue` are the test's own way in: they work when the worker is dead or frozen, too."""
         self.executor, self.store, self.queue = executor, store, queue
+        self._awake = awake
         self.said: list[str] = []
         """Every sentence for the user, in order."""
         self.stop, self.leave = asyncio.Event(), asyncio.Event()
@@ -67,6 +92,14 @@ class Worker:
         if self.task is not None:
             task, self.task = self.task, None
             await task
+
+    def freeze(self) -> None:
+        """Stand still as by SIGSTOP: no call leaves and no answer is heard until `thaw`."""
+        self._awake.clear()
+
+    def thaw(self) -> None:
+        """Go on."""
+        self._awake.set()
 
     async def kill(self, processes: EmulatedProcesses) -> None:
         """Die as by `kill -9`: what runs has no effect any more."""
@@ -111,12 +144,10 @@ class Workers:
     ) -> AsyncIterator[Worker]:
         """Run a worker for the block; `changes` are laid over the queue's settings. `works=False`: only make it."""
         settings = replace(self.queue_settings, **changes)
-        killed = asyncio.Event()
-        worker: Worker | None = None
         with suppress(Killed):
             async with AsyncExitStack() as stack:
                 store = await stack.enter_async_context(self.open(busy_timeout=busy_timeout))
-                worker = self._worker(stack, store, settings, killed, heart)
+                worker = self._worker(stack, store, settings, heart)
                 if works:
                     worker.begin(once=once)
                 try:
@@ -129,18 +160,23 @@ class Workers:
         stack: AsyncExitStack,
         disk: SqlJobs,
         settings: QueueSettings,
-        killed: asyncio.Event,
         heart: Callable[[SqlJobs, WorkerId], Pulse] | None,
     ) -> Worker:
         said: list[str] = []
-        store: Any = Mortal(disk, killed)
+        killed, awake = asyncio.Event(), asyncio.Event()
+        awake.set()
+
+        def fragile(port: Any) -> Any:
+            return _Sleeper(Mortal(port, killed), awake)
+
+        store = fragile(disk)
         clients: dict[str, Any] = {}
 
         def comfyui(url: str) -> Any:
             if url not in clients:
                 client = ComfyUIWorkflowClient(SecretUrl(url), self.settings.comfy, clock=self.clock)
                 stack.push_async_callback(client.close)
-                clients[url] = Mortal(client, killed)
+                clients[url] = fragile(client)
             return clients[url]
 
         async def no_cloud() -> Any:
@@ -167,7 +203,7 @@ class Workers:
             heart=heart(disk, WorkerId(owner.id)) if heart is not None else None,
             tell=said.append,
         )
-        worker = Worker(executor, disk, JobQueue(disk, settings, processes=self.processes), killed)
+        worker = Worker(executor, disk, JobQueue(disk, settings, processes=self.processes), killed, awake)
         worker.said = said
         return worker
 
@@ -178,7 +214,9 @@ class AtServer:
     def __init__(self, placer: Placer, url: str) -> None:
         self._placer, self._url = placer, url
 
-    def at(self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill) -> AbstractAsyncContextManager[Place]:
+    def at(
+        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill, prefer: str | None = None
+    ) -> AbstractAsyncContextManager[Place]:
         """Be at the server."""
         return self._placer.at(
             server_url=self._url, server_type=None, job_id=job_id, show=show, step=step, on_bill=on_bill
