@@ -214,6 +214,8 @@ def _is_junction(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_text(name: str) -> bool:
+    if name.isascii() and name.isprintable():
+        return True  # the usual case, asked for often
     # What is not UTF-8 comes from the system as lone surrogates.
     return unprintable(name) is None and not any(c in "\t\n\r" for c in name)
 

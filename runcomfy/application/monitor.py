@@ -54,6 +54,8 @@ LONGEST_PAUSE: Final = timedelta(milliseconds=500)
 LONGEST_TROUBLE: Final = timedelta(seconds=5)
 BATCH: Final = 64
 """Files read, compared and written down together."""
+MOST_AT_ONCE: Final = 512
+"""Files taken up in one look: after about a second it is time to see whether to stop, and what else has come."""
 GROWING: Final = timedelta(seconds=10)
 """How long a single look (`once`) waits for files that are being written."""
 
@@ -113,7 +115,9 @@ class ScanReport:
     taken: tuple[Taken, ...] = ()
     refused: tuple[Refused, ...] = ()
     settling: int = 0
-    """Files that are still being written, as far as one can tell."""
+    """Files that are still being written, as far as one can tell, or whose turn comes with the next look."""
+    read: int = 0
+    """Files that were read."""
     pause: timedelta = LONGEST_PAUSE
     """When to look again."""
 
@@ -192,12 +196,15 @@ class Monitor:
         Raises FolderWatched, LocalError.
         """
         loop = asyncio.get_running_loop()
-        until = loop.time() + max(GROWING, self._settings.stable_for * 4).total_seconds()
-        done = ScanReport()
+        patience = max(GROWING, self._settings.stable_for * 4).total_seconds()
+        done, progress = ScanReport(), loop.time()
         try:
             while True:
-                done = done.then(await self.scan())
-                if not done.settling or loop.time() >= until:
+                report = await self.scan()
+                if report.read:
+                    progress = loop.time()
+                done = done.then(report)
+                if not done.settling or loop.time() >= progress + patience:
                     return done
                 await asyncio.sleep(done.pause.total_seconds())
         finally:
@@ -217,18 +224,20 @@ class Monitor:
         for words in await asyncio.to_thread(self._files.hold):
             self._say_once(words)
         found = await asyncio.to_thread(self._files.scan)
-        changed = await self._surroundings_changed()
+        took = loop.time() - begun
+        if await self._surroundings_changed():
+            self._forgive()
         scan = _Scan(frozenset(each.path for each in found.files))
         for path in self._seen.keys() - scan.present:
             del self._seen[path]
         self._tell_strange(found)
         await self._recall()
-        due = self._due(found.files, loop.time(), changed=changed)
+        due = self._due(found.files, loop.time())[:MOST_AT_ONCE]
         try:
             for start in range(0, len(due), BATCH):
                 await self._take_up(due[start : start + BATCH], scan)
         finally:
-            report = self._report(scan, len(found.files), took=loop.time() - begun)
+            report = self._report(scan, len(found.files), len(due), took=took)
             if self._on_scan is not None and (report.taken or report.refused):
                 self._on_scan(report)
         return report
@@ -271,7 +280,13 @@ class Monitor:
         before, self._surroundings = self._surroundings, now
         return before is not None and before != now
 
-    def _due(self, files: Iterable[FoundFile], now: float, *, changed: bool) -> list[FoundFile]:
+    def _forgive(self) -> None:
+        """Let every file that was refused be read again."""
+        for seen in self._seen.values():
+            if seen.phase is _Phase.REFUSED:
+                seen.phase, seen.due = _Phase.SETTLING, seen.since
+
+    def _due(self, files: Iterable[FoundFile], now: float) -> list[FoundFile]:
         """Return the files to be read now."""
         due = []
         again = LOOKED_AT_AGAIN
@@ -281,14 +296,12 @@ class Monitor:
                 settled = now + self._settings.stable_for.total_seconds()
                 told = seen.told if seen is not None else ("", "")
                 seen = self._seen[found.path] = _Seen(found.mark, since=now, due=settled, told=told)
-            if seen.phase is _Phase.TAKEN or seen.phase is _Phase.WAITING:
+            if now < seen.due or seen.phase in (_Phase.TAKEN, _Phase.WAITING):
                 continue
-            if seen.phase is _Phase.REFUSED and not changed:
-                if now < seen.due or not again:
+            if seen.phase is _Phase.REFUSED:
+                if not again:
                     continue
                 again -= 1
-            elif (now < seen.due and not changed) or now < seen.since + self._settings.stable_for.total_seconds():
-                continue
             due.append(found)
         return due
 
@@ -440,14 +453,14 @@ class Monitor:
             self._said.add(words)
             self._tell(words)
 
-    def _report(self, scan: _Scan, files: int, *, took: float) -> ScanReport:
+    def _report(self, scan: _Scan, files: int, read: int, *, took: float) -> ScanReport:
         now = asyncio.get_running_loop().time()
         settling = [seen.due for seen in self._seen.values() if seen.phase is _Phase.SETTLING]
         # A folder so large that looking takes long is looked at less often.
         pause = max(self._interval.total_seconds(), 4 * took)
         if settling:
             pause = min(pause, max(0.01, min(settling) - now + 0.001))
-        return ScanReport(files, tuple(scan.taken), tuple(scan.refused), len(settling), timedelta(seconds=pause))
+        return ScanReport(files, tuple(scan.taken), tuple(scan.refused), len(settling), read, timedelta(seconds=pause))
 
 
 _TOLD: Final[Mapping[Ingested, str]] = {
