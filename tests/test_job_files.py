@@ -22,7 +22,7 @@ from runcomfy.adapters.workflow_registry import WorkflowRegistry
 from runcomfy.adapters.yaml_text import MAX_BYTES, read_yaml
 from runcomfy.domain.exceptions import FolderWatched, InputFileMissing, JobFileInvalid
 from runcomfy.domain.job import JobRequest
-from runcomfy.domain.job_file import read_job_file
+from runcomfy.domain.job_file import FIELDS, read_job_file
 from runcomfy.domain.queued import NewJob
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import QueueSettings
@@ -478,3 +478,23 @@ def test_a_killed_monitor_frees_its_folder(tmp_path: Path) -> None:
         process.wait()
     files.hold()
     files.release()
+
+
+# --- the page -------------------------------------------------------------------------------------------------
+
+
+def test_the_page_about_job_files_shows_a_job_and_a_list_that_are_read_and_names_every_field(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "job-files.md").read_text(encoding="utf-8")
+    job, listed = (block.partition("```")[0] for block in page.split("```yaml\n")[1:])
+    assert read(tmp_path, job).priority == 20
+    (tmp_path / "workflows.yaml").write_text(listed)
+    registry = WorkflowRegistry(
+        root=str(tmp_path), workflows_file=str(tmp_path / "workflows.yaml"), shipped=workflows.names
+    )
+    assert registry.resolve("wf_realistic_portrait").input_names == {"prompt": "6.text"}
+    table = page.partition("| field |")[2].partition("\n\n")[0]
+    for name in FIELDS:
+        assert f"`{name}" in table, name
+    assert refused(tmp_path, GUIDE.replace("seed: 123456", "x: 1\n  seed: .nan")).message in page.replace(
+        "T2I_x.yaml", NAME
+    )
