@@ -230,6 +230,17 @@ async def test_a_closed_database_cannot_be_waited_for(make: Make) -> None:
         await database.changed(timeout=SOON)
 
 
+async def test_who_waits_is_let_go_when_the_database_is_closed(make: Make) -> None:
+    database = make()
+    await database.open()
+    waits = [asyncio.create_task(database.changed(timeout=SOON)) for _ in range(3)]
+    await asyncio.sleep(0)
+    began = asyncio.get_running_loop().time()
+    await database.close()
+    await asyncio.gather(*waits)
+    assert asyncio.get_running_loop().time() - began < SOON.total_seconds()
+
+
 # -- time ------------------------------------------------------------------------------------------------------
 
 

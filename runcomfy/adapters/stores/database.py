@@ -98,8 +98,11 @@ class DatabaseKind(Protocol):
         """Return the time of the server's clock; None: there is no clock but this computer's."""
         ...
 
-    def version(self, connection: Connection) -> int:
-        """Return a number that changes when others commit (only asked if changes are seen by polling)."""
+    def version(self, connection: Connection) -> Callable[[], int]:
+        """Return what tells a number that changes when others commit (only asked if changes are seen by polling).
+
+        It goes by the driver, in the same thread, as long as the connection lives: called hundreds of times a second.
+        """
         ...
 
     def changes(self, connection: Connection) -> int | None:
@@ -132,6 +135,7 @@ class _Link:
         self._engine = kind.engine()
         self.reading = kind.reading(self._engine)
         self.writing = self._engine.execution_options(**{WRITES: True})
+        self.version: Callable[[], int] | None = None
 
     def run(self, work: Work[T], *, writes: bool) -> T:
         engine = self.writing if writes else self.reading
@@ -244,6 +248,7 @@ class Database:
         thread, self._thread = self._thread, None
         if thread is None:
             return
+        self._bell.ring()
         try:
             await asyncio.get_running_loop().run_in_executor(thread, self._dispose)
         finally:
@@ -270,7 +275,8 @@ class Database:
             found = migrate.revision_of(connection, self.where)
             self._measure(connection)
             if self._polling is not None:
-                self._polling.found(self.kind.version(connection))
+                link.version = self.kind.version(connection)
+                self._polling.found(link.version())
         if found != migrate.HEAD:
             if self._server_time is not None:
                 at = self._server_time.now() or at
@@ -347,7 +353,15 @@ class Database:
                 self._loop.call_soon_threadsafe(self._bell.ring)
 
     async def _version(self) -> int:
-        return await self.read(self.kind.version)
+        return await self.in_thread(self._ask_version)
+
+    def _ask_version(self) -> int:
+        if self._link is None or self._link.version is None:
+            raise not_open()
+        try:
+            return self._link.version()
+        except self.kind.errors as error:
+            _fail(self.kind, error)
 
     # -- work ----------------------------------------------------------------------------------------------
 

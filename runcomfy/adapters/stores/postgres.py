@@ -189,7 +189,7 @@ class PostgresServer:
         at: datetime = connection.execute(_TIME).scalar_one()
         return at
 
-    def version(self, connection: Connection) -> int:
+    def version(self, connection: Connection) -> Callable[[], int]:
         """Nobody asks a server for changes: it calls."""
         raise NotImplementedError("a server calls when something changed")
 

@@ -95,9 +95,14 @@ class SqliteFile:
         """Everybody who opens the file lives by this computer's clock."""
         return None
 
-    def version(self, connection: Connection) -> int:
-        """Return a number that is another one after somebody else's commit."""
-        return int(connection.exec_driver_sql("PRAGMA data_version").scalar_one())
+    def version(self, connection: Connection) -> Callable[[], int]:
+        """Return what tells a number that is another one after somebody else's commit."""
+        ask = raw(connection).execute
+
+        def version() -> int:
+            return int(ask("PRAGMA data_version").fetchone()[0])
+
+        return version
 
     def changes(self, connection: Connection) -> int | None:
         """Return how many rows this connection ever changed."""
