@@ -39,31 +39,39 @@ class Listener(Protocol):
         ...
 
 
+class _Ring:
+    """What those who wait now wait for."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+        self.error: Exception | None = None
+
+
 class Bell:
     """Rung in the event loop; wakes everybody who waits there."""
 
     def __init__(self) -> None:
         self.mark = 0
         """How often it was rung."""
-        self._event = asyncio.Event()
-        self._error: Exception | None = None
+        self._next = _Ring()
 
     def ring(self, error: Exception | None = None) -> None:
         """Wake everybody; with an error, have them raise it."""
         self.mark += 1
-        event, self._event = self._event, asyncio.Event()
-        self._error = error
-        event.set()
+        ring, self._next = self._next, _Ring()
+        ring.error = error
+        ring.event.set()
 
     async def heard(self, *, timeout: timedelta) -> None:
         """Return when it was rung, or when the timeout is over. Raises the error it was rung with."""
+        ring = self._next
         try:
             async with asyncio.timeout(max(0.0, timeout.total_seconds())):
-                await self._event.wait()
+                await ring.event.wait()
         except TimeoutError:
             return
-        if self._error is not None:
-            raise self._error
+        if ring.error is not None:
+            raise ring.error
 
 
 class Polling:
