@@ -19,7 +19,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol, Self
@@ -29,12 +29,11 @@ from runcomfy.application.finish import finish
 from runcomfy.application.heartbeat import Held, LoopHeart, Pulse
 from runcomfy.application.job_queue import EXECUTOR, host_scope
 from runcomfy.application.job_run import Bench, JobRun, RunsJobs, Why
-from runcomfy.application.placing import Place, Show, TellBill, TimeStep
+from runcomfy.application.placing import PlaceFactory
 from runcomfy.application.planner import Planner
 from runcomfy.application.prompting import end_prompt
 from runcomfy.domain import retry
 from runcomfy.domain.exceptions import JobBusy, JobNotFound, LeaseLost, LocalError, RunComfyError, foreign_text
-from runcomfy.domain.job import JobId
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.queued import (
     QUEUE_SCOPE,
@@ -513,9 +512,7 @@ class Executor:
         try:
             async with (
                 asyncio.timeout(END_WITHIN.total_seconds()),
-                self.station.at(
-                    job_id=row.uid, show=nothing, step=nothing, on_bill=nothing, prefer=row.place
-                ) as place,
+                self.station.at(job_id=row.uid, show=nothing, step=nothing, on_bill=nothing, prefer=row.place) as place,
             ):
                 if place.key == row.place:
                     await end_prompt(place.server, row.prompt_id, alone=place.alone)

@@ -19,7 +19,7 @@ from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.journal import Journal
-from runcomfy.application.placing import Place, PlaceFactory, Show
+from runcomfy.application.placing import Place, PlaceFactory
 from runcomfy.application.store_journal import StoreJournal
 from runcomfy.domain import retry
 from runcomfy.domain.exceptions import (
@@ -48,7 +48,7 @@ class RunsJobs(Protocol):
         self,
         request: JobRequest,
         *,
-        on_progress: Show | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
         cancel: asyncio.Event | None = None,
         journal: Journal | None = None,
         at: PlaceFactory | None = None,

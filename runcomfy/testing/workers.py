@@ -2,7 +2,8 @@
 Workers of a queue, several in one test: each with its own connection to the database and its own clients of the server.
 
 A worker can die like a process that was killed: nothing of it has an effect any more and nobody signs off;
-`EmulatedProcesses` tells the others. It can freeze, as a suspended computer does, and wake. Times come from the clock that is passed in, so that it works under virtual time.
+`EmulatedProcesses` tells the others. It can freeze, as a suspended computer does, and wake. Times come from the clock
+that is passed in, so that it works under virtual time.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import asyncio
 import inspect
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,8 @@ from runcomfy.application.executor import Executor
 from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.job_queue import JobQueue
 from runcomfy.application.orchestrator import RunComfyOrchestrator
-from runcomfy.application.placing import Place, Placer, Show, TellBill, TimeStep
+from runcomfy.application.placing import PlaceFactory, Placer
 from runcomfy.domain.exceptions import CredentialsMissing
-from runcomfy.domain.job import JobId
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.place_key import server_key
 from runcomfy.domain.queued import WorkerId
@@ -214,13 +215,10 @@ class AtServer:
     def __init__(self, placer: Placer, url: str) -> None:
         self._placer, self._url = placer, url
 
-    def at(
-        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill, prefer: str | None = None
-    ) -> AbstractAsyncContextManager[Place]:
+    @property
+    def at(self) -> PlaceFactory:
         """Be at the server."""
-        return self._placer.at(
-            server_url=self._url, server_type=None, job_id=job_id, show=show, step=step, on_bill=on_bill
-        )
+        return partial(self._placer.at, server_url=self._url, server_type=None)
 
     def places(self) -> tuple[str, ...]:
         """Return the server's key."""
