@@ -344,6 +344,19 @@ async def test_a_second_file_of_the_same_name_is_told_once_and_not_taken(project
     assert "another name" in warning
 
 
+async def test_of_two_files_of_one_name_the_other_counts_when_the_first_is_gone(project: Project) -> None:
+    project.drop()
+    project.drop(job_text(prompt="a dragon"), folder="video")
+    async with Watching(project.monitor()):
+        await asyncio.sleep(3)
+        project.path().unlink()
+        await asyncio.sleep(3)
+        job = await project.job()
+    assert job.request is not None
+    assert job.request.inputs["prompt"] == "a dragon"
+    assert project.said[2:] == [f"{NAME}: changed while it waited; it waits with the new content"]
+
+
 # --- files that cannot be used --------------------------------------------------------------------------------
 
 

@@ -231,7 +231,7 @@ class Monitor:
         for path in self._seen.keys() - scan.present:
             del self._seen[path]
         self._tell_strange(found)
-        await self._recall()
+        await self._recall(scan.present)
         due = self._due(found.files, loop.time())[:MOST_AT_ONCE]
         try:
             for start in range(0, len(due), BATCH):
@@ -305,14 +305,15 @@ class Monitor:
             due.append(found)
         return due
 
-    async def _recall(self) -> None:
-        """Let files whose rows have changed be looked at again: the job has ended, or was retried."""
+    async def _recall(self, present: frozenset[str]) -> None:
+        """Let files be looked at again whose job has ended or was retried, or whose name has become free."""
         waiting = {path: seen for path, seen in self._seen.items() if seen.phase is _Phase.WAITING}
         if not waiting:
             return
         known = await self._store.known_files({_name(path) for path in waiting})
         for path, seen in waiting.items():
-            if known.get(_name(path)) != seen.known:
+            source = seen.known[3] if seen.known is not None else ""
+            if known.get(_name(path)) != seen.known or (self._inside(source) and source not in present):
                 seen.phase, seen.due = _Phase.SETTLING, seen.since
 
     # -- taking up -----------------------------------------------------------------------------------------
