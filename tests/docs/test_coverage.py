@@ -103,7 +103,7 @@ PAGES = {
 }  # fmt: skip
 HOW_TOS = {
     "run-a-workflow", "dev-server", "own-comfyui", "credentials", "stop-bills", "write-a-sidecar", "from-python",
-    "test-with-the-emulators", "windows",
+    "test-with-the-emulators", "windows", "queue", "agent",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ TESTED_BELOW = {
     "quickstart_sync.py",
     "progress_and_cancel.py",
     "own_comfyui.py",
+    "queue_a_job.py",
     "test_with_emulators.py",
     "make_render.py",
 }
@@ -92,6 +94,38 @@ def test_a_job_is_watched_and_taken_back(
     assert running == sorted(running)
     assert 50 < max(running) < 100
     assert lines[-1].startswith("cancelled interrupted $0.")
+
+
+@contextmanager
+def executor(url: str) -> Iterator[None]:
+    """Somebody who works on the queue, as in another terminal."""
+    command = [sys.executable, "-m", "runcomfy.cli.main", "agent", "execute", "--server", url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+            said, _ = process.communicate(timeout=60)
+    assert process.returncode in (0, 1), said.decode()  # 1: Windows ends it without asking
+
+
+def test_a_job_is_put_into_the_queue_and_followed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COMFYUI_AGENT_DATABASE", str(tmp_path / "queue.db"))
+    monkeypatch.setenv("COMFYUI_AGENT_JOBS_FINISHED", str(tmp_path / "finished"))
+    with served(lambda: ComfyUIEmulator(speed=20)) as server, executor(server.emulator.url):
+        run("queue_a_job.py")
+        first = capsys.readouterr().out.splitlines()
+        run("queue_a_job.py")  # the same key: the same job, as it is now
+        second = capsys.readouterr().out.splitlines()
+        assert len(server.call(lambda emulator: list(emulator.run_log))) == 1
+    assert [line.split()[1] for line in first[:-1]] == ["enqueued", "claimed", "submitting", "submitted", "done"]
+    assert second == first
+    word, runs, path = first[-1].split(" ", 2)
+    assert (word, runs) == ("done", "1")
+    assert Path(path).is_file()
 
 
 def test_own_comfyui_needs_no_account(
