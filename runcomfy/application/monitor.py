@@ -312,7 +312,7 @@ class Monitor:
             return
         known = await self._store.known_files({_name(path) for path in waiting})
         for path, seen in waiting.items():
-            source = seen.known[3] if seen.known is not None else ""
+            source = seen.known[3] if seen.known is not None and seen.told[1] == Ingested.TAKEN else ""
             if known.get(_name(path)) != seen.known or (self._inside(source) and source not in present):
                 seen.phase, seen.due = _Phase.SETTLING, seen.since
 
