@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from runcomfy.cli.main import call, comfyctl
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.in_thread import InThread, served
 
 ROOT = Path(__file__).resolve().parents[1]
 DOORS = ROOT / "comfyui_agent"
+JOB_FILE = """\
+job_type: T2I
+workflow_id: image_invert
+inputs: {image: picture.png}
+outputs: {file_path: jobs/finished/image/inverted.png}
+"""
+
+Say = Callable[..., tuple[int, str, str]]
 
 # -- the doors -------------------------------------------------------------------------------------------------
 
@@ -78,3 +94,195 @@ def test_the_help_of_e3_loads_nothing_heavy() -> None:
         f" print([name for name in {heavy!r} if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip().endswith("[]")
+
+
+# -- programs that work ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comfyui() -> Iterator[InThread[ComfyUIEmulator]]:
+    with served(lambda: ComfyUIEmulator(speed=20)) as server:
+        yield server
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
+    """Run comfyctl in a project; returns exit code, stdout, stderr."""
+    (tmp_path / "jobs" / "processing" / "image").mkdir(parents=True)
+    Image.new("RGB", (64, 48), (200, 100, 50)).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMFYUI_AGENT_STABLE_MS", "20")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = call(comfyctl, list(arguments))
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err
+        return code, shown.out, shown.err
+
+    return run
+
+
+def drop(folder: Path, name: str = "T2I_1_1_invert.yaml", text: str = JOB_FILE) -> None:
+    (folder / "jobs" / "processing" / "image" / name).write_text(text, encoding="utf-8")
+
+
+def test_once_takes_up_and_runs_what_is_there(say: Say, tmp_path: Path, comfyui: InThread[ComfyUIEmulator]) -> None:
+    drop(tmp_path)
+    code, out, err = say("agent", "start", "--once", "--server", comfyui.emulator.url)
+    assert (code, err) == (0, "")
+    lines = [line.split(" ", 1)[1] for line in out.splitlines()]
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in out.splitlines())
+    assert lines[0].startswith("queue ")
+    assert lines[3:5] == [
+        "T2I_1_1_invert.yaml: in the queue",
+        "T2I_1_1_invert.yaml: taken up (T2I, image_invert, priority 50)",
+    ]
+    assert re.fullmatch(r"T2I_1_1_invert\.yaml: done in \d+\.\d s: .*inverted\.png", lines[5])
+    assert (tmp_path / "jobs" / "finished" / "image" / "inverted.png").is_file()
+
+
+def test_json_lines_say_the_same_to_programs(say: Say, tmp_path: Path, comfyui: InThread[ComfyUIEmulator]) -> None:
+    drop(tmp_path)
+    code, out, err = say("agent", "start", "--once", "--server", comfyui.emulator.url, "--json")
+    assert (code, err) == (0, "")
+    told = [json.loads(line) for line in out.splitlines()]
+    assert all({"at", "message"} <= set(line) for line in told)
+    assert [line["job"] for line in told if "job" in line] == ["T2I_1_1_invert.yaml"]
+
+
+def test_monitor_and_executor_apart(say: Say, tmp_path: Path, comfyui: InThread[ComfyUIEmulator]) -> None:
+    drop(tmp_path)
+    assert say("agent", "monitor", "--once")[0] == 0
+    _, out, _ = say("queue", "ls", "--json")
+    assert [job["status"] for job in json.loads(out)] == ["pending"]
+    assert say("agent", "execute", "--once", "--server", comfyui.emulator.url)[0] == 0
+    _, out, _ = say("queue", "ls", "--json")
+    (job,) = json.loads(out)
+    assert (job["status"], job["run_count"]) == ("done", 1)
+    _, out, _ = say("queue", "ls")
+    assert "inverted.png" in out
+    _, out, _ = say("queue", "show", "1")
+    assert re.search(r"^result +.*inverted\.png$", out, re.MULTILINE)
+    assert re.search(r"^attempt +1: .* done after", out, re.MULTILINE)
+
+
+def test_a_broken_file_is_told_and_keeps_nothing_from_running(
+    say: Say, tmp_path: Path, comfyui: InThread[ComfyUIEmulator]
+) -> None:
+    drop(tmp_path)
+    drop(tmp_path, "T2I_1_2_broken.yaml", "job_type: T2I\nworkflow_id: [\n")
+    code, out, _ = say("agent", "start", "--once", "--server", comfyui.emulator.url)
+    assert code == 0
+    assert "job file refused: " in out
+    assert "T2I_1_2_broken.yaml" in out
+    assert "T2I_1_1_invert.yaml: done" in out
+
+
+def test_two_places_at_once_are_refused(say: Say) -> None:
+    code, out, err = say("agent", "execute", "--cloud", "--server", "http://127.0.0.1:1")
+    assert (code, out) == (2, "")
+    assert "--server and --cloud" in err
+
+
+def test_a_setting_that_cannot_be_is_named_with_its_place(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMFYUI_AGENT_SLOTS", "many")
+    code, _, err = say("agent", "start", "--once")
+    assert code == 3
+    assert "COMFYUI_AGENT_SLOTS" in err
+
+
+def test_a_damaged_database_is_said_and_left_alone(say: Say, tmp_path: Path) -> None:
+    path = tmp_path / "broken.db"
+    path.write_bytes(b"this is no database, whatever its name says" * 200)
+    code, _, err = say("agent", "execute", "--once", "--database", str(path))
+    assert code == 9
+    assert "[store-corrupt]" in err
+    assert path.read_bytes().startswith(b"this is no database")
+
+
+# -- run --queue -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def executor(comfyui: InThread[ComfyUIEmulator], say: Say, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Somebody who works on the project's queue, in a process of their own."""
+    command = [sys.executable, "-m", "runcomfy.cli.main", "agent", "execute", "--server", comfyui.emulator.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@pytest.mark.processes
+def test_run_in_the_queue_shows_progress_and_prints_what_a_run_prints(
+    say: Say, executor: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    code, out, err = say("run", "image_invert", "--image", "picture.png", "--queue", "--priority", "7", "--out", "here")
+    assert code == 0, err
+    assert re.search(r"^image  .*inverted\.png  \([\d,]+ bytes\)$", out, re.MULTILINE)
+    assert "nothing was billed" in out
+    assert "is in the queue (number 1, priority 7)" in err
+    (path,) = (tmp_path / "here").rglob("inverted.png")
+    assert path.is_file()
+
+
+@pytest.mark.processes
+def test_run_in_the_queue_as_json_is_the_object_of_a_run_and_a_key_runs_it_once(
+    say: Say, executor: subprocess.Popen[bytes], comfyui: InThread[ComfyUIEmulator]
+) -> None:
+    before = comfyui.call(lambda emulator: len(emulator.run_log))
+    command = ("run", "image_invert", "--image", "picture.png", "--queue", "--key", "order-17", "--json")
+    code, out, err = say(*command)
+    assert (code, err) == (0, "")
+    first = json.loads(out)
+    assert set(first) == {"job_id", "status", "prompt_id", "outputs", "seeds", "cost_usd", "timings"}
+    assert first["status"] == "done"
+    assert Path(first["outputs"][0]["path"]).is_file()
+    assert json.loads(say(*command)[1]) == first
+    assert comfyui.call(lambda emulator: len(emulator.run_log)) == before + 1
+    code, out, _ = say("run", "wf_realistic_portrait", "--prompt", "x", "--queue", "--key", "order-17", "--json")
+    assert code == 2
+    assert json.loads(out)["error"]["code"] == "idempotency-conflict"
+
+
+@pytest.mark.processes
+def test_a_job_that_fails_in_the_queue_ends_run_with_its_own_exit_code(
+    say: Say, executor: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    graph = {
+        "1": {"class_type": "NoSuchNode", "inputs": {}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x"}},
+    }
+    (tmp_path / "broken.json").write_text(json.dumps(graph), encoding="utf-8")
+    code, _, err = say("run", "broken.json", "--queue")
+    assert code == 2
+    assert "[preflight-failed]" in err
+    assert "NoSuchNode" in err
+
+
+def test_what_can_never_run_is_refused_before_it_is_put_in(say: Say) -> None:
+    code, _, err = say("run", "no-such-workflow", "--queue")
+    assert code == 2
+    assert "[workflow-not-found]" in err
+    assert json.loads(say("queue", "ls", "--json")[1]) == []
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_ctrl_c_leaves_the_job_in_the_queue_and_says_how_to_find_it(say: Say, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "runcomfy.cli.main", "run", "image_invert", "--image", "picture.png", "--queue"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, text=True) as process:
+        assert process.stderr is not None
+        heard = ""
+        while "nobody works on the queue" not in heard:
+            line = process.stderr.readline()
+            assert line, heard
+            heard += line
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (job,) = json.loads(say("queue", "ls", "--json")[1])
+    assert job["status"] == "pending"
+    assert f"`comfyctl queue show {job['config_name']}` finds it" in err
