@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.common import high, middle, report
 from runcomfy.adapters.clock import SystemClock
-from runcomfy.adapters.stores.choose import database_at
+from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import EventKind, NewJob, QueuedJob, QueueStatus
@@ -116,7 +116,7 @@ async def run_campaign(
     """Put `jobs` in, kill `kills` workers while they are worked off, and count."""
     draw = random.Random(seed)
     with served(ComfyUIEmulator) as comfyui:
-        store = SqlJobs(database_at(database, clock=SystemClock()))
+        store = SqlJobs(store_from(database, clock=SystemClock()))
         await store.open()
         crew = _Workers(folder, database, comfyui.call(lambda emulator: emulator.url), slots)
         try:
@@ -249,8 +249,8 @@ async def run(jobs: int = 1_000, kills: int = 100) -> None:
         tell("sqlite", await run_campaign(str(path), Path(folder), jobs=jobs, kills=kills))
     from runcomfy.testing.postgres import PostgresForTests
 
-    with PostgresForTests.started(durable=True) as server, TemporaryDirectory(prefix="comfyctl-kill-") as folder:
-        tell("postgresql", await run_campaign(server.fresh_database(), Path(folder), jobs=jobs, kills=kills))
+    with PostgresForTests() as server, TemporaryDirectory(prefix="comfyctl-kill-") as folder:
+        tell("postgresql", await run_campaign(server.database(), Path(folder), jobs=jobs, kills=kills))
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from benchmarks.common import high, middle, report
 from benchmarks.rivals import pgqueuer_rate, procrastinate_rate
 from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.processes import ProcessTable
-from runcomfy.adapters.stores.choose import database_at
+from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import Ending, NewJob, Outcome, QueuedJob, WorkerId
@@ -75,7 +75,11 @@ async def work_off(store: SqlJobs, count: int, *, workers: int = WORKERS) -> flo
         nonlocal finished
         await store.finish(job.id, job.token, done)
         finished += 1
+
+    def over(task: asyncio.Task[None]) -> None:
+        running.discard(task)
         ended.set()
+        task.result()
 
     began = time.perf_counter()
     claimed = 0
@@ -86,7 +90,7 @@ async def work_off(store: SqlJobs, count: int, *, workers: int = WORKERS) -> flo
                 claimed += 1
                 task = asyncio.create_task(handle(job))
                 running.add(task)
-                task.add_done_callback(running.discard)
+                task.add_done_callback(over)
         else:
             ended.clear()
             await ended.wait()
@@ -233,15 +237,15 @@ def sqlite_files(folder: Path) -> Callable[[], Open]:
 
     def fresh() -> Open:
         path = folder / f"queue-{next(numbers)}.sqlite3"
-        return lambda: SqlJobs(database_at(str(path), clock=SystemClock()))
+        return lambda: SqlJobs(store_from(str(path), clock=SystemClock()))
 
     return fresh
 
 
 def postgres_databases(server: PostgresForTests) -> Callable[[], Open]:
     def fresh() -> Open:
-        dsn = server.fresh_database()
-        return lambda: SqlJobs(database_at(dsn, clock=SystemClock()))
+        dsn = server.database()
+        return lambda: SqlJobs(store_from(dsn, clock=SystemClock()))
 
     return fresh
 
@@ -258,12 +262,12 @@ async def run(which: Sequence[str] = ("sqlite", "postgresql")) -> None:
 
 
 async def _postgres() -> None:
-    with PostgresForTests.started(durable=True) as server:
+    with PostgresForTests() as server:
         ours = await measure("postgresql", postgres_databases(server))
-        procrastinate = await procrastinate_rate(server.fresh_database(), jobs=2_000, workers=WORKERS)
+        procrastinate = await procrastinate_rate(server.database(), jobs=2_000, workers=WORKERS)
         # Sixteen handlers as we have them, and twice as many, which suits it better.
-        same = await pgqueuer_rate(server.fresh_database(), jobs=JOBS, batch=WORKERS // 2, at_once=WORKERS)
-        twice = await pgqueuer_rate(server.fresh_database(), jobs=JOBS, batch=WORKERS, at_once=2 * WORKERS)
+        same = await pgqueuer_rate(server.database(), jobs=JOBS, batch=WORKERS // 2, at_once=WORKERS)
+        twice = await pgqueuer_rate(server.database(), jobs=JOBS, batch=WORKERS, at_once=2 * WORKERS)
     report(
         "queue-rivals",
         database="postgresql",
