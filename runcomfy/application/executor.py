@@ -33,7 +33,15 @@ from runcomfy.application.placing import PlaceFactory
 from runcomfy.application.planner import Planner
 from runcomfy.application.prompting import end_prompt
 from runcomfy.domain import retry
-from runcomfy.domain.exceptions import JobBusy, JobNotFound, LeaseLost, LocalError, RunComfyError, foreign_text
+from runcomfy.domain.exceptions import (
+    JobBusy,
+    JobNotFound,
+    LeaseLost,
+    LocalError,
+    RunComfyError,
+    ServerUnreachable,
+    foreign_text,
+)
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.queued import (
     QUEUE_SCOPE,
@@ -63,6 +71,8 @@ TROUBLE_MOST: Final = 15.0
 """Seconds between two looks at a database that refuses."""
 CUT_WITHIN: Final = timedelta(seconds=30)
 """How long runs that were cut may take to leave their places. Ending a rented machine has its own patience."""
+READY_WITHIN: Final = timedelta(seconds=10)
+"""How long a server may take to say that it is back."""
 SLEPT: Final = 5.0
 """Seconds by which the wall clock and the loop's may drift apart before we have slept, or somebody set the clock."""
 
@@ -70,14 +80,17 @@ SLEPT: Final = 5.0
 class Workplace(Protocol):
     """Where an executor's jobs run: `Station`."""
 
-    def at(
-        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill, prefer: str | None = None
-    ) -> AbstractAsyncContextManager[Place]:
-        """Be at the place for the block; at the one of the key `prefer` if that can be gone to."""
+    @property
+    def at(self) -> PlaceFactory:
+        """What gives a job its place."""
         ...
 
     def places(self) -> Collection[str]:
         """Return the keys of the places that jobs can go on at here."""
+        ...
+
+    async def ready(self) -> None:
+        """Make sure that jobs could run here, as far as can be known without renting; raise what keeps them from it."""
         ...
 
     async def idle(self) -> None:
@@ -283,8 +296,10 @@ class Executor:
             while not stop.is_set() and self._broken is None:
                 self._wake.clear()
                 begun = await self._turn()
-                if once and not begun and not self._runs and self._trouble is None:
-                    return
+                if not begun and not self._runs:
+                    if once and self._trouble is None:
+                        return
+                    await self._rest()
                 if look is None:
                     look = asyncio.create_task(self.store.changed(timeout=self.settings.poll_interval, seen=mark))
                 wake = asyncio.create_task(self._wake.wait())
@@ -303,6 +318,12 @@ class Executor:
             if look is not None:
                 look.cancel()
                 await asyncio.wait({look})
+
+    async def _rest(self) -> None:
+        try:
+            await self.station.idle()
+        except RunComfyError as error:
+            log.warning("station_not_at_rest", extra={"fields": {"error": repr(error)}})
 
     def _seen(self, look: asyncio.Task[int], mark: int) -> int:
         try:
@@ -365,24 +386,44 @@ class Executor:
     async def _may_claim(self) -> bool:
         """Whether nothing is paused here. A pause whose time is over is ended, and one job is tried."""
         now = self.store.now()
-        standing: Pause | None = None
-        for pause in await self.store.pauses():
-            if pause.scope not in self._scopes:
-                continue
-            if pause.until is None or pause.until > now:
-                standing = pause
-                continue
-            await self.store.resume(scope=pause.scope, by=self.worker)
-            self._on_trial = True
-        if standing is None:
+        pauses = [pause for pause in await self.store.pauses() if pause.scope in self._scopes]
+        standing = next((pause for pause in pauses if pause.until is None or pause.until > now), None)
+        if standing is None and (not pauses or await self._could_run()):
+            for pause in pauses:
+                await self.store.resume(scope=pause.scope, by=self.worker)
+                self._on_trial = True
             self._told_pause, self._paused_until = "", None
             return True
+        if standing is None:
+            return False
         words = f"{standing.scope} {standing.reason} {standing.message}"
         if words != self._told_pause:
             self._told_pause = words
             again = f"; tried again at {standing.until:%H:%M:%S} UTC" if standing.until is not None else ""
             self.tell(f"paused: {standing.message}{again}")
         return False
+
+    async def _could_run(self) -> bool:
+        """Whether a job that waits would find its place now; if not, the pause is prolonged without trying it."""
+        self._paused_until = None
+        if not await self.store.jobs(status=QueueStatus.PENDING, limit=1):
+            return True  # nobody asks, and the first who does finds it out
+        try:
+            async with asyncio.timeout(READY_WITHIN.total_seconds()):
+                await self.station.ready()
+        except TimeoutError:
+            error: RunComfyError = ServerUnreachable("ComfyUI does not answer", hint="look whether it still runs")
+        except RunComfyError as refused:
+            error = refused
+        else:
+            return True
+        situation: dict[str, Any] = {"submitted": False, "server_stays": True, "kill_count": 0, "draw": random.uniform}
+        decision = self._bench.policy.decide(
+            error, retries_attempted=0, retry_limit=None, pauses=self._paused_in_a_row, **situation
+        )
+        if isinstance(decision, retry.Pause):
+            await self._pause(decision, error)
+        return not isinstance(decision, retry.Pause)
 
     async def _pause(self, decision: retry.Pause, error: RunComfyError) -> None:
         """Write down that something is missing that every job needs. Several runs may find it out at once."""

@@ -222,7 +222,11 @@ class AtServer:
 
     def places(self) -> tuple[str, ...]:
         """Return the server's key."""
-        return (server_key(self._url, host=HOST),)
+        return (server_key(self._url, HOST),)
+
+    async def ready(self) -> None:
+        """Ask the server."""
+        await self._placer.ask_server(self._url)
 
     async def idle(self) -> None:
         """Nothing was rented."""
