@@ -31,8 +31,9 @@ from runcomfy.application.orchestrator import RunComfyOrchestrator
 from runcomfy.application.owner import OwnerSession
 from runcomfy.application.placing import Placer
 from runcomfy.domain.exceptions import SettingInvalid, ValueInvalid, foreign_text
+from runcomfy.domain.job import JobRequest
 from runcomfy.domain.machine import Machine
-from runcomfy.domain.queued import NewJob
+from runcomfy.domain.queued import NewJob, WorkerId
 from runcomfy.domain.secret import Secret, SecretUrl
 from runcomfy.domain.settings import QueueSettings, Settings
 from runcomfy.ports.clock import Clock
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
     from runcomfy.adapters.stores.database import Database
     from runcomfy.adapters.stores.jobs import SqlJobs
     from runcomfy.adapters.stores.postgres import OpenTransaction
+    from runcomfy.application.executor import Executor, Workplace
     from runcomfy.application.job_queue import JobQueue
+    from runcomfy.application.job_run import RunsJobs
     from runcomfy.application.monitor import Monitor
 
 STORE_NAME = "runcomfy.sqlite3"
@@ -256,9 +259,10 @@ class App:
         from runcomfy.adapters.processes import ProcessTable
         from runcomfy.application.job_queue import JobQueue
 
-        return JobQueue(
-            await self.job_store(), self.queue_settings, check=self.orchestrator().prepare, processes=ProcessTable()
-        )
+        async def check(request: JobRequest) -> None:
+            await self.orchestrator().prepare(request)
+
+        return JobQueue(await self.job_store(), self.queue_settings, check=check, processes=ProcessTable())
 
     async def open_transactions(self, *, older_than: timedelta) -> list[OpenTransaction] | None:
         """Return transactions of others that are open in the queue's database; None: it is a file."""
@@ -291,6 +295,40 @@ class App:
 
         return Monitor(store, files, settings, check=check, tell=self._say, clock=self.clock)
 
+    async def executor(self, *, observed: Callable[[RunsJobs], RunsJobs] = lambda runs: runs) -> Executor:
+        """Return a worker of the queue, which beats in a thread of its own. `observed` may see each job as it runs.
+
+        Raises LocalError, ConfigurationError.
+        """
+        from runcomfy.adapters.processes import ProcessTable
+        from runcomfy.application.executor import Executor
+        from runcomfy.application.heartbeat import Heart
+
+        settings, store = self.queue_settings, await self.job_store()
+        processes = ProcessTable()
+        owner = processes.me(now=store.now())
+        renewer = store.renewer(WorkerId(owner.id), lease=settings.lease)
+        return Executor(
+            store,
+            settings,
+            self._station(),
+            observed(self.orchestrator()),
+            owner,
+            clock=self.clock,
+            processes=processes,
+            heart=Heart(renewer, every=settings.heartbeat, lease=settings.lease, close=renewer.close),
+            tell=self._say,
+        )
+
+    def _station(self) -> Workplace:
+        """Return where this process's jobs run, as the queue's settings say."""
+        from runcomfy.application.station import CloudStation, GivenStation
+
+        settings = self.queue_settings
+        if settings.where == "cloud":
+            return CloudStation(self._placer(), server_type=settings.server_type, idle_after=settings.idle_after)
+        return GivenStation(self._placer(), settings.api_base_url)
+
     def _say(self, sentence: str) -> None:
         self.tell(sentence)  # whoever listens may change
 
@@ -305,11 +343,14 @@ class App:
             settings=self.settings,
             clock=self.clock,
             results=DiskResults(self.settings.files),
-            placer=Placer(self.comfyui, self.given_server, self.cloud, tell=self.tell),
+            placer=self._placer(),
             load_workflow=self.workflow_files(),
             random_int=random.SystemRandom().randint,
             veil=redact,
         )
+
+    def _placer(self) -> Placer:
+        return Placer(self.comfyui, self.given_server, self.cloud, tell=self._say)
 
     @staticmethod
     def workflow_files() -> WorkflowFiles:
