@@ -7,7 +7,6 @@ code. Leaving a machine of one's own ends it, whatever happened.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,31 +15,42 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 from runcomfy.application.dev_server import DevServer
 from runcomfy.application.finish import finish
-from runcomfy.application.health import check_comfyui, wait_until_usable
-from runcomfy.application.machines import Boot, Machines
+from runcomfy.application.health import check_comfyui
+from runcomfy.application.machines import Machines
+from runcomfy.application.own_machine import ComfyFactory, OwnMachine, Show, TimeStep, explained, share_of, total_of
 from runcomfy.application.reaper import Reaper
-from runcomfy.domain.exceptions import LeaseLost, LocalError, MachineLost, ProviderError, RunComfyError
+from runcomfy.domain.exceptions import LeaseLost, LocalError, RunComfyError
 from runcomfy.domain.job import BillLine, JobId, JobRequest
 from runcomfy.domain.lease import Use
-from runcomfy.domain.machine import Machine, MachineReport, Phase, Purpose
-from runcomfy.domain.money import meter, seconds_between, total
+from runcomfy.domain.machine import Machine, MachineReport
+from runcomfy.domain.money import seconds_between, total
 from runcomfy.domain.place_key import machine_key, server_key
 from runcomfy.domain.progress import Progress, Step
-from runcomfy.domain.secret import SecretUrl
 from runcomfy.ports.comfyui import ComfyUI
 
 log = logging.getLogger("runcomfy.placing")
 
-EXPLAINED_WITHIN = timedelta(seconds=10)
-"""How long the provider may take to say whether a machine that fell silent is still there."""
+__all__ = [
+    "DEV_SERVER",
+    "OWN_MACHINE",
+    "ComfyFactory",
+    "Place",
+    "PlaceFactory",
+    "Placer",
+    "Show",
+    "TellBill",
+    "TimeStep",
+    "owed",
+]
 
-Show = Callable[[Progress], None]
-TimeStep = Callable[[str], None]
-"""Called with a step's name when the step begins; the orchestrator measures."""
+OWN_MACHINE: Final = "own machine"
+DEV_SERVER: Final = "dev server"
+DEV_SERVER_SHOWN: Final = "the dev server"
+
 TellBill = Callable[[tuple[BillLine, ...]], None]
 """Called with what a machine of one's own cost when it was ended, also if the job never got to it."""
 
@@ -60,15 +70,14 @@ class Place:
     machine: Machine | None = None
     bill: tuple[BillLine, ...] = ()
     since: datetime | None = None
-    """From when this job has a share in the machine's bill."""
+    """From when this job pays for the machine."""
+    share: Callable[[datetime], tuple[BillLine, ...]] | None = None
+    """What this job has to pay until then, of a machine that several share."""
 
     @property
     def cost_usd(self) -> Decimal:
         """What being there cost, once it is known."""
-        return sum((line.amount_usd for line in self.bill), Decimal(0))
-
-
-ComfyFactory = Callable[[SecretUrl], ComfyUI]
+        return total_of(self.bill)
 
 
 class PlaceFactory(Protocol):
@@ -83,9 +92,11 @@ class PlaceFactory(Protocol):
 
 def owed(place: Place, *, now: datetime) -> tuple[BillLine, ...]:
     """Return what being there has cost this job until now, before the bill is made when the place is left."""
+    if place.share is not None and not place.bill:
+        return place.share(now)
     if place.bill or place.machine is None or place.since is None:
         return place.bill
-    return (_share(place.machine, place.since, now),)
+    return (share_of(place.machine, place.since, now, where=f"the {place.kind}"),)
 
 
 class Placer:
@@ -102,10 +113,10 @@ class Placer:
     ) -> None:
         """`host` names this computer where an address is the same on every one; None: as it calls itself."""
         self._host = platform.node() if host is None else host
-        self._comfyui = comfyui
-        self._given_server = given_server
-        self._cloud = cloud
+        self.comfyui = comfyui
+        self.cloud = cloud
         self.tell = tell
+        self._given_server = given_server
 
     def at_request(self, request: JobRequest) -> PlaceFactory:
         """Return what finds or rents the place that a request asks for."""
@@ -131,30 +142,38 @@ class Placer:
             async with self._at_server(server_url, step) as place:
                 yield place
             return
-        machines, dev = await self._cloud()
+        machines, dev = await self.cloud()
         warm = None
         if machines.settings.app.machine_reuse:
             step("place")
-            warm = await self._warm(machines, dev, job_id)
+            warm = await self.warm(machines, dev, job_id)
         if warm is not None:
             show(Progress(Step.PLACING, message=f"using the dev server {warm[0].server_id} ({warm[0].server_type})"))
-            async with self._at_dev_server(machines, dev, warm, job_id) as place:
+            async with self.at_dev_server(machines, dev, warm, job_id) as place:
                 yield place
         else:
             wanted = server_type or machines.settings.cloud.server_type
             async with self._at_own_machine(machines, wanted, job_id, show, step, on_bill) as place:
                 yield place
 
+    def key_of(self, url: str) -> str:
+        """Return the key of a server that was named by its address."""
+        return server_key(url, self._host)
+
+    async def ask_server(self, url: str) -> None:
+        """Make sure that a named server answers now. Raises ServerUnreachable, NotComfyUI, ServerTooOld."""
+        await self._given_server(url).probe(fresh=True)
+
     @asynccontextmanager
     async def _at_server(self, url: str, step: TimeStep) -> AsyncIterator[Place]:
         step("check")
         server = self._given_server(url)  # kept warm by its giver, for the next job
         await server.probe()
-        yield Place(server, "server", alone=False, key=server_key(url, self._host))
+        yield Place(server, "server", alone=False, key=self.key_of(url))
 
     # -- the dev server ------------------------------------------------------------------------------------
 
-    async def _warm(
+    async def warm(
         self, machines: Machines, dev: DevServer, job_id: JobId
     ) -> tuple[Machine, MachineReport, ComfyUI] | None:
         """Return the dev server, marked as used by this job, if it is alive in every layer."""
@@ -162,7 +181,7 @@ class Placer:
         if found is None or found[1].url is None:
             return None
         machine, report = found
-        server = self._comfyui(found[1].url)
+        server = self.comfyui(found[1].url)
         try:
             _, error = await check_comfyui(server)
             if error is None:
@@ -181,22 +200,23 @@ class Placer:
         return None
 
     @asynccontextmanager
-    async def _at_dev_server(
+    async def at_dev_server(
         self, machines: Machines, dev: DevServer, warm: tuple[Machine, MachineReport, ComfyUI], job_id: JobId
     ) -> AsyncIterator[Place]:
+        """Be at the dev server, which `warm` has marked as used by this job, for the block."""
         machine, report, server = warm
         started = machines.clock.now()
-        place = Place(server, "dev server", alone=False, key=machine_key(machine.id), machine=machine, since=started)
+        place = Place(server, DEV_SERVER, alone=False, key=machine_key(machine.id), machine=machine, since=started)
         if report.stopping_at is not None and report.stopping_at - started < timedelta(minutes=5):
             left = max(0.0, (report.stopping_at - started).total_seconds())
             self.tell(f"the dev server stops in {left:.0f} s; `comfyctl dev extend` lets it run longer")
         try:
             yield place
         except RunComfyError as error:
-            raise await _explained(error, machines, machine) from error
+            raise await explained(error, machines, machine) from error
         finally:
             ended = machines.clock.now()
-            place.bill = (_share(machine, started, ended),)
+            place.bill = (share_of(machine, started, ended, where=DEV_SERVER_SHOWN),)
             await finish(self._leave_dev_server(machines, dev, place, report, job_id))
 
     async def _leave_dev_server(
@@ -237,133 +257,41 @@ class Placer:
     async def _at_own_machine(
         self, machines: Machines, server_type: str, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill
     ) -> AsyncIterator[Place]:
-        lease = machines.settings.cloud.run_lease
-        intent = machines.books.intent(
-            purpose=Purpose.RUN, server_type=server_type, duration=lease, reason=f"job {job_id}"
-        )
+        own = OwnMachine(machines, self.comfyui)
+        own.intend(server_type, reason=f"job {job_id}")
         step("place")
         await Reaper(machines).reap(wait=False)
         place: Place | None = None
-        keeper: asyncio.Task[None] | None = None
-        machine: Machine | None = None
         try:
-            show(Progress(Step.LAUNCHING, message=f"launching a {server_type} machine"))
-            async with machines.launch_lock():
-                machine = await machines.launch(intent)
-            step("boot")
-            machine, report = await machines.wait_ready(machine, on_boot=lambda boot: show(_booting(boot)))
-            if report.url is None:
-                raise MachineLost("the machine is Ready but has no address")
-            keeper = asyncio.create_task(keep_lease(machines, machine), name=f"lease-{job_id}")
-            step("check")
-            show(Progress(Step.CHECKING, message="the machine is Ready; asking its ComfyUI"))
-            place = Place(
-                self._comfyui(report.url), "own machine", alone=True, key=machine_key(machine.id), machine=machine
-            )
-            place.since = machine.ready_at or machines.clock.now()
-            await wait_until_usable(
-                place.server,
-                within=machines.settings.cloud.comfyui_timeout,
-                on_wait=lambda why: show(Progress(Step.CHECKING, message=why)),
-            )
+            server = await own.launch(show=show, step=step)
+            place = Place(server, OWN_MACHINE, alone=True, machine=own.machine)
+            if own.machine is not None:
+                place.key, place.since = machine_key(own.machine.id), own.machine.ready_at
             yield place
         except RunComfyError as error:
-            raise await _explained(error, machines, machine) from error
+            raise await explained(error, machines, own.machine) from error
         finally:
             try:
                 step("stop")
                 show(Progress(Step.STOPPING, message="stopping the machine"))
             finally:  # not even a terminal that is gone keeps the machine from being ended
-                await finish(self._end_own(machines, intent, machine, job_id, place, keeper, on_bill))
+                await finish(self._end_own(machines, own, job_id, place, on_bill))
 
+    @staticmethod
     async def _end_own(
-        self,
-        machines: Machines,
-        intent: Machine,
-        rented: Machine | None,
-        job_id: JobId,
-        place: Place | None,
-        keeper: asyncio.Task[None] | None,
-        on_bill: TellBill,
+        machines: Machines, own: OwnMachine, job_id: JobId, place: Place | None, on_bill: TellBill
     ) -> None:
         """End what was rented for this job, and tell its bill: a machine that never worked has one too."""
-        if keeper is not None:
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
-        ended: Machine | None = None
         try:
-            ended = await machines.settle(intent, reason=f"job {job_id} is over")
+            await own.end(reason=f"job {job_id} is over")
         finally:
             try:
-                machine = ended or await machines.books.latest(rented.id if rented else intent.id) or rented
-                bill = await _bill(machines, machine)
+                bill = await _bill(machines, own.machine)
                 if place is not None:
-                    place.machine, place.bill = machine, bill
+                    place.machine, place.bill = own.machine, bill
                 on_bill(bill)
             finally:
-                if place is not None:
-                    await place.server.close()
-
-
-async def keep_lease(machines: Machines, machine: Machine) -> None:
-    """Renew what is paid ahead, at half, while the job lives; a machine whose owner dies stops by itself (I5).
-
-    Time since ready is counted by the loop, since clocks jump and the provider's may differ from ours.
-    """
-    lease, loop = machines.settings.cloud.run_lease, asyncio.get_running_loop()
-    now = machines.clock.now()
-    ready_at = loop.time() - max(0.0, (now - (machine.ready_at or now)).total_seconds())
-    confirmed = machine.duration
-    while True:
-        await asyncio.sleep(lease.total_seconds() / 8)
-        used = timedelta(seconds=round(loop.time() - ready_at))
-        if confirmed - used > lease / 2:
-            continue
-        latest = await machines.books.latest(machine.id) or machine
-        try:
-            confirmed = (await machines.extend(latest, total=used + lease)).duration
-        except (ProviderError, LocalError) as error:
-            # Never assumed longer than confirmed: the next round tries again.
-            log.warning("lease_not_renewed", extra={"fields": {"machine": machine.id, "error": error.code}})
-
-
-def _booting(boot: Boot) -> Progress:
-    about = f", usually {boot.expected.total_seconds():.0f} s" if boot.expected else ""
-    return Progress(
-        Step.BOOTING,
-        message=f"{boot.status}{about}; starting is free",
-        elapsed=boot.elapsed,
-        expected=boot.expected,
-    )
-
-
-async def _explained(error: RunComfyError, machines: Machines, machine: Machine | None) -> RunComfyError:
-    """Return what really happened: a server that fell silent because its machine went away is a lost machine."""
-    if machine is None or machine.server_id is None or isinstance(error, MachineLost):
-        return error
-    if error.code not in ("comfyui-unreachable", "server-restarted", "comfyui-not-found", "download-failed"):
-        return error
-    try:
-        async with asyncio.timeout(EXPLAINED_WITHIN.total_seconds()):  # the machine bills meanwhile
-            report = await machines.provider.get_machine_status(machine.server_id)
-    except (ProviderError, TimeoutError):
-        return error
-    if report is not None and report.phase not in (Phase.GONE, Phase.STOPPING, Phase.FAILED):
-        return error
-    return MachineLost(
-        f"machine {machine.server_id} went away during the job ({error.message})",
-        hint="run the job again; look at `comfyctl machines ls` for what still runs",
-        details={"server_id": machine.server_id, "cause": error.code},
-    )
-
-
-def _share(machine: Machine, started: datetime, ended: datetime) -> BillLine:
-    return BillLine(
-        what=f"{machine.server_type} (this job's time on the dev server)",
-        seconds=seconds_between(started, ended),
-        usd_per_hour=machine.usd_per_hour,
-        amount_usd=meter(started, ended, machine.usd_per_hour),
-    )
+                await own.close()
 
 
 async def _bill(machines: Machines, machine: Machine | None) -> tuple[BillLine, ...]:
@@ -385,4 +313,4 @@ async def _bill(machines: Machines, machine: Machine | None) -> tuple[BillLine, 
             for entry in entries
         )
     end = machine.stop_accepted_at or machine.gone_at or machines.clock.now()
-    return (replace(_share(machine, machine.ready_at, end), what=machine.server_type),)
+    return (replace(share_of(machine, machine.ready_at, end, where=""), what=machine.server_type),)
