@@ -11,13 +11,17 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
 
 from runcomfy.cli.main import call, comfyctl
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.in_thread import InThread, served
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,6 +202,117 @@ def test_a_damaged_database_is_said_and_left_alone(say: Say, tmp_path: Path) -> 
     assert code == 9
     assert "[store-corrupt]" in err
     assert path.read_bytes().startswith(b"this is no database")
+
+
+# -- machines of its own ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[InThread[RunComfyEmulator]]:
+    """An account at an emulated cloud; nothing may bill at the end of the test."""
+    with served(
+        lambda: RunComfyEmulator(boot_time=0.3, delete_takes=0.2, comfyui_speed=20, rate_limit=False)
+    ) as running:
+        quick = {"POLL_INTERVAL": "0.1", "REQUESTS_PER_SECOND": "1000", "BURST": "1000", "VISIBILITY_WINDOW": "1"}
+        named = {f"RUNCOMFY_{name}": value for name, value in quick.items()}
+        for name, value in {**running.emulator.environment(), **named}.items():
+            monkeypatch.setenv(name, value)
+        yield running
+        assert running.call(lambda c: list(c.billing)) == []
+
+
+def test_in_the_cloud_several_jobs_share_a_machine_that_is_gone_at_the_end(
+    say: Say, tmp_path: Path, cloud: InThread[RunComfyEmulator]
+) -> None:
+    for number in (1, 2):
+        drop(tmp_path, f"T2I_1_{number}_invert.yaml", JOB_FILE.replace("inverted", f"inverted{number}"))
+    code, out, err = say("agent", "start", "--once", "--cloud")
+    assert (code, err) == (0, ""), out
+    assert "jobs run on the dev server or rented machines" in out
+    assert len(cloud.call(lambda c: list(c.launched))) == 1
+    jobs = json.loads(say("queue", "ls", "--json")[1])
+    assert [job["status"] for job in jobs] == ["done", "done"]
+    assert all(Decimal(job["result"]["cost_usd"]) > 0 for job in jobs)
+
+
+def test_one_postgresql_has_the_queue_and_the_books_of_machines(
+    say: Say,
+    tmp_path: Path,
+    cloud: InThread[RunComfyEmulator],
+    postgres_dsn: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import psycopg
+
+    monkeypatch.setenv("RUNCOMFY_DATABASE_URL", postgres_dsn)
+    drop(tmp_path)
+    code, out, err = say("agent", "start", "--once", "--cloud")
+    assert (code, err) == (0, ""), out
+    with psycopg.connect(postgres_dsn) as server:
+        assert server.execute("SELECT config_name, status FROM jobs").fetchall() == [("T2I_1_1_invert.yaml", "done")]
+        (row,) = server.execute("SELECT server_id, state FROM machines").fetchall()
+    assert row == (cloud.call(lambda c: c.launched[0]), "stopped")
+    assert not list(tmp_path.rglob("*.sqlite3"))
+    assert not list(tmp_path.rglob("*.db"))
+    password = urlsplit(postgres_dsn).password
+    assert password is not None
+    logs = "".join(path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.log"))
+    assert password not in out + err + logs
+
+
+def test_the_books_of_machines_are_on_a_postgresql_or_in_a_file(
+    say: Say, cloud: InThread[RunComfyEmulator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNCOMFY_DATABASE_URL", "books.sqlite3")
+    code, _, err = say("machines", "ls")
+    assert code == 3
+    assert "RUNCOMFY_DATABASE_URL is not the address of a PostgreSQL" in err
+
+
+# -- the doctor ------------------------------------------------------------------------------------------------
+
+
+def layers(out: str) -> dict[str, str]:
+    return {line[4:].split(":")[0].strip(): line[:4].strip() for line in out.splitlines()}
+
+
+def test_the_doctor_looks_at_the_queue_and_needs_no_account_for_it(
+    say: Say, tmp_path: Path, comfyui: InThread[ComfyUIEmulator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMFYUI_AGENT_API_BASE_URL", comfyui.emulator.url)
+    drop(tmp_path)
+    say("agent", "monitor", "--once")
+    say("queue", "pause", "--reason", "moving house")
+    code, out, err = say("doctor")
+    assert (code, err) == (0, "")
+    names = ("queue database", "queue", "ComfyUI answers", "node list readable", "queue readable")
+    assert layers(out) == {"credentials": "--", **dict.fromkeys(names, "ok")}
+    assert "1 pending" in out
+    assert "nobody works on the queue" in out
+    assert "moving house" in out
+
+
+def test_the_doctor_names_who_holds_a_transaction_open(
+    say: Say,
+    comfyui: InThread[ComfyUIEmulator],
+    postgres_dsn: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import psycopg
+
+    from runcomfy.cli import doctor_queue
+
+    monkeypatch.setattr(doctor_queue, "OLD", timedelta(0))
+    monkeypatch.setenv("COMFYUI_AGENT_API_BASE_URL", comfyui.emulator.url)
+    monkeypatch.setenv("COMFYUI_AGENT_DATABASE", postgres_dsn)
+    code, out, err = say("doctor")
+    assert (code, layers(out)["open transactions"]) == (0, "ok"), err
+    with psycopg.connect(postgres_dsn, application_name="somebody's shell") as shell:
+        shell.execute("SELECT 1")
+        code, out, err = say("doctor")
+        assert (code, layers(out)["open transactions"]) == (9, "BAD")
+        assert "somebody's shell" in err
+        assert f"pg_terminate_backend({shell.info.backend_pid})" in err
 
 
 # -- run --queue -----------------------------------------------------------------------------------------------
