@@ -26,8 +26,9 @@ from typing import Any, Final, Protocol, Self
 
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
+from runcomfy.application.gate import Gate
 from runcomfy.application.heartbeat import Held, LoopHeart, Pulse
-from runcomfy.application.job_queue import EXECUTOR, host_scope
+from runcomfy.application.job_queue import EXECUTOR
 from runcomfy.application.job_run import Bench, JobRun, RunsJobs, Why
 from runcomfy.application.placing import PlaceFactory
 from runcomfy.application.planner import Planner
@@ -39,14 +40,11 @@ from runcomfy.domain.exceptions import (
     LeaseLost,
     LocalError,
     RunComfyError,
-    ServerUnreachable,
     foreign_text,
 )
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.queued import (
-    QUEUE_SCOPE,
     ClaimLimits,
-    Pause,
     QueuedJob,
     QueueStatus,
     RowId,
@@ -71,8 +69,6 @@ TROUBLE_MOST: Final = 15.0
 """Seconds between two looks at a database that refuses."""
 CUT_WITHIN: Final = timedelta(seconds=30)
 """How long runs that were cut may take to leave their places. Ending a rented machine has its own patience."""
-READY_WITHIN: Final = timedelta(seconds=10)
-"""How long a server may take to say that it is back."""
 SLEPT: Final = 5.0
 """Seconds by which the wall clock and the loop's may drift apart before we have slept, or somebody set the clock."""
 
@@ -133,7 +129,6 @@ class Executor:
         )
         self.planner = Planner(store, settings, self.owner, processes, tell=tell, trouble=self._troubled)
         self._runs: dict[tuple[int, int], tuple[JobRun, asyncio.Task[None]]] = {}
-        self._scopes = (QUEUE_SCOPE, host_scope(self.owner))
         self._limits = limits_of(settings)
         self._wake = asyncio.Event()
         self._nudge = asyncio.Event()
@@ -146,11 +141,10 @@ class Executor:
         """Whether a claim is left open because its end could not be written down."""
         self._trouble: LocalError | None = None
         self._trouble_wait = TROUBLE_FIRST
-        self._paused_in_a_row = 0
-        self._paused_until: float | None = None
-        self._on_trial = False
-        """A pause of our own is over: one job at a time, until one finds its server."""
-        self._told_pause = ""
+        policy = retry.RetryPolicy(
+            settings.retry_limit, settings.kill_limit, settings.backoff_first, settings.backoff_most
+        )
+        self._gate = Gate(store, self.owner, policy, station.ready, tell=tell, trouble=self._troubled)
         self._bench = Bench(
             store=store,
             settings=settings,
@@ -158,12 +152,9 @@ class Executor:
             at=station.at,
             places=station.places,
             pulse=self._heart,
-            policy=retry.RetryPolicy(
-                settings.retry_limit, settings.kill_limit, settings.backoff_first, settings.backoff_most
-            ),
+            policy=policy,
             draw=draw or random.uniform,
-            pauses=lambda: self._paused_in_a_row,
-            pause=self._pause,
+            gate=self._gate,
             reached=self._reached,
             trouble=self._troubled,
             leaving=self._leave.is_set,
@@ -271,7 +262,7 @@ class Executor:
                 raise JobNotFound(f"the queue has no job {foreign_text(key, 80)!r}")
             if row.ended:
                 return row
-            if (pause := self._paused(await self.store.pauses())) is not None:
+            if (pause := await self._gate.standing()) is not None:
                 raise JobBusy(f"the queue is paused: {pause.message}", hint="`comfyctl queue resume` ends the pause")
             claimed = await self._claim(1, only=row.id)
             if not claimed:
@@ -335,12 +326,12 @@ class Executor:
     async def _turn(self) -> int:
         """Claim what there is room for; return how many jobs were begun."""
         room = self.settings.slots - len(self._runs)
-        if self._on_trial:
+        if self._gate.on_trial:
             room = min(room, 1 - len(self._runs))
         if room <= 0:
             return 0
         try:
-            if not await self._may_claim():
+            if not await self._gate.opens():
                 return 0
             claimed = await self._claim(room)
         except LocalError as error:
@@ -378,71 +369,8 @@ class Executor:
         task.add_done_callback(over)
         return run
 
-    # -- pauses --------------------------------------------------------------------------------------------
-
-    def _paused(self, pauses: Sequence[Pause]) -> Pause | None:
-        return next((pause for pause in pauses if pause.scope in self._scopes), None)
-
-    async def _may_claim(self) -> bool:
-        """Whether nothing is paused here. A pause whose time is over is ended, and one job is tried."""
-        now = self.store.now()
-        pauses = [pause for pause in await self.store.pauses() if pause.scope in self._scopes]
-        standing = next((pause for pause in pauses if pause.until is None or pause.until > now), None)
-        if standing is None and (not pauses or await self._could_run()):
-            for pause in pauses:
-                await self.store.resume(scope=pause.scope, by=self.worker)
-                self._on_trial = True
-            self._told_pause, self._paused_until = "", None
-            return True
-        if standing is None:
-            return False
-        words = f"{standing.scope} {standing.reason} {standing.message}"
-        if words != self._told_pause:
-            self._told_pause = words
-            again = f"; tried again at {standing.until:%H:%M:%S} UTC" if standing.until is not None else ""
-            self.tell(f"paused: {standing.message}{again}")
-        return False
-
-    async def _could_run(self) -> bool:
-        """Whether a job that waits would find its place now; if not, the pause is prolonged without trying it."""
-        self._paused_until = None
-        if not await self.store.jobs(status=QueueStatus.PENDING, limit=1):
-            return True  # nobody asks, and the first who does finds it out
-        try:
-            async with asyncio.timeout(READY_WITHIN.total_seconds()):
-                await self.station.ready()
-        except TimeoutError:
-            error: RunComfyError = ServerUnreachable("ComfyUI does not answer", hint="look whether it still runs")
-        except RunComfyError as refused:
-            error = refused
-        else:
-            return True
-        situation: dict[str, Any] = {"submitted": False, "server_stays": True, "kill_count": 0, "draw": random.uniform}
-        decision = self._bench.policy.decide(
-            error, retries_attempted=0, retry_limit=None, pauses=self._paused_in_a_row, **situation
-        )
-        if isinstance(decision, retry.Pause):
-            await self._pause(decision, error)
-        return not isinstance(decision, retry.Pause)
-
-    async def _pause(self, decision: retry.Pause, error: RunComfyError) -> None:
-        """Write down that something is missing that every job needs. Several runs may find it out at once."""
-        loop = asyncio.get_running_loop()
-        if self._paused_until is not None and loop.time() < self._paused_until:
-            return
-        self._paused_until = loop.time() + (decision.retry_in or timedelta(days=1)).total_seconds()
-        self._paused_in_a_row += 1
-        scope = QUEUE_SCOPE if decision.scope is retry.Scope.QUEUE else self._scopes[1]
-        message = f"{error.message}; {error.hint}" if error.hint else error.message
-        try:
-            await self.store.pause(
-                scope=scope, reason=error.code, message=message, retry_in=decision.retry_in, by=self.worker
-            )
-        except LocalError as refused:
-            self._troubled(refused)
-
     def _reached(self) -> None:
-        self._paused_in_a_row, self._on_trial = 0, False
+        self._gate.reached()
         self._wake.set()
 
     # -- trouble -------------------------------------------------------------------------------------------

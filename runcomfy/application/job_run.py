@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
+from runcomfy.application.gate import Gate
 from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.journal import Journal
 from runcomfy.application.placing import Place, PlaceFactory
@@ -81,9 +82,7 @@ class Bench:
     pulse: Pulse
     policy: retry.RetryPolicy
     draw: retry.Draw
-    pauses: Callable[[], int]
-    """How often in a row this computer has paused."""
-    pause: Callable[[retry.Pause, RunComfyError], Awaitable[None]]
+    gate: Gate
     reached: Callable[[], None]
     """Called when a run has a server that takes prompts."""
     trouble: Callable[[LocalError | None], None]
@@ -242,7 +241,7 @@ class JobRun:
             retries_attempted=row.retries_attempted,
             retry_limit=row.retry_limit,
             kill_count=row.kill_count + (self.journal.killed and self.journal.touched),
-            pauses=bench.pauses(),
+            pauses=bench.gate.in_a_row,
             draw=bench.draw,
         )
         # A prompt of an earlier attempt that this one did not get to is not forgotten by a failure of its own.
@@ -252,7 +251,7 @@ class JobRun:
             ends = self._place.key in bench.places()  # a machine that is gone took its prompts along
         match decision:
             case retry.Pause():
-                await bench.pause(decision, error)  # first, or the job would be claimed again at once
+                await bench.gate.pause(decision, error)  # first, or the job would be claimed again at once
                 return Ending(
                     Outcome.PUT_BACK, error=facts, keeps_prompt=self._keeps(error), killed_machine=self.journal.killed
                 )
