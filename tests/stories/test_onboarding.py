@@ -296,6 +296,12 @@ async def test_the_guide_from_an_empty_folder_to_the_finished_picture(project: P
     assert KNIGHT in shown
     assert "0 pending, 0 processing, 1 done, 0 failed" in shown
     assert "1 executor works on the queue" in shown
+    status = json.loads(await project.e3("status", "--json"))
+    assert [worker["pid"] for worker in status["workers"]] == [agent.pid]
+    assert status["planner"] == status["workers"][0]["worker_id"]
+    assert f"process {agent.pid} watches " in status["monitor"]
+    assert f"process {agent.pid} watches " in await project.e3("status")
+
     said = await ended(agent)
     assert f"{KNIGHT}: in the queue" in said
     assert f"{KNIGHT}: taken up (T2I, wf_realistic_portrait, priority 20)" in said
@@ -377,6 +383,27 @@ async def test_stopped_in_the_middle_the_next_start_goes_on_with_the_same_prompt
     assert project.ask("SELECT run_count, retries_attempted FROM jobs") == [(1, 0)]
     assert len(project.comfyui.run_log) == 1
     assert (project.folder / "jobs" / "finished" / "image" / "slow.png").is_file()
+
+
+async def test_the_second_signal_leaves_at_once_and_nothing_is_lost(project: Project) -> None:
+    agent = await project.start("comfyui_agent.run")
+    project.drop("T2I_1_1_slow.yaml", job("wf_slow", "slow", inputs={"seconds": 10.0}))
+    await project.until(lambda: project.comfyui.run_log, "ComfyUI runs it")
+    agent.send_signal(signal.SIGTERM)
+    assert agent.stdout is not None
+    told = ""
+    async with asyncio.timeout(PATIENCE):
+        while "run on for up to" not in told:
+            told += (await agent.stdout.readline()).decode()
+    agent.send_signal(signal.SIGTERM)
+    told += await heard(agent)
+    assert agent.returncode == 130, told
+    assert "left at once while T2I_1_1_slow.yaml ran" in told
+
+    said = await heard(await project.start("comfyui_agent.execute", "--once"))
+    assert project.status("T2I_1_1_slow.yaml") == "done", said
+    assert project.ask("SELECT run_count, retries_attempted FROM jobs") == [(1, 0)]
+    assert len(project.comfyui.run_log) == 1
 
 
 async def test_a_second_monitor_is_told_who_has_the_folder(project: Project) -> None:

@@ -484,3 +484,8 @@ class SqlJobs:
         """Give the role up, if this owner holds it."""
         now = self.now()
         await self._write(lambda connection: jobs_reap.drop_role(connection, now, role, owner_id), wakes=False)
+
+    async def role_holder(self, role: str) -> OwnerId | None:
+        """Return who holds a role now, if anybody does."""
+        now = self.now()
+        return await self._read(lambda connection: jobs_reap.role_holder(connection, now, role))

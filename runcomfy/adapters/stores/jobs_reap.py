@@ -238,3 +238,11 @@ def drop_role(connection: Connection, now: datetime, role: str, owner_id: OwnerI
     """Give a role up, if this owner holds it. The epoch stays, so that the next holder's is another."""
     mine = (_roles.c.name == role) & (_roles.c.owner_id == owner_id)
     connection.execute(update(_roles).where(mine).values(owner_id=None, expires_at=now))
+
+
+def role_holder(connection: Connection, now: datetime, role: str) -> OwnerId | None:
+    """Return who holds a role now, if anybody does."""
+    row = connection.execute(_ROLE.where(_roles.c.name == role)).one_or_none()
+    if row is None or row.owner_id is None or row.expires_at <= now or _signed_off(connection, row.owner_id):
+        return None
+    return OwnerId(row.owner_id)
