@@ -24,8 +24,8 @@ def queue_options(command: Command) -> Command:
     database = click.option(
         "--database",
         metavar="PATH",
-        help="The queue's database: a file or postgresql://… (default: what the configuration says). A password on a "
-        "command line can be read by others; COMFYUI_AGENT_DATABASE keeps it to yourself.",
+        help="The queue's database: a file (default: what the configuration says). The address of a PostgreSQL belongs "
+        "into COMFYUI_AGENT_DATABASE, where nobody else can read its password.",
     )
     config = click.option(
         "--config",
@@ -63,7 +63,7 @@ def add(files: tuple[str, ...], as_json: bool, **where: Any) -> int:
 
 @queue.command("ls")
 @click.option("-s", "--status", type=click.Choice([str(status) for status in QueueStatus]), help="Only these.")
-@click.option("--limit", type=click.IntRange(1), help="At most so many (the newest of those that have ended).")
+@click.option("--limit", type=click.IntRange(1), help="At most so many of each status (default: 50; with --json all).")
 @queue_options
 @AsJson
 @click.option("--watch", is_flag=True, help="Stay and show what changes, until Ctrl+C.")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import click
 
 from runcomfy.cli.dev_server import script
+from runcomfy.cli.e3 import e3
 from runcomfy.cli.main import comfyctl
 from runcomfy.domain.machine import NEXT, OPEN, MachineEvent, MachineState
 
@@ -126,7 +127,22 @@ def commands_page() -> str:
         else:
             lines += section(f"comfyctl {path}", command, depth="###" if " " in path else "##")
     lines += section("python runcomfy/dev_server_startup.py", script)
+    lines += ["## `e3`", "", *paragraphs(e3.help or ""), "| command | is |", "|---|---|"]
+    lines += [f"| {' or '.join(f'`{name}`' for name in names)} | `{other}` |" for other, *names in others()]
+    lines.append("")
     return "\n".join(lines)
+
+
+def others() -> Iterator[tuple[str, ...]]:
+    """Every command of `comfyctl` that `e3` and `python -m` have, too, with their names for it."""
+    homes = {id(command): f"comfyctl {path}" for path, command in commands(comfyctl)}
+    doors = {"start": "run", "monitor": "monitor", "run": "execute"}
+    yield "e3", "python -m comfyui_agent"
+    context = click.Context(e3)
+    for name in e3.list_commands(context):
+        command = e3.get_command(context, name)
+        module = [f"python -m comfyui_agent.{doors[name]}"] if name in doors else []
+        yield homes[id(command)], f"e3 {name}", *module
 
 
 def test_every_command_and_option_says_what_it_does() -> None:
