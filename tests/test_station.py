@@ -50,7 +50,7 @@ async def program(programs: Programs) -> AsyncIterator[Program]:
 async def station(program: Program) -> AsyncIterator[CloudStation]:
     station = station_of(program)
     yield station
-    await station.close()
+    await station.close()  # tests end what they rented themselves, in virtual time
 
 
 def station_of(program: Program) -> CloudStation:
@@ -176,6 +176,7 @@ async def test_jobs_at_the_same_time_share_the_machine_and_its_price(
     assert [job.bills[0] for job in jobs] == [job.place.bill for job in jobs if job.place]
     assert all(job.shown for job in jobs)
     assert all("boot" in job.steps for job in jobs)
+    await station.close()
 
 
 async def test_what_a_job_owes_is_known_before_it_leaves(station: CloudStation, clock: LoopClock) -> None:
@@ -186,6 +187,7 @@ async def test_what_a_job_owes_is_known_before_it_leaves(station: CloudStation, 
     assert 36 <= line.seconds < 37
     assert line.amount_usd == (line.usd_per_hour * line.seconds / 3600).quantize(Decimal("0.000001"))
     await job.leave()
+    await station.close()
 
 
 async def test_the_lease_is_renewed_between_jobs_too(cloud: RunComfyEmulator, program: Program) -> None:
@@ -214,6 +216,7 @@ async def test_a_start_that_nobody_waits_for_any_more_is_broken_off(
     assert cloud.alive == []
     await stay(station)
     assert len(cloud.launched) == 2
+    await station.close()
 
 
 async def test_a_start_that_fails_is_told_to_everybody_and_the_next_job_tries_anew(
@@ -226,6 +229,7 @@ async def test_a_start_that_fails_is_told_to_everybody_and_the_next_job_tries_an
     assert cloud.alive == []
     await stay(station)
     assert len(cloud.launched) == 2
+    await station.close()
 
 
 @pytest.mark.fault(22)
