@@ -151,13 +151,17 @@ class Worker:
     url: str
     tasks: list[asyncio.Task[JobResult]] = field(default_factory=list)
 
-    async def run(self, journal: RowJournal, graph: Mapping[str, Any], **options: Any) -> JobResult:
-        request = JobRequest(graph, job_id=JOB, server_url=self.url)
+    async def run(
+        self, journal: RowJournal, graph: Mapping[str, Any], *, asked: Mapping[str, Any] | None = None, **options: Any
+    ) -> JobResult:
+        request = JobRequest(graph, job_id=JOB, server_url=self.url, **(asked or {}))
         return await self.app.orchestrator().run(request, journal=journal, **options)
 
-    async def until_stopped(self, journal: RowJournal, graph: Mapping[str, Any]) -> asyncio.Task[JobResult]:
+    async def until_stopped(
+        self, journal: RowJournal, graph: Mapping[str, Any], *, asked: Mapping[str, Any] | None = None
+    ) -> asyncio.Task[JobResult]:
         """Start a run and return when it has stopped where its journal stops."""
-        task = asyncio.create_task(self.run(journal, graph))
+        task = asyncio.create_task(self.run(journal, graph, asked=asked))
         self.tasks.append(task)
         stopped = asyncio.create_task(journal.stopped.wait())
         await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -526,3 +530,64 @@ async def test_a_job_that_is_done_again_keeps_the_results_of_its_first_run(worke
     assert content(str(folder / "2-1.png")) == first
     assert content(str(folder / "manifest.json"))
     assert any("earlier-1" in note for note in row.facts["notes"])
+
+
+# --- a path of the user's choice --------------------------------------------------------------------------
+
+
+def knight(tmp_path: Path, **more: Any) -> dict[str, Any]:
+    finished = tmp_path / "jobs" / "finished"
+    return {"out_file": str(finished / "image" / "knight.png"), "out_root": str(finished), **more}
+
+
+def delivered(tmp_path: Path) -> dict[str, bytes]:
+    root = tmp_path / "jobs" / "finished"
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("point", ["accepted:after", "commit:before", "commit:after"])
+async def test_a_job_file_s_result_lies_where_it_was_asked_for_whenever_a_worker_stops(
+    workers: Any, comfyui: ComfyUIEmulator, tmp_path: Path, point: str
+) -> None:
+    row, asked = Row(), knight(tmp_path)
+    first = RowJournal(row, stop_at=point)
+    sleeper = await workers().until_stopped(first, picture(), asked=asked)
+    result = await workers().run(RowJournal(row), picture(), asked=asked)
+    assert result.status is JobStatus.DONE, result.error
+    assert [output.path for output in result.outputs] == [asked["out_file"]]
+    assert result.folder == str(tmp_path / "jobs" / "finished" / "image")
+    assert len(comfyui.run_log) == 1
+    await asyncio.sleep(60)
+    first.go_on.set()
+    assert (await sleeper).error is not None
+    files = delivered(tmp_path)
+    assert files.pop("image/knight.png") == content(result.outputs[0].path)
+    assert all("discarded" in name for name in files)
+    assert not list((tmp_path / "jobs").rglob(".work-*"))
+
+
+async def test_a_second_run_replaces_the_first_one_s_result_and_keeps_somebody_else_s(
+    workers: Any, tmp_path: Path
+) -> None:
+    row, worker = Row(), workers()
+    for seconds in (0.05, 0.06):
+        before = {output.path: output.sha256 for outputs in row.committed for output in outputs}
+        row.prompt_id = None
+        result = await worker.run(RowJournal(row), picture(seconds), asked=knight(tmp_path, earlier_outputs=before))
+        assert result.status is JobStatus.DONE, result.error
+        assert list(delivered(tmp_path)) == ["image/knight.png"]
+    row.prompt_id = None
+    await worker.run(RowJournal(row), picture(0.07), asked=knight(tmp_path))
+    assert list(delivered(tmp_path)) == ["image/knight.png", "image/knight.replaced-1.png"]
+    assert row.facts["notes"] == ["knight.png was there already and is kept as knight.replaced-1.png"]
+
+
+async def test_a_path_that_leads_elsewhere_is_refused_before_anything_runs(
+    workers: Any, comfyui: ComfyUIEmulator, tmp_path: Path
+) -> None:
+    """Threat S1."""
+    for path in ("/etc/knight.png", f"{tmp_path}/jobs/finished/../../knight.png", f"{tmp_path}/jobs/finished/CON.png"):
+        result = await workers().run(RowJournal(Row()), picture(), asked=knight(tmp_path, out_file=path))
+        assert result.error is not None
+        assert result.error["code"] == "value-invalid"
+    assert comfyui.requests == []
