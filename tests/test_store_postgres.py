@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import closing
 from datetime import timedelta
 from typing import Any, Final
@@ -391,6 +391,21 @@ async def test_a_cut_line_is_made_again(pooled_dsn: str, pooler: InThread[Pooler
             assert await database.read(one) == 1
             await asyncio.to_thread(pooler.call, PoolerEmulator.cut)
             assert await database.write(one) == 1
+
+
+async def test_a_long_line_is_gone_over_as_seldom_as_can_be(pooled_dsn: str, pooler: InThread[PoolerEmulator]) -> None:
+    async with a_database(pooled_dsn) as database:
+        await database.write(one)
+
+        async def ways(*calls: Coroutine[Any, Any, int]) -> int:
+            before = pooler.call(lambda emulator: emulator.round_trips)
+            assert await asyncio.gather(*calls) == [1] * len(calls)
+            return pooler.call(lambda emulator: emulator.round_trips) - before
+
+        assert await ways(database.read(one)) == 1
+        assert await ways(database.write(one)) == 3
+        # Each has a savepoint and its statement; begin and commit are everybody's.
+        assert await ways(*(database.write(one) for _ in range(20))) <= 3 + 2 + 2 * 19
 
 
 # -- the server of the tests -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import struct
 from collections.abc import AsyncIterator
 from typing import Final, Self
 
-_NOTIFICATION, _KEY = b"A", b"K"
+_NOTIFICATION, _KEY, _READY = b"A", b"K", b"Z"
 _SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
 _MADE_UP_PID: Final = 4711
 
@@ -30,6 +30,8 @@ class PoolerEmulator:
         self._tasks: set[asyncio.Task[None]] = set()
         self.swallowed = 0
         """How many notifications were not passed on."""
+        self.round_trips = 0
+        """How often the server was ready for the next question."""
 
     @property
     def port(self) -> int:
@@ -85,6 +87,7 @@ class PoolerEmulator:
             if kind == _NOTIFICATION:
                 self.swallowed += 1
                 continue
+            self.round_trips += kind == _READY
             if kind == _KEY:
                 body = struct.pack("!I", _MADE_UP_PID) + body[4:]
             writer.write(kind + size + body)
