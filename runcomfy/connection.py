@@ -29,7 +29,9 @@ T = TypeVar("T")
 PathText = str | os.PathLike[str]
 OnProgress = Callable[[Progress], None]
 RUN_OPTIONS = ("image", "prompt", "seed", "sets", "out_dir", "server_url", "server_type", "timeout", "convert")
-"""What says what to run, beside the workflow."""
+"""What says what to run, and where, beside the workflow."""
+PLACE_OPTIONS = frozenset({"server_url", "server_type"})
+"""What says where: in the queue that is its executors' business."""
 
 
 def connect(*, server_url: str | None = None, tell: Callable[[str], None] | None = None, **overrides: Any) -> Connector:
@@ -210,9 +212,9 @@ class Queue:
     ) -> QueuedJob:
         """Put a job in; it is accepted, committed and flushed, when this returns.
 
-        `options` are those of `Connection.run` that say what to run: image, prompt, seed, sets, out_dir, server_url,
-        server_type, timeout, convert. `out_file` is the path of the one result, `inputs` are values by the names
-        that job files use. Files are named from the working directory and kept by their absolute paths.
+        `options` are those of `Connection.run` that say what to run: image, prompt, seed, sets, out_dir, timeout,
+        convert. `out_file` is the path of the one result, `inputs` are values by the names that job files use. Files
+        are named from the working directory and kept by their absolute paths. Where it runs is its executor's business.
 
         With the same `idempotency_key` and the same body the same job comes back, whatever has become of it.
 
@@ -225,10 +227,11 @@ class Queue:
                 raise TypeError("what to run is in the request; give it no further options")
             what = workflow
         else:
-            if unknown := set(options) - set(RUN_OPTIONS):
+            if unknown := set(options) - set(RUN_OPTIONS) | set(options) & PLACE_OPTIONS:
                 raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
             what = replace(
                 self._request(workflow, *(options.get(name) for name in RUN_OPTIONS)),
+                server_url=None,
                 out_file=os.fspath(out_file) if out_file is not None else None,
                 inputs=dict(inputs or {}),
             )

@@ -384,6 +384,20 @@ def test_what_can_never_run_is_refused_before_it_is_put_in(say: Say) -> None:
     assert json.loads(say("queue", "ls", "--json")[1]) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--server", "http://127.0.0.1:1"), "comfyctl agent execute --server"),
+        (("--server-type", "large"), "COMFYUI_AGENT_SERVER_TYPE"),
+    ],
+)
+def test_a_job_of_the_queue_does_not_choose_its_place(say: Say, options: tuple[str, ...], word: str) -> None:
+    code, _, err = say("run", "image_invert", "--image", "picture.png", "--queue", *options)
+    assert code == 2
+    assert word in err
+    assert json.loads(say("queue", "ls", "--json")[1]) == []
+
+
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 def test_ctrl_c_leaves_the_job_in_the_queue_and_says_how_to_find_it(say: Say, tmp_path: Path) -> None:

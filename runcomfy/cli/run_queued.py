@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runcomfy.cli.queue_work import open_queue
 from runcomfy.cli.runner import Interrupts
-from runcomfy.domain.exceptions import Interrupted, JobTimeout, RunComfyError, foreign_text
+from runcomfy.domain.exceptions import Interrupted, JobTimeout, RunComfyError, ValueInvalid, foreign_text
 from runcomfy.domain.job import BillLine, JobResult, JobStatus, Output, OutputKind
 from runcomfy.domain.progress import Progress, Step
 from runcomfy.domain.queued import QueuedJob, QueueStatus
+from runcomfy.domain.settings import QueueSettings
 
 if TYPE_CHECKING:
     from runcomfy.application.job_queue import JobQueue
@@ -32,6 +33,7 @@ async def run_queued(
 
     interrupts.listens, interrupts.answer = True, ""
     async with open_queue(interrupts, where, quiet=as_json, makes=True) as app:
+        request = without_place(request, app.queue_settings)
         queue = await app.job_queue()
         # Its worker may run in another folder: results belong where this command would have put them.
         request = replace(request, out_dir=request.out_dir or app.settings.files.output_dir)
@@ -53,6 +55,25 @@ async def run_queued(
                 show_json({"job_id": job.uid, "status": str(job.status), "config_name": job.config_name})
             return Interrupted.exit_code
     return show_result(result_of(job), as_json=as_json)
+
+
+def without_place(request: JobRequest, settings: QueueSettings) -> JobRequest:
+    """Return the request without a place of its own: executors run jobs where they were started.
+
+    Raises ValueInvalid if another place is named than the queue's own.
+    """
+    same = settings.where == "server" and (request.server_url or "").rstrip("/") == settings.api_base_url.rstrip("/")
+    if request.server_url is not None and not same:
+        raise ValueInvalid(
+            "--server does not say where a job of the queue runs: its executors do",
+            hint="leave it out, and start an executor there: `comfyctl agent execute --server URL`",
+        )
+    if request.server_type is not None:
+        raise ValueInvalid(
+            "--server-type does not say what a job of the queue runs on: its executors do",
+            hint="leave it out, and set COMFYUI_AGENT_SERVER_TYPE for `comfyctl agent execute --cloud`",
+        )
+    return replace(request, server_url=None)
 
 
 def left_behind(job: QueuedJob) -> list[str]:
