@@ -38,6 +38,7 @@ from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.job_queue import JobQueue
 from runcomfy.application.orchestrator import RunComfyOrchestrator
 from runcomfy.application.placing import Placer
+from runcomfy.application.station import GivenStation
 from runcomfy.domain.exceptions import CredentialsMissing
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import LAST_WORDS, Attempt, EventKind, Outcome, QueuedJob, QueueStatus, WorkerId
@@ -47,7 +48,7 @@ from runcomfy.ports.clock import Clock
 from runcomfy.ports.comfyui import ComfyUI
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.programs import EmulatedProcesses, Killed
-from runcomfy.testing.workers import AtServer, queue_settings_for
+from runcomfy.testing.workers import queue_settings_for
 
 LOOK_EVERY: Final = 0.25
 """Seconds between two looks of a story at what it waits for."""
@@ -309,7 +310,7 @@ class QueuePrograms:
         executor = Executor(
             store,
             settings,
-            AtServer(placer, settings.api_base_url),
+            GivenStation(placer, settings.api_base_url),
             orchestrator,
             owner,
             clock=self.clock,
@@ -388,7 +389,7 @@ class QueuePrograms:
 
 def drawing(seconds: float, number: int) -> dict[str, Any]:
     """Return a graph that takes so long and whose picture depends on the number."""
-    steps = max(1, min(20, round(seconds)))
+    steps = max(1, min(20, round(seconds)), round(seconds / 30))
     inputs = {"steps": steps, "seconds_per_step": seconds / steps, "preview": False, "seed": number}
     return {
         "1": {"class_type": "ProbeSteps", "inputs": inputs},
