@@ -20,7 +20,7 @@ from runcomfy.application.finish import finish
 from runcomfy.application.gate import Gate
 from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.journal import Journal
-from runcomfy.application.placing import Place, PlaceFactory
+from runcomfy.application.placing import OWN_MACHINE, Place, PlaceFactory
 from runcomfy.application.store_journal import StoreJournal
 from runcomfy.domain import retry
 from runcomfy.domain.exceptions import (
@@ -37,9 +37,6 @@ from runcomfy.domain.settings import QueueSettings
 from runcomfy.ports.jobs import JobStore
 
 log = logging.getLogger("runcomfy.queue")
-
-OWN_MACHINE = "own machine"
-"""`Place.kind` of a machine that is ended when nobody needs it; a prompt there ends with it."""
 
 
 class RunsJobs(Protocol):
@@ -183,7 +180,9 @@ class JobRun:
     @property
     def _server_stays(self) -> bool:
         """Whether the server goes on existing without this run; one that was not reached is not ours to end."""
-        return self._place is None or self._place.kind != OWN_MACHINE
+        if self._place is None or self._place.kind != OWN_MACHINE:
+            return True
+        return self.why is not Why.DRAIN and self._place.key in self._bench.places()
 
     def _leaves(self, error: BaseException) -> bool:
         if isinstance(error, RunComfyError) and retry.kind_of(error) is not retry.Kind.OURS:
@@ -247,8 +246,7 @@ class JobRun:
         # A prompt of an earlier attempt that this one did not get to is not forgotten by a failure of its own.
         left = self.journal.earlier is not None and not self.journal.touched
         ends = isinstance(decision, retry.Retry | retry.Fail | retry.Quarantine) and decision.end_prompt
-        if ends and not self._server_stays and self._place is not None:
-            ends = self._place.key in bench.places()  # a machine that is gone took its prompts along
+        ends = ends and self._server_stays  # a machine that is gone takes its prompts along
         match decision:
             case retry.Pause():
                 await bench.gate.pause(decision, error)  # first, or the job would be claimed again at once

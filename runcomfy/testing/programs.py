@@ -37,7 +37,6 @@ from runcomfy.domain.money import total
 from runcomfy.domain.secret import SecretUrl
 from runcomfy.domain.settings import CloudSettings, Settings
 from runcomfy.ports.clock import Clock
-from runcomfy.ports.comfyui import ComfyUI
 from runcomfy.ports.provider import Provider
 from runcomfy.ports.store import Store
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
@@ -220,10 +219,16 @@ class Programs:
                 client = RunComfyAPIClient(settings.cloud, clock=self.clock, limiter=limiter)
                 provider: Any = Mortal(await stack.enter_async_context(client), killed)
                 session = await stack.enter_async_context(OwnerSession(store, self.processes, self.clock))
-                yield self._program(settings, store, provider, session.owner, killed)
+                yield self._program(stack, settings, store, provider, session.owner, killed)
 
     def _program(
-        self, settings: Settings, store: Store, provider: Provider, owner: Owner, killed: asyncio.Event
+        self,
+        stack: AsyncExitStack,
+        settings: Settings,
+        store: Store,
+        provider: Provider,
+        owner: Owner,
+        killed: asyncio.Event,
     ) -> Program:
         said: list[str] = []
         books = Books(
@@ -231,8 +236,10 @@ class Programs:
         )
         machines = Machines(provider, self.processes, books)
 
-        def comfyui(url: SecretUrl) -> ComfyUI:
-            return ComfyUIWorkflowClient(url, settings.comfy, clock=self.clock)
+        def comfyui(url: SecretUrl) -> Any:
+            client = ComfyUIWorkflowClient(url, settings.comfy, clock=self.clock)
+            stack.push_async_callback(client.close)  # a dead program closes nothing
+            return Mortal(client, killed)
 
         manager = DevServerStateManager(self.folder / "dev_server_state.json")
         dev = DevServer(machines, PublishedDevServer(manager), comfyui)

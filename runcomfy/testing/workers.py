@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ from runcomfy.application.executor import Executor
 from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.job_queue import JobQueue
 from runcomfy.application.orchestrator import RunComfyOrchestrator
-from runcomfy.application.placing import PlaceFactory, Placer
+from runcomfy.application.placing import Placer
+from runcomfy.application.station import GivenStation, Station
 from runcomfy.domain.exceptions import CredentialsMissing
 from runcomfy.domain.lease import Owner
-from runcomfy.domain.place_key import server_key
 from runcomfy.domain.queued import WorkerId
 from runcomfy.domain.secret import Secret, SecretUrl
 from runcomfy.domain.settings import QueueSettings, Settings
@@ -141,14 +140,18 @@ class Workers:
         once: bool = False,
         heart: Callable[[SqlJobs, WorkerId], Pulse] | None = None,
         busy_timeout: timedelta = timedelta(seconds=5),
+        at: tuple[Placer, Station] | None = None,
         **changes: Any,
     ) -> AsyncIterator[Worker]:
-        """Run a worker for the block; `changes` are laid over the queue's settings. `works=False`: only make it."""
+        """Run a worker for the block; `changes` are laid over the queue's settings. `works=False`: only make it.
+
+        `at`: where it works, if that is not the server of the settings.
+        """
         settings = replace(self.queue_settings, **changes)
         with suppress(Killed):
             async with AsyncExitStack() as stack:
                 store = await stack.enter_async_context(self.open(busy_timeout=busy_timeout))
-                worker = self._worker(stack, store, settings, heart)
+                worker = self._worker(stack, store, settings, heart, at)
                 if works:
                     worker.begin(once=once)
                 try:
@@ -162,6 +165,7 @@ class Workers:
         disk: SqlJobs,
         settings: QueueSettings,
         heart: Callable[[SqlJobs, WorkerId], Pulse] | None,
+        at: tuple[Placer, Station] | None,
     ) -> Worker:
         said: list[str] = []
         killed, awake = asyncio.Event(), asyncio.Event()
@@ -183,7 +187,8 @@ class Workers:
         async def no_cloud() -> Any:
             raise CredentialsMissing("this worker has no cloud")
 
-        placer = Placer(lambda url: comfyui(url.reveal()), comfyui, no_cloud, tell=said.append, host=HOST)
+        here = Placer(lambda url: comfyui(url.reveal()), comfyui, no_cloud, tell=said.append, host=HOST)
+        placer, station = at or (here, GivenStation(here, settings.api_base_url))
         orchestrator = RunComfyOrchestrator(
             settings=self.settings,
             clock=self.clock,
@@ -196,7 +201,7 @@ class Workers:
         executor = Executor(
             store,
             settings,
-            AtServer(placer, settings.api_base_url),
+            station,
             orchestrator,
             owner,
             clock=self.clock,
@@ -207,32 +212,6 @@ class Workers:
         worker = Worker(executor, disk, JobQueue(disk, settings, processes=self.processes), killed, awake)
         worker.said = said
         return worker
-
-
-class AtServer:
-    """A workplace: one ComfyUI that runs already."""
-
-    def __init__(self, placer: Placer, url: str) -> None:
-        self._placer, self._url = placer, url
-
-    @property
-    def at(self) -> PlaceFactory:
-        """Be at the server."""
-        return partial(self._placer.at, server_url=self._url, server_type=None)
-
-    def places(self) -> tuple[str, ...]:
-        """Return the server's key."""
-        return (server_key(self._url, HOST),)
-
-    async def ready(self) -> None:
-        """Ask the server."""
-        await self._placer.ask_server(self._url)
-
-    async def idle(self) -> None:
-        """Nothing was rented."""
-
-    async def close(self) -> None:
-        """Nothing was rented."""
 
 
 def queue_settings_for(url: str, folder: Path, **changes: Any) -> QueueSettings:
