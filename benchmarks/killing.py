@@ -209,7 +209,7 @@ async def _count(
         kinds = Counter(event.kind for event in events)
         attached += kinds[EventKind.ATTACHED]
         outputs = row.result.get("outputs", [])
-        whole = bool(outputs) and all(await asyncio.to_thread(_is_whole, output) for output in outputs)
+        whole = bool(outputs) and await asyncio.to_thread(_are_whole, outputs)
         twice += kinds[EventKind.DONE] != 1 or not whole
         prompts = {str(attempt.prompt_id) for attempt in await store.attempts(row.id) if attempt.prompt_id}
         ran = sum(began[prompt] for prompt in prompts)
@@ -218,9 +218,9 @@ async def _count(
     return Campaign(jobs, kills, held, attached, lost, twice, run_again, max(0, never_sent), tuple(recovery), seconds)
 
 
-def _is_whole(output: dict[str, str]) -> bool:
+def _are_whole(outputs: list[dict[str, str]]) -> bool:
     try:
-        return hashlib.sha256(Path(output["path"]).read_bytes()).hexdigest() == output["sha256"]
+        return all(hashlib.sha256(Path(o["path"]).read_bytes()).hexdigest() == o["sha256"] for o in outputs)
     except OSError:
         return False
 
