@@ -308,6 +308,25 @@ def test_the_servers_time_goes_on_by_the_steady_clock() -> None:
     assert due == [True, False, False, True]
 
 
+@pytest.mark.fault(64)
+def test_an_answer_that_was_long_on_its_way_does_not_move_the_time() -> None:
+    """The process was stopped for ten minutes between question and answer."""
+    swings = Pendulum()
+    delays = [600.0, 0.2, 600.0, 600.0, 600.0]
+
+    def ask() -> datetime:
+        at = START + timedelta(seconds=swings.seconds - 1000)
+        swings.seconds += delays.pop(0)
+        return at
+
+    time = ServerTime(steady=swings)
+    for left in (3, 0):
+        time.measure(ask)
+        assert len(delays) == left
+        off = time.now() or START
+        assert abs(off - START - timedelta(seconds=swings.seconds - 1000)) <= timedelta(seconds=0.1)
+
+
 def test_a_server_whose_clock_was_set_is_believed() -> None:
     swings = Pendulum()
     time = ServerTime(steady=swings)
