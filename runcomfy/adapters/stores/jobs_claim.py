@@ -25,10 +25,10 @@ from runcomfy.adapters.stores.jobs_rows import Entry, entry_of
 from runcomfy.adapters.stores.jobs_sql import (
     COLUMNS,
     Sql,
-    begin_attempts,
     close_open_attempts,
     in_list,
     listed,
+    run_of,
     stamps,
     tell,
 )
@@ -63,14 +63,36 @@ _SET: Final = (
 )
 
 
+_BEGUN: Final = "job_id, token, run, worker_id, started_at, place, prompt_id"
+# A user's SQL may have set a token back, or given a number out again: then the attempt is written over.
+_ANEW: Final = (
+    "ON CONFLICT (job_id, token) DO UPDATE SET run = excluded.run, worker_id = excluded.worker_id, "
+    "started_at = excluded.started_at, place = excluded.place, prompt_id = excluded.prompt_id, ended_at = NULL, "
+    "outcome = NULL, error_code = '', error_trace = '', error = NULL, result = '{}'"
+)
+_BEGIN: Final = Sql(
+    f"INSERT INTO job_attempts ({_BEGUN}) VALUES (:job_id, :token, :run, :worker, :now, :place, :prompt_id) {_ANEW}"
+)
+_BEGIN_ALL: Final = (
+    f"INSERT INTO job_attempts ({_BEGUN}) SELECT id, token, COALESCE(run_count, 0) + 1 - run_counted, worker_id, :now, "
+    f"place, prompt_id FROM jobs {_ANEW}"
+)
+_TELL_ALL: Final = (
+    "INSERT INTO job_events (at, kind, job_id, token, worker_id, data) SELECT :now, 'claimed', id, token, worker_id, "
+    "'{}' FROM jobs ORDER BY priority, id"
+)
+
+
 def _taking(pick: tuple[str, str]) -> Sql:
     """Return the statement that claims what `pick` selects and returns the rows."""
     return Sql(
         f"UPDATE jobs {_SET} WHERE id IN ({pick[0]}) RETURNING {COLUMNS.replace('jobs.', '')}",
         # MATERIALIZED: looked up again for each row, the selection would pick more than it may.
+        # Attempts and events go the same way.
         postgres=(
-            f"WITH picked AS MATERIALIZED ({pick[1]} FOR UPDATE SKIP LOCKED) "
-            f"UPDATE jobs {_SET} FROM picked WHERE jobs.id = picked.id RETURNING {COLUMNS}"
+            f"WITH picked AS MATERIALIZED ({pick[1]} FOR UPDATE SKIP LOCKED), "
+            f"jobs AS (UPDATE jobs {_SET} FROM picked WHERE jobs.id = picked.id RETURNING {COLUMNS}), "
+            f"tried AS ({_BEGIN_ALL}), told AS ({_TELL_ALL}) SELECT {COLUMNS} FROM jobs"
         ),
     )
 
@@ -125,13 +147,28 @@ def take(connection: Connection, now: datetime, claim: Claim) -> list[Entry]:
     # A job that came back to pending by a user's SQL has an attempt that nobody ended.
     again = [(entry.job.id, entry.job.token - 1) for entry in entries if entry.job.token > 1]
     close_open_attempts(connection, now, again, Outcome.LOST)
-    begin_attempts(connection, now, entries, claim.worker)
-    tell(
-        connection,
-        now,
-        [(EventKind.CLAIMED, entry.job.id, entry.job.token, claim.worker, {}) for entry in entries],
-    )
+    if connection.dialect.name == "sqlite":
+        _begin(connection, now, entries, claim.worker)
     return entries
+
+
+def _begin(connection: Connection, now: datetime, entries: Sequence[Entry], worker: WorkerId) -> None:
+    """Write attempts and events of what was claimed; on a server the claim itself does that."""
+    at = stamps(connection).exact(now)
+    rows = [
+        {
+            "job_id": entry.job.id,
+            "token": entry.job.token,
+            "run": run_of(entry),
+            "worker": worker,
+            "now": at,
+            "place": entry.job.place,
+            "prompt_id": entry.job.prompt_id,
+        }
+        for entry in entries
+    ]
+    _BEGIN.run(connection, rows)
+    tell(connection, now, [(EventKind.CLAIMED, entry.job.id, entry.job.token, worker, {}) for entry in entries])
 
 
 def _parameters(connection: Connection, now: datetime, claim: Claim) -> dict[str, Any]:

@@ -20,14 +20,13 @@ from runcomfy.adapters.stores.jobs_sql import (
     Sql,
     Told,
     changed,
-    close_attempts,
     closing,
     hold,
     run_of,
-    save,
     stamps,
     tell,
 )
+from runcomfy.adapters.stores.jobs_sql import write as keep
 from runcomfy.domain.exceptions import LeaseLost, RunComfyError
 from runcomfy.domain.queued import Ending, EventKind, Outcome, Phase, QueuedJob, QueueStatus, Reason, RowId
 
@@ -104,9 +103,8 @@ def write(connection: Connection, now: datetime, finishes: Sequence[Finish]) -> 
         attempts.append(_attempt(entry, after, finish.ending))
         worker, data = entry.job.worker_id, _told(finish.ending, after.job)
         events.append((_KIND[finish.ending.outcome], finish.job_id, finish.token, worker, data))
-    save(connection, list(entries.values()))
-    close_attempts(connection, now, attempts)
-    tell(connection, now, events)
+    if entries:
+        keep(connection, now, jobs=list(entries.values()), attempts=attempts, events=events)
     for finish in late:
         found = entries.get(finish.job_id) or held.get(finish.job_id)
         _too_late(connection, now, finish, None if found is None else found.job)

@@ -21,7 +21,7 @@ from uuid import uuid4
 from sqlalchemy import Connection
 
 from runcomfy.adapters.stores.jobs_rows import Entry, Stamps, entry_of, json_text, request_text, safe, told_text
-from runcomfy.adapters.stores.jobs_sql import COLUMNS, Sql, Told, changed, hold, in_list, listed, save, stamps, tell
+from runcomfy.adapters.stores.jobs_sql import COLUMNS, Sql, Told, changed, hold, in_list, listed, stamps, tell, write
 from runcomfy.domain.exceptions import IdempotencyConflict, NameTaken
 from runcomfy.domain.queued import (
     FIRST_PRIORITY,
@@ -245,9 +245,9 @@ def _write_again(
             if other.job.id != entry.job.id:
                 raise _output_taken(other.job)
     _REWRITE.run(connection, {"id": entry.job.id, **content})
-    save(connection, [anew(entry)])
     data = {"file": job.source_path, "again": word is Ingested.AGAIN}
-    tell(connection, now, [(EventKind.UPDATED, entry.job.id, entry.job.token, None, data)])
+    event = (EventKind.UPDATED, entry.job.id, entry.job.token, None, data)
+    write(connection, now, jobs=[anew(entry)], events=[event])
 
 
 def anew(entry: Entry) -> Entry:

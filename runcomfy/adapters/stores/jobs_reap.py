@@ -27,10 +27,9 @@ from runcomfy.adapters.stores.jobs_sql import (
     hold,
     in_list,
     listed,
-    save,
     stamps,
-    tell,
 )
+from runcomfy.adapters.stores.jobs_sql import write as keep
 from runcomfy.domain.exceptions import LeaseLost
 from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import EventKind, Outcome, Phase, QueuedJob, QueueStatus, Reason, RowId, WorkerId
@@ -123,7 +122,9 @@ def reap(connection: Connection, now: datetime, order: Reap) -> list[QueuedJob]:
         if entry.job.status is QueueStatus.PROCESSING and _is_over(entry.job, now, write.whole(now), order):
             before.append(entry)
             after.append(lost(entry, now, write.kept(now), limit=order.lost_limit))
-    save(connection, after)
+    if after:
+        events = [event for pair in zip(before, after, strict=True) for event in _told(*pair)]
+        keep(connection, now, jobs=after, events=events)
     for outcome in (Outcome.LOST, Outcome.QUARANTINED):
         ended = [
             (entry.job.id, entry.job.token)
@@ -131,7 +132,6 @@ def reap(connection: Connection, now: datetime, order: Reap) -> list[QueuedJob]:
             if (entry.job.status is QueueStatus.FAILED) == (outcome is Outcome.QUARANTINED)
         ]
         close_open_attempts(connection, now, ended, outcome)
-    tell(connection, now, [event for pair in zip(before, after, strict=True) for event in _told(*pair)])
     _DATE.run(connection, {"from": write.exact(now + order.grace)})
     waiting = {entry.job.id for entry in after}
     return [entry.job for entry in hold(connection, waiting).values()] if waiting else []

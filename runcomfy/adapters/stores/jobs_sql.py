@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
@@ -83,24 +83,81 @@ _HOLD: Final = Sql(
     postgres=f"SELECT {COLUMNS} FROM jobs WHERE {_BY_IDS[1]} ORDER BY id FOR UPDATE",
 )
 
-_SAVED: Final = (
-    *("status", "retries_attempted", "run_count", "end_time", "duration", "error_trace", "worker_id"),
-    *("lease_expires_at", "token", "reason", "phase", "place", "prompt_id", "not_before", "others_from", "held_sha256"),
-    *("lost_count", "kill_count", "progress", "message", "result", "run_counted", "waits_since"),
-)
-_SAVE: Final = Sql(f"UPDATE jobs SET {', '.join(f'{name} = :{name}' for name in _SAVED)} WHERE id = :id")
+# What is written of jobs, attempts and events, with PostgreSQL's types.
+_SAVED: Final[Mapping[str, str]] = {
+    "id": "bigint",
+    "status": "text",
+    "retries_attempted": "integer",
+    "run_count": "integer",
+    "end_time": "timestamptz",
+    "duration": "double precision",
+    "error_trace": "text",
+    "worker_id": "text",
+    "lease_expires_at": "timestamptz",
+    "token": "bigint",
+    "reason": "text",
+    "phase": "text",
+    "place": "text",
+    "prompt_id": "text",
+    "not_before": "timestamptz",
+    "others_from": "timestamptz",
+    "held_sha256": "text",
+    "lost_count": "integer",
+    "kill_count": "integer",
+    "progress": "double precision",
+    "message": "text",
+    "result": "text",
+    "run_counted": "integer",
+    "waits_since": "timestamptz",
+}
+_CLOSED: Final[Mapping[str, str]] = {
+    "job_id": "bigint",
+    "token": "bigint",
+    "ended_at": "timestamptz",
+    "outcome": "text",
+    "run": "integer",
+    "error_code": "text",
+    "error_trace": "text",
+    "result": "text",
+    "error": "text",
+}
+_TOLD: Final[Mapping[str, str]] = {
+    "at": "timestamptz",
+    "kind": "text",
+    "job_id": "bigint",
+    "token": "bigint",
+    "worker_id": "text",
+    "data": "text",
+}
 
-_TELL: Final = Sql(
-    "INSERT INTO job_events (at, kind, job_id, token, worker_id, data) "
-    "VALUES (:at, :kind, :job_id, :token, :worker_id, :data)"
-)
-_BEGIN: Final = Sql(
-    "INSERT INTO job_attempts (job_id, token, run, worker_id, started_at, place, prompt_id) "
-    "VALUES (:job_id, :token, :run, :worker_id, :started_at, :place, :prompt_id)"
-)
+
+def _assigned(columns: Mapping[str, str], keys: Collection[str], source: str) -> str:
+    return ", ".join(f"{name} = {source}{name}" for name in columns if name not in keys)
+
+
+_SAVE: Final = Sql(f"UPDATE jobs SET {_assigned(_SAVED, {'id'}, ':')} WHERE id = :id")
 _CLOSE: Final = Sql(
-    "UPDATE job_attempts SET ended_at = :at, outcome = :outcome, run = :run, error_code = :error_code, "
-    "error_trace = :error_trace, result = :result, error = :error WHERE job_id = :job_id AND token = :token"
+    f"UPDATE job_attempts SET {_assigned(_CLOSED, {'job_id', 'token'}, ':')} WHERE job_id = :job_id AND token = :token"
+)
+_TELL: Final = Sql(f"INSERT INTO job_events ({', '.join(_TOLD)}) VALUES ({', '.join(':' + name for name in _TOLD)})")
+
+
+def _rows(name: str, columns: Mapping[str, str]) -> str:
+    return f"json_to_recordset(CAST(:{name} AS json)) AS row({', '.join(f'{c} {kind}' for c, kind in columns.items())})"
+
+
+# All of it in one way there and back.
+_WRITE: Final = Sql(
+    "SELECT 1",
+    postgres=(
+        f"WITH saved AS (UPDATE jobs SET {_assigned(_SAVED, {'id'}, 'row.')} FROM {_rows('jobs', _SAVED)} "
+        "WHERE jobs.id = row.id), "
+        f"closed AS (UPDATE job_attempts SET {_assigned(_CLOSED, {'job_id', 'token'}, 'row.')} "
+        f"FROM {_rows('attempts', _CLOSED)} "
+        "WHERE job_attempts.job_id = row.job_id AND job_attempts.token = row.token) "
+        f"INSERT INTO job_events ({', '.join(_TOLD)}) SELECT {', '.join(f'row.{name}' for name in _TOLD)} "
+        f"FROM {_rows('events', {**_TOLD, 'n': 'integer'})} ORDER BY row.n"
+    ),
 )
 _CLOSE_OPEN: Final = Sql(
     "UPDATE job_attempts SET ended_at = :at, outcome = :outcome "
@@ -114,12 +171,44 @@ def hold(connection: Connection, ids: Iterable[int]) -> dict[RowId, Entry]:
     return {row[0]: entry_of(row) for row in rows}
 
 
-def save(connection: Connection, entries: Sequence[Entry]) -> None:
-    """Write jobs that were held: all that ever changes after a job was taken in, but its content and priority."""
-    if not entries:
-        return
+def write(
+    connection: Connection,
+    now: datetime,
+    *,
+    jobs: Sequence[Entry] = (),
+    attempts: Sequence[dict[str, Any]] = (),
+    events: Sequence[Told] = (),
+) -> None:
+    """Write jobs that were held, how attempts ended (`closing`), and the events that tell it.
+
+    Of a job all is written that ever changes after it was taken in, but its content and priority.
+    """
     write = stamps(connection)
-    _SAVE.run(connection, [_saved(entry, write) for entry in entries])
+    at = write.exact(now)
+    saved = [_saved(entry, write) for entry in jobs]
+    closed = [{"ended_at": at, **attempt} for attempt in attempts]
+    told = [_told(at, event) for event in events]
+    if connection.dialect.name == "postgresql":
+        for number, event in enumerate(told):
+            event["n"] = number
+        rows = {"jobs": saved, "attempts": closed, "events": told}
+        _WRITE.run(connection, {name: json.dumps(values, default=str) for name, values in rows.items()})
+        return
+    for statement, values in ((_SAVE, saved), (_CLOSE, closed), (_TELL, told)):
+        if values:
+            statement.run(connection, values if len(values) > 1 else values[0])
+
+
+def _told(at: Any, event: Told) -> dict[str, Any]:
+    kind, job_id, token, worker_id, data = event
+    return {
+        "at": at,
+        "kind": kind.value,
+        "job_id": job_id,
+        "token": token,
+        "worker_id": worker_id,
+        "data": told_text(data) if data else "{}",
+    }
 
 
 def _saved(entry: Entry, write: Stamps) -> dict[str, Any]:
@@ -167,39 +256,8 @@ def changed(entry: Entry, *, run_counted: bool | None = None, waits_since: datet
 
 def tell(connection: Connection, now: datetime, events: Sequence[Told]) -> None:
     """Write events, in the transaction of what they tell."""
-    if not events:
-        return
-    at = stamps(connection).exact(now)
-    rows = [
-        {
-            "at": at,
-            "kind": kind.value,
-            "job_id": job_id,
-            "token": token,
-            "worker_id": worker_id,
-            "data": told_text(data) if data else "{}",
-        }
-        for kind, job_id, token, worker_id, data in events
-    ]
-    _TELL.run(connection, rows if len(rows) > 1 else rows[0])
-
-
-def begin_attempts(connection: Connection, now: datetime, entries: Sequence[Entry], worker: WorkerId) -> None:
-    """Write the attempts of jobs just claimed."""
-    at = stamps(connection).exact(now)
-    rows = [
-        {
-            "job_id": entry.job.id,
-            "token": entry.job.token,
-            "run": run_of(entry),
-            "worker_id": worker,
-            "started_at": at,
-            "place": entry.job.place,
-            "prompt_id": entry.job.prompt_id,
-        }
-        for entry in entries
-    ]
-    _BEGIN.run(connection, rows if len(rows) > 1 else rows[0])
+    if events:
+        write(connection, now, events=events)
 
 
 def run_of(entry: Entry) -> int:
@@ -218,7 +276,7 @@ def closing(
     result: Mapping[str, Any] | None = None,
     run: int,
 ) -> dict[str, Any]:
-    """Return what `close_attempts` writes of one attempt."""
+    """Return what `write` writes of an attempt that ended."""
     return {
         "job_id": job.id,
         "token": token,
@@ -229,13 +287,6 @@ def closing(
         "result": told_text(result) if result else "{}",
         "error": error,
     }
-
-
-def close_attempts(connection: Connection, now: datetime, attempts: Sequence[dict[str, Any]]) -> None:
-    """Write how attempts ended."""
-    if attempts:
-        at = stamps(connection).exact(now)
-        _CLOSE.run(connection, [{"at": at, **attempt} for attempt in attempts])
 
 
 def close_open_attempts(

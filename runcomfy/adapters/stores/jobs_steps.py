@@ -26,9 +26,8 @@ from runcomfy.adapters.stores.jobs_sql import (
     in_list,
     listed,
     run_of,
-    save,
     stamps,
-    tell,
+    write,
 )
 from runcomfy.domain.exceptions import JobBusy
 from runcomfy.domain.job import PromptId
@@ -55,12 +54,11 @@ def step(connection: Connection, now: datetime, job_id: RowId, token: int, what:
     if entry is None or entry.job.token != token or entry.job.status is not QueueStatus.PROCESSING:
         raise lease_lost(job_id, token, None if entry is None else entry.job)
     after, kind, data = what(entry)
-    save(connection, [after])
     job = after.job
+    write(connection, now, jobs=[after], events=[(kind, job_id, token, job.worker_id, data)])
     if job.prompt_id is not None:  # an attempt keeps the last prompt it had
         attempt = {"place": job.place, "prompt_id": job.prompt_id, "run": run_of(after)}
         _ATTEMPT.run(connection, {"job_id": job_id, "token": token, **attempt})
-    tell(connection, now, [(kind, job_id, token, job.worker_id, data)])
     return job
 
 
@@ -141,10 +139,9 @@ def cancel(connection: Connection, now: datetime, job_id: RowId, *, by: str) -> 
         message="",
         run_counted=False,
     )
-    save(connection, [after])
+    event = (EventKind.CANCELLED, job_id, after.job.token, job.worker_id, {"by": by} if by else {})
+    write(connection, now, jobs=[after], events=[event])
     close_open_attempts(connection, now, [(job_id, job.token)], Outcome.CANCELLED)
-    data = {"by": by} if by else {}
-    tell(connection, now, [(EventKind.CANCELLED, job_id, after.job.token, job.worker_id, data)])
     return after.job
 
 
@@ -160,9 +157,8 @@ def retry(connection: Connection, now: datetime, job_id: RowId, *, by: str) -> Q
         )
     # A job file that was changed meanwhile is taken up by the next scan, as a change of a waiting job.
     after = changed(entry, not_before=None) if job.status is QueueStatus.PENDING else anew(entry)
-    save(connection, [after])
-    data = {"by": by} if by else {}
-    tell(connection, now, [(EventKind.RETRIED, job_id, job.token, None, data)])
+    event = (EventKind.RETRIED, job_id, job.token, None, {"by": by} if by else {})
+    write(connection, now, jobs=[after], events=[event])
     return after.job
 
 
@@ -188,6 +184,5 @@ def prompt_ended(connection: Connection, now: datetime, job_id: RowId, prompt_id
     after = changed(
         entry, phase=Phase.NONE, place=None, prompt_id=None, others_from=None, waits_since=entry.waits_since
     )
-    save(connection, [after])
-    data = {"prompt_id": prompt_id}
-    tell(connection, now, [(EventKind.PROMPT_ENDED, job_id, entry.job.token, None, data)])
+    event = (EventKind.PROMPT_ENDED, job_id, entry.job.token, None, {"prompt_id": prompt_id})
+    write(connection, now, jobs=[after], events=[event])
