@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -365,3 +366,13 @@ async def test_a_file_where_a_folder_should_be_is_known_before_anything_runs(
     write(finished / "image", b"x")
     with pytest.raises(LocalError):
         await opened(results, finished)
+
+
+@pytest.mark.fault(54)
+async def test_a_disk_with_hardly_any_room_is_known_before_anything_runs(
+    results: DiskResults, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(DiskFull, match="only 1 MB are free"):
+        await opened(results, finished, "k.png")
+    assert names(finished) == []

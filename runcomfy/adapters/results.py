@@ -75,8 +75,13 @@ class DiskResults:
     def _make_beside(self, job_id: JobId, file: str, root: str | None, earlier: Mapping[str, str]) -> DiskJobFolder:
         _, work = make_room(job_id, file, root)
         try:
-            self._prove_writable(Path(work))
-            mode = usual_mode(work)
+            try:
+                self._prove_writable(Path(work))
+                mode = usual_mode(work)
+            except (OSError, DiskFull):
+                with suppress(OSError):  # refused if anything is in it
+                    Path(work).rmdir()
+                raise
         except OSError as error:
             raise local_error(error, work, "write to") from error
         return BesideFolder(str(Path(file)), work, settings=self._settings, disk=self._disk, earlier=earlier, mode=mode)

@@ -69,7 +69,8 @@ def _check_within(folder: Path, root: str, file: str) -> None:
         there = there.parent
     real = os.path.realpath(there)
     above = Path(root).is_relative_to(there)  # nothing of the root itself is there yet
-    if not above and os.path.commonpath([real_root, real]) != real_root:
+    common = os.path.commonpath([real_root, real])
+    if not above and os.path.normcase(common) != os.path.normcase(real_root):
         raise ValueInvalid(
             f"{foreign_text(file, 200)} does not lie below {foreign_text(root, 200)}: a link leads out of it",
             hint="write the real path, or move the folder back",
