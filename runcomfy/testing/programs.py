@@ -80,8 +80,8 @@ class Mortal:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._port, name)
-        if not inspect.iscoroutinefunction(found):
-            return found
+        if name == "close" or not inspect.iscoroutinefunction(found):
+            return found  # connections of a dead process are closed, too
 
         async def call(*args: Any, **kwargs: Any) -> Any:
             if self._killed.is_set():
