@@ -195,6 +195,7 @@ def test_a_setting_that_cannot_be_is_named_with_its_place(say: Say, monkeypatch:
     assert "COMFYUI_AGENT_SLOTS" in err
 
 
+@pytest.mark.fault(56)
 def test_a_damaged_database_is_said_and_left_alone(say: Say, tmp_path: Path) -> None:
     path = tmp_path / "broken.db"
     path.write_bytes(b"this is no database, whatever its name says" * 200)

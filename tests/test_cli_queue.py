@@ -176,15 +176,16 @@ def test_a_name_that_comes_near_is_suggested_and_nothing_is_changed(say: Say, pr
     assert listed(say)[0]["status"] == "pending"
 
 
-def test_events_tell_the_story(say: Say, project: Path) -> None:
+def test_events_tell_the_story(say: Say, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: "ada")
     say("e3", "add", write(project))
     say("e3", "queue", "god-mode", KNIGHT)
     say("e3", "queue", "pause", "--reason", "moving house")
     _, out, _ = say("comfyctl", "queue", "events")
     assert [line.split(" ", 2)[2] for line in out.splitlines()] == [
         f"{KNIGHT}: put into the queue (file={project / 'jobs' / 'processing' / 'image' / KNIGHT})",
-        f"{KNIGHT}: priority changed (priority=1)",
-        "paused (message=moving house, reason=asked, scope=queue)",
+        f"{KNIGHT}: priority changed (priority=1, by=ada)",
+        "paused (message=moving house, reason=asked, scope=queue, by=ada)",
     ]
     _, out, _ = say("comfyctl", "queue", "events", KNIGHT, "--json")
     assert [json.loads(line)["kind"] for line in out.splitlines()] == ["enqueued", "priority"]

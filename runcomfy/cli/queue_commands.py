@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from runcomfy.cli.runner import Interrupts, run_async
+from runcomfy.cli.runner import run_async
 from runcomfy.domain.queued import FIRST_PRIORITY, LAST_PRIORITY, QueueStatus
 
 if TYPE_CHECKING:
-    from runcomfy.bootstrap import App
+    from runcomfy.application.job_queue import JobQueue
     from runcomfy.domain.queued import QueuedJob
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -102,7 +102,7 @@ def events(name: str | None, limit: int, follow: bool, as_json: bool, **where: A
 
 # -- changing ------------------------------------------------------------------------------------------------
 
-Change = Callable[["App", str], Awaitable["QueuedJob"]]
+Change = Callable[["JobQueue", str, str], Awaitable["QueuedJob"]]
 
 
 def _changed(name: str, where: dict[str, Any], change: Change, said: str, *, as_json: bool) -> int:
@@ -119,8 +119,8 @@ def _changed(name: str, where: dict[str, Any], change: Change, said: str, *, as_
 def set_priority(name: str, priority: int, as_json: bool, **where: Any) -> int:
     """Give a job another priority, 1 (first) to 999 (last); obeyed at the next claim."""
 
-    async def change(app: App, found: str) -> QueuedJob:
-        return await (await app.job_queue()).set_priority(found, priority)
+    async def change(jobs: JobQueue, found: str, by: str) -> QueuedJob:
+        return await jobs.set_priority(found, priority, by=by)
 
     if not FIRST_PRIORITY <= priority <= LAST_PRIORITY:
         click.echo(f"priorities go from {FIRST_PRIORITY} to {LAST_PRIORITY}; {priority} is cut to that", err=True)
@@ -134,8 +134,8 @@ def set_priority(name: str, priority: int, as_json: bool, **where: Any) -> int:
 def god_mode(name: str, as_json: bool, **where: Any) -> int:
     """Let a job be the next one: priority 1."""
 
-    async def change(app: App, found: str) -> QueuedJob:
-        return await (await app.job_queue()).set_priority(found, FIRST_PRIORITY)
+    async def change(jobs: JobQueue, found: str, by: str) -> QueuedJob:
+        return await jobs.god_mode(found, by=by)
 
     return _changed(name, where, change, "has priority {priority}", as_json=as_json)
 
@@ -147,8 +147,8 @@ def god_mode(name: str, as_json: bool, **where: Any) -> int:
 def retry(name: str, as_json: bool, **where: Any) -> int:
     """Let a job that has ended run again from the start, also a cancelled one; one that waits, at once."""
 
-    async def change(app: App, found: str) -> QueuedJob:
-        return await (await app.job_queue()).retry(found)
+    async def change(jobs: JobQueue, found: str, by: str) -> QueuedJob:
+        return await jobs.retry(found, by=by)
 
     return _changed(name, where, change, "waits to be run", as_json=as_json)
 
@@ -160,8 +160,8 @@ def retry(name: str, as_json: bool, **where: Any) -> int:
 def cancel(name: str, as_json: bool, **where: Any) -> int:
     """End a job for good: it is not run any more, no result counts any more, its prompt is interrupted by its id."""
 
-    async def change(app: App, found: str) -> QueuedJob:
-        return await (await app.job_queue()).cancel(found)
+    async def change(jobs: JobQueue, found: str, by: str) -> QueuedJob:
+        return await jobs.cancel(found, by=by)
 
     return _changed(name, where, change, "is {status_word}", as_json=as_json)
 
@@ -185,6 +185,3 @@ def resume(as_json: bool, **where: Any) -> int:
     from runcomfy.cli.queue_work import resume_queue
 
     return run_async(lambda interrupts: resume_queue(interrupts, where, as_json=as_json))
-
-
-__all__ = ["Interrupts", "add", "queue", "queue_options", "retry"]

@@ -246,7 +246,7 @@ EVENT_WORDS: Final[Mapping[EventKind, str]] = {
     EventKind.FILE_REFUSED: "a job file cannot be used",
 }
 
-TOLD: Final = ("message", "name", "path", "file", "priority", "reason", "code", "scope", "delay_seconds")
+TOLD: Final = ("message", "file", "priority", "reason", "code", "scope", "times", "wait_seconds", "prompt", "by")
 """What of an event's data is worth a person's while."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from runcomfy.domain.exceptions import (
 from runcomfy.domain.queued import Ingested, JobEvent, Pause, QueuedJob, QueueStatus
 
 if TYPE_CHECKING:
+    from runcomfy.application.job_queue import JobQueue
     from runcomfy.bootstrap import App
     from runcomfy.ports.jobs import JobStore
 
@@ -351,6 +353,14 @@ async def add_files(interrupts: Interrupts, files: Sequence[str], where: Mapping
     return failed.exit_code if failed is not None else 0
 
 
+def who() -> str:
+    """Return who gives an order, for the event log."""
+    try:
+        return foreign_text(getpass.getuser(), 60)
+    except (OSError, KeyError, ImportError):  # a user without a name: containers have them
+        return ""
+
+
 # -- changing ------------------------------------------------------------------------------------------------
 
 
@@ -358,16 +368,16 @@ async def change_job(
     interrupts: Interrupts,
     name: str,
     where: Mapping[str, Any],
-    change: Callable[[App, str], Awaitable[QueuedJob]],
+    change: Callable[[JobQueue, str, str], Awaitable[QueuedJob]],
     said: str,
     *,
     as_json: bool,
 ) -> int:
-    """Change one job and say what it is now."""
+    """Change one job and say what it is now. `change` gets the queue, the job's uid, and who wants it."""
     async with open_queue(interrupts, where, quiet=as_json) as app:
         store = await app.job_store()
         before = await find_job(store, name)
-        job = await change(app, before.uid)
+        job = await change(await app.job_queue(), before.uid, who())
     if as_json:
         show_json(display.job_facts(job))
     else:
@@ -379,7 +389,7 @@ async def change_job(
 async def pause_queue(interrupts: Interrupts, reason: str, where: Mapping[str, Any], *, as_json: bool) -> int:
     """Let nothing begin any more."""
     async with open_queue(interrupts, where, quiet=as_json) as app:
-        pause = await (await app.job_queue()).pause(reason)
+        pause = await (await app.job_queue()).pause(reason, by=who())
     if as_json:
         show_json(display.pause_facts(pause))
     else:
@@ -390,7 +400,7 @@ async def pause_queue(interrupts: Interrupts, reason: str, where: Mapping[str, A
 async def resume_queue(interrupts: Interrupts, where: Mapping[str, Any], *, as_json: bool) -> int:
     """Let everything go on."""
     async with open_queue(interrupts, where, quiet=as_json) as app:
-        ended = await (await app.job_queue()).resume()
+        ended = await (await app.job_queue()).resume(by=who())
     if as_json:
         show_json([display.pause_facts(pause) for pause in ended])
     elif ended:

@@ -367,6 +367,7 @@ async def test_a_failing_job_has_three_runs_and_three_more_by_retry(project: Pro
     assert "tried again in" in await ended(agent)
 
 
+@pytest.mark.fault(61)
 async def test_stopped_in_the_middle_the_next_start_goes_on_with_the_same_prompt(project: Project) -> None:
     agent = await project.start("comfyui_agent.run", COMFYUI_AGENT_DRAIN_SECONDS="0")
     project.drop("T2I_1_1_slow.yaml", job("wf_slow", "slow", inputs={"seconds": 6.0}))
@@ -385,6 +386,7 @@ async def test_stopped_in_the_middle_the_next_start_goes_on_with_the_same_prompt
     assert (project.folder / "jobs" / "finished" / "image" / "slow.png").is_file()
 
 
+@pytest.mark.fault(61)
 async def test_the_second_signal_leaves_at_once_and_nothing_is_lost(project: Project) -> None:
     agent = await project.start("comfyui_agent.run")
     project.drop("T2I_1_1_slow.yaml", job("wf_slow", "slow", inputs={"seconds": 10.0}))
@@ -406,6 +408,7 @@ async def test_the_second_signal_leaves_at_once_and_nothing_is_lost(project: Pro
     assert len(project.comfyui.run_log) == 1
 
 
+@pytest.mark.fault(63)
 async def test_a_second_monitor_is_told_who_has_the_folder(project: Project) -> None:
     first = await project.start("comfyui_agent.monitor")
     await project.until((project.folder / "jobs" / "processing" / ".monitor.lock").exists, "the first one watches")
