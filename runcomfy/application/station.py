@@ -137,6 +137,8 @@ class _Kept:
     retired: str = ""
     """Why no further job goes there; empty while any may."""
     gpu_failures: int = 0
+    clocked: bool = False
+    """Whether somebody looks how long it has not been used."""
     ending: asyncio.Task[None] | None = None
 
     @property
@@ -348,15 +350,21 @@ class CloudStation:
 
     def _leave(self, kept: _Kept, use: _Use) -> None:
         kept.end(use)
-        if not kept.uses:
-            self._spawn(self._end_unused(kept, kept.unused_since), name=IDLE_CLOCK)
+        if not kept.uses and (kept.retired or not kept.clocked):
+            self._spawn(self._end_unused(kept), name=IDLE_CLOCK)
 
-    async def _end_unused(self, kept: _Kept, since: float) -> None:
-        """End a machine that nobody has used for long enough since then, or at once if nobody can."""
-        if not kept.retired:
-            await asyncio.sleep(self._idle_after)
-        if not kept.uses and kept.unused_since == since:
-            await self._end(kept, kept.retired or "the executor had nothing to do")
+    async def _end_unused(self, kept: _Kept) -> None:
+        """End a machine when nobody has used it for long enough, or at once if nobody can; one clock per machine."""
+        kept.clocked = True
+        try:
+            while not kept.uses:
+                left = kept.unused_since + self._idle_after - asyncio.get_running_loop().time()
+                if kept.retired or left <= 0:
+                    await self._end(kept, kept.retired or "the executor had nothing to do")
+                    return
+                await asyncio.sleep(left)
+        finally:
+            kept.clocked = False
 
     # -- starting ------------------------------------------------------------------------------------------
 
@@ -437,7 +445,7 @@ class CloudStation:
         now = asyncio.get_running_loop().time()
         kept = _Kept(own, server, own.machine, counted_at=now, unused_since=now)
         self._kept[kept.key] = kept
-        self._spawn(self._end_unused(kept, now), name=IDLE_CLOCK)
+        self._spawn(self._end_unused(kept), name=IDLE_CLOCK)
         return kept
 
     # -- ending --------------------------------------------------------------------------------------------
