@@ -99,6 +99,16 @@ _DATE: Final = Sql(
 )
 
 
+# Workers that vanished of late without having had this job: what kills workers may be something else.
+_OTHER_DEATHS: Final = Sql(
+    "SELECT count(DISTINCT worker_id) FROM job_events WHERE kind = 'lost' AND at > :since AND worker_id <> :worker "
+    "AND worker_id NOT IN (SELECT worker_id FROM job_events WHERE job_id = :job AND kind = 'lost' "
+    "AND worker_id IS NOT NULL)"
+)
+BLAMED_OVER: Final = timedelta(hours=1)
+"""How far back deaths of workers are looked at when a job is suspected of killing them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reap:
     """What the planner asks for."""
@@ -121,7 +131,8 @@ def reap(connection: Connection, now: datetime, order: Reap) -> list[QueuedJob]:
     for entry in hold(connection, (job_id for (job_id,) in over)).values() if over else ():
         if entry.job.status is QueueStatus.PROCESSING and _is_over(entry.job, now, write.whole(now), order):
             before.append(entry)
-            after.append(lost(entry, now, write.kept(now), limit=order.lost_limit))
+            blamed = entry.job.lost_count + 1 >= order.lost_limit and _is_to_blame(connection, entry.job, now)
+            after.append(lost(entry, now, write.kept(now), blamed=blamed))
     if after:
         events = [event for pair in zip(before, after, strict=True) for event in _told(*pair)]
         keep(connection, now, jobs=after, events=events)
@@ -143,11 +154,22 @@ def _is_over(job: QueuedJob, now: datetime, now_whole: Any, order: Reap) -> bool
     return alone or job.worker_id in order.dead or job.lease_expires_at is None or job.lease_expires_at < now
 
 
-def lost(entry: Entry, now: datetime, end_time: datetime, *, limit: int) -> Entry:
-    """Return what becomes of a job whose worker vanished: it costs nothing, until it was lost too often."""
+def _is_to_blame(connection: Connection, job: QueuedJob, now: datetime) -> bool:
+    """Whether workers vanish with this job rather than anyway.
+
+    A job that kills its worker is there each time one dies. Where as many died without it (hosts that are taken away,
+    somebody who tests us), three losses prove nothing, and a sound job must not end for them.
+    """
+    since = stamps(connection).exact(now - BLAMED_OVER)
+    found = _OTHER_DEATHS.run(connection, {"since": since, "worker": job.worker_id or "", "job": job.id}).fetchall()
+    return int(found[0][0]) <= job.lost_count
+
+
+def lost(entry: Entry, now: datetime, end_time: datetime, *, blamed: bool) -> Entry:
+    """Return what becomes of a job whose worker vanished: it costs nothing, unless it is `blamed` for it."""
     job = entry.job
     count = job.lost_count + 1
-    if count < limit:
+    if not blamed:
         return changed(
             entry,
             status=QueueStatus.PENDING,

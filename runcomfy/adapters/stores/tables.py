@@ -265,6 +265,8 @@ job_events: Final = Table(
     sqlite_autoincrement=True,
 )
 Index("ix_job_events_job_id", job_events.c.job_id, job_events.c.number)
+_losses = text("kind = 'lost'")
+Index("ix_job_events_lost", job_events.c.at, sqlite_where=_losses, postgresql_where=_losses)
 
 queue_pauses: Final = Table(
     "queue_pauses",

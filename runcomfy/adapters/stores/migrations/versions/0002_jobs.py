@@ -148,6 +148,8 @@ def _stories() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("ix_job_events_job_id", "job_events", ["job_id", "number"])
+    losses = sa.text("kind = 'lost'")
+    op.create_index("ix_job_events_lost", "job_events", ["at"], sqlite_where=losses, postgresql_where=losses)
 
 
 def _pauses_and_roles() -> None:
