@@ -210,7 +210,8 @@ async def _count(
         attached += kinds[EventKind.ATTACHED]
         outputs = row.result.get("outputs", [])
         whole = bool(outputs) and await asyncio.to_thread(_are_whole, outputs)
-        twice += kinds[EventKind.DONE] != 1 or not whole
+        done = row.status is QueueStatus.DONE
+        twice += kinds[EventKind.DONE] > 1 or (done and not whole)
         prompts = {str(attempt.prompt_id) for attempt in await store.attempts(row.id) if attempt.prompt_id}
         ran = sum(began[prompt] for prompt in prompts)
         run_again += max(0, ran - 1)
