@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -346,6 +346,63 @@ async def test_an_event_loop_that_is_blocked_for_longer_than_a_lease_loses_nothi
     assert len(leases) >= 5
     assert set(leases) == {"(0,)"}  # never overdue
     assert (done.status, done.token, done.run_count) == (QueueStatus.DONE, 1, 1)
+
+
+class JumpingClock(LoopClock):
+    """The loop's time, until somebody sets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = timedelta(0)
+
+    def now(self) -> datetime:
+        return super().now() + self.offset
+
+
+@pytest.mark.fault(60)
+@pytest.mark.parametrize("jump", [timedelta(days=1), timedelta(days=-1)], ids=["forward", "back"])
+async def test_a_clock_that_jumps_by_a_day_changes_nothing(
+    workers: Workers, comfyui: ComfyUIEmulator, jump: timedelta
+) -> None:
+    """Invariant I21."""
+    workers.clock = clock = JumpingClock()
+    async with workers.start() as one, workers.start():
+        jobs = await one.queue.enqueue_many([JobRequest(picture(40, name=n)) for n in range(3)])
+        await when(lambda: is_in(one, jobs[0], Phase.SUBMITTED), "a prompt is on the server")
+        clock.offset = jump
+        done = [await one.queue.wait(job, timeout=timedelta(minutes=10)) for job in jobs]
+    assert {(job.status, job.run_count, job.reason) for job in done} == {(QueueStatus.DONE, 1, "")}
+    assert ran(comfyui) == ["success"] * 3
+
+
+async def test_a_job_that_is_set_back_in_sql_while_it_runs_goes_on_with_its_prompt(
+    workers: Workers, comfyui: ComfyUIEmulator
+) -> None:
+    async with workers.start() as worker:
+        job = await worker.queue.enqueue(JobRequest(picture(60)))
+        await when(lambda: is_in(worker, job, Phase.SUBMITTED), "the prompt is on the server")
+        statement = "UPDATE jobs SET status='pending', worker_id=NULL, lease_expires_at=NULL WHERE status='processing'"
+        await worker.store.run(lambda connection: connection.exec_driver_sql(statement))
+        done = await worker.queue.wait(job)
+        assert (done.status, done.run_count, done.token) == (QueueStatus.DONE, 1, 2)
+    assert ran(comfyui) == ["success"]
+
+
+async def test_a_defect_ends_the_worker_loudly_and_costs_the_job_nothing(workers: Workers) -> None:
+    def tell(sentence: str) -> None:
+        if "done" in sentence:
+            raise ZeroDivisionError("whoever listens has a defect")
+
+    async with workers.start(works=False, tell=tell) as worker:
+        job = await worker.queue.enqueue(JobRequest(picture(20)))
+        task = worker.begin()
+        worker.task = None
+        with pytest.raises(ZeroDivisionError):
+            await task
+        assert (await worker.queue.job(job)).status is QueueStatus.DONE
+    async with workers.start() as other:
+        again = await other.queue.wait(await other.queue.enqueue(JobRequest(picture())))
+        assert again.status is QueueStatus.DONE
 
 
 # -- a database that refuses -------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ class Executor:
         self._wake = asyncio.Event()
         self._nudge = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._resting: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
         self._depth = 0
         """How many `async with` blocks are open."""
@@ -211,10 +212,11 @@ class Executor:
             await self._cut_all()
 
     async def _end_loops(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        tasks = [*self._tasks, *([self._resting] if self._resting is not None else [])]
         self._tasks.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _sign_off(self) -> None:
         if self._owes:  # or nobody would see that the open claim's worker is gone
@@ -290,7 +292,7 @@ class Executor:
                 if not begun and not self._runs:
                     if once and self._trouble is None:
                         return
-                    await self._rest()
+                    self._rest()
                 if look is None:
                     look = asyncio.create_task(self.store.changed(timeout=self.settings.poll_interval, seen=mark))
                 wake = asyncio.create_task(self._wake.wait())
@@ -310,11 +312,17 @@ class Executor:
                 look.cancel()
                 await asyncio.wait({look})
 
-    async def _rest(self) -> None:
-        try:
-            await self.station.idle()
-        except RunComfyError as error:
-            log.warning("station_not_at_rest", extra={"fields": {"error": repr(error)}})
+    def _rest(self) -> None:
+        """Tell the station that there is nothing to do. What it ends takes a while, and a job may come meanwhile."""
+
+        async def idle() -> None:
+            try:
+                await self.station.idle()
+            except RunComfyError as error:
+                log.warning("station_not_at_rest", extra={"fields": {"error": repr(error)}})
+
+        if self._resting is None or self._resting.done():
+            self._resting = self._start("idle", idle())
 
     def _seen(self, look: asyncio.Task[int], mark: int) -> int:
         try:
@@ -364,7 +372,7 @@ class Executor:
             self._owes = self._owes or run.unwritten
             self._wake.set()
             if not task.cancelled() and (error := task.exception()) is not None:
-                self._broken = self._broken or error
+                self._broken, self._owes = self._broken or error, True
 
         task.add_done_callback(over)
         return run

@@ -141,17 +141,18 @@ class Workers:
         heart: Callable[[SqlJobs, WorkerId], Pulse] | None = None,
         busy_timeout: timedelta = timedelta(seconds=5),
         at: tuple[Placer, Station] | None = None,
+        tell: Callable[[str], None] | None = None,
         **changes: Any,
     ) -> AsyncIterator[Worker]:
         """Run a worker for the block; `changes` are laid over the queue's settings. `works=False`: only make it.
 
-        `at`: where it works, if that is not the server of the settings.
+        `at`: where it works, if that is not the server of the settings. `tell`: hears what it says, in place of `said`.
         """
         settings = replace(self.queue_settings, **changes)
         with suppress(Killed):
             async with AsyncExitStack() as stack:
                 store = await stack.enter_async_context(self.open(busy_timeout=busy_timeout))
-                worker = self._worker(stack, store, settings, heart, at)
+                worker = self._worker(stack, store, settings, heart, at, tell)
                 if works:
                     worker.begin(once=once)
                 try:
@@ -166,6 +167,7 @@ class Workers:
         settings: QueueSettings,
         heart: Callable[[SqlJobs, WorkerId], Pulse] | None,
         at: tuple[Placer, Station] | None,
+        tell: Callable[[str], None] | None,
     ) -> Worker:
         said: list[str] = []
         killed, awake = asyncio.Event(), asyncio.Event()
@@ -207,7 +209,7 @@ class Workers:
             clock=self.clock,
             processes=self.processes,
             heart=heart(disk, WorkerId(owner.id)) if heart is not None else None,
-            tell=said.append,
+            tell=tell or said.append,
         )
         worker = Worker(executor, disk, JobQueue(disk, settings, processes=self.processes), killed, awake)
         worker.said = said
