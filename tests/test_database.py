@@ -79,6 +79,18 @@ def words(connection: Connection) -> list[str]:
 # -- group commit ----------------------------------------------------------------------------------------------
 
 
+async def together(database: Database, *works: Callable[[Connection], Any]) -> list[Any]:
+    """Have writes wait for the thread at the same time; return what came of each, errors too."""
+    go_on = threading.Event()
+    busy = asyncio.create_task(database.read(lambda _: go_on.wait(60)))
+    await asyncio.sleep(0)
+    writes = [asyncio.create_task(database.write(work)) for work in works]
+    await asyncio.sleep(0)
+    go_on.set()
+    await busy
+    return await asyncio.gather(*writes, return_exceptions=True)
+
+
 def refuse(connection: Connection) -> None:
     note("never seen")(connection)
     raise LeaseLost("somebody was quicker")
@@ -93,9 +105,9 @@ def break_a_rule(connection: Connection) -> None:
 async def test_one_write_that_fails_takes_none_of_those_beside_it_along(
     database: Database, harm: Callable[[Connection], None], error: type[RunComfyError]
 ) -> None:
-    before = [database.write(note(f"before {number}")) for number in range(20)]
-    after = [database.write(note(f"after {number}")) for number in range(20)]
-    done = await asyncio.gather(*before, database.write(harm), *after, return_exceptions=True)
+    before = [note(f"before {number}") for number in range(20)]
+    after = [note(f"after {number}") for number in range(20)]
+    done = await together(database, *before, harm, *after)
     [failed] = [item for item in done if isinstance(item, BaseException)]
     assert isinstance(failed, error)
     expected = [*(f"before {number}" for number in range(20)), *(f"after {number}" for number in range(20))]
@@ -104,15 +116,16 @@ async def test_one_write_that_fails_takes_none_of_those_beside_it_along(
 
 
 async def test_writes_that_wait_together_share_a_transaction(database: Database) -> None:
-    begun: list[int] = []
+    seen: list[object] = []
 
     def work(connection: Connection) -> None:
-        begun.append(id(connection.get_transaction()))
+        seen.append(connection.get_transaction())
         note("one of many")(connection)
 
-    await asyncio.gather(*(database.write(work) for _ in range(100)))
+    assert await together(database, *[work] * 100) == [None] * 100
     assert len(await database.read(words)) == 100
-    assert len(set(begun)) < 50
+    assert len(seen) == 100
+    assert all(transaction is seen[0] for transaction in seen)
 
 
 async def test_all_of_them_hear_that_the_commit_failed(database: Database) -> None:
@@ -120,15 +133,10 @@ async def test_all_of_them_hear_that_the_commit_failed(database: Database) -> No
         note("lost")(connection)
         connection.invalidate()
 
-    lost = await asyncio.gather(
-        database.write(note("one")), database.write(lose_the_connection), database.write(note("two")),
-        return_exceptions=True,
-    )  # fmt: skip
-    told = [item for item in lost if isinstance(item, RunComfyError)]
-    # The first may have been committed on its own, before the others came.
-    assert len(told) >= 2
+    lost = await together(database, note("one"), lose_the_connection, note("two"))
+    assert [type(item) for item in lost] == [StoreUnavailable] * 3
     assert await database.write(note("after")) == "after"
-    assert "lost" not in await database.read(words)
+    assert await database.read(words) == ["after"]
 
 
 async def test_a_value_of_the_wrong_kind_is_the_callers_defect_and_nobody_elses(database: Database) -> None:
@@ -137,7 +145,7 @@ async def test_a_value_of_the_wrong_kind_is_the_callers_defect_and_nobody_elses(
     def work(connection: Connection) -> None:
         connection.execute(tables.upgrades.insert().values(revision=4711, program_version="", at=START))
 
-    good, bad = await asyncio.gather(database.write(note("good")), database.write(work), return_exceptions=True)
+    good, bad = await together(database, note("good"), work)
     assert good == "good"
     assert isinstance(bad, TypeError)
 
@@ -218,6 +226,18 @@ async def test_hours_of_waiting_for_a_file_cost_little(tmp_path: Path) -> None:
         began = asyncio.get_running_loop().time()
         await database.changed(timeout=timedelta(hours=8))
         assert asyncio.get_running_loop().time() - began == pytest.approx(8 * 3600)
+
+
+async def test_a_file_is_asked_again_by_a_new_connection(tmp_path: Path) -> None:
+    async with store_from(tmp_path / "store.sqlite3", clock=LoopClock()) as database:
+        with pytest.raises(StoreUnavailable):
+            await database.read(lambda connection: connection.connection.dbapi_connection.close())  # type: ignore[union-attr]
+        with pytest.raises(StoreUnavailable):
+            await database.changed(timeout=SOON)
+        mark = await database.changed(timeout=SOON)
+        async with store_from(tmp_path / "store.sqlite3", clock=LoopClock()) as other:
+            await other.write(call)
+            assert await database.changed(timeout=SOON, seen=mark) > mark
 
 
 async def test_a_closed_database_cannot_be_waited_for(make: Make) -> None:

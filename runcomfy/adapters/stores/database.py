@@ -356,11 +356,18 @@ class Database:
         return await self.in_thread(self._ask_version)
 
     def _ask_version(self) -> int:
-        if self._link is None or self._link.version is None:
+        link = self._link
+        if link is None:
             raise not_open()
         try:
-            return self._link.version()
+            if link.version is None:
+                with link.reading.connect() as connection:
+                    link.version = self.kind.version(connection)
+            return link.version()
         except self.kind.errors as error:
+            link.version = None  # it went by a connection that may be no more, and each counts for itself
+            if self._polling is not None:
+                self._polling.found(None)
             _fail(self.kind, error)
 
     # -- work ----------------------------------------------------------------------------------------------

@@ -85,8 +85,8 @@ class Polling:
         self._waiting = 0
         self._task: asyncio.Task[None] | None = None
 
-    def found(self, number: int) -> None:
-        """Say which number counts as seen."""
+    def found(self, number: int | None) -> None:
+        """Say which number counts as seen; None: none, so that whatever is found next rings the bell."""
         self._found = number
 
     @asynccontextmanager
