@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +194,56 @@ def test_events_tell_the_story(say: Say, project: Path, monkeypatch: pytest.Monk
     assert [json.loads(line)["kind"] for line in out.splitlines()] == ["enqueued", "priority"]
     _, out, _ = say("comfyctl", "queue", "events", "--limit", "1", "--json")
     assert [json.loads(line)["kind"] for line in out.splitlines()] == ["paused"]
+
+
+@contextmanager
+def watching(*words: str) -> Iterator[tuple[Callable[[], str], subprocess.Popen[str]]]:
+    """A command that stays; gives what reads its next line."""
+    command = [sys.executable, "-m", "runcomfy.cli.e3", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline, process
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, ""), "Ctrl+C is how looking ends"
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_a_watched_list_without_a_terminal_prints_each_change(say: Say, project: Path) -> None:
+    say("e3", "add", write(project))
+    with watching("queue", "ls", "--watch") as (line, _):
+        assert line().split() == ["1", KNIGHT, "T2I", "20", "pending", "0", "waits"]
+        assert line() == "nobody works on the queue; `comfyctl agent start` does\n"
+        say("e3", "queue", "god-mode", KNIGHT)
+        assert line().split()[:4] == ["1", KNIGHT, "T2I", "1"]
+        say("e3", "queue", "pause", "--reason", "moving house")
+        assert "moving house" in line()
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_followed_events_come_as_they_happen(say: Say, project: Path) -> None:
+    say("e3", "add", write(project))
+    with watching("queue", "events", KNIGHT, "--follow", "--json") as (line, _):
+        assert json.loads(line())["kind"] == "enqueued"
+        say("e3", "queue", "pause")
+        say("e3", "queue", "cancel", KNIGHT)
+        assert json.loads(line())["kind"] == "cancelled"
+
+
+@pytest.mark.processes
+def test_a_watched_job_is_shown_when_it_has_ended(say: Say, project: Path) -> None:
+    say("e3", "add", write(project))
+    command = [sys.executable, "-m", "runcomfy.cli.e3", "queue", "show", KNIGHT, "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "pending: waits\n"
+        say("e3", "queue", "cancel", KNIGHT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "status          cancelled" in out
+    assert err.startswith("failed: ")
 
 
 # -- changing ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runcomfy.cli.queue_work import open_queue
 from runcomfy.cli.runner import Interrupts
-from runcomfy.domain.exceptions import Interrupted, JobTimeout, RunComfyError, ValueInvalid, foreign_text
+from runcomfy.domain.exceptions import Interrupted, JobTimeout, LocalError, RunComfyError, ValueInvalid, foreign_text
 from runcomfy.domain.job import BillLine, JobResult, JobStatus, Output, OutputKind
 from runcomfy.domain.progress import Progress, Step
 from runcomfy.domain.queued import QueuedJob, QueueStatus
@@ -27,7 +27,7 @@ async def run_queued(
     interrupts: Interrupts, request: JobRequest, options: dict[str, Any], where: dict[str, Any], *, as_json: bool
 ) -> int:
     """Put the job in and follow it. Ctrl+C leaves it where it is."""
-    from runcomfy.cli.output import show_json, tell
+    from runcomfy.cli.output import show_error, show_json, tell
     from runcomfy.cli.progress_display import Display
     from runcomfy.cli.run import show_result
 
@@ -45,15 +45,23 @@ async def run_queued(
                 display.tell(f"{job.config_name} is in the queue (number {job.id}, priority {job.priority})")
                 if not job.ended and not await queue.workers():
                     display.tell(NOBODY)
-            async for seen in until_pressed(queue, job, interrupts):
-                job = seen
-                display(progress_of(job))
-        if not job.ended:
+            error: RunComfyError | None = None
+            try:
+                async for seen in until_pressed(queue, job, interrupts):
+                    job = seen
+                    display(progress_of(job))
+            except LocalError as caught:  # we can look no more; the job goes on
+                error = caught
+        if error is not None or not job.ended:
+            error = error or Interrupted("this command no longer follows the job", hint=left_behind(job)[1])
             for line in left_behind(job):
                 tell(line)
             if as_json:
-                show_json({"job_id": job.uid, "status": str(job.status), "config_name": job.config_name})
-            return Interrupted.exit_code
+                facts = {"job_id": job.uid, "status": str(job.status), "config_name": job.config_name}
+                show_json({**facts, "error": error.as_dict()})
+            elif not isinstance(error, Interrupted):
+                show_error(error)
+            return error.exit_code
     return show_result(result_of(job), as_json=as_json)
 
 
