@@ -112,8 +112,8 @@ class PostgresListener:
 
     def _listen(self, connection: psycopg.Connection[Any]) -> None:
         """Pass on every call; return when the listener is stopped. Raises psycopg.Error if the connection ends."""
-        self._hears = True
         self._changed()  # whatever happened before it could be heard
+        self._hears = True
         while not self._waited(connection):
             if self._calls(connection):
                 self._changed()
