@@ -220,6 +220,16 @@ async def test_run_job_does_one_job_for_another_engine(workers: Workers) -> None
                 await worker.executor.run_job(first.id)
 
 
+async def test_other_engines_may_ask_for_many_jobs_at_once(workers: Workers, comfyui: ComfyUIEmulator) -> None:
+    async with workers.start(works=False) as worker:
+        jobs = await worker.queue.enqueue_many([JobRequest(picture(3, name=n)) for n in range(4)])
+        done = await asyncio.gather(*(worker.executor.run_job(job.id) for job in jobs[:3]))
+        assert {job.status for job in done} == {QueueStatus.DONE}
+        assert await worker.queue.workers() == []
+        assert (await worker.executor.run_job(jobs[3].id)).status is QueueStatus.DONE
+    assert ran(comfyui) == ["success"] * 4
+
+
 # -- failures ----------------------------------------------------------------------------------------------
 
 

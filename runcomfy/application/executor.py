@@ -135,6 +135,7 @@ class Executor:
         self._tasks: list[asyncio.Task[None]] = []
         self._resting: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
+        self._coming_and_going = asyncio.Lock()
         self._depth = 0
         """How many `async with` blocks are open."""
         self._leave = asyncio.Event()
@@ -166,30 +167,37 @@ class Executor:
 
     async def __aenter__(self) -> Self:
         """Register as a worker and begin to beat, watch and plan. May be nested; the last to leave ends it."""
-        self._depth += 1
-        if self._depth == 1:
-            self._leave.clear()
-            try:
-                await self.store.register_owner(self.owner)
-                self._heart.start(self._beaten)
-                await self.planner.round()
-            except BaseException:
-                self._depth = 0
-                await finish(self._heart.stop())
-                raise
-            for name, loop in (
-                ("watch", self._watch()),
-                ("report", self._report()),
-                ("sweep", self._sweep()),
-                ("plan", self.planner.run()),
-            ):
-                self._tasks.append(self._start(name, loop))
+        async with self._coming_and_going:
+            if self._depth == 0:
+                await self._begin_service()
+            self._depth += 1
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            await finish(self._end())
+        await finish(self._leave_block())
+
+    async def _leave_block(self) -> None:
+        async with self._coming_and_going:
+            self._depth -= 1
+            if self._depth == 0:
+                await self._end()
+
+    async def _begin_service(self) -> None:
+        self._leave.clear()
+        try:
+            await self.store.register_owner(self.owner)
+            self._heart.start(self._beaten)
+            await self.planner.round()
+        except BaseException:
+            await finish(self._heart.stop())
+            raise
+        for name, loop in (
+            ("watch", self._watch()),
+            ("report", self._report()),
+            ("sweep", self._sweep()),
+            ("plan", self.planner.run()),
+        ):
+            self._tasks.append(self._start(name, loop))
 
     def _start(self, name: str, loop: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(loop, name=f"queue-{name}")
@@ -255,6 +263,7 @@ class Executor:
     async def run_job(self, key: JobKey) -> QueuedJob:
         """Claim one job, run it, and return it as it is then; for programs that have an engine of their own.
 
+        Around many calls, `async with executor:` spares each of them the coming and going of a worker.
         A job that has ended is returned as it is. One that failed and is to be tried again is pending afterwards.
         Raises JobNotFound, and JobBusy if it cannot be claimed now.
         """

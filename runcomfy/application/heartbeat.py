@@ -75,7 +75,8 @@ class Heart:
 
     def start(self, on_beat: OnBeat) -> None:
         """Start the thread."""
-        self._good = time.monotonic()
+        self._good, self._over = time.monotonic(), False
+        self._wake.clear()
         arguments = (asyncio.get_running_loop(), on_beat)
         # A daemon: a process that is told to leave at once does not wait for a database that hangs.
         self._thread = threading.Thread(target=self._beat, args=arguments, name="heart", daemon=True)

@@ -191,11 +191,6 @@ class JobRun:
             return self._server_stays
         return isinstance(error, LeaseLost) or self.why is Why.LOST
 
-    @property
-    def _has_prompt(self) -> bool:
-        """Whether the row names a prompt that may be on a server."""
-        return self.journal.touched or self.journal.earlier is not None
-
     def _keeps(self, error: RunComfyError) -> bool:
         untouched = self.journal.earlier is not None and not self.journal.touched
         return untouched or (self.journal.touched and self._leaves(error))
@@ -254,7 +249,7 @@ class JobRun:
                     Outcome.PUT_BACK, error=facts, keeps_prompt=self._keeps(error), killed_machine=self.journal.killed
                 )
             case retry.StoreTrouble() | retry.Stopped():
-                return Ending(Outcome.PUT_BACK, error=facts, keeps_prompt=self._has_prompt)
+                return Ending(Outcome.PUT_BACK, error=facts, keeps_prompt=self._keeps(error))
             case retry.Quarantine():
                 return Ending(
                     Outcome.QUARANTINED,

@@ -251,10 +251,9 @@ class RetryPolicy:
 
     def keeps_prompt(self, error: RunComfyError, *, server_stays: bool) -> bool:
         """Return whether a prompt on a server is left alone after `error`, for whoever goes on with the job."""
-        kind = kind_of(error)
-        if kind is Kind.STORE or isinstance(error, errors.LeaseLost):
+        if isinstance(error, errors.LeaseLost):
             return True
-        return server_stays and kind in (Kind.MISSING, Kind.UNREACHABLE, Kind.BUDGET)
+        return server_stays and kind_of(error) in (Kind.STORE, Kind.MISSING, Kind.UNREACHABLE, Kind.BUDGET)
 
 
 def kind_of(error: RunComfyError) -> Kind:

@@ -212,7 +212,8 @@ def test_our_own_stops_and_a_database_that_refuses_decide_nothing_about_the_job(
     assert decide(tree.Interrupted()) == decide(tree.LeaseLost()) == Stopped()
     for error in (tree.StoreUnavailable(), tree.StoreCorrupt(), tree.StoreTooNew()):
         assert decide(error) == StoreTrouble()
-        assert POLICY.keeps_prompt(error, server_stays=False)
+        assert POLICY.keeps_prompt(error, server_stays=True)
+    assert POLICY.keeps_prompt(tree.LeaseLost(), server_stays=False)
 
 
 @given(
