@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final
 
 from runcomfy.adapters.stores import tables
@@ -77,8 +78,18 @@ def time_in(value: object) -> datetime | None:
     """Return the time a column says, in UTC; None for none, or one that nobody can read."""
     if value is None:
         return None
+    if not isinstance(value, datetime):
+        return _time_said(str(value))
     try:
-        at = value if isinstance(value, datetime) else datetime.fromisoformat(str(value).strip())
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+@lru_cache(maxsize=1024)  # jobs that were claimed together have their times in common
+def _time_said(text: str) -> datetime | None:
+    try:
+        at = datetime.fromisoformat(text.strip())
         return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     except (ValueError, OverflowError):
         return None
@@ -143,10 +154,13 @@ def _default(field: Field[Any]) -> Any:
 
 def request_in(value: object) -> JobRequest | None:
     """Return the request a column says, None if it says none that this program can read whole."""
-    if value is None:
-        return None
+    return None if value is None else _request_said(str(value))
+
+
+@lru_cache(maxsize=64)  # a row is read when it is claimed and again when it ends
+def _request_said(text: str) -> JobRequest | None:
     try:
-        said = json.loads(str(value))
+        said = json.loads(text)
         if said.keys() - _REQUEST_FIELDS.keys():
             return None
         if "timeout" in said:
