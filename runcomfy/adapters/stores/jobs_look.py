@@ -11,7 +11,7 @@ was seen has ended, or what comes after it is older than any transaction of ours
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -33,13 +33,9 @@ _ATTEMPTS: Final = Sql(f"SELECT {ATTEMPTS} FROM job_attempts WHERE job_id = :job
 _OF_JOB: Final = Sql(
     f"SELECT {EVENTS} FROM job_events WHERE job_id = :job_id AND number > :after ORDER BY number LIMIT :count"
 )
-_ALL: Final = Sql(
-    f"SELECT {EVENTS} FROM job_events WHERE number > :after ORDER BY number LIMIT :count",
-    postgres=(
-        f"SELECT {EVENTS}, txid_snapshot_xmax(txid_current_snapshot()) FROM job_events "
-        "WHERE number > :after ORDER BY number LIMIT :count"
-    ),
-)
+_ALL: Final = Sql(f"SELECT {EVENTS} FROM job_events WHERE number > :after ORDER BY number LIMIT :count")
+# Larger than the number of every transaction that has written anything yet.
+_NEXT_TRANSACTION: Final = Sql("SELECT 0", postgres="SELECT txid_current()")
 _OLDEST_GOING_ON: Final = Sql("SELECT 0", postgres="SELECT txid_snapshot_xmin(txid_current_snapshot())")
 
 SURELY_OVER: Final = timedelta(minutes=5)
@@ -114,24 +110,27 @@ class EventLog:
         if job_id is not None:
             # Events of one job are written by who has locked its row: their numbers are in the order of the commits.
             return [event_of(row) for row in _OF_JOB.run(connection, {**parameters, "job_id": job_id})]
-        rows = _ALL.run(connection, parameters).fetchall()
-        if connection.dialect.name != "postgresql":
-            return [event_of(row) for row in rows]
-        return list(self._without_gaps(connection, now, after, rows))
-
-    def _without_gaps(
-        self, connection: Connection, now: datetime, after: int, rows: Sequence[Sequence[Any]]
-    ) -> Iterable[JobEvent]:
+        if connection.dialect.name == "sqlite":
+            return [event_of(row) for row in _ALL.run(connection, parameters)]
         self._gaps = {number: seen for number, seen in self._gaps.items() if number > after}
-        oldest: int | None = None
+        while True:
+            # Asked before the rows: what was going on then and has ended since is among them.
+            oldest = int(_OLDEST_GOING_ON.run(connection).scalar_one()) if self._gaps else 0
+            events = [event_of(row) for row in _ALL.run(connection, parameters)]
+            end = self._first_open_gap(events, now, after, oldest)
+            if end is None:
+                return events
+            if events[end].number in self._gaps:
+                return events[:end]
+            self._gaps[events[end].number] = int(_NEXT_TRANSACTION.run(connection).scalar_one())
+
+    def _first_open_gap(self, events: Sequence[JobEvent], now: datetime, after: int, oldest: int) -> int | None:
+        """Return which event comes after a number that may still be filled."""
         expected = after + 1
-        for *row, next_transaction in rows:
-            event = event_of(row)
+        for index, event in enumerate(events):
             if event.number != expected and event.at > now - SURELY_OVER:
-                seen = self._gaps.setdefault(event.number, next_transaction)
-                if oldest is None:
-                    oldest = int(_OLDEST_GOING_ON.run(connection).scalar_one())
-                if oldest < seen:
-                    return
+                seen = self._gaps.get(event.number)
+                if seen is None or oldest < seen:
+                    return index
             expected = event.number + 1
-            yield event
+        return None
