@@ -45,6 +45,8 @@ from runcomfy.domain.exceptions import (
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.queued import (
     ClaimLimits,
+    Ending,
+    Outcome,
     QueuedJob,
     QueueStatus,
     RowId,
@@ -140,7 +142,8 @@ class Executor:
         """How many `async with` blocks are open."""
         self._leave = asyncio.Event()
         self._owes = False
-        """Whether a claim is left open because its end could not be written down."""
+        """Whether a claim may be left open that runs nowhere: its end, or its answer, was lost on the way."""
+        self._claiming = False
         self._trouble: LocalError | None = None
         self._trouble_wait = TROUBLE_FIRST
         policy = retry.RetryPolicy(
@@ -361,14 +364,21 @@ class Executor:
         return len(claimed)
 
     async def _claim(self, count: int, *, only: RowId | None = None) -> Sequence[QueuedJob]:
-        return await self.store.claim(
-            self.worker,
-            count=count,
-            lease=self.settings.lease,
-            places=self.station.places(),
-            limits=self._limits,
-            only=only,
-        )
+        self._claiming = True
+        try:
+            return await self.store.claim(
+                self.worker,
+                count=count,
+                lease=self.settings.lease,
+                places=self.station.places(),
+                limits=self._limits,
+                only=only,
+            )
+        except BaseException:
+            self._owes = True  # it may have been written all the same
+            raise
+        finally:
+            self._claiming = False
 
     def _begin(self, row: QueuedJob) -> JobRun:
         faultpoint("queue.claimed")
@@ -432,6 +442,8 @@ class Executor:
                 self.tell("no lease could be renewed for a whole lease: others may take over what runs here")
             warned = warned and not self._heart.fresh
             await self._look_at_held()
+            if self._owes and self._trouble is None:
+                await self._give_back()
             await asyncio.sleep(WATCH_GAP)
 
     def _slept(self, at: float, wall: datetime) -> tuple[float, datetime]:
@@ -462,6 +474,21 @@ class Executor:
                         run.cut(Why.LOST if wanted else Why.CANCELLED)
         except LocalError as error:
             self._troubled(error)
+
+    async def _give_back(self) -> None:
+        """Put back what is held in our name and runs nowhere here: the heart would renew its lease for ever."""
+        runs = set(self._runs)
+        try:
+            held = await self.store.holds(self.worker)
+            if self._claiming:
+                return
+            for job_id, token in held.items() - runs - self._runs.keys():
+                with suppress(LeaseLost):
+                    await self.store.finish(job_id, token, Ending(Outcome.PUT_BACK, keeps_prompt=True))
+        except LocalError as error:
+            self._troubled(error)
+        else:
+            self._owes = False
 
     async def _report(self) -> None:
         while True:
