@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from runcomfy.application.job_queue import host_scope
@@ -25,6 +25,8 @@ READY_WITHIN: Final = timedelta(seconds=10)
 """How long a server may take to say that it is back."""
 FOR_GOOD: Final = timedelta(days=1)
 """How long a pause that only a user ends is believed without asking."""
+CLOCKS_DIFFER: Final = timedelta(seconds=5)
+"""A pause that begins farther ahead than this was written before the clock was set back."""
 
 
 class Gate:
@@ -54,7 +56,7 @@ class Gate:
     async def standing(self) -> Pause | None:
         """Return what keeps jobs from being begun, if anything does; a pause whose time is over does not."""
         pauses, now = await self._pauses(), self._store.now()
-        return next((pause for pause in pauses if pause.until is None or pause.until > now), None)
+        return next((pause for pause in pauses if _stands(pause, now)), None)
 
     async def opens(self) -> bool:
         """Return whether a job may be begun. Ends pauses whose time is over, if a job could run now."""
@@ -133,3 +135,9 @@ class Gate:
             self._told = words
             again = f"; tried again at {pause.until:%H:%M:%S} UTC" if pause.until is not None else ""
             self._tell(f"paused: {pause.message}{again}")
+
+
+def _stands(pause: Pause, now: datetime) -> bool:
+    if pause.until is None:
+        return True
+    return now < pause.until and pause.since <= now + CLOCKS_DIFFER  # else its end would be a day away, too
