@@ -143,7 +143,8 @@ class Executor:
         self._leave = asyncio.Event()
         self._owes = False
         """Whether a claim may be left open that runs nowhere: its end, or its answer, was lost on the way."""
-        self._claiming = False
+        self._claims = asyncio.Lock()
+        """Held while what is claimed and what runs may differ."""
         self._trouble: LocalError | None = None
         self._trouble_wait = TROUBLE_FIRST
         policy = retry.RetryPolicy(
@@ -364,21 +365,19 @@ class Executor:
         return len(claimed)
 
     async def _claim(self, count: int, *, only: RowId | None = None) -> Sequence[QueuedJob]:
-        self._claiming = True
-        try:
-            return await self.store.claim(
-                self.worker,
-                count=count,
-                lease=self.settings.lease,
-                places=self.station.places(),
-                limits=self._limits,
-                only=only,
-            )
-        except BaseException:
-            self._owes = True  # it may have been written all the same
-            raise
-        finally:
-            self._claiming = False
+        async with self._claims:
+            try:
+                return await self.store.claim(
+                    self.worker,
+                    count=count,
+                    lease=self.settings.lease,
+                    places=self.station.places(),
+                    limits=self._limits,
+                    only=only,
+                )
+            except BaseException:
+                self._owes = True  # it may have been written all the same
+                raise
 
     def _begin(self, row: QueuedJob) -> JobRun:
         faultpoint("queue.claimed")
@@ -477,18 +476,17 @@ class Executor:
 
     async def _give_back(self) -> None:
         """Put back what is held in our name and runs nowhere here: the heart would renew its lease for ever."""
-        runs = set(self._runs)
-        try:
-            held = await self.store.holds(self.worker)
-            if self._claiming:
-                return
-            for job_id, token in held.items() - runs - self._runs.keys():
-                with suppress(LeaseLost):
-                    await self.store.finish(job_id, token, Ending(Outcome.PUT_BACK, keeps_prompt=True))
-        except LocalError as error:
-            self._troubled(error)
-        else:
-            self._owes = False
+        async with self._claims:
+            runs = set(self._runs)
+            try:
+                held = await self.store.holds(self.worker)
+                for job_id, token in held.items() - runs:
+                    with suppress(LeaseLost):
+                        await self.store.finish(job_id, token, Ending(Outcome.PUT_BACK, keeps_prompt=True))
+            except LocalError as error:
+                self._troubled(error)
+            else:
+                self._owes = False
 
     async def _report(self) -> None:
         while True:
