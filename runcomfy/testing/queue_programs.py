@@ -71,6 +71,7 @@ class Fate:
         self._awake.set()
         self._over = False
         self._stops: dict[str, tuple[int, asyncio.Event]] = {}
+        self._lost_answers: dict[str, list[Exception]] = {}
 
     def stop_at(self, point: str, *, time: int = 1) -> asyncio.Event:
         """Freeze at a point, when it is passed for the how-manieth time from now on; the event says that it was."""
@@ -81,6 +82,15 @@ class Fate:
     def stops_at(self, point: str) -> bool:
         """Whether the next passing of that point is where it stops."""
         return self._stops.get(point, (0, None))[0] == 1
+
+    def lose_answer(self, call: str, error: Exception) -> None:
+        """Let the next such call (`store.claim`) do what was asked for and its answer get lost: it raises `error`."""
+        self._lost_answers.setdefault(call, []).append(error)
+
+    def lost_answer(self, call: str) -> Exception | None:
+        """Return what the call raises in place of its answer, if that is lost."""
+        errors = self._lost_answers.get(call)
+        return errors.pop(0) if errors else None
 
     def freeze(self) -> None:
         """Let no call leave and no answer arrive."""
@@ -133,6 +143,8 @@ class Held:
                 kwargs["publish"] = self._cut_off_after(kwargs["publish"], f"in {point}")
             try:
                 result = await found(*args, **kwargs)
+                if (lost := self._fate.lost_answer(point)) is not None:
+                    raise lost
             except _CutOff:
                 await self._fate.point(f"in {point}")
                 raise

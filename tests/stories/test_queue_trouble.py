@@ -116,6 +116,23 @@ def _new(programs: QueuePrograms) -> NewJob:
     return NewJob(programs.request(1), "w", idempotency_key="order-1")
 
 
+@pytest.mark.parametrize(
+    "call", ["claim", "write_ahead", "accepted", "finish", "attached", "renew", "take_role", "reap", "attempts"]
+)
+async def test_a_write_whose_answer_is_lost_counts_once(programs: QueuePrograms, call: str) -> None:
+    """I11, I20: the connection broke after the commit; what was written stands, and is not undone or done again."""
+    job = await programs.put(seconds=20)
+    if call == "attached":
+        first = await programs.start()
+        await programs.began()
+        await first.kill()
+    worker = await programs.start(works=False)
+    worker.fate.lose_answer(f"store.{call}", StoreUnavailable("the server hung up"))
+    worker.begin()
+    await done_once(programs, job, within=60)
+    assert f"after store.{call}" in worker.fate.passed
+
+
 # -- full ------------------------------------------------------------------------------------------------------
 
 
