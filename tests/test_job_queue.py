@@ -164,6 +164,8 @@ async def test_many_jobs_go_in_at_once_and_wait_by_priority_then_age(queue: JobQ
 
 def test_files_are_written_down_by_their_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "m.png").write_bytes(b"a mask")
     request = absolute(
         JobRequest(
             "flows/own.json",
@@ -174,7 +176,6 @@ def test_files_are_written_down_by_their_absolute_paths(tmp_path: Path, monkeypa
             out_file="out/cat.png",
         )
     )
-    here = str(tmp_path)
     assert request == JobRequest(
         str(tmp_path / "flows" / "own.json"),
         image=str(tmp_path / "cat.png"),
@@ -183,7 +184,6 @@ def test_files_are_written_down_by_their_absolute_paths(tmp_path: Path, monkeypa
         out_dir=str(tmp_path / "out"),
         out_file=str(tmp_path / "out" / "cat.png"),
     )
-    assert here
     assert absolute(JobRequest("image_invert")) == JobRequest("image_invert")
 
 
@@ -343,3 +343,34 @@ async def test_workers_are_the_executors_that_live(store: SqlJobs, settings: Que
     processes.dead.add(owners[1].id)
     assert [owner.id for owner in await queue.workers()] == [owners[2].id]
     assert host_scope(replace(owners[0], host="studio/boot-1/ns")) == "host:studio"
+
+
+async def test_what_was_accepted_under_its_key_stays_accepted_when_its_files_are_gone(
+    store: SqlJobs, settings: QueueSettings, tmp_path: Path
+) -> None:
+    """I16: the client repeats its call after a lost answer; the picture was a temporary file."""
+    picture = tmp_path / "render.png"
+    picture.write_bytes(b"a picture")
+
+    async def check(request: JobRequest) -> None:
+        if not await asyncio.to_thread(picture.is_file):
+            raise WorkflowNotFound(f"{request.image} is gone")
+
+    queue = JobQueue(store, settings, check=check)
+    request = JobRequest("image_invert", image=str(picture))
+    first = await queue.enqueue(request, idempotency_key="order-18")
+    picture.unlink()
+    assert (await queue.enqueue(request, idempotency_key="order-18")).uid == first.uid
+    with pytest.raises(WorkflowNotFound):
+        await queue.enqueue(request, idempotency_key="order-19")
+
+
+def test_a_text_that_begins_with_an_at_sign_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "depth.png").write_bytes(b"a picture")
+    request = JobRequest("image_invert", inputs={"prompt": "@somebody, in oil", "image": "@depth.png", "steps": 3})
+    assert absolute(request).inputs == {
+        "prompt": "@somebody, in oil",
+        "image": f"@{tmp_path / 'depth.png'}",
+        "steps": 3,
+    }

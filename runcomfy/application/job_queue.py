@@ -120,7 +120,9 @@ class JobQueue:
         """Put jobs in, all or none, in this order. Raises as `enqueue` does."""
         ready = [_complete(job if isinstance(job, NewJob) else NewJob(job, workflow_id_of(job))) for job in jobs]
         if self._check is not None:
-            await self._check_all(self._check, ready)
+            # What was accepted under its key stays accepted, though its files may be gone by now (I16).
+            known = await self.store.known_keys([job.idempotency_key for job in ready if job.idempotency_key])
+            await self._check_all(self._check, [job for job in ready if job.idempotency_key not in known])
         return await self.store.add(ready, default_priority=self.settings.default_priority)
 
     @staticmethod
@@ -290,7 +292,7 @@ def absolute(request: JobRequest) -> JobRequest:
         workflow=workflow,
         image=_absolute(request.image) if request.image else request.image,
         sets={target: _absolute_upload(value) for target, value in request.sets.items()},
-        inputs={name: _absolute_upload(value) for name, value in request.inputs.items()},
+        inputs={name: _absolute_input(value) for name, value in request.inputs.items()},
         out_dir=_absolute(request.out_dir) if request.out_dir else request.out_dir,
         out_file=_absolute(request.out_file) if request.out_file else request.out_file,
     )
@@ -311,6 +313,17 @@ def _absolute(path: str) -> str:
 def _absolute_upload(value: Any) -> Any:
     is_upload = isinstance(value, str) and value.startswith("@") and not value.startswith("@@")
     return f"@{_absolute(value[1:])}" if is_upload and len(value) > 1 else value
+
+
+def _absolute_input(value: Any) -> Any:
+    """As `_absolute_upload`, where the value may be a text that happens to begin with an @: files are there."""
+    if not isinstance(value, str):
+        return value
+    named = _absolute_upload(value)
+    try:
+        return named if named == value or Path(named[1:]).is_file() else value
+    except (OSError, ValueError):
+        return value
 
 
 def _complete(new: NewJob) -> NewJob:

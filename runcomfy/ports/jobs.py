@@ -115,6 +115,10 @@ class JobStore(Protocol):
         """Return, by config name: (content sha256, held sha256, status, source path) of the jobs that have them."""
         ...
 
+    async def known_keys(self, keys: Collection[str]) -> Collection[str]:
+        """Return those idempotency keys that a job has."""
+        ...
+
     async def attempts(self, job_id: RowId) -> Sequence[Attempt]:
         """Return every attempt of a job, in order."""
         ...

@@ -242,6 +242,12 @@ class SqlJobs:
         """Return, by config name: (content sha256, held sha256, status, source path)."""
         return await self._read(lambda connection: jobs_look.known_files(connection, names))
 
+    async def known_keys(self, keys: Collection[str]) -> Collection[str]:
+        """Return those idempotency keys that a job has."""
+        if not keys:
+            return ()
+        return await self._database.read(lambda connection: jobs_look.known_keys(connection, keys))
+
     async def attempts(self, job_id: RowId) -> Sequence[Attempt]:
         """Return every attempt of a job, in order."""
         return await self._read(lambda connection: jobs_look.attempts(connection, job_id))

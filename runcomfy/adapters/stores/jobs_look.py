@@ -29,6 +29,10 @@ _COUNTS: Final = Sql("SELECT status, count(*) FROM jobs GROUP BY status")
 _NAMES: Final = in_list("config_name", "names", "text")
 _FILES_TEXT: Final = "SELECT config_name, content_sha256, held_sha256, status, source_path FROM jobs WHERE "
 _FILES: Final = Sql(_FILES_TEXT + _NAMES[0], postgres=_FILES_TEXT + _NAMES[1])
+_KEYS: Final = in_list("idempotency_key", "keys", "text")
+_KNOWN_KEYS: Final = Sql(
+    f"SELECT idempotency_key FROM jobs WHERE {_KEYS[0]}", postgres=f"SELECT idempotency_key FROM jobs WHERE {_KEYS[1]}"
+)
 _ATTEMPTS: Final = Sql(f"SELECT {ATTEMPTS} FROM job_attempts WHERE job_id = :job_id ORDER BY token")
 _OF_JOB: Final = Sql(
     f"SELECT {EVENTS} FROM job_events WHERE job_id = :job_id AND number > :after ORDER BY number LIMIT :count"
@@ -54,6 +58,13 @@ def find(connection: Connection, key: int | str) -> QueuedJob | None:
         # Somebody may have named a job like another one's uid.
         return min((job_of(row) for row in rows), key=lambda job: job.config_name != safe(key))
     return find(connection, int(key)) if key.isascii() and key.isdigit() and len(key) < 20 else None
+
+
+def known_keys(connection: Connection, keys: Collection[str]) -> set[str]:
+    """Return those idempotency keys that a job has."""
+    by_written = {safe(key): key for key in keys}
+    rows = _KNOWN_KEYS.run(connection, {"keys": listed(connection, by_written)})
+    return {by_written[written] for (written,) in rows}
 
 
 def jobs(
