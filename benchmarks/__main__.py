@@ -1,12 +1,18 @@
-"""`python -m benchmarks [overhead|watching|startup]…`: all of them unless named."""
+"""`python -m benchmarks [startup|overhead|watching|queue|killing]…`: all of them unless named."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import overhead, startup, watching
+from benchmarks import killing, overhead, queue, startup, watching
 
-ALL = {"startup": startup.main, "overhead": overhead.main, "watching": watching.main}
+ALL = {
+    "startup": startup.main,
+    "overhead": overhead.main,
+    "watching": watching.main,
+    "queue": queue.main,
+    "killing": killing.main,
+}
 
 
 def main() -> None:
