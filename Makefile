@@ -42,6 +42,7 @@ check: lint types floors
 	@$(BIN)/python -m pytest -n auto --cov --cov-report=term $(ARGS)
 
 bench: install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 # The generated parts of the pages, written anew; the tests compare them.
@@ -51,6 +52,7 @@ docs: install
 
 nightly: check
 	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto -m "not processes or processes" $(ARGS)
+	@$(BIN)/python -m benchmarks killing
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .coverage* htmlcov
