@@ -49,7 +49,8 @@ _KIND: Final = {outcome: EventKind(outcome.value) for outcome in _STATUS}
 _OUTCOME: Final = Sql("SELECT outcome FROM job_attempts WHERE job_id = :job_id AND token = :token")
 _DISCARD: Final = Sql(
     "UPDATE job_attempts SET outcome = 'discarded', ended_at = COALESCE(ended_at, :at) "
-    "WHERE job_id = :job_id AND token = :token"
+    # Not what the worker itself said before: that stands.
+    "WHERE job_id = :job_id AND token = :token AND (outcome IS NULL OR outcome IN ('lost', 'cancelled', 'quarantined'))"
 )
 
 
@@ -200,8 +201,7 @@ def _too_late(connection: Connection, now: datetime, finish: Finish, job: Queued
     if attempt is not None and attempt[0] == finish.ending.outcome.value and job is not None:
         finish.job, finish.repeated = job, True
         return
-    if attempt is not None:
-        _DISCARD.run(connection, {**key, "at": stamps(connection).exact(now)})
+    if _DISCARD.run(connection, {**key, "at": stamps(connection).exact(now)}).rowcount:
         said = {"outcome": finish.ending.outcome.value}
         tell(connection, now, [(EventKind.DISCARDED, finish.job_id, finish.token, None, said)])
     finish.error = lease_lost(finish.job_id, finish.token, job)
