@@ -147,7 +147,7 @@ async def _kill_at_random(
     watching: list[asyncio.Task[float]] = []
     for number in range(kills):
         while (await store.counts())[QueueStatus.DONE] < jobs * 0.95 * number / kills:
-            await asyncio.sleep(0.02)
+            await store.changed(timeout=timedelta(milliseconds=20))
         await asyncio.sleep(draw.random() * 0.1)
         victim = draw.choice(crew.running)
         await crew.kill(victim)
@@ -161,9 +161,9 @@ async def _kill_at_random(
 
 
 async def _held_by(store: SqlJobs, pid: int) -> list[QueuedJob]:
-    owners = {owner.id for owner in (await store.owners()).values() if owner.pid == pid}
+    owners = {str(owner.id) for owner in (await store.owners()).values() if owner.pid == pid}
     processing = await store.jobs(status=QueueStatus.PROCESSING)
-    return [job for job in processing if job.worker_id in owners]
+    return [job for job in processing if str(job.worker_id) in owners]
 
 
 async def _claimed_again(store: SqlJobs, orphans: list[QueuedJob], since: float) -> float:

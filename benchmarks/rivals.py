@@ -18,9 +18,10 @@ async def procrastinate_rate(dsn: str, *, jobs: int, workers: int) -> float:
 
     app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=dsn, min_size=4, max_size=workers + 4))
 
-    @app.task(name="nothing")
-    async def nothing() -> None:
+    async def handler() -> None:
         return
+
+    nothing = app.task(handler, name="nothing")
 
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
@@ -47,10 +48,11 @@ async def pgqueuer_rate(dsn: str, *, jobs: int, batch: int, at_once: int) -> flo
         await queuer.qm.queries.install()
         done = 0
 
-        @queuer.entrypoint("nothing")
-        async def nothing(_job: object) -> None:
+        async def handler(_job: object) -> None:
             nonlocal done
             done += 1
+
+        queuer.entrypoint("nothing")(handler)
 
         for start in range(0, jobs, 1_000):
             count = min(1_000, jobs - start)
