@@ -91,7 +91,7 @@ _UNDATED: Final = (
     "status = 'pending' AND phase <> '' AND place IS NOT NULL AND (others_from IS NULL OR others_from > :from)"
 )
 _DATE: Final = Sql(
-    f"UPDATE jobs SET others_from = :from WHERE {_UNDATED}",
+    f"UPDATE jobs INDEXED BY ix_jobs_places SET others_from = :from WHERE {_UNDATED}",
     postgres=(
         f"WITH undated AS MATERIALIZED (SELECT id FROM jobs WHERE {_UNDATED} ORDER BY id FOR UPDATE) "
         "UPDATE jobs SET others_from = :from FROM undated WHERE jobs.id = undated.id"

@@ -48,6 +48,10 @@ class Sql:
         server = (text if postgres is None else postgres).replace("%", "%%")
         self._texts = {"sqlite": text, "postgresql": _PARAMETER.sub(r"%(\1)s", server)}
 
+    def text(self, dialect: str) -> str:
+        """Return it in the words of `sqlite` or `postgresql`."""
+        return self._texts[dialect]
+
     def run(
         self, connection: Connection, parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
     ) -> CursorResult[*tuple[Any, ...]]:

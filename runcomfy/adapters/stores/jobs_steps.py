@@ -42,9 +42,11 @@ _ATTEMPT: Final = Sql(
 )
 _AT_PLACES: Final = in_list("place", "places", "text")
 # A user's SQL may end a job whose prompt runs: nobody wants that prompt either.
-_TO_END_TEXT: Final = f"SELECT {COLUMNS} FROM jobs WHERE phase <> '' AND status IN ('done', 'failed') AND "
+_UNWANTED: Final = "WHERE phase <> '' AND status IN ('done', 'failed') AND"
 _TO_END: Final = Sql(
-    _TO_END_TEXT + _AT_PLACES[0] + " ORDER BY id", postgres=_TO_END_TEXT + _AT_PLACES[1] + " ORDER BY id"
+    # SQLite would rather read everything that ever ended.
+    f"SELECT {COLUMNS} FROM jobs INDEXED BY ix_jobs_places {_UNWANTED} {_AT_PLACES[0]} ORDER BY id",
+    postgres=f"SELECT {COLUMNS} FROM jobs {_UNWANTED} {_AT_PLACES[1]} ORDER BY id",
 )
 
 

@@ -132,6 +132,11 @@ class AddingContract:
             await put(jobs, a_job(), a_job(**{"idempotency_key": "k", "inputs": {"a": 1}, **other}))
         assert (await jobs.counts())[QueueStatus.PENDING] == 1
 
+    async def test_known_keys_are_told(self, jobs: JobStore) -> None:
+        await put(jobs, a_job(idempotency_key="a\0b"), a_job(idempotency_key="c"), a_job())
+        assert set(await jobs.known_keys(["a\0b", "c", "d"])) == {"a\0b", "c"}
+        assert set(await jobs.known_keys([])) == set()
+
     async def test_a_key_is_remembered_by_the_next_process(self, jobs: JobStore, again: Opened) -> None:
         (first,) = await put(jobs, a_job(idempotency_key="k"))
         async with again() as later:
