@@ -26,6 +26,9 @@ PRIVATE_DIR: Final = 0o700
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
 """Disk full, file too big for the file system or the process's limit, quota used up: all mean "no room"."""
 
+EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""No more open files or memory."""
+
 _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 _OPEN_FLAGS: Final = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS})
@@ -76,6 +79,11 @@ class Disk:
 DISK: Final = Disk()
 
 
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says nothing of the file: this process, or the computer, has no handles or memory left."""
+    return isinstance(error, OSError) and error.errno in EXHAUSTED
+
+
 def local_error(error: OSError, path: str | os.PathLike[str], doing: str) -> LocalError:
     """Return what an operating system error means to us: DiskFull or LocalError, with the path and what to do.
 
@@ -93,6 +101,8 @@ def local_error(error: OSError, path: str | os.PathLike[str], doing: str) -> Loc
     hint = "check that the folder exists and that you may write to it, or choose another one"
     if isinstance(error, PermissionError):
         hint = "check who owns the folder and its permissions, or choose another one"
+    elif is_exhausted(error):
+        hint = "let this program have more open files (ulimit -n) or memory, or give it less to do at once"
     return LocalError(f"could not {doing} {shown}: {reason}", hint=hint, details=details)
 
 

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO, Final
 
 from runcomfy.adapters import media_child, media_picture
-from runcomfy.adapters.files import local_error, open_regular
+from runcomfy.adapters.files import is_exhausted, local_error, open_regular
 from runcomfy.adapters.media_picture import Header, TooManyPixels
 from runcomfy.adapters.media_sniff import HTML, TEXT, UNKNOWN, Sniffed, sniff
 from runcomfy.adapters.media_source import Corrupt, Source
-from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, OutputCorrupt, foreign_text
+from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, LocalError, OutputCorrupt, foreign_text
 from runcomfy.domain.job import PICTURE_FORMATS, OutputKind
 from runcomfy.ports.results import Media
 
@@ -189,7 +189,9 @@ def _open_input(path: str | os.PathLike[str]) -> BinaryIO:
     return file
 
 
-def _input_error(error: Exception, path: str | os.PathLike[str]) -> InputFileMissing | InputFileInvalid:
+def _input_error(error: Exception, path: str | os.PathLike[str]) -> InputFileMissing | InputFileInvalid | LocalError:
+    if isinstance(error, OSError) and is_exhausted(error):
+        return local_error(error, path, "read")
     if os.path.isdir(path):  # noqa: PTH112 - never raises, whatever the path holds
         return InputFileInvalid(f"{_shown(path)} is a folder, not a file", hint="give the file inside it")
     if isinstance(error, FileNotFoundError):
@@ -219,6 +221,8 @@ def _decode_other(file: BinaryIO, form: str, max_pixels: int) -> None:
     except Corrupt:
         raise
     except Exception as error:
+        if is_exhausted(error):
+            raise
         raise Corrupt(f"it cannot be decoded ({str(error) or type(error).__name__})") from error
 
 

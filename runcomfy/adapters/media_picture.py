@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from runcomfy.adapters.files import open_new
+from runcomfy.adapters.files import is_exhausted, open_new
 from runcomfy.adapters.media_source import CHUNK, Corrupt, Source
 
 if TYPE_CHECKING:
@@ -375,6 +375,8 @@ def decode(file: BinaryIO, header: Header) -> dict[str, Any]:
     except MemoryError as error:
         raise Corrupt("it takes more memory to decode than is allowed") from error
     except Exception as error:
+        if is_exhausted(error):
+            raise
         raise Corrupt(f"it cannot be decoded ({str(error) or type(error).__name__})") from error
     return {"mode": mode, "frames_decoded": frames}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from runcomfy.adapters.files import is_exhausted, local_error
 from runcomfy.domain.exceptions import WorkflowNotFound, foreign_text
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -29,6 +30,8 @@ class WorkflowFiles:
             if path.is_file():
                 return self._read(path)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and is_exhausted(error):
+                raise local_error(error, wanted, "read the workflow file") from error
             raise WorkflowNotFound(f"the workflow file {foreign_text(wanted)} cannot be read: {error}") from error
         near = get_close_matches(wanted, self._names(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"shipped are: {', '.join(self._names())}"

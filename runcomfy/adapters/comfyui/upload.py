@@ -19,7 +19,7 @@ import aiohttp
 
 from runcomfy.adapters.comfyui.download import view_path
 from runcomfy.adapters.comfyui.exchange import Answer, Exchange
-from runcomfy.adapters.files import open_regular
+from runcomfy.adapters.files import is_exhausted, local_error, open_regular
 from runcomfy.domain.exceptions import (
     AnswerUnreadable,
     InputFileInvalid,
@@ -90,6 +90,8 @@ def read_content(path: str) -> Content:
     except FileNotFoundError:
         raise InputFileMissing(f"there is no file {shown_path(path)}", hint="check the path") from None
     except OSError as error:
+        if is_exhausted(error):
+            raise local_error(error, path, "read") from None
         reason = foreign_text(error.strerror or type(error).__name__)
         raise InputFileMissing(
             f"{shown_path(path)} cannot be read: {reason}", hint="it must be an ordinary file that you may read"
@@ -210,7 +212,9 @@ def too_large(content: Content, limit: int | None) -> InputFileInvalid:
 def _reopen(content: Content) -> IO[bytes]:
     try:
         return open_regular(content.path, follow=True)
-    except OSError:
+    except OSError as error:
+        if is_exhausted(error):
+            raise local_error(error, content.path, "read") from None
         raise InputFileMissing(
             f"{shown_path(content.path)} went away while it was uploaded", hint="leave the file where it is"
         ) from None
