@@ -343,7 +343,10 @@ class Database:
                 yield None
             return
         if self._listener is None:
-            self._listener = self.kind.listen(self._ring)
+            try:
+                self._listener = self.kind.listen(self._ring)
+            except self.kind.errors as error:  # no more open files, or threads
+                _fail(self.kind, error)
         yield None if self._listener.hears else UNHEARD
 
     def _ring(self) -> None:
