@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
 
-import psycopg
 import pytest
 
 from runcomfy.adapters.files import Disk
@@ -34,6 +33,8 @@ IMPATIENT = timedelta(milliseconds=20)
 def locked(database: str) -> Iterator[None]:
     """Another program holds the database so that nobody can write; everybody can read."""
     if is_server(database):
+        import psycopg
+
         with psycopg.connect(database) as other:
             other.execute("LOCK TABLE jobs, job_attempts, job_events, owners, roles IN EXCLUSIVE MODE")
             yield
