@@ -280,6 +280,24 @@ async def test_a_worker_that_slept_through_its_lease_discards_its_result_and_say
     assert (tmp_path / "jobs/finished/image/a.png").read_bytes() == content
 
 
+@pytest.mark.fault(64)
+async def test_what_a_late_worker_cannot_write_pauses_nobody(workers: Workers, tmp_path: Path) -> None:
+    """Its successor took the folder of unfinished files away; that says nothing about the disk."""
+    async with workers.start() as late:
+        job = await late.queue.enqueue(JobRequest(picture(30)))
+        await when(lambda: is_in(late, job, Phase.SUBMITTED), "the prompt is on the server")
+        ((run, _),) = late.executor._runs.values()
+        with closing(sqlite3.connect(tmp_path / "queue.sqlite3")) as database:
+            database.execute("UPDATE jobs SET token = token + 1")
+            database.commit()
+
+        await run._conclude(DiskFull("could not write .partial-1: No such file or directory"))
+
+        assert any("discarded" in sentence for sentence in late.said)
+        assert not await late.queue.pauses()
+        assert (await late.queue.job(job)).status is QueueStatus.PROCESSING
+
+
 @pytest.mark.fault(62)
 @pytest.mark.fault(64)
 async def test_a_worker_whose_heart_stopped_stops_working_on_what_it_lost(

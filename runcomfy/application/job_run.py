@@ -202,8 +202,12 @@ class JobRun:
         if isinstance(error, LeaseLost) or self.why in (Why.LOST, Why.CANCELLED):
             await self._discard()
             return
-        ending = await self._ending(error)
         row: QueuedJob | None = None
+        try:
+            ending = await self._ending(error)
+        except LeaseLost:
+            await self._discard()
+            return
 
         async def write() -> None:
             nonlocal row
@@ -244,6 +248,8 @@ class JobRun:
         ends = ends and self._server_stays  # a machine that is gone takes its prompts along
         match decision:
             case retry.Pause():
+                # What a worker misses that slept through its lease, its successor took away: no fault of the place.
+                await self._insist_on_claim()
                 await bench.gate.pause(decision, error)  # first, or the job would be claimed again at once
                 return Ending(
                     Outcome.PUT_BACK, error=facts, keeps_prompt=self._keeps(error), killed_machine=self.journal.killed
@@ -273,6 +279,16 @@ class JobRun:
                     killed_machine=decision.killed_machine or self.journal.killed,
                     end_prompt=ends or left,
                 )
+
+    async def _insist_on_claim(self) -> None:
+        """Raise LeaseLost if the claim is known to be over."""
+        try:
+            row = await self._bench.store.job(self.row.id)
+        except LocalError as refused:
+            self._bench.trouble(refused)
+            return
+        if row is None or (row.token, row.status) != (self.row.token, QueueStatus.PROCESSING):
+            raise LeaseLost("the job is somebody else's by now", details={"job": self.row.uid})
 
     async def _discard(self) -> None:
         """Say that the run does not count. Its claim is gone, so nothing is written but that."""
