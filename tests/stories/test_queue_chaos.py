@@ -1,5 +1,6 @@
 """
-Executors that are killed, frozen and woken at random over thirty jobs: nothing is lost and nothing runs twice (I20).
+Executors that are killed, frozen, woken and left without an answer at random over thirty jobs: nothing is lost and
+nothing runs twice.
 
 The seed decides who it hits, when, at which call, and whether the others can see it.
 """
@@ -11,12 +12,13 @@ from random import Random
 
 import pytest
 
+from runcomfy.domain.exceptions import StoreUnavailable
 from runcomfy.domain.queued import QueueStatus
 from runcomfy.testing.queue_programs import PUBLISHED, Program, QueuePrograms
 
 JOBS = 30
 WORKERS = 3
-BLOWS = 14
+BLOWS = 18
 CALLS = (
     "store.claim",
     "store.write_ahead",
@@ -52,6 +54,9 @@ class Chaos:
     async def blow(self) -> None:
         """Hit one of them: now, or at one of its next calls."""
         victim = self.draw.choice(self.workers)
+        if self.draw.random() < 0.25:
+            self._lose_an_answer(victim)
+            return
         where = "now"
         if self.draw.random() < 0.7:
             call = self.draw.choice(CALLS)
@@ -67,6 +72,11 @@ class Chaos:
             await self._freeze(victim, where)
         else:
             await self._kill(victim, where)
+
+    def _lose_an_answer(self, victim: Program) -> None:
+        call = self.draw.choice([call for call in CALLS if call.startswith("store.")])
+        self.said.append(f"lost the answer of {call} to {victim.id[:4]}")
+        victim.fate.lose_answer(call, StoreUnavailable("the connection broke"))
 
     async def _kill(self, victim: Program, where: str) -> None:
         noticed = self.draw.random() < 0.6
