@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -41,7 +42,8 @@ def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: Loop
 
 @pytest.fixture
 def workers(programs: Programs, tmp_path: Path, clock: LoopClock) -> Workers:
-    found = Workers(programs.settings, queue_settings_for("http://127.0.0.1:1", tmp_path), clock)
+    queue = replace(queue_settings_for("http://127.0.0.1:1", tmp_path), poll_interval=timedelta(seconds=5))
+    found = Workers(programs.settings, queue, clock, wake_interval=timedelta(seconds=5))
     found.processes = programs.processes
     return found
 
@@ -57,7 +59,7 @@ async def working(
             yield worker, program
 
 
-async def when(condition: Callable[[], Any], what: str, *, within: float = 3_600, every: float = 0.5) -> None:
+async def when(condition: Callable[[], Any], what: str, *, within: float = 3_600, every: float = 2) -> None:
     for _ in range(int(within / every)):
         found = condition()
         if asyncio.iscoroutine(found):
@@ -162,7 +164,7 @@ async def test_a_refused_budget_pauses_the_queue_until_somebody_resumes_it(
         await when(worker.queue.pauses, "the queue is paused")
         [pause] = await worker.queue.pauses()
         assert (pause.scope, pause.reason, pause.until) == ("queue", "budget-exceeded", None)
-        await asyncio.sleep(7_200)
+        await asyncio.sleep(1_200)
         waiting = await worker.queue.job(job)
         assert (waiting.status, waiting.retries_attempted, waiting.run_count) == (QueueStatus.PENDING, 0, 0)
         assert len((await worker.queue.show(job)).attempts) == 1

@@ -116,9 +116,20 @@ class Worker:
 class Workers:
     """Starts workers that share one database and one server."""
 
-    def __init__(self, settings: Settings, queue: QueueSettings, clock: Clock) -> None:
-        """`queue.api_base_url` is where the jobs run."""
+    def __init__(
+        self,
+        settings: Settings,
+        queue: QueueSettings,
+        clock: Clock,
+        *,
+        wake_interval: timedelta = timedelta(milliseconds=200),
+    ) -> None:
+        """`queue.api_base_url` is where the jobs run.
+
+        `wake_interval`: how often those who wait ask the file; each time is real work, in a story of hours too much.
+        """
         self.settings, self.queue_settings, self.clock = settings, queue, clock
+        self._wake_interval = wake_interval
         self.processes = EmulatedProcesses()
 
     def open(self, *, busy_timeout: timedelta = timedelta(seconds=5)) -> SqlJobs:
@@ -128,7 +139,7 @@ class Workers:
             clock=self.clock,
             durable=False,
             busy_timeout=busy_timeout,
-            wake_interval=timedelta(milliseconds=200),
+            wake_interval=self._wake_interval,
         )
         return SqlJobs(database)
 
