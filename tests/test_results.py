@@ -201,10 +201,24 @@ async def test_a_folder_that_cannot_be_made_is_known_before_money_is_spent(
 async def test_a_disk_with_hardly_any_room_is_known_before_money_is_spent(
     results: DiskResults, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000, total=10**12))
     with pytest.raises(DiskFull, match="only 1 MB are free"):
         await results.open_folder(JOB, under=str(out))
     assert names(out) == []
+
+
+@pytest.mark.fault(54)
+async def test_a_small_disk_is_asked_for_a_tenth_of_itself(
+    results: DiskResults, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 20 MB, a RAM disk for example, could never give what a large one is asked for."""
+    room = SimpleNamespace(free=1_900_000, total=20_000_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: room)
+    with pytest.raises(DiskFull) as caught:
+        await results.open_folder(JOB, under=str(out))
+    assert "free at least 2 MB" in caught.value.hint
+    room.free = 2_100_000
+    await results.open_folder(JOB, under=str(out))
 
 
 @pytest.mark.fault(54)

@@ -372,7 +372,7 @@ async def test_a_file_where_a_folder_should_be_is_known_before_anything_runs(
 async def test_a_disk_with_hardly_any_room_is_known_before_anything_runs(
     results: DiskResults, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000, total=10**12))
     with pytest.raises(DiskFull, match="only 1 MB are free"):
         await opened(results, finished, "k.png")
     assert names(finished) == []

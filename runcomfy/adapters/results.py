@@ -8,6 +8,7 @@ Where a job's results go is made, and proved to be writable, before money is spe
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 import time
 from collections.abc import Collection, Mapping
@@ -38,6 +39,8 @@ PROVEN_FOR_SECONDS: Final = 5.0
 """How long a folder that took a probe needs no other."""
 LEAST_FREE_BYTES: Final = 64 << 20
 """Room that must be there before a machine is rented: a picture, a mesh and the manifest, several times over."""
+LEAST_FREE_PART: Final = 10
+"""On a disk that is small itself a tenth of it does; asking for more would refuse it even when it is empty."""
 
 _PROBE_BYTES: Final = 4096
 
@@ -109,11 +112,12 @@ class DiskResults:
         now = time.monotonic()
         if now - self._proven.get(folder.parent, -PROVEN_FOR_SECONDS) < PROVEN_FOR_SECONDS:
             return
-        free = shutil.disk_usage(folder).free
-        if free < LEAST_FREE_BYTES:
+        usage = shutil.disk_usage(folder)
+        free, least = usage.free, min(LEAST_FREE_BYTES, usage.total // LEAST_FREE_PART)
+        if free < least:
             raise DiskFull(
                 f"only {free / 1e6:.0f} MB are free where results go ({folder})",
-                hint=f"free at least {LEAST_FREE_BYTES / 1e6:.0f} MB, or choose another folder (--out)",
+                hint=f"free at least {math.ceil(least / 1e6)} MB, or choose another folder (--out)",
                 details={"path": str(folder), "free_bytes": free},
             )
         probe = folder / partial_name(0)
