@@ -138,8 +138,8 @@ async def test_times_are_texts_that_compare_with_the_databases_own(jobs: SqlJobs
         ("SELECT id FROM jobs WHERE status = 'pending' ORDER BY priority, id LIMIT 1", "idx_jobs_status_priority"),
         ("SELECT id FROM jobs WHERE status = 'processing' AND worker_id = 'a'", "idx_jobs_status_priority"),
         (
-            "SELECT id FROM jobs WHERE status = 'pending' AND username = 'a' ORDER BY priority, id LIMIT 9",
-            "ix_jobs_users",
+            "SELECT 1 FROM jobs WHERE status='pending' AND workflow_id='w' AND job_type='t' AND username>'u'",
+            "ix_jobs_lines",
         ),
         ("SELECT id FROM jobs WHERE idempotency_key = 'x'", "ux_jobs_idempotency_key"),
         ("SELECT id FROM jobs WHERE output_path = 'x'", "ux_jobs_output_path"),
@@ -422,6 +422,7 @@ async def test_no_statement_of_the_queue_reads_the_history(path: Path) -> None:
             if "GROUP BY status" in text:  # counts: the index is read through
                 continue
             wanted = "status IN ('done', 'failed')" in text
-            assert not any(step.startswith("SCAN jobs") for step in plan), (text, plan)
+            # An index of some rows only may be read from its beginning: it has nothing of what has ended.
+            assert not any(step.startswith("SCAN jobs") and " ix_jobs_" not in step for step in plan), (text, plan)
             assert not any(step.startswith("SCAN job_") for step in plan), (text, plan)
             assert not wanted or any("ix_jobs_places" in step for step in plan), (text, plan)

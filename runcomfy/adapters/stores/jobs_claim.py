@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -91,7 +91,8 @@ def _taking(pick: tuple[str, str]) -> Sql:
         # Attempts and events go the same way.
         postgres=(
             f"WITH picked AS MATERIALIZED ({pick[1]} FOR UPDATE SKIP LOCKED), "
-            f"jobs AS (UPDATE jobs {_SET} FROM picked WHERE jobs.id = picked.id RETURNING {COLUMNS}), "
+            # ARRAY: a server that plans for any number of rows would rather join the whole table.
+            f"jobs AS (UPDATE jobs {_SET} WHERE id = ANY(ARRAY(SELECT id FROM picked)) RETURNING {COLUMNS}), "
             f"tried AS ({_BEGIN_ALL}), told AS ({_TELL_ALL}) SELECT {COLUMNS} FROM jobs"
         ),
     )
@@ -195,50 +196,61 @@ _RUNNING: Final = Sql(
     "GROUP BY workflow_id, job_type, username, place, worker_id"
 )
 
-# Each user with pending jobs, found by jumping from one to the next in the index.
-_USERS_TEXT: Final = (
-    "WITH RECURSIVE users(name) AS (SELECT min(username) FROM jobs {index} WHERE status = 'pending' UNION ALL "
-    "SELECT (SELECT min(username) FROM jobs {index} WHERE status = 'pending' AND username > users.name) FROM users "
-    "WHERE users.name IS NOT NULL) SELECT name FROM users WHERE name IS NOT NULL"
-)
-_USERS: Final = Sql(
-    _USERS_TEXT.format(index="INDEXED BY ix_jobs_users"),
-    postgres=_USERS_TEXT.format(index=""),
-)
+_CANDIDATE: Final = "id, priority, workflow_id, job_type, username, phase, place"
+_SAME_LINE: Final = "AND workflow_id = :workflow_id AND job_type = :job_type AND username = :username"
 
 
 class _Of(StrEnum):
     """Whose jobs are candidates, as the condition that says so."""
 
     ALL = ""
-    USER = "AND username = :user "
-    ONE = "AND id = :only "
+    LINE = f"{_SAME_LINE} AND (priority, id) >= (:priority, :id)"
+    ONE = "AND id = :only"
 
 
-def _candidates(of: _Of) -> Sql:
-    """Return the statement that reads the next rows that may start and are not passed over."""
+_CANDIDATES: Final = {
+    of: Sql(
+        f"SELECT {_CANDIDATE} FROM jobs WHERE {MAY_START[0]} {of} ORDER BY priority, id LIMIT :count",
+        postgres=f"SELECT {_CANDIDATE} FROM jobs WHERE {MAY_START[1]} {of} ORDER BY priority, id LIMIT :count",
+    )
+    for of in _Of
+}
+_WITH_PROMPT: Final = Sql(
+    f"SELECT {_CANDIDATE} FROM jobs INDEXED BY ix_jobs_places WHERE {MAY_START[0]} AND phase <> '' "
+    "ORDER BY priority, id",
+    postgres=f"SELECT {_CANDIDATE} FROM jobs WHERE {MAY_START[1]} AND phase <> '' ORDER BY priority, id",
+)
 
-    def text(may_start: str, lists: int) -> str:
-        def none_of(column: str, name: str) -> str:
-            found = in_list(column, name, "text")[lists]
-            return f"AND NOT ({found}) "
-
-        named = in_list("workflow_id", "named_workflows", "text")[lists]
-        return (
-            "SELECT id, priority, workflow_id, job_type, username, phase, place FROM jobs "
-            f"WHERE {may_start} AND (priority, id) > (:priority, :id) "
-            + (of or none_of("username", "full_users"))
-            + none_of("workflow_id", "full_workflows")
-            + none_of("job_type", "full_job_types")
-            + f"AND (:named_only = 0 OR {named}) "
-            + "AND (:new_ones = 1 OR phase <> '') ORDER BY priority, id LIMIT :count"
-        )
-
-    return Sql(text(MAY_START[0], 0), postgres=text(MAY_START[1], 1))
+_LINE: Final = "workflow_id, job_type, username"
+_FIRST: Final = f"SELECT {_LINE}, priority, id FROM jobs {{index}} WHERE status = 'pending'"
+_FIRST_ORDER: Final = f"ORDER BY {_LINE}, priority, id LIMIT 1"
 
 
-_CANDIDATES: Final = {of: _candidates(of) for of in _Of}
-_MOST_AT_ONCE: Final = 500
+def _next(same: int) -> str:
+    """Return, for SQLite, the first job of the next line that has the first `same` columns in common with the last."""
+    columns = _LINE.split(", ")
+    alike = [f"next.{name} = lines.{name}" for name in columns[:same]]
+    order = ", ".join(f"next.{name}" for name in (*columns, "priority", "id"))
+    where = " AND ".join(("next.status = 'pending'", *alike, f"next.{columns[same]} > lines.{columns[same]}"))
+    return f"(SELECT next.id FROM jobs AS next INDEXED BY ix_jobs_lines WHERE {where} ORDER BY {order} LIMIT 1)"
+
+
+# The first job of each line, found by jumping from one line to the next in the index.
+_LINES: Final = Sql(
+    f"WITH RECURSIVE lines({_LINE}, priority, id) AS ("
+    f"SELECT * FROM ({_FIRST.format(index='INDEXED BY ix_jobs_lines')} {_FIRST_ORDER}) UNION ALL "
+    "SELECT first.workflow_id, first.job_type, first.username, first.priority, first.id FROM lines, jobs AS first "
+    f"WHERE first.id = COALESCE({_next(2)}, {_next(1)}, {_next(0)})) "
+    f"SELECT {_LINE}, priority, id FROM lines",
+    postgres=(
+        f"WITH RECURSIVE lines({_LINE}, priority, id) AS (({_FIRST.format(index='')} {_FIRST_ORDER}) UNION ALL "
+        f"SELECT next.* FROM lines CROSS JOIN LATERAL ({_FIRST.format(index='')} AND ({_LINE}) > "
+        f"(lines.workflow_id, lines.job_type, lines.username) {_FIRST_ORDER}) AS next) "
+        f"SELECT {_LINE}, priority, id FROM lines"
+    ),
+)
+_AT_ONCE: Final = 200
+"""How many jobs are looked at in their order before it is asked which lines there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +267,7 @@ class _Candidate:
 class _Room:
     """How many more may start, by everything that is limited."""
 
-    def __init__(self, claim: Claim, running: Sequence[Sequence[Any]]) -> None:
+    def __init__(self, claim: Claim, running: Iterable[Sequence[Any]]) -> None:
         self.limits = claim.limits
         self.workflows: Counter[str] = Counter()
         self.job_types: Counter[str] = Counter()
@@ -271,24 +283,24 @@ class _Room:
             elif worker_id == claim.worker:
                 own_without_place += count
         self.new_ones: float = float("inf")
+        """How many may start that have no prompt anywhere yet."""
         if claim.limits.place is not None and claim.places:
             free = (max(0, claim.limits.place - self.places[place]) for place in set(claim.places))
             self.new_ones = sum(free) - own_without_place
 
-    def for_workflow(self, workflow_id: str) -> bool:
-        limit = self.limits.workflow.get(workflow_id, self.limits.workflow.get("*"))
-        return limit is None or self.workflows[workflow_id] < limit
-
-    def for_job_type(self, job_type: str) -> bool:
-        limit = self.limits.job_type.get(job_type)
-        return limit is None or self.job_types[job_type] < limit
-
-    def for_user(self, user: str) -> bool:
-        return self.limits.user is None or self.users[user] < self.limits.user
+    def for_line(self, workflow_id: str, job_type: str, user: str) -> bool:
+        """Whether another job of this workflow, type and user may start."""
+        of_workflow = self.limits.workflow.get(workflow_id, self.limits.workflow.get("*"))
+        of_type = self.limits.job_type.get(job_type)
+        return (
+            (of_workflow is None or self.workflows[workflow_id] < of_workflow)
+            and (of_type is None or self.job_types[job_type] < of_type)
+            and (self.limits.user is None or self.users[user] < self.limits.user)
+        )
 
     def for_one(self, job: _Candidate) -> bool:
         """Whether this job may start now."""
-        if not (self.for_workflow(job.workflow_id) and self.for_job_type(job.job_type) and self.for_user(job.user)):
+        if not self.for_line(job.workflow_id, job.job_type, job.user):
             return False
         if job.phase == Phase.NONE or job.place is None:
             return self.new_ones > 0
@@ -299,82 +311,86 @@ class _Room:
         self.workflows[job.workflow_id] += 1
         self.job_types[job.job_type] += 1
         self.users[job.user] += 1
-        if job.phase == Phase.NONE or job.place is None:
-            self.new_ones -= 1
-        else:
+        self.new_ones -= 1  # also one whose prompt is there: it has that place's room
+        if job.phase != Phase.NONE and job.place is not None:
             self.places[job.place] += 1
-            self.new_ones -= 1  # it has that place's room, whoever was to have it
 
-    def passed_over(self, connection: Connection) -> dict[str, Any]:
-        """Return what need not be read, as parameters."""
-        named = self.limits.workflow.keys() - {"*"}
-        known = {*self.workflows, *named}
-        return {
-            "full_workflows": listed(connection, (name for name in known if not self.for_workflow(name))),
-            "full_job_types": listed(
-                connection, (name for name in {*self.job_types, *self.limits.job_type} if not self.for_job_type(name))
-            ),
-            "full_users": listed(connection, (name for name in self.users if not self.for_user(name))),
-            "named_workflows": listed(connection, named),
-            "named_only": int((limit := self.limits.workflow.get("*")) is not None and limit < 1),
-            "new_ones": int(self.new_ones > 0),
-        }
+
+class _Choice:
+    """Picks the jobs of one claim, in order."""
+
+    def __init__(self, connection: Connection, parameters: Mapping[str, Any], claim: Claim) -> None:
+        self._connection, self._parameters, self._claim = connection, parameters, claim
+        self.room = _Room(claim, _RUNNING.run(connection))
+        self.ids: list[RowId] = []
+
+    def make(self) -> list[RowId]:
+        """Return the numbers of the jobs to claim."""
+        if self._claim.only is not None:
+            self._take(self._read(_Of.ONE, only=self._claim.only, count=1))
+            return self.ids
+        whole = not self._claim.limits.fair_users and self._in_order()
+        if not whole and self._wants_more:
+            self._by_lines()
+        if self._wants_more and self.room.new_ones <= 0:
+            # There is no room for new prompts, but for those that run already there may be.
+            rows = _WITH_PROMPT.run(self._connection, self._parameters)
+            self._take(job for job in (_Candidate(*row) for row in rows) if job.id not in self.ids)
+        return self.ids
+
+    @property
+    def _wants_more(self) -> bool:
+        return len(self.ids) < self._claim.count
+
+    def _take(self, jobs: Iterable[_Candidate]) -> None:
+        for job in jobs:
+            if not self._wants_more:
+                return
+            if self.room.for_one(job):
+                self.room.take(job)
+                self.ids.append(job.id)
+
+    def _in_order(self) -> bool:
+        """Take from the first jobs there are; return whether there are no others."""
+        jobs = self._read(_Of.ALL, count=_AT_ONCE)
+        self._take(jobs)
+        return len(jobs) < _AT_ONCE
+
+    def _by_lines(self) -> None:
+        """Take by lines: jobs of one workflow, type and user. One without room is not looked at, however long."""
+        chosen = set(self.ids)
+        fair = self._claim.limits.fair_users
+        heads: list[tuple[Any, int, int, tuple[str, str, str], list[_Candidate] | None]] = []
+
+        def put(priority: Any, job_id: int, line: tuple[str, str, str], known: list[_Candidate] | None) -> None:
+            if self.room.for_line(*line):
+                heapq.heappush(heads, (priority, self.room.users[line[2]] if fair else 0, job_id, line, known))
+
+        for workflow_id, job_type, user, priority, job_id in _LINES.run(self._connection):
+            put(priority, job_id, (workflow_id, job_type, user), None)
+        while heads and self._wants_more and self.room.new_ones > 0:
+            priority, running, job_id, line, known = heapq.heappop(heads)
+            if known is None or (fair and running != self.room.users[line[2]]):
+                # Only its first job was known, or its user has more at work than when it was put in line.
+                jobs = self._of_line(line, priority, job_id) if known is None else known
+                jobs = [job for job in jobs if job.id not in chosen]
+            else:
+                self._take(known[:1])
+                chosen.add(known[0].id)
+                jobs = known[1:] or [job for job in self._of_line(line, priority, job_id) if job.id not in chosen]
+            if jobs:
+                put(jobs[0].priority, jobs[0].id, line, jobs)
+
+    def _of_line(self, line: tuple[str, str, str], priority: Any, job_id: int) -> list[_Candidate]:
+        words = dict(zip(("workflow_id", "job_type", "username"), line, strict=True))
+        return self._read(_Of.LINE, **words, priority=priority, id=job_id, count=self._claim.count + 1)
+
+    def _read(self, of: _Of, **which: Any) -> list[_Candidate]:
+        rows = _CANDIDATES[of].run(self._connection, {**self._parameters, **which})
+        return [_Candidate(*row) for row in rows]
 
 
 def _chosen(connection: Connection, parameters: Mapping[str, Any], claim: Claim) -> list[RowId]:
-    """Pick the jobs to claim, in order."""
+    """Pick the jobs to claim, in order; nobody else picks meanwhile."""
     _ALONE.run(connection)
-    room = _Room(claim, _RUNNING.run(connection).fetchall())
-
-    def line(of: _Of, **which: Any) -> Iterator[_Candidate]:
-        return _line(connection, {**parameters, **which}, room, of, at_least=claim.count)
-
-    if claim.only is not None:
-        jobs = line(_Of.ONE, only=claim.only)
-    elif claim.limits.fair_users:
-        users = [user for (user,) in _USERS.run(connection).fetchall() if room.for_user(user)]
-        jobs = _in_turn(room, [line(_Of.USER, user=user) for user in users])
-    else:
-        jobs = line(_Of.ALL)
-    chosen: list[RowId] = []
-    for job in jobs:
-        room.take(job)
-        chosen.append(job.id)
-        if len(chosen) == claim.count:
-            break
-    return chosen
-
-
-def _in_turn(room: _Room, lines: Sequence[Iterator[_Candidate]]) -> Iterator[_Candidate]:
-    """Give jobs by priority, then those of the user with the fewest at work, then by age. A line is of one user."""
-    heads: list[tuple[Any, int, int, _Candidate, Iterator[_Candidate]]] = []
-
-    def put_next(line: Iterator[_Candidate]) -> None:
-        if (job := next(line, None)) is not None:
-            heapq.heappush(heads, (job.priority, room.users[job.user], job.id, job, line))
-
-    for line in lines:
-        put_next(line)
-    while heads:
-        _, _, _, job, line = heapq.heappop(heads)
-        if room.for_one(job):  # there may be no room any more since it came to the head of its line
-            yield job
-        if room.for_user(job.user):
-            put_next(line)
-
-
-def _line(
-    connection: Connection, parameters: Mapping[str, Any], room: _Room, of: _Of, *, at_least: int
-) -> Iterator[_Candidate]:
-    """Give the jobs that may start, in order, as long as there is room."""
-    after: tuple[Any, int] = (-(2**31), 0)
-    count = min(_MOST_AT_ONCE, max(20, 2 * at_least))
-    while True:
-        asked = {**parameters, **room.passed_over(connection), "priority": after[0], "id": after[1], "count": count}
-        found = [_Candidate(*row) for row in _CANDIDATES[of].run(connection, asked)]
-        for job in found:
-            if room.for_one(job):
-                yield job
-        if len(found) < count:
-            return
-        after, count = (found[-1].priority, found[-1].id), _MOST_AT_ONCE
+    return _Choice(connection, parameters, claim).make()

@@ -226,8 +226,8 @@ for _name in ("idempotency_key", "output_path"):
     _there = text(f"{_name} IS NOT NULL")
     Index(f"ux_jobs_{_name}", jobs.c[_name], unique=True, sqlite_where=_there, postgresql_where=_there)
 Index(
-    "ix_jobs_users",
-    *(jobs.c.username, jobs.c.priority, jobs.c.id),
+    "ix_jobs_lines",
+    *(jobs.c.workflow_id, jobs.c.job_type, jobs.c.username, jobs.c.priority, jobs.c.id),
     sqlite_where=_pending,
     postgresql_where=_pending,
 )

@@ -105,10 +105,9 @@ def _job_indexes() -> None:
     for column in ("idempotency_key", "output_path"):
         there = sa.text(f"{column} IS NOT NULL")
         op.create_index(f"ux_jobs_{column}", "jobs", [column], unique=True, sqlite_where=there, postgresql_where=there)
-    # A fair order asks for the next job of each user.
-    op.create_index(
-        "ix_jobs_users", "jobs", ["username", "priority", "id"], sqlite_where=PENDING, postgresql_where=PENDING
-    )
+    # Limits and a fair order ask for the next job of each workflow, type and user.
+    line = ["workflow_id", "job_type", "username", "priority", "id"]
+    op.create_index("ix_jobs_lines", "jobs", line, sqlite_where=PENDING, postgresql_where=PENDING)
     op.create_index("ix_jobs_places", "jobs", ["place"], sqlite_where=HAS_PROMPT, postgresql_where=HAS_PROMPT)
     if op.get_context().dialect.name == "postgresql":
         # SQLite finds both in idx_jobs_status_priority, whose entries end with the row's number. Nothing here names
