@@ -50,7 +50,7 @@ LOOK_AGAIN: Final = timedelta(seconds=10)
 """How often refused files are looked at unasked: an input file may have come meanwhile."""
 LOOKED_AT_AGAIN: Final = 20
 """How many of them in one scan."""
-LONGEST_PAUSE: Final = timedelta(milliseconds=500)
+LONGEST_PAUSE: Final = timedelta(milliseconds=300)
 LONGEST_TROUBLE: Final = timedelta(seconds=5)
 BATCH: Final = 64
 """Files read, compared and written down together."""
