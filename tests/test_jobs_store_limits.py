@@ -18,7 +18,7 @@ from runcomfy.domain.queued import ClaimLimits, QueuedJob
 from runcomfy.testing.contracts.jobs_words import ALICE, LEASE, StoryClock, a_job
 
 LETTERS = st.sampled_from("abc")
-A_JOB = st.builds(
+A_JOB: st.SearchStrategy[dict[str, Any]] = st.builds(
     dict, workflow_id=LETTERS, job_type=LETTERS, user=LETTERS, priority=st.sampled_from([1, 50, 50, 50, 99])
 )
 A_LIMIT = st.dictionaries(st.sampled_from(["a", "b", "*"]), st.integers(0, 3), max_size=2)
