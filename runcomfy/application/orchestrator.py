@@ -18,12 +18,13 @@ the prompt, ends what was rented, and yields a result that says so.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 from runcomfy.application.delivery import deliver, promised
@@ -44,6 +45,7 @@ from runcomfy.domain.exceptions import (
     RunComfyError,
     StopUnconfirmed,
     ValueInvalid,
+    foreign_text,
 )
 from runcomfy.domain.job import PICTURE_FORMATS, BillLine, JobId, JobRequest, JobResult, JobStatus, Output, PromptId
 from runcomfy.domain.out_file import checked_out_file
@@ -57,6 +59,9 @@ from runcomfy.ports.comfyui import ComfyUI
 from runcomfy.ports.results import JobFolder, ResultFile, Results
 
 log = logging.getLogger("runcomfy.orchestrator")
+
+EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""No more open files or memory."""
 
 LoadWorkflow = Callable[[str], tuple[str | bytes, str | None, str]]
 """Takes a shipped name or a path; returns the graph's JSON, the sidecar's TOML if there is one, and a name."""
@@ -239,10 +244,7 @@ class RunComfyOrchestrator:
             error = caught
         except Exception as caught:
             log.exception("job_defect", extra={"fields": {"job": run.job_id}})
-            error = RunComfyError(
-                f"unexpected {type(caught).__name__}: {caught}",
-                hint="this is a defect of the program; the log in the state directory has the details",
-            )
+            error = _unforeseen(caught)
             error.__cause__ = caught
         return self._result(run, error)
 
@@ -478,6 +480,20 @@ class RunComfyOrchestrator:
             "timings": {name: round(seconds, 6) for name, seconds in run.timings.items()},
             "committed_at": self._clock.now().isoformat(),
         }
+
+
+def _unforeseen(error: Exception) -> RunComfyError:
+    """Return what an error means that nobody foresaw: this computer has run out of something, or a defect."""
+    no_thread = isinstance(error, RuntimeError) and "start new thread" in str(error)
+    if no_thread or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in EXHAUSTED):
+        return LocalError(
+            f"this computer has no more open files, memory or threads: {foreign_text(error) or 'out of memory'}",
+            hint="let this program have more (ulimit -n, ulimit -u), or give it less to do at once",
+        )
+    return RunComfyError(
+        f"unexpected {type(error).__name__}: {error}",
+        hint="this is a defect of the program; the log in the state directory has the details",
+    )
 
 
 def veil_error(error: RunComfyError, veil: Callable[[str], str]) -> None:
