@@ -30,6 +30,9 @@ _AGAIN_FIRST: Final = timedelta(seconds=0.5)
 _AGAIN_MOST: Final = timedelta(seconds=30)
 """Waits before a lost connection is made again, doubled each time."""
 
+_Selector: Final = getattr(selectors, "PollSelector", selectors.SelectSelector)
+"""Unlike the usual one it takes no file handle: where none is left, the thread still has to wait for better times."""
+
 
 class PostgresListener:
     """Keeps `runcomfy.adapters.stores.waking.Listener`."""
@@ -134,7 +137,7 @@ class PostgresListener:
         return self._wait(None, within.total_seconds())
 
     def _wait(self, handle: int | None, seconds: float | None) -> bool:
-        with selectors.DefaultSelector() as selector:
+        with _Selector() as selector:
             selector.register(self._stopped, selectors.EVENT_READ)
             if handle is not None:
                 selector.register(handle, selectors.EVENT_READ)
