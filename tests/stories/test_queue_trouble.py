@@ -74,7 +74,7 @@ async def test_a_minutes_lock_delays_what_is_written_and_loses_nothing(
 
 
 @pytest.mark.fault(55)
-@pytest.mark.parametrize("seconds", [70, 100, 200, 400])
+@pytest.mark.parametrize("seconds", [70, 200])
 async def test_a_lock_that_outlasts_the_lease_leaves_no_job_stuck(
     programs: QueuePrograms, queue_database: str, seconds: int
 ) -> None:
