@@ -142,7 +142,6 @@ async def test_times_are_texts_that_compare_with_the_databases_own(jobs: SqlJobs
             "ix_jobs_lines",
         ),
         ("SELECT id FROM jobs WHERE idempotency_key = 'x'", "ux_jobs_idempotency_key"),
-        ("SELECT id FROM jobs WHERE output_path = 'x'", "ux_jobs_output_path"),
     ],
 )
 async def test_no_question_of_every_day_reads_the_history(path: Path, query: str, index: str) -> None:

@@ -566,7 +566,7 @@ async def test_a_job_file_s_result_lies_where_it_was_asked_for_whenever_a_worker
     assert not list((tmp_path / "jobs").rglob(".work-*"))
 
 
-async def test_a_second_run_replaces_the_first_one_s_result_and_keeps_somebody_else_s(
+async def test_a_second_run_replaces_the_first_one_s_result_and_leaves_somebody_else_s(
     workers: Any, tmp_path: Path
 ) -> None:
     row, worker = Row(), workers()
@@ -578,8 +578,8 @@ async def test_a_second_run_replaces_the_first_one_s_result_and_keeps_somebody_e
         assert list(delivered(tmp_path)) == ["image/knight.png"]
     row.prompt_id = None
     await worker.run(RowJournal(row), picture(0.07), asked=knight(tmp_path))
-    assert list(delivered(tmp_path)) == ["image/knight.png", "image/knight.replaced-1.png"]
-    assert row.facts["notes"] == ["knight.png was there already and is kept as knight.replaced-1.png"]
+    assert list(delivered(tmp_path)) == ["image/knight.png", "image/knight_1.png"]
+    assert row.facts["notes"] == ["knight.png was there already, from elsewhere; the result is knight_1.png"]
 
 
 async def test_a_path_that_leads_elsewhere_is_refused_before_anything_runs(

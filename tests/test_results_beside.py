@@ -67,7 +67,8 @@ async def opened(
     results: DiskResults, finished: Path, name: str = "image/knight.png", **options: object
 ) -> DiskJobFolder:
     earlier: dict[str, str] = dict(options.get("earlier", {}))  # type: ignore[call-overload]
-    return await results.open_beside(JOB, file=str(finished / name), root=str(finished), earlier=earlier)
+    job = JobId(str(options.get("job", JOB)))
+    return await results.open_beside(job, file=str(finished / name), root=str(finished), earlier=earlier)
 
 
 async def fetched(folder: DiskJobFolder, content: bytes = PNG, *, name: str = "", passing: bool = False) -> ResultFile:
@@ -173,14 +174,33 @@ async def test_several_results_are_numbered_around_the_one_that_was_meant(result
 # --- what is there already --------------------------------------------------------------------------------
 
 
-async def test_what_is_in_the_way_is_kept_and_told(results: DiskResults, finished: Path) -> None:
+async def test_what_is_in_the_way_stays_and_the_result_gets_the_next_number(
+    results: DiskResults, finished: Path
+) -> None:
+    """Another job's row may name it, with its hash (I15)."""
     make(finished)
-    write(finished / "k.png", b"somebody's")
-    write(finished / "k.replaced-1.png", b"older")
+    write(finished / "k.png", b"another job's")
+    write(finished / "k_1.png", b"a third one's")
     folder = await opened(results, finished, "k.png")
-    await folder.commit([await fetched(folder)], {})
-    assert tree(finished) == {"k.png": PNG, "k.replaced-1.png": b"older", "k.replaced-2.png": b"somebody's"}
-    assert folder.notes == ("k.png was there already and is kept as k.replaced-2.png",)
+    outputs = await folder.commit([await fetched(folder)], {})
+    assert base(outputs) == ["k_2.png"]
+    assert tree(finished) == {"k.png": b"another job's", "k_1.png": b"a third one's", "k_2.png": PNG}
+    assert folder.notes == ("k.png was there already, from elsewhere; the result is k_2.png",)
+
+
+async def test_of_two_jobs_that_want_one_name_the_slower_one_chooses_anew(results: DiskResults, finished: Path) -> None:
+    slow = await opened(results, finished, "k.png", job="slow")
+    quick = await opened(results, finished, "k.png", job="quick")
+    picture, other = await fetched(slow), await fetched(quick, OTHER)
+
+    async def after_the_quick_one(publish: Callable[[], None], _: tuple[Output, ...]) -> None:
+        if not (finished / "k.png").exists():
+            await quick.commit([other], {})
+        await asyncio.to_thread(publish)
+
+    assert base(await slow.commit([picture], {}, through=after_the_quick_one)) == ["k_1.png"]
+    assert tree(finished) == {"k.png": OTHER, "k_1.png": PNG}
+    assert slow.notes == ("k.png was there already, from elsewhere; the result is k_1.png",)
 
 
 async def test_the_jobs_own_earlier_output_is_replaced_unless_somebody_changed_it(
@@ -197,7 +217,7 @@ async def test_the_jobs_own_earlier_output_is_replaced_unless_somebody_changed_i
     write(finished / "k.png", b"touched up by hand")
     folder = await opened(results, finished, "k.png", earlier=earlier)
     await folder.commit([await fetched(folder)], {})
-    assert tree(finished) == {"k.png": PNG, "k.replaced-1.png": b"touched up by hand"}
+    assert tree(finished) == {"k.png": b"touched up by hand", "k_1.png": PNG}
 
 
 async def test_the_same_content_is_not_kept_twice(results: DiskResults, finished: Path) -> None:
@@ -209,15 +229,15 @@ async def test_the_same_content_is_not_kept_twice(results: DiskResults, finished
 
 
 @posix
-async def test_a_link_in_the_way_is_moved_and_not_followed(results: DiskResults, finished: Path) -> None:
+async def test_a_link_in_the_way_is_left_and_not_followed(results: DiskResults, finished: Path) -> None:
     make(finished)
     write(finished.parent / "mine.png", b"mine")
     (finished / "k.png").symlink_to(finished.parent / "mine.png")
     folder = await opened(results, finished, "k.png")
     await folder.commit([await fetched(folder)], {})
     assert content(finished.parent / "mine.png") == b"mine"
-    assert not (finished / "k.png").is_symlink()
-    assert (finished / "k.replaced-1.png").is_symlink()
+    assert (finished / "k.png").is_symlink()
+    assert content(finished / "k_1.png") == PNG
 
 
 # --- all or nothing ---------------------------------------------------------------------------------------
@@ -225,7 +245,7 @@ async def test_a_link_in_the_way_is_moved_and_not_followed(results: DiskResults,
 
 @pytest.mark.fault(54)
 @pytest.mark.fault(58)
-@pytest.mark.parametrize("fails_at", range(1, 6))
+@pytest.mark.parametrize("fails_at", range(1, 5))
 async def test_whatever_fails_everything_is_as_it_was(settings: FileSettings, finished: Path, fails_at: int) -> None:
     make(finished)
     write(finished / "k.png", b"somebody's")
@@ -239,9 +259,9 @@ async def test_whatever_fails_everything_is_as_it_was(settings: FileSettings, fi
         "k.png": b"somebody's",
         "k_2.glb": samples.glb(),
     }
-    assert base(await folder.commit(files, {})) == ["k.png", "k_2.glb"]
-    assert names(finished) == ["k.png", "k.replaced-1.png", "k_2.glb"]
-    assert disk.calls[-5:] == ["rename", "rename", "rename", "rename", "fsync_directory"]
+    assert base(await folder.commit(files, {})) == ["k_1.png", "k_2.glb"]
+    assert names(finished) == ["k.png", "k_1.png", "k_2.glb"]
+    assert disk.calls[-4:] == ["rename", "rename", "rename", "fsync_directory"]
 
 
 async def test_names_are_durable_before_the_record_of_them_and_taken_back_without_it(
@@ -276,7 +296,7 @@ async def test_names_that_another_worker_gave_meanwhile_are_not_taken_back(
 
     async def too_late(publish: Callable[[], None], _: tuple[Output, ...]) -> None:
         await asyncio.to_thread(publish)
-        (finished / "k.png").rename(finished / "k.replaced-1.png")
+        (finished / "k.png").rename(finished / "aside.png")
         write(finished / "k.png", b"the other worker's")
         raise LeaseLost("another worker has it")
 

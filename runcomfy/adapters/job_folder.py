@@ -19,7 +19,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -114,10 +114,10 @@ def content_of(path: str) -> tuple[int, str] | None:
         return None
 
 
-def free_name(folder: str, prefix: str, extension: str = "") -> str:
-    """Return the first path `folder/prefix<n>extension` that nothing has."""
+def free_name(folder: str, prefix: str, extension: str = "", *, taken: Collection[str] = ()) -> str:
+    """Return the first path `folder/prefix<n>extension` that nothing has and that is not `taken`."""
     number = 1
-    while os.path.lexists(path := os.path.join(folder, f"{prefix}{number}{extension}")):  # noqa: PTH118
+    while (path := os.path.join(folder, f"{prefix}{number}{extension}")) in taken or os.path.lexists(path):  # noqa: PTH118
         number += 1
     return path
 

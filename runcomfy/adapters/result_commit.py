@@ -51,6 +51,10 @@ def measure(fd: int) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
+class NameAppeared(Exception):
+    """A name that was free when it was chosen is taken now: choose anew. Never leaves the folder."""
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """One change of a name."""
@@ -130,6 +134,8 @@ class Commit:
             for move in self.plan.kept:
                 self._rename(move.source, move.target)
             for file, output in zip(self.plan.files, self.plan.outputs, strict=True):
+                if os.path.lexists(output.path):
+                    raise NameAppeared(output.path)
                 self._rename(file.partial, output.path)
             if self.plan.manifest is not None:
                 with self._step(self.plan.manifest[0], "write"):

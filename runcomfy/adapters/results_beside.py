@@ -2,8 +2,9 @@
 Results whose path the user has chosen: `outputs.file_path` of a job file.
 
 Downloads wait in a hidden folder beside it (`.work-<job>`, on the same file system), so that giving them their names
-is a rename. Nothing of anybody's is ever overwritten: what is in the way is kept as `NAME.replaced-1.png`, unless it
-is the very same content or what an earlier run of the same job delivered. The folder is looked at when the job begins
+is a rename. Nothing of anybody's is ever overwritten or moved, for another job's row may name it: where a name is taken
+the result gets the next free number (`NAME_1.png`) and a note, unless what is there is the very same content or what an
+earlier run of the same job delivered. The folder is looked at when the job begins
 and again when names are given: a link that leads out of the allowed folder is refused, a folder that was exchanged
 meanwhile, too.
 """
@@ -19,7 +20,7 @@ from typing import Any, Final
 
 from runcomfy.adapters.files import DISK, PRIVATE_DIR, Disk, local_error, remove_quietly, safe_name
 from runcomfy.adapters.job_folder import DiskJobFolder, content_of, free_name, kept_endings, output_of, take_over
-from runcomfy.adapters.result_commit import Move, Plan, mark_of
+from runcomfy.adapters.result_commit import NameAppeared, Plan, mark_of
 from runcomfy.domain.exceptions import OutputCorrupt, ValueInvalid, foreign_text
 from runcomfy.domain.job import PICTURE_FORMATS, JobId, Output, OutputKind
 from runcomfy.domain.out_file import SAME, Delivered, names_beside, split_name
@@ -28,6 +29,8 @@ from runcomfy.ports.results import ResultFile, Through
 
 WORK: Final = ".work-"
 """Beginning of the folder in which a job's files wait, beside where they go."""
+TRIES: Final = 5
+"""How often names are chosen anew when another job was quicker."""
 FORMAT_OF: Final[Mapping[str, str]] = {extension: name for name, extension in PICTURE_FORMATS.items()}
 
 
@@ -132,9 +135,23 @@ class BesideFolder(DiskJobFolder):
         notes: list[str] = []
         fitted = [await self._fitted(file, notes) for file in files]
         self._fitting = notes
-        outputs = await super().commit(fitted, manifest, through=through)
+        outputs = await self._committed(fitted, manifest, through)
         await asyncio.to_thread(self._abandon)
         return outputs
+
+    async def _committed(
+        self, files: Sequence[ResultFile], manifest: Mapping[str, Any], through: Through | None
+    ) -> tuple[Output, ...]:
+        """Commit; where another job was quicker with a name, choose names anew."""
+        for _ in range(TRIES):
+            try:
+                return await super().commit(files, manifest, through=through)
+            except NameAppeared:
+                self._notes.clear()
+        raise OutputCorrupt(
+            f"others are quicker with every name like {self._name}",
+            hint="give each job an outputs.file_path of its own",
+        )
 
     _fitting: Sequence[str] = ()
 
@@ -154,8 +171,24 @@ class BesideFolder(DiskJobFolder):
     def _plan(self, files: Sequence[ResultFile], manifest: Mapping[str, Any]) -> Plan:
         self._notes.extend(self._fitting)
         names = names_beside(self._name, [_delivered(file) for file in files])
-        paths = [os.path.join(self._folder, name) for name in names]  # noqa: PTH118
-        plan = Plan(
+        new = {(file.size_bytes, file.sha256) for file in files}
+        paths: list[str] = []
+        replaced: list[str] = []
+        for name in names:
+            path = os.path.join(self._folder, name)  # noqa: PTH118
+            if os.path.lexists(path):
+                there = content_of(path)
+                if there is not None and (there in new or self._earlier.get(_normal(path)) == there[1]):
+                    replaced.append(path)
+                else:
+                    stem, ending = split_name(name)
+                    path = free_name(self._folder, f"{stem}_", ending, taken=paths)
+                    shown = os.path.basename(path)  # noqa: PTH119
+                    self._notes.append(f"{name} was there already, from elsewhere; the result is {shown}")
+            paths.append(path)
+        if len(files) == 1 and names[0] != self._name:
+            self._notes.append(f"{self._name} was wanted; the result is {files[0].media.mime}, so it is {names[0]}")
+        return Plan(
             files,
             tuple(output_of(file, path) for file, path in zip(files, paths, strict=True)),
             (self._folder,),
@@ -163,23 +196,8 @@ class BesideFolder(DiskJobFolder):
             mode=self._mode,
             anchor=(self._folder, self._mark),
             fleeting=True,
+            replaced=replaced,
         )
-        if len(files) == 1 and names[0] != self._name:
-            self._notes.append(f"{self._name} was wanted; the result is {files[0].media.mime}, so it is {names[0]}")
-        new = {(file.size_bytes, file.sha256) for file in files}
-        for path in paths:
-            if not os.path.lexists(path):
-                continue
-            there = content_of(path)
-            if there is not None and (there in new or self._earlier.get(_normal(path)) == there[1]):
-                plan.replaced.append(path)
-            else:
-                stem, ending = split_name(os.path.basename(path))  # noqa: PTH119
-                kept = free_name(self._folder, f"{stem}.replaced-", ending)
-                plan.kept.append(Move(path, kept))
-                shown = os.path.basename(kept)  # noqa: PTH119
-                self._notes.append(f"{os.path.basename(path)} was there already and is kept as {shown}")  # noqa: PTH119
-        return plan
 
     def _aside_name(self, prefix: str, extension: str) -> str:
         stem = split_name(self._name)[0]

@@ -49,7 +49,7 @@ def _looked_up(column: str) -> Sql:
     return Sql(text + found[0], postgres=text + found[1])
 
 
-_BY: Final = {column: _looked_up(column) for column in ("uid", "config_name", "idempotency_key", "output_path")}
+_BY: Final = {column: _looked_up(column) for column in ("uid", "config_name", "idempotency_key")}
 
 _WRITTEN_AGAIN: Final = (
     "job_type, workflow_id, priority, retry_limit, metadata, request, username, project, source_path, content_sha256, "
@@ -157,12 +157,6 @@ def _insert(connection: Connection, now: datetime, rows: Sequence[Mapping[str, A
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise NameTaken(f"two of the jobs are named {twice}", hint="give each a name of its own, or none")
-    paths = [row["output_path"] for row in rows if row["output_path"]]
-    for path in paths:
-        if paths.count(path) > 1 if len(paths) < 100 else len(set(paths)) < len(paths):
-            raise NameTaken(f"two of the jobs write to {path}", hint="give each an output of its own")
-    for path in find(connection, "output_path", paths):
-        raise _output_taken(path.job)
     _INSERT.run(connection, [dict(row) for row in rows])
     new = find(connection, "uid", (row["uid"] for row in rows))
     new.sort(key=lambda entry: entry.job.id)
@@ -178,15 +172,6 @@ def _name_taken(job: QueuedJob) -> NameTaken:
     return NameTaken(
         f"there is a job named {job.config_name} already (number {job.id}, {job.status})",
         hint="give another name, or none: then one is made",
-        details={"job": job.uid, "config_name": job.config_name},
-    )
-
-
-def _output_taken(job: QueuedJob) -> NameTaken:
-    path = job.request.out_file if job.request is not None else None
-    return NameTaken(
-        f"job {job.config_name} (number {job.id}, {job.status}) already writes to {path}",
-        hint="two jobs must not write the same file: name another one in outputs.file_path",
         details={"job": job.uid, "config_name": job.config_name},
     )
 
@@ -240,10 +225,6 @@ def _write_again(
     connection: Connection, now: datetime, entry: Entry, job: NewJob, word: Ingested, *, default_priority: int
 ) -> None:
     content = _content(job, default_priority=default_priority)
-    if content["output_path"]:
-        for other in find(connection, "output_path", [content["output_path"]]):
-            if other.job.id != entry.job.id:
-                raise _output_taken(other.job)
     _REWRITE.run(connection, {"id": entry.job.id, **content})
     data = {"file": job.source_path, "again": word is Ingested.AGAIN}
     event = (EventKind.UPDATED, entry.job.id, entry.job.token, None, data)

@@ -101,7 +101,7 @@ def _time_said(text: str) -> datetime | None:
 def json_text(value: object, what: str = "a value") -> str:
     """Return JSON for a column; raise ValueInvalid for what JSON cannot say (NaN, a set, an object)."""
     try:
-        return json.dumps(value, allow_nan=False, default=_plain, separators=(",", ":"))
+        return _STRICT.encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueInvalid(
             f"{what} cannot be stored: {foreign_text(error)}", hint="use texts, numbers, lists and tables only"
@@ -111,7 +111,7 @@ def json_text(value: object, what: str = "a value") -> str:
 def told_text(value: Mapping[str, Any]) -> str:
     """Return JSON for what is only told, never run: what JSON cannot say is put into words."""
     try:
-        return json.dumps(value, allow_nan=False, default=_words, separators=(",", ":"), skipkeys=True)
+        return _LENIENT.encode(value)
     except (ValueError, RecursionError):
         return json.dumps({"text": foreign_text(value)})
 
@@ -124,6 +124,11 @@ def _plain(value: object) -> Any:
 
 def _words(value: object) -> Any:
     return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+# Made once: json.dumps makes one for each call that asks for anything but its defaults.
+_STRICT: Final = json.JSONEncoder(allow_nan=False, default=_plain, separators=(",", ":"))
+_LENIENT: Final = json.JSONEncoder(allow_nan=False, default=_words, separators=(",", ":"), skipkeys=True)
 
 
 def table_in(value: object) -> Mapping[str, Any]:

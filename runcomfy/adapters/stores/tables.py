@@ -222,9 +222,8 @@ jobs: Final = Table(
 _pending, _has_prompt = text("status = 'pending'"), text("phase <> ''")
 Index("idx_jobs_status_priority", jobs.c.status, jobs.c.priority)
 Index("idx_jobs_started", jobs.c.start_time)
-for _name in ("idempotency_key", "output_path"):
-    _there = text(f"{_name} IS NOT NULL")
-    Index(f"ux_jobs_{_name}", jobs.c[_name], unique=True, sqlite_where=_there, postgresql_where=_there)
+_there = text("idempotency_key IS NOT NULL")
+Index("ux_jobs_idempotency_key", jobs.c.idempotency_key, unique=True, sqlite_where=_there, postgresql_where=_there)
 Index(
     "ix_jobs_lines",
     *(jobs.c.workflow_id, jobs.c.job_type, jobs.c.username, jobs.c.priority, jobs.c.id),

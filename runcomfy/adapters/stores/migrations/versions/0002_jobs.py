@@ -102,9 +102,10 @@ def _new_uid() -> sa.TextClause:
 def _job_indexes() -> None:
     op.create_index("idx_jobs_status_priority", "jobs", ["status", "priority"])
     op.create_index("idx_jobs_started", "jobs", ["start_time"])
-    for column in ("idempotency_key", "output_path"):
-        there = sa.text(f"{column} IS NOT NULL")
-        op.create_index(f"ux_jobs_{column}", "jobs", [column], unique=True, sqlite_where=there, postgresql_where=there)
+    there = sa.text("idempotency_key IS NOT NULL")
+    op.create_index(
+        "ux_jobs_idempotency_key", "jobs", ["idempotency_key"], unique=True, sqlite_where=there, postgresql_where=there
+    )
     # Limits and a fair order ask for the next job of each workflow, type and user.
     line = ["workflow_id", "job_type", "username", "priority", "id"]
     op.create_index("ix_jobs_lines", "jobs", line, sqlite_where=PENDING, postgresql_where=PENDING)
