@@ -113,6 +113,16 @@ def test_add_as_json_tells_what_became_of_each_file(say: Say, project: Path) -> 
     assert missing["error"]["code"] == "input-file-missing"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(("show", "nobody"), "job-not-found"), (("retry", "nobody"), "job-not-found"), (("ls", "-s", "odd"), "bad-input")],
+)
+def test_an_error_is_an_object_for_whoever_reads_json(say: Say, arguments: tuple[str, ...], code: str) -> None:
+    exit_code, out, err = say("comfyctl", "queue", *arguments, "--json")
+    assert (exit_code, json.loads(out)["error"]["code"]) == (2, code)
+    assert err.startswith("error: ")
+
+
 # -- looking -------------------------------------------------------------------------------------------------
 
 

@@ -160,14 +160,32 @@ async def test_another_agents_database_is_refused_and_is_to_be_moved_aside(path:
     with somebody_else(path) as connection:
         connection.executescript(GUIDE)
         connection.execute(
-            "INSERT INTO jobs (config_name, job_type, workflow_id, status) VALUES ('a', 'T2I', 'w', 'done')"
+            "INSERT INTO jobs (config_name, job_type, workflow_id, status) VALUES ('a', 'T2I', 'w', 'pending')"
         )
     with pytest.raises(StoreUnavailable, match="another program") as caught:
         await a_queue(path).open()
     assert "move the file aside" in caught.value.hint
     with somebody_else(path) as connection:
-        assert connection.execute("SELECT config_name, status FROM jobs").fetchall() == [("a", "done")]
+        assert connection.execute("SELECT config_name, status FROM jobs").fetchall() == [("a", "pending")]
         assert connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'alembic%'").fetchall() == []
+
+
+async def test_a_table_made_with_the_guides_own_statements_is_taken_over_with_what_ended_in_it(path: Path) -> None:
+    path.parent.mkdir()
+    with somebody_else(path) as connection:
+        connection.executescript(GUIDE)
+        connection.execute(
+            "INSERT INTO jobs (id, config_name, job_type, workflow_id, status) VALUES (7, 'a', 'T2I', 'w', 'done')"
+        )
+    async with a_queue(path) as jobs:
+        (old,) = await jobs.jobs()
+        assert (old.id, old.config_name, old.status, old.priority) == (7, "a", QueueStatus.DONE, 50)
+        (new,) = await put(jobs)
+        assert new.id == 8
+        assert (await take(jobs)).id == new.id
+    with somebody_else(path) as connection:
+        names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        assert "jobs_by_hand" not in names
 
 
 @pytest.mark.fault(65)

@@ -227,6 +227,8 @@ async def test_a_failing_node_is_named(jobs: Jobs) -> None:
     assert error.details["node_id"] == "1"
     assert error.details["node_title"] == "The culprit"
     assert error.details["exception_type"] == "RuntimeError"
+    assert 0 < len(error.details["traceback"]) <= 30
+    assert all(line.isprintable() and len(line) <= 256 for line in error.details["traceback"])
     assert not isinstance(error, GpuOutOfMemory)
 
 

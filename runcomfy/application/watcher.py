@@ -372,6 +372,8 @@ def _node_error(state: WatchState, details: dict[str, Any]) -> NodeFailed:
         "exception_type": kind,
         "exception_message": said,
     }
+    if failure.traceback:
+        details["traceback"] = list(failure.traceback)
     where = _where(state, failure) or "a node"
     what = ": ".join(part for part in (kind, said) if part) or "the server did not say why"
     if _GPU_TROUBLE.search(f"{failure.exception_type} {failure.message[:4096]}"):

@@ -81,7 +81,13 @@ def call(command: click.Command, arguments: Sequence[str] | None = None, *, name
     except click.Abort:
         return 130
     except click.ClickException as error:
-        _two_lines(error.format_message(), _usage_hint(error, name))
+        message, hint = error.format_message(), _usage_hint(error, name)
+        _two_lines(message, hint)
+        if _wants_json(arguments):
+            from runcomfy.cli.output import show_json
+            from runcomfy.domain.exceptions import BadInput
+
+            show_json({"error": BadInput(message, hint=hint).as_dict()})
         return 2
     except KeyboardInterrupt:
         return 130
@@ -89,7 +95,7 @@ def call(command: click.Command, arguments: Sequence[str] | None = None, *, name
         sys.stderr.close()  # whoever read our output has left; say nothing more
         return 1
     except Exception as error:  # noqa: BLE001 - the border: nothing leaves as a traceback
-        return _failed(_full(error) or error)
+        return _failed(_full(error) or error, as_json=_wants_json(arguments))
     return result if isinstance(result, int) else 0
 
 
@@ -99,8 +105,13 @@ def _usage_hint(error: click.ClickException, name: str) -> str:
     return f"see `{path} --help`"
 
 
-def _failed(error: Exception) -> int:
-    from runcomfy.cli.output import show_error
+def _wants_json(arguments: Sequence[str] | None) -> bool:
+    """Whether whoever called reads JSON: then an error is an object, too, beside the lines for people."""
+    return "--json" in (sys.argv[1:] if arguments is None else arguments)
+
+
+def _failed(error: Exception, *, as_json: bool) -> int:
+    from runcomfy.cli.output import show_error, show_json
     from runcomfy.domain.exceptions import RunComfyError
 
     if not isinstance(error, RunComfyError):
@@ -112,6 +123,9 @@ def _failed(error: Exception) -> int:
             f"unexpected {kind}: {text}", hint="this is a defect of the program; state/logs has the details"
         )
     show_error(error)
+    if as_json:
+        with suppress(OSError, ValueError):  # it may be stdout that failed
+            show_json({"error": error.as_dict()})
     return error.exit_code
 
 

@@ -26,6 +26,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final
 
+from runcomfy.domain.exceptions import foreign_text
 from runcomfy.domain.progress import (
     HistoryEntry,
     NodeLabel,
@@ -49,6 +50,9 @@ IDLE_READINGS: Final = 3
 the server is idle for a moment, a garbage collection stretches it to 0.4 s."""
 UNFINISHED: Final = 99.0
 """The most percent a prompt can have before it ended."""
+TRACEBACK_LINES: Final = 30
+"""Lines kept of a node's traceback: its cause stands at the end."""
+
 _EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -114,6 +118,8 @@ class Failure:
     node_class: str = ""
     exception_type: str = ""
     message: str = ""
+    traceback: tuple[str, ...] = ()
+    """The last lines of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +370,15 @@ def _failure(data: Mapping[str, Any]) -> Failure:
         value = data.get(key)
         return value if isinstance(value, str) else ""
 
-    return Failure(text("node_id"), text("node_type"), text("exception_type"), text("exception_message"))
+    lines = _last_lines(data.get("traceback"))
+    return Failure(text("node_id"), text("node_type"), text("exception_type"), text("exception_message"), lines)
+
+
+def _last_lines(traceback: Any) -> tuple[str, ...]:
+    """Return the end of a traceback (a list of texts of one or more lines), where the cause stands."""
+    entries = traceback[-TRACEBACK_LINES:] if isinstance(traceback, list) else []
+    lines = [line for entry in entries if isinstance(entry, str) for line in entry[:4_096].splitlines()]
+    return tuple(foreign_text(line) for line in lines[-TRACEBACK_LINES:] if line.strip())
 
 
 def _shown(state: WatchState, event: Preview | NodeText, now: float) -> WatchState:

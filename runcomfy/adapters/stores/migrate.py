@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection, insert, inspect, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from runcomfy.adapters.stores.tables import metadata, upgrades
+from runcomfy.adapters.stores.tables import PUBLISHED, metadata, upgrades
 from runcomfy.domain.exceptions import StoreTooNew, StoreUnavailable, foreign_text
 
 if TYPE_CHECKING:
@@ -35,6 +35,16 @@ _OWN_SCHEMA: Final = (
 )
 
 _VERSIONS: Final = "alembic_version"
+_JOBS: Final = "jobs"
+_PUT_ASIDE: Final = (
+    "DROP INDEX IF EXISTS idx_jobs_status_priority",
+    "DROP INDEX IF EXISTS idx_jobs_started",
+    "ALTER TABLE jobs RENAME TO jobs_by_hand",
+)
+_TAKE_OVER: Final = (
+    f"INSERT INTO jobs ({', '.join(PUBLISHED)}) SELECT {', '.join(PUBLISHED)} FROM jobs_by_hand",  # noqa: S608
+    "DROP TABLE jobs_by_hand",
+)
 _REVISION: Final = text("SELECT version_num FROM alembic_version")
 
 
@@ -47,6 +57,8 @@ def revision_of(connection: Connection, where: str) -> str | None:
         found = connection.execute(_REVISION).scalar()
         return None if found is None else str(found)
     # A server's database may be shared with other programs, as long as they use other names.
+    if tables == {_JOBS} and not on_server and _is_made_by_hand(connection):
+        return None
     if strange := (tables & {*ours, _VERSIONS} if on_server else tables):
         names = foreign_text(", ".join(sorted(strange)), 80)
         raise StoreUnavailable(
@@ -72,8 +84,26 @@ def upgrade(connection: Connection, where: str, *, at: datetime) -> None:
     if found is not None and found not in known:
         raise _too_new(connection, where, found)
     config.attributes["connection"] = connection
+    by_hand = found is None and connection.dialect.name == "sqlite" and _JOBS in inspect(connection).get_table_names()
+    if by_hand:
+        for statement in _PUT_ASIDE:
+            connection.exec_driver_sql(statement)
     command.upgrade(config, "head")
+    if by_hand:
+        for statement in _TAKE_OVER:
+            connection.exec_driver_sql(statement)
     connection.execute(insert(upgrades).values(revision=HEAD, program_version=_program_version(), at=at))
+
+
+def _is_made_by_hand(connection: Connection) -> bool:
+    """Whether the file has just the published table, made with the guide's own CREATE TABLE, and nothing waits in it.
+
+    What waits there has no inputs: its worker could not run it, so such a file is some other agent's.
+    """
+    if {column["name"] for column in inspect(connection).get_columns(_JOBS)} != set(PUBLISHED):
+        return False
+    waiting = "SELECT count(*) FROM jobs WHERE status IN ('pending', 'processing')"
+    return connection.exec_driver_sql(waiting).scalar() == 0
 
 
 def _config() -> Config:

@@ -166,6 +166,12 @@ _NEW_UID: Final = text(
 )
 """For rows made by hand, on SQLite; PostgreSQL's is in the migration."""
 
+PUBLISHED: Final = (
+    "id", "config_name", "job_type", "workflow_id", "priority", "status", "retries_attempted", "run_count",
+    "retry_limit", "start_time", "end_time", "duration", "error_trace", "metadata", "worker_id", "lease_expires_at",
+)  # fmt: skip
+"""The columns of `jobs` that people and their SQL know, in their order."""
+
 jobs: Final = Table(
     "jobs",
     metadata,
