@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.jobs_look import SURELY_OVER
+from runcomfy.domain.exceptions import LeaseLost, StoreUnavailable
 from runcomfy.domain.queued import EventKind, QueueStatus, WorkerId
 from runcomfy.testing.contracts.jobs_words import (
     ALICE,
@@ -22,6 +23,7 @@ from runcomfy.testing.contracts.jobs_words import (
     LEASE,
     StoryClock,
     a_job,
+    a_prompt,
     plan,
     put,
     take,
@@ -185,3 +187,54 @@ async def test_no_index_is_touched_by_a_renewed_lease_or_by_progress(jobs: SqlJo
         assert column not in indexes
     for name in ("idx_jobs_status_priority", "idx_jobs_started", "ix_jobs_pending", "ix_jobs_processing"):
         assert name in indexes
+
+
+# -- somebody's open transaction -------------------------------------------------------------------------------
+
+
+async def test_a_row_in_somebodys_open_transaction_holds_up_nothing_else(jobs: SqlJobs, postgres_dsn: str) -> None:
+    await put(jobs, a_job(), a_job(), a_job())
+    one, two, three = await take_all(jobs)
+    with somebody_else(postgres_dsn, autocommit=False) as hand:
+        hand.execute("UPDATE jobs SET priority = 1 WHERE id = %s", (one.id,))
+        stuck = asyncio.ensure_future(jobs.finish(one.id, one.token, DONE))
+        named = asyncio.ensure_future(jobs.finish(two.id, two.token, DONE, publish=lambda: None))
+        assert (await named).status is QueueStatus.DONE
+        assert await jobs.renew(ALICE, lease=LEASE) == {one.id: one.token, three.id: three.token}
+        assert [job.id for job in await plan(jobs, dead=[ALICE])] == [three.id]
+        assert not stuck.done()
+        hand.commit()
+        done = await stuck
+    assert (done.status, done.priority) == (QueueStatus.DONE, 1)
+
+
+@pytest.mark.parametrize("call", ["finish", "publish", "write_ahead", "cancel", "set_priority"])
+async def test_who_cannot_get_at_a_row_says_so_in_the_end(jobs: SqlJobs, postgres_dsn: str, call: str) -> None:
+    await put(jobs)
+    job = await take(jobs)
+    asked: dict[str, Callable[[], Awaitable[object]]] = {
+        "finish": lambda: jobs.finish(job.id, job.token, DONE),
+        "publish": lambda: jobs.finish(job.id, job.token, DONE, publish=lambda: pytest.fail("named")),
+        "write_ahead": lambda: jobs.write_ahead(job.id, job.token, place="x", prompt_id=a_prompt(), counts_as_run=True),
+        "cancel": lambda: jobs.cancel(job.id),
+        "set_priority": lambda: jobs.set_priority(job.id, 1),
+    }
+    with somebody_else(postgres_dsn, autocommit=False) as hand:
+        hand.execute("SELECT * FROM jobs FOR UPDATE")
+        with pytest.raises(StoreUnavailable, match="locked by another program"):
+            await asked[call]()
+        hand.rollback()
+    assert (await jobs.jobs())[0] == job
+
+
+async def test_a_row_deleted_under_a_workers_hands_is_lost(jobs: SqlJobs, postgres_dsn: str) -> None:
+    await put(jobs)
+    job = await take(jobs)
+    with somebody_else(postgres_dsn, autocommit=False) as hand:
+        hand.execute("DELETE FROM jobs")
+        asked = asyncio.ensure_future(jobs.finish(job.id, job.token, DONE))
+        await asyncio.sleep(1)
+        assert not asked.done()
+        hand.commit()
+    with pytest.raises(LeaseLost, match="deleted"):
+        await asked

@@ -21,8 +21,8 @@ from runcomfy.adapters.stores.database import Database, SyncDatabase
 from runcomfy.adapters.stores.jobs_finish import Finish
 from runcomfy.adapters.stores.jobs_reap import Reap, renew_in
 from runcomfy.adapters.stores.jobs_rows import safe, told_text
-from runcomfy.adapters.stores.jobs_sql import Sql, hold, tell
-from runcomfy.adapters.stores.jobs_together import Together
+from runcomfy.adapters.stores.jobs_sql import RowLocked, Sql, hold, tell
+from runcomfy.adapters.stores.jobs_together import Together, Waits
 from runcomfy.domain.exceptions import JobNotFound, LocalError, foreign_text
 from runcomfy.domain.job import PromptId
 from runcomfy.domain.lease import Owner
@@ -207,7 +207,7 @@ class SqlJobs:
 
         for _ in range(RACES):
             with suppress(_Raced):
-                return await self._write(guarded)
+                return await self._patiently(guarded)
         raise LocalError("other processes took the same names again and again", hint="try again")
 
     # -- looking -------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class SqlJobs:
             if not known:
                 tell(connection, now, [(kind, job_id, 0, WorkerId(safe(by)), said)])
 
-        await self._write(work)
+        await self._patiently(work)
 
     # -- what users ask for --------------------------------------------------------------------------------
 
@@ -312,6 +312,16 @@ class SqlJobs:
 
         return await self._on_one(key, work)
 
+    async def _patiently(self, work: Callable[[Connection], T], *, wakes: bool | None = None, alone: bool = False) -> T:
+        """Write; while somebody has the row in an open transaction try again, for a while."""
+        write = self._database.write_alone if alone else self._database.write
+        waits = Waits()
+        while True:
+            try:
+                return await write(work, wakes=wakes)
+            except RowLocked:
+                await waits.sleep()
+
     async def _on_one(self, key: JobKey, work: Callable[[Connection, datetime, RowId], QueuedJob]) -> QueuedJob:
         now = self.now()
 
@@ -321,9 +331,12 @@ class SqlJobs:
                 raise JobNotFound(
                     f"the queue has no job {foreign_text(key, 80)!r}", hint="`comfyctl queue ls` lists them"
                 )
-            return work(connection, now, job.id)
+            try:
+                return work(connection, now, job.id)
+            except KeyError:  # a user deleted it in this moment
+                raise JobNotFound(f"job {foreign_text(key, 80)!r} was deleted") from None
 
-        return await self._write(found, wakes=True)
+        return await self._patiently(found, wakes=True)
 
     async def pause(
         self, *, scope: str, reason: str, message: str, retry_in: timedelta | None = None, by: str = ""
@@ -410,7 +423,9 @@ class SqlJobs:
 
     async def _step(self, job_id: RowId, token: int, what: jobs_steps.Step) -> QueuedJob:
         now = self.now()
-        return await self._write(lambda connection: jobs_steps.step(connection, now, job_id, token, what), wakes=True)
+        return await self._patiently(
+            lambda connection: jobs_steps.step(connection, now, job_id, token, what), wakes=True
+        )
 
     async def finish(
         self, job_id: RowId, token: int, ending: Ending, *, publish: Callable[[], None] | None = None
@@ -427,6 +442,8 @@ class SqlJobs:
         def work(connection: Connection) -> None:
             nonlocal published
             jobs_finish.write(connection, now, [finish])
+            if finish.locked:
+                raise RowLocked
             if finish.error is not None or finish.repeated or published:
                 return
             try:
@@ -437,7 +454,7 @@ class SqlJobs:
 
         try:
             # In a transaction of its own: what has names is never taken back because of another's trouble.
-            await self._database.write_alone(work, wakes=True)
+            await self._patiently(work, wakes=True, alone=True)
         except _NotPublished as error:
             raise error.cause from None
         return finish.outcome()
@@ -477,7 +494,7 @@ class SqlJobs:
     async def prompt_ended(self, job_id: RowId, prompt_id: PromptId) -> None:
         """Say that the prompt of a job that has ended was seen ended; harmless if the job has another one by now."""
         now = self.now()
-        await self._write(lambda connection: jobs_steps.prompt_ended(connection, now, job_id, prompt_id))
+        await self._patiently(lambda connection: jobs_steps.prompt_ended(connection, now, job_id, prompt_id))
 
     async def take_role(self, role: str, owner_id: OwnerId, *, lease: timedelta) -> int | None:
         """Take or keep a role that one process of the database has at a time; return its epoch, None if held."""

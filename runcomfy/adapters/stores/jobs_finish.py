@@ -21,7 +21,7 @@ from runcomfy.adapters.stores.jobs_sql import (
     Told,
     changed,
     closing,
-    hold,
+    hold_some,
     run_of,
     stamps,
     tell,
@@ -65,6 +65,8 @@ class Finish:
     error: RunComfyError | None = None
     repeated: bool = False
     """Whether it was written before, and only the answer had been lost."""
+    locked: bool = False
+    """Whether nothing could be said, because somebody has the row in an open transaction."""
 
     def __post_init__(self) -> None:
         """Refuse what no worker can say."""
@@ -81,15 +83,21 @@ class Finish:
 
 
 def write(connection: Connection, now: datetime, finishes: Sequence[Finish]) -> None:
-    """End attempts, each by itself: one that lost its lease is told so in its `error` and spoils no other."""
+    """End attempts, each by itself: one that lost its lease is told so in its `error` and spoils no other.
+
+    One whose row somebody else has is `locked`, and to be asked for again.
+    """
     end_time = stamps(connection).kept(now)
-    held = hold(connection, (finish.job_id for finish in finishes))
+    held, locked = hold_some(connection, (finish.job_id for finish in finishes))
     entries: dict[RowId, Entry] = {}
     attempts: list[dict[str, Any]] = []
     events: list[Told] = []
     late: list[Finish] = []
     for finish in finishes:
         finish.job, finish.error, finish.repeated = None, None, False
+        finish.locked = finish.job_id in locked
+        if finish.locked:
+            continue
         entry = held.get(finish.job_id)
         if (
             entry is None

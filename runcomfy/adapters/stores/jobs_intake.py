@@ -186,7 +186,9 @@ def ingest(connection: Connection, now: datetime, job: NewJob, *, default_priori
         row = _row(job, now, stamps(connection), default_priority=default_priority)
         _insert(connection, now, [row])
         return Ingested.NEW, find(connection, "uid", [row["uid"]])[0].job
-    entry = hold(connection, [found[0].job.id])[found[0].job.id]
+    entry = hold(connection, [found[0].job.id]).get(found[0].job.id)
+    if entry is None:  # a user deleted it in this moment
+        return ingest(connection, now, job, default_priority=default_priority)
     word = _what_to_do(entry.job, job)
     if word in (Ingested.UPDATED, Ingested.AGAIN):
         _write_again(connection, now, entry, job, word, default_priority=default_priority)

@@ -24,7 +24,7 @@ from runcomfy.adapters.stores.jobs_sql import (
     Told,
     changed,
     close_open_attempts,
-    hold,
+    hold_some,
     in_list,
     listed,
     stamps,
@@ -41,11 +41,11 @@ PLANNER: Final = "planner"
 _RENEW: Final = Sql(
     "UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE status = 'processing' AND worker_id = :worker "
     "RETURNING id, token",
-    # Rows are locked by number, as everybody does who locks several.
+    # A row in somebody's open transaction is passed over, and all others are renewed; it is held all the same.
     postgres=(
         "WITH mine AS MATERIALIZED (SELECT id FROM jobs WHERE status = 'processing' AND worker_id = :worker "
-        "ORDER BY id FOR NO KEY UPDATE) UPDATE jobs SET lease_expires_at = :lease_expires_at FROM mine "
-        "WHERE jobs.id = mine.id RETURNING jobs.id, jobs.token"
+        "FOR NO KEY UPDATE SKIP LOCKED), renewed AS (UPDATE jobs SET lease_expires_at = :lease_expires_at FROM mine "
+        "WHERE jobs.id = mine.id) SELECT id, token FROM jobs WHERE status = 'processing' AND worker_id = :worker"
     ),
 )
 _ALIVE: Final = Sql("UPDATE owners SET heartbeat_at = :now WHERE id = :worker")
@@ -82,7 +82,7 @@ _CUT: Final = Sql(
     "UPDATE jobs SET lease_expires_at = :latest WHERE status = 'processing' AND datetime(lease_expires_at) > :latest",
     postgres=(
         "WITH far AS MATERIALIZED (SELECT id FROM jobs WHERE status = 'processing' AND lease_expires_at > :latest "
-        "ORDER BY id FOR UPDATE) UPDATE jobs SET lease_expires_at = :latest FROM far WHERE jobs.id = far.id"
+        "FOR UPDATE SKIP LOCKED) UPDATE jobs SET lease_expires_at = :latest FROM far WHERE jobs.id = far.id"
     ),
 )
 # A prompt that may run is for workers that reach its place; from when for others too is decided here, whoever put the
@@ -93,7 +93,7 @@ _UNDATED: Final = (
 _DATE: Final = Sql(
     f"UPDATE jobs INDEXED BY ix_jobs_places SET others_from = :from WHERE {_UNDATED}",
     postgres=(
-        f"WITH undated AS MATERIALIZED (SELECT id FROM jobs WHERE {_UNDATED} ORDER BY id FOR UPDATE) "
+        f"WITH undated AS MATERIALIZED (SELECT id FROM jobs WHERE {_UNDATED} FOR UPDATE SKIP LOCKED) "
         "UPDATE jobs SET others_from = :from FROM undated WHERE jobs.id = undated.id"
     ),
 )
@@ -128,7 +128,9 @@ def reap(connection: Connection, now: datetime, order: Reap) -> list[QueuedJob]:
     over = _OVER.run(connection, {"now": write.whole(now), "dead": listed(connection, order.dead)}).fetchall()
     before: list[Entry] = []
     after: list[Entry] = []
-    for entry in hold(connection, (job_id for (job_id,) in over)).values() if over else ():
+    # What somebody has in an open transaction is left for the next round.
+    found = hold_some(connection, (job_id for (job_id,) in over))[0] if over else {}
+    for entry in found.values():
         if entry.job.status is QueueStatus.PROCESSING and _is_over(entry.job, now, write.whole(now), order):
             before.append(entry)
             blamed = entry.job.lost_count + 1 >= order.lost_limit and _is_to_blame(connection, entry.job, now)
@@ -145,7 +147,7 @@ def reap(connection: Connection, now: datetime, order: Reap) -> list[QueuedJob]:
         close_open_attempts(connection, now, ended, outcome)
     _DATE.run(connection, {"from": write.exact(now + order.grace)})
     waiting = {entry.job.id for entry in after}
-    return [entry.job for entry in hold(connection, waiting).values()] if waiting else []
+    return [entry.job for entry in hold_some(connection, waiting)[0].values()] if waiting else []
 
 
 def _is_over(job: QueuedJob, now: datetime, now_whole: Any, order: Reap) -> bool:

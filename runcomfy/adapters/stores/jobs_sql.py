@@ -81,11 +81,14 @@ EVENTS: Final = ", ".join(EVENT_COLUMNS)
 # -- one job ---------------------------------------------------------------------------------------------------
 
 _BY_IDS: Final = in_list("jobs.id", "ids", "bigint")
-# In the order of their numbers: two who lock several rows never wait for each other in a circle.
+# Nobody waits for a row: while somebody's transaction is open on one, everything else goes on. And who does not wait
+# cannot wait in a circle.
 _HOLD: Final = Sql(
     f"SELECT {COLUMNS} FROM jobs WHERE {_BY_IDS[0]} ORDER BY id",
-    postgres=f"SELECT {COLUMNS} FROM jobs WHERE {_BY_IDS[1]} ORDER BY id FOR UPDATE",
+    postgres=f"SELECT {COLUMNS} FROM jobs WHERE {_BY_IDS[1]} ORDER BY id FOR UPDATE SKIP LOCKED",
 )
+
+_THERE: Final = Sql(f"SELECT id FROM jobs WHERE {_BY_IDS[0]}", postgres=f"SELECT id FROM jobs WHERE {_BY_IDS[1]}")
 
 # What is written of jobs, attempts and events, with PostgreSQL's types.
 _SAVED: Final[Mapping[str, str]] = {
@@ -171,10 +174,27 @@ _CLOSE_OPEN: Final = Sql(
 )
 
 
+class RowLocked(Exception):
+    """Another program, or another process of ours, has a row that is to be changed in its open transaction."""
+
+
 def hold(connection: Connection, ids: Iterable[int]) -> dict[RowId, Entry]:
-    """Read jobs that are about to change; nobody else changes them until this transaction ends."""
-    rows = _HOLD.run(connection, {"ids": listed(connection, sorted(set(ids)))})
-    return {row[0]: entry_of(row) for row in rows}
+    """Read jobs that are about to change; nobody else changes them until this transaction ends. Raises RowLocked."""
+    found, locked = hold_some(connection, ids)
+    if locked:
+        raise RowLocked
+    return found
+
+
+def hold_some(connection: Connection, ids: Iterable[int]) -> tuple[dict[RowId, Entry], set[int]]:
+    """Read those that nobody else has; also return the numbers of the others that exist."""
+    wanted = set(ids)
+    rows = _HOLD.run(connection, {"ids": listed(connection, sorted(wanted))})
+    found = {RowId(row[0]): entry_of(row) for row in rows}
+    missing = wanted - found.keys()
+    if not missing or connection.dialect.name == "sqlite":  # a file has one writer at a time
+        return found, set()
+    return found, {job_id for (job_id,) in _THERE.run(connection, {"ids": listed(connection, missing)})}
 
 
 def write(

@@ -4,17 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Coroutine
+from datetime import datetime, timedelta
+from typing import Any, Final
 
 from sqlalchemy import Connection
 
 from runcomfy.adapters.stores.database import Database
 from runcomfy.adapters.stores.jobs_finish import Finish, write
-from runcomfy.domain.exceptions import LocalError
+from runcomfy.domain.exceptions import LocalError, StoreUnavailable
 from runcomfy.domain.queued import QueuedJob
 
-_Waiting = tuple[Finish, asyncio.Future[QueuedJob]]
+PATIENCE: Final = timedelta(seconds=10)
+"""How long it is tried to change a row that somebody has in an open transaction."""
+
+FIRST_WAIT_SECONDS: Final = 0.005
+"""Most often it is another process of ours, or the heart that renews; those are done in milliseconds."""
+LONGEST_WAIT_SECONDS: Final = 0.5
+
+
+class Waits:
+    """The pauses between tries to get at a row that somebody else has."""
+
+    def __init__(self) -> None:
+        self._next = FIRST_WAIT_SECONDS
+        self._until = asyncio.get_running_loop().time() + PATIENCE.total_seconds()
+
+    async def sleep(self) -> None:
+        """Wait a little, each time longer. Raises StoreUnavailable when it took too long."""
+        if asyncio.get_running_loop().time() > self._until:
+            raise StoreUnavailable(
+                "the job's row is locked by another program",
+                hint="somebody's transaction is open: end it with COMMIT or ROLLBACK; `comfyctl doctor` names it",
+            )
+        wait, self._next = self._next, min(2 * self._next, LONGEST_WAIT_SECONDS)
+        await asyncio.sleep(wait)
+
+
+_Waiting = tuple[Finish, asyncio.Future[QueuedJob], Waits]
 
 
 class Together:
@@ -31,14 +58,20 @@ class Together:
     async def finish(self, finish: Finish) -> QueuedJob:
         """End an attempt; return when that is committed. Raises LeaseLost."""
         future: asyncio.Future[QueuedJob] = asyncio.get_running_loop().create_future()
+        self._put((finish, future, Waits()))
+        return await future
+
+    def _put(self, one: _Waiting) -> None:
         with self._lock:
-            self._waiting.append((finish, future))
+            self._waiting.append(one)
             called, self._called = self._called, True
         if not called:
-            task = asyncio.create_task(self._write(), name="finishes")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        return await future
+            self._begin(self._write())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="finishes")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def settle(self) -> None:
         """Wait until everything that was asked for is written, or refused."""
@@ -59,7 +92,7 @@ class Together:
             # process the same are written again.
             if not taken:
                 taken.extend(self._take())
-            write(connection, now, [finish for finish, _ in taken])
+            write(connection, now, [finish for finish, _, _ in taken])
 
         try:
             await self._database.write(work, wakes=True)
@@ -69,17 +102,17 @@ class Together:
                 # One of them cannot be written; the others can.
                 await asyncio.gather(*(self._write_alone(one) for one in taken))
                 return
-            for _, future in taken:
+            for _, future, _ in taken:
                 if not future.done():
                     future.set_exception(error)
             if not isinstance(error, Exception):
                 raise
             return
-        for finish, future in taken:
-            _tell(finish, future)
+        for one in taken:
+            self._tell(one)
 
     async def _write_alone(self, one: _Waiting) -> None:
-        finish, future = one
+        finish, future, _ = one
         now = self._now()
         try:
             await self._database.write(lambda connection: write(connection, now, [finish]), wakes=True)
@@ -87,13 +120,26 @@ class Together:
             if not future.done():
                 future.set_exception(error)
         else:
-            _tell(finish, future)
+            self._tell(one)
 
+    async def _again(self, one: _Waiting) -> None:
+        """Ask once more, a little later."""
+        _, future, waits = one
+        try:
+            await waits.sleep()
+        except StoreUnavailable as error:
+            if not future.done():
+                future.set_exception(error)
+        else:
+            self._put(one)
 
-def _tell(finish: Finish, future: asyncio.Future[QueuedJob]) -> None:
-    if future.done():  # who asked was cancelled meanwhile
-        return
-    if finish.error is not None:
-        future.set_exception(finish.error)
-    else:
-        future.set_result(finish.outcome())
+    def _tell(self, one: _Waiting) -> None:
+        finish, future, _ = one
+        if finish.locked:
+            self._begin(self._again(one))
+        elif future.done():  # who asked was cancelled meanwhile
+            return
+        elif finish.error is not None:
+            future.set_exception(finish.error)
+        else:
+            future.set_result(finish.outcome())
