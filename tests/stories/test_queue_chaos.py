@@ -102,7 +102,7 @@ class Chaos:
 
 
 @pytest.mark.fault(64)
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 async def test_whoever_dies_or_sleeps_when_and_where_every_job_is_done_once(
     programs: QueuePrograms, seed: int, looptime: float
 ) -> None:

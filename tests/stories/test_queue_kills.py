@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,8 @@ from runcomfy.domain.queued import EventKind, Outcome, Phase, QueueStatus
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
 from runcomfy.testing.queue_programs import PUBLISHED, Program, QueuePrograms
 
-LEASE = timedelta(seconds=60)
-REAP = timedelta(seconds=15)
+LEASE, HEARTBEAT, REAP = timedelta(seconds=20), timedelta(seconds=5), timedelta(seconds=5)
+SHORT: dict[str, Any] = {"lease": LEASE, "heartbeat": HEARTBEAT, "reap_every": REAP}
 FIRST, LAST = "before store.claim", "after results.commit"
 
 POINTS = (
@@ -48,8 +49,8 @@ async def points_of_a_run(programs: QueuePrograms) -> list[str]:
     return [*passed[passed.index(FIRST) : passed.index(LAST) + 1], PUBLISHED]
 
 
-async def dies_at(programs: QueuePrograms, point: str, *, noticed: bool = True) -> Program:
-    program = await programs.start(works=False)
+async def dies_at(programs: QueuePrograms, point: str, *, noticed: bool = True, **changes: Any) -> Program:
+    program = await programs.start(works=False, **changes)
     reached = program.fate.stop_at(point)
     program.begin()
     async with asyncio.timeout(60):
@@ -86,9 +87,9 @@ async def test_a_death_that_nobody_sees_is_over_with_its_lease(programs: QueuePr
     """I12, I20: another computer's worker is dead when its lease is over; a prompt it sent is gone on with."""
     for number, point in enumerate(POINTS):
         job = await programs.put(number, seconds=5)
-        await dies_at(programs, point, noticed=False)
+        await dies_at(programs, point, noticed=False, **SHORT)
         died = float(looptime)
-        heir = await programs.start()
+        heir = await programs.start(**SHORT)
         job = await programs.queue.wait(job)
         over_at_once = point == "after store.finish"
         assert looptime - died < (1 if over_at_once else (LEASE + REAP).total_seconds() + 10), point
