@@ -12,7 +12,7 @@ import pytest
 from runcomfy.domain.exceptions import DiskFull, JobBusy, JobNotFound, LeaseLost
 from runcomfy.domain.job import PromptId
 from runcomfy.domain.machine import OwnerId
-from runcomfy.domain.queued import Ending, EventKind, Outcome, Phase, QueueStatus
+from runcomfy.domain.queued import Ending, EventKind, Outcome, Phase, QueueStatus, WorkerId
 from runcomfy.ports.jobs import JobStore
 from runcomfy.testing.contracts.jobs_words import (
     ALICE,
@@ -496,6 +496,20 @@ class ReapingContract:
         assert (await jobs.attempts(job.id))[-1].outcome is Outcome.QUARANTINED
         again = await jobs.retry(job.id)
         assert again.lost_count == 0
+
+    async def test_a_job_is_not_blamed_where_workers_vanish_without_it_as_well(self, jobs: JobStore) -> None:
+        """Hosts that are taken away, one after the other, must not end a sound job."""
+        await put(jobs, *(a_job(config_name=f"other-{number}") for number in range(3)))
+        hosts = [WorkerId(f"host-{number}") for number in range(3)]
+        for host in hosts:
+            await take(jobs, host)
+        await plan(jobs, dead=hosts)
+        (sound,) = await jobs.add([a_job(config_name="sound", priority=1)])
+        for _ in range(3):
+            assert (await take(jobs)).id == sound.id
+            await plan(jobs, dead=[ALICE])
+        back = await seen(jobs, sound)
+        assert (back.status, back.lost_count) == (QueueStatus.PENDING, 3)
 
     async def test_losses_count_only_in_a_row(self, jobs: JobStore) -> None:
         await put(jobs)
