@@ -71,10 +71,6 @@ _REPORT: Final = Sql(
 )
 
 
-class _Raced(Exception):
-    """Another process wrote the same name, key or path in the same moment."""
-
-
 class _NotPublished(Exception):
     """The results could not be given their names: nothing is committed, and this says why."""
 
@@ -203,10 +199,10 @@ class SqlJobs:
             try:
                 return work(connection, now)
             except IntegrityError as error:
-                raise _Raced from error
+                raise jobs_intake.Raced from error
 
         for _ in range(RACES):
-            with suppress(_Raced):
+            with suppress(jobs_intake.Raced):
                 return await self._patiently(guarded)
         raise LocalError("other processes took the same names again and again", hint="try again")
 

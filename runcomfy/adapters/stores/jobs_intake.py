@@ -64,6 +64,10 @@ _SEEN: Final = Sql("UPDATE jobs SET content_sha256 = :content, held_sha256 = :he
 _MADE_NAME: Final = re.compile(r"[^\w.-]+", re.ASCII)
 
 
+class Raced(Exception):
+    """Another process took the same name or key in this moment: what follows is another answer, so ask again."""
+
+
 def clamped(priority: int) -> int:
     """Return a priority in the published range."""
     return min(LAST_PRIORITY, max(FIRST_PRIORITY, priority))
@@ -105,6 +109,7 @@ def add(connection: Connection, now: datetime, jobs: Sequence[NewJob], *, defaul
         uids.append(row["uid"])
         if key:
             known[key] = (row["uid"], body)
+    _check_names(connection, rows)
     _insert(connection, now, rows)
     found = {entry.job.uid: entry.job for entry in find(connection, "uid", uids)}
     return [found[uid] for uid in uids]
@@ -148,15 +153,21 @@ def _content(job: NewJob, *, default_priority: int) -> dict[str, Any]:
     }
 
 
+def _check_names(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    keys = {row["config_name"]: row["idempotency_key"] for row in rows}
+    for entry in find(connection, "config_name", keys):
+        if entry.job.idempotency_key and entry.job.idempotency_key == keys[entry.job.config_name]:
+            raise Raced  # it is this very job, which another process put in since the keys were looked up
+        raise _name_taken(entry.job)
+    if len(keys) < len(rows):
+        names = [row["config_name"] for row in rows]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise NameTaken(f"two of the jobs are named {twice}", hint="give each a name of its own, or none")
+
+
 def _insert(connection: Connection, now: datetime, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
-    names = [row["config_name"] for row in rows]
-    if taken := {entry.job.config_name: entry.job for entry in find(connection, "config_name", names)}:
-        raise _name_taken(next(iter(taken.values())))
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise NameTaken(f"two of the jobs are named {twice}", hint="give each a name of its own, or none")
     _INSERT.run(connection, [dict(row) for row in rows])
     new = find(connection, "uid", (row["uid"] for row in rows))
     new.sort(key=lambda entry: entry.job.id)
