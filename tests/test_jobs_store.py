@@ -429,7 +429,7 @@ async def test_a_closed_queue_can_be_opened_again(jobs: SqlJobs) -> None:
 
 @pytest.mark.usefixtures("jobs")
 async def test_no_statement_of_the_queue_reads_the_history(path: Path) -> None:
-    statements = [thing for thing in gc.get_objects() if type(thing) is Sql]  # a dead weak reference has no class to ask for
+    statements = [thing for thing in gc.get_objects() if type(thing) is Sql]  # dead references raise
     assert len(statements) > 30
     with somebody_else(path) as connection:
         for statement in statements:
