@@ -37,7 +37,7 @@ from runcomfy.domain.queued import (
 
 _NEW: Final = (
     "config_name, job_type, workflow_id, priority, status, retry_limit, metadata, uid, request, created_at, username, "
-    "project, idempotency_key, source_path, content_sha256, body_sha256, output_path"
+    "project, idempotency_key, source_path, content_sha256, body_sha256"
 )
 _INSERT: Final = Sql(f"INSERT INTO jobs ({_NEW}) VALUES ({', '.join(':' + name for name in _NEW.split(', '))})")
 
@@ -52,8 +52,7 @@ def _looked_up(column: str) -> Sql:
 _BY: Final = {column: _looked_up(column) for column in ("uid", "config_name", "idempotency_key")}
 
 _WRITTEN_AGAIN: Final = (
-    "job_type, workflow_id, priority, retry_limit, metadata, request, username, project, source_path, content_sha256, "
-    "output_path"
+    "job_type, workflow_id, priority, retry_limit, metadata, request, username, project, source_path, content_sha256"
 )
 _REWRITE: Final = Sql(
     f"UPDATE jobs SET {', '.join(f'{name} = :{name}' for name in _WRITTEN_AGAIN.split(', '))} WHERE id = :id"
@@ -149,7 +148,6 @@ def _content(job: NewJob, *, default_priority: int) -> dict[str, Any]:
         "project": safe(job.project),
         "source_path": safe(job.source_path),
         "content_sha256": job.content_sha256,
-        "output_path": safe(job.request.out_file) if job.request.out_file else None,
     }
 
 

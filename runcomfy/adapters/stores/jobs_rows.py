@@ -194,7 +194,7 @@ class Entry:
 
 def entry_of(row: Sequence[Any]) -> Entry:
     """Return a whole row (`JOB_COLUMNS`)."""
-    return Entry(job_of(row), time_in(row[39]), bool(row[40]), _text(row[37]), time_in(row[41]))
+    return Entry(job_of(row), time_in(row[38]), bool(row[39]), _text(row[37]), time_in(row[40]))
 
 
 def job_of(row: Sequence[Any]) -> QueuedJob:

@@ -215,7 +215,6 @@ jobs: Final = Table(
     Column("result", Text, nullable=False, server_default=_EMPTY),
     # What the domain's class does not show.
     Column("body_sha256", Text, nullable=False, server_default=_NO_TEXT),
-    Column("output_path", Text),
     # When the run began, to the microsecond: start_time tells seconds.
     Column("run_began_at", _Stamp),
     # Whether run_count has the run that is going on.

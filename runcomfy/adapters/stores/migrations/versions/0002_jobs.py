@@ -86,7 +86,6 @@ def _jobs() -> None:
         sa.Column("message", sa.Text, nullable=False, server_default=sa.text("''")),
         sa.Column("result", sa.Text, nullable=False, server_default=sa.text("'{}'")),
         sa.Column("body_sha256", sa.Text, nullable=False, server_default=sa.text("''")),
-        sa.Column("output_path", sa.Text),
         sa.Column("run_began_at", TIME),
         sa.Column("run_counted", sa.Integer, nullable=False, server_default=sa.text("0")),
         sa.Column("waits_since", TIME),
