@@ -74,6 +74,9 @@ class JobRequest:
     """Where the one result goes, as a file; several get numbered names. Wins over `out_dir`."""
     out_root: str | None = None
     """The folder that `out_file` may not leave, not even by a link in its path; None: anywhere."""
+    user: str = ""
+    project: str = ""
+    """Who pays, for budgets and reports."""
     earlier_outputs: Mapping[str, str] = field(default_factory=dict)
     """Path -> sha256 of what earlier runs of the same job delivered to `out_file`: may be replaced if it is still
     that. Anything else found there is kept under another name."""

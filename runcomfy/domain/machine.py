@@ -47,6 +47,8 @@ class Purpose(StrEnum):
     """Rented by one command for its own job; ends with it."""
     TAKEN = "taken"
     """Found on the account and taken over because the user said so."""
+    POOL = "pool"
+    """Rented by a pool for the jobs of the queue; whoever holds the pool's role takes it over from a dead one."""
 
 
 class MachineState(StrEnum):
@@ -139,6 +141,15 @@ class Machine:
     """The provider's yes to the stop: RunComfy bills until then."""
     gone_at: datetime | None = None
     last_used_at: datetime | None = None
+    run_id: str = ""
+    """Which command's doing it is, for a budget per run: the owner that launched it, whoever has it now."""
+    for_project: str = ""
+    for_user: str = ""
+    """For whom it was launched, where that is one; empty for a machine of everybody."""
+    asked_duration: timedelta | None = None
+    """A running time that was asked for and not confirmed yet: budgets count it, nobody relies on it."""
+    draining: str = ""
+    """Why it takes no further jobs; empty while it does."""
 
     @property
     def is_open(self) -> bool:

@@ -13,6 +13,7 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Final
 
+from runcomfy.domain.budget import Budget
 from runcomfy.domain.money import RateTable
 from runcomfy.domain.secret import Secret
 
@@ -172,6 +173,51 @@ class QueueSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """Machines rented for the queue (`comfyctl serve`)."""
+
+    max_machines: int = 1
+    """At most this many rented at once, those that start or stop counted."""
+    min_machines: int = 0
+    """Kept even if the plan would end them; budgets and leases still win."""
+    server_types: tuple[str, ...] = ()
+    """Types the plan may choose from; empty: the one of RUNCOMFY_SERVER_TYPE."""
+    depth: int = 2
+    """Jobs at one machine at once: one computes, the others' prompts wait in its queue."""
+    wait_price: str = "normal"
+    """What an hour of one job's waiting is worth: `batch`, `normal`, `person waiting` (1, 5, 20 times the machine's
+    price), or USD per hour."""
+    latency_target: timedelta | None = None
+    """Instead of a price: the wait that 95 of 100 jobs should stay below; solved for the price by replaying history."""
+    keep_alive: timedelta | None = None
+    """A fixed time that an idle machine is kept, instead of the learned one."""
+    affinity_wait: timedelta = timedelta(seconds=60)
+    """How long a job may be passed over by others that fit a warm machine better."""
+    presence_lead: timedelta = timedelta(seconds=300)
+    """How long before work a presence signal usually comes, until history says it."""
+    plan_every: timedelta = timedelta(seconds=5)
+    """At the latest so long after the last plan there is another."""
+    reconcile_every: timedelta = timedelta(seconds=45)
+    status_every: timedelta = timedelta(seconds=10)
+    """How often the provider's list is read for the machines held: one call for all."""
+    flip_limit: int = 3
+    """Ready/not-Ready changes within `flip_window` after which a machine is replaced."""
+    flip_window: timedelta = timedelta(minutes=5)
+    slow_factor: float = 5.0
+    """A machine that is this much slower than the median of a workflow on its type, twice in a row, is replaced."""
+    breaker_failures: int = 3
+    """Failed starts or ill machines of one type in a row, after which it is not launched for `breaker_rest`."""
+    breaker_rest: timedelta = timedelta(minutes=10)
+    guard: bool = True
+    """Whether a guard process is started that ends what outlives its lease when everything else is dead."""
+    guard_period: timedelta = timedelta(seconds=30)
+    idle_warning: timedelta = timedelta(minutes=2)
+    """How long before the guard ends an idle dev server it warns."""
+    silence: timedelta = timedelta(minutes=10)
+    """A gap without jobs on a machine after which its idle time is no longer shared out over the jobs before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings, and where each came from."""
 
@@ -180,6 +226,8 @@ class Settings:
     files: FileSettings
     app: AppSettings
     rates: RateTable
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    budgets: tuple[Budget, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     """Variable name -> "environment", the credentials file's path, or "default"."""
     credentials_file: str | None = None

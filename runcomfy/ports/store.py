@@ -11,9 +11,13 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
+from runcomfy.domain.budget import Budget, BudgetState
+from runcomfy.domain.decision import Decision
 from runcomfy.domain.lease import Owner, Use
 from runcomfy.domain.machine import Machine, MachineEvent, MachineId, OwnerId, Transition
 from runcomfy.domain.money import LedgerEntry
+from runcomfy.domain.signal import Signal
+from runcomfy.domain.work import Work
 
 
 class Store(Protocol):
@@ -48,16 +52,49 @@ class Store(Protocol):
         ...
 
     # machines
-    async def add_machine(self, machine: Machine, *, at: datetime, note: str = "") -> None:
-        """Write a launch intent (or a machine taken over), with its first transition."""
+    async def add_machine(
+        self, machine: Machine, *, at: datetime, note: str = "", budgets: Sequence[Budget] = ()
+    ) -> Sequence[BudgetState]:
+        """Write a launch intent (or a machine taken over), with its first transition.
+
+        With `budgets` (made out): in the same transaction, which no other launch or extension of the account can
+        interleave with, only if committed spend with this machine stays within every hard cap (I6). Returns how the
+        budgets stand with it. Raises BudgetExceeded: nothing was written then.
+        """
+        ...
+
+    async def ask_duration(
+        self,
+        machine_id: MachineId,
+        *,
+        total: timedelta,
+        at: datetime,
+        by: OwnerId,
+        epoch: int,
+        budgets: Sequence[Budget] = (),
+    ) -> tuple[Machine, Sequence[BudgetState]]:
+        """Write down that a longer running time is about to be asked for (`asked_duration`), within the budgets.
+
+        Raises BudgetExceeded, LeaseLost (`epoch`).
+        """
+        ...
+
+    async def budgets(self, budgets: Sequence[Budget], *, now: datetime, run_id: str = "") -> Sequence[BudgetState]:
+        """Return how budgets stand in their windows of `now`."""
+        ...
+
+    async def first_alert(self, key: str, *, at: datetime) -> bool:
+        """Return whether nobody has said this before (a budget's name and window), and remember that it is said."""
         ...
 
     async def machine(self, machine_id: MachineId) -> Machine | None:
         """Return one machine by our id."""
         ...
 
-    async def machines(self, *, provider: str, account: str, open_only: bool = True) -> Sequence[Machine]:
-        """Return the account's machines, oldest first."""
+    async def machines(
+        self, *, provider: str, account: str, open_only: bool = True, since: datetime | None = None
+    ) -> Sequence[Machine]:
+        """Return the account's machines, oldest first; `since`: those that were open at that time or later."""
         ...
 
     async def record(
@@ -123,13 +160,67 @@ class Store(Protocol):
         """Return the uses that have not ended."""
         ...
 
+    # work
+    async def put_work(self, work: Work) -> None:
+        """Write down a job's time on a machine, or what is newer of it: known by machine, job and attempt."""
+        ...
+
+    async def works(
+        self,
+        *,
+        machine_ids: Collection[MachineId] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int | None = None,
+    ) -> Sequence[Work]:
+        """Return what began in [`since`, `until`), oldest first; with `limit` the newest so many."""
+        ...
+
+    # signals and decisions
+    async def signal(self, signal: Signal) -> None:
+        """Write down what a client has told."""
+        ...
+
+    async def signals(self, *, since: datetime) -> Sequence[Signal]:
+        """Return what was told since then, oldest first."""
+        ...
+
+    async def decide(self, decisions: Sequence[Decision]) -> None:
+        """Write down what the plan decided."""
+        ...
+
+    async def decisions(self, *, since: datetime | None = None, limit: int = 200) -> Sequence[Decision]:
+        """Return the newest decisions, oldest first."""
+        ...
+
+    # roles: see `JobStore.take_role`; the role `fleet` is kept where the machines are
+    async def take_role(self, role: str, owner_id: OwnerId, *, now: datetime, lease: timedelta) -> int | None:
+        """Take or keep a role that one process of the database has at a time; return its epoch, None if held."""
+        ...
+
+    async def drop_role(self, role: str, owner_id: OwnerId) -> None:
+        """Give the role up, if this owner holds it."""
+        ...
+
     # money
+    async def close_bill(
+        self, machine_id: MachineId, *, end: datetime, recorded_at: datetime, note: str
+    ) -> LedgerEntry | None:
+        """Bring a machine's ledger up to `end` in one transaction; return what was added.
+
+        None if it was never ready, or the ledger reaches that far already. Two processes that close the same bill
+        write it once.
+        """
+        ...
+
     async def post(self, entries: Sequence[LedgerEntry]) -> None:
         """Add entries to the ledger. What is there is never changed."""
         ...
 
-    async def ledger(self, *, machine_id: MachineId | None = None) -> Sequence[LedgerEntry]:
-        """Return the entries in the order in which they were written."""
+    async def ledger(
+        self, *, machine_id: MachineId | None = None, since: datetime | None = None
+    ) -> Sequence[LedgerEntry]:
+        """Return the entries in the order in which they were written; `since`: those that end after it."""
         ...
 
     # what the processes of one account share
