@@ -102,6 +102,8 @@ class DemandView:
     waits_per_cold: float | None = None
     """Measured: job-seconds of waiting, over all jobs, that one cold start has caused; None without any."""
     last_arrival: float | None = None
+    silent_since: float | None = None
+    """Since when no machine has work and nothing waits; None while there is work, or before anything was seen."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,259 @@
+"""
+What is known of arrivals, learned one event at a time; and which signals of clients are worth listening to.
+
+Whoever sees jobs come and go (the fleet of `comfyctl serve`, the replay of a trace) tells `Demand` what happens and
+asks it for a `DemandView` when it plans. Nothing here is stored: after a restart a history is fed through the same
+methods.
+
+Times are seconds on one axis that never jumps, the one of `plan_view`. Every event costs O(1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from runcomfy.domain.plan_view import DemandView
+
+FAST_S: Final = 90.0
+"""Averaging time of the rate that follows bursts within a session."""
+SLOW_S: Final = 600.0
+"""Averaging time of the rate that outlives the pauses of a session."""
+SILENCES_KEPT: Final = 900
+"""Three half-lives of what `keep_alive` weighs: older silences would count less than an eighth."""
+_SERVICE_HALF_LIFE: Final = 100
+_COLD_HALF_LIFE: Final = 50
+_SIGNAL_HALF_LIFE: Final = 50
+_DEFAULT_SERVICE_S: Final = 30.0
+
+
+@dataclass(slots=True)
+class _Mean:
+    """Mean and spread of a series in which the newest count most: a half-life counted in values, not in time."""
+
+    half_life: float
+    weight: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, value: float) -> None:
+        keep = 0.5 ** (1 / self.half_life)
+        self.weight = self.weight * keep + 1
+        self.total = self.total * keep + value
+        self.squares = self.squares * keep + value * value
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.weight
+
+    @property
+    def cv2(self) -> float:
+        if self.total <= 0:
+            return 1.0
+        # One pseudo-value with cv2 = 1: two equal run times do not make a law.
+        seen = max(0.0, self.squares * self.weight / (self.total * self.total) - 1)
+        return (seen * self.weight + 1) / (self.weight + 1)
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Events per second, exponentially averaged over `tau` and decaying while nothing comes."""
+
+    tau: float
+    value: float = 0.0
+    at: float = -math.inf
+
+    def add(self, at: float, count: int) -> None:
+        self.value = self.now(at) + count / self.tau
+        self.at = max(self.at, at)
+
+    def now(self, at: float) -> float:
+        return self.value * math.exp(-max(0.0, at - self.at) / self.tau) if self.value else 0.0
+
+
+class Demand:
+    """Arrivals, run times, silences, and the waiting that cold starts caused, from events in order of time."""
+
+    def __init__(self, *, service_s: float = _DEFAULT_SERVICE_S) -> None:
+        """`service_s` is the run time believed in until one was told, in seconds on the reference type."""
+        self._believed = service_s
+        self._seen = 0
+        self._last: float | None = None
+        self._fast, self._slow = _Rate(FAST_S), _Rate(SLOW_S)
+        self._served, self._predicted = _Mean(_SERVICE_HALF_LIFE), _Mean(_SERVICE_HALF_LIFE)
+        self._silences: deque[float] = deque(maxlen=SILENCES_KEPT)
+        self._silences_view: tuple[float, ...] | None = ()
+        self._silent_since: float | None = None
+        self._colds = 0.0
+        self._waits = 0.0
+
+    def arrived(self, at: float, count: int = 1, service_s: float | None = None) -> None:
+        """Say that jobs came to the queue; `service_s` is the predicted run time of one, on the reference type."""
+        if count <= 0:
+            return
+        self._seen += count
+        self._last = at if self._last is None else max(self._last, at)
+        self._fast.add(at, count)
+        self._slow.add(at, count)
+        if service_s is not None and service_s > 0:
+            self._predicted.add(service_s)
+
+    def served(self, service_s: float) -> None:
+        """Say how long a job ran, in seconds on the reference type."""
+        if service_s >= 0:
+            self._served.add(service_s)
+
+    def went_silent(self, at: float) -> None:
+        """Say that from now no machine has work and nothing waits. Saying it again changes nothing."""
+        if self._silent_since is None:
+            self._silent_since = at
+
+    def work_came(self, at: float) -> None:
+        """Say that work is there again. Without a silence before it changes nothing."""
+        if self._silent_since is not None:
+            self._silences.append(max(0.0, at - self._silent_since))
+            self._silent_since, self._silences_view = None, None
+
+    def cold_start(self, at: float) -> None:
+        """Say that work came while no machine was there or on its way."""
+        keep = 0.5 ** (1 / _COLD_HALF_LIFE)
+        self._colds = self._colds * keep + 1
+        self._waits *= keep
+
+    def waited(self, seconds: float) -> None:
+        """Say how long a job waited from its arrival until it computed: queue, boot and load."""
+        if self._colds:
+            self._waits += max(0.0, seconds)
+
+    def view(self, now: float) -> DemandView:
+        """Return what is known now."""
+        if self._silences_view is None:
+            self._silences_view = tuple(self._silences)
+        known = self._served if self._served.weight else self._predicted
+        return DemandView(
+            seen=self._seen,
+            rate_fast=self._fast.now(now),
+            rate_slow=self._slow.now(now),
+            service_s=known.mean if known.weight else self._believed,
+            service_cv2=known.cv2 if known.weight else 1.0,
+            silences=self._silences_view,
+            waits_per_cold=self._waits / self._colds if self._colds else None,
+            last_arrival=self._last,
+            silent_since=self._silent_since,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How good the signals of one source were, the newest counting most."""
+
+    source: str
+    said: float
+    """Signals that are over: work came, or they ran out."""
+    precision: float
+    """Share of them after which work came."""
+    recall: float
+    """Share of the works that came after a silence that this source had announced."""
+    lead_s: float
+    """How long before its first work such a signal came, mean, in seconds; 0 if none was followed."""
+    vain_s: float
+    """Seconds that signals of this source held before work came or they ran out, per signal."""
+
+
+@dataclass(slots=True)
+class _Source:
+    since: float | None = None
+    until: float = math.inf
+    over: float = 0.0
+    hits: float = 0.0
+    leads: float = 0.0
+    vain: float = 0.0
+    announced: float = 0.0
+    works: float = 0.0
+
+    def close(self, at: float, *, hit: bool) -> None:
+        if self.since is None:
+            return
+        keep, held = 0.5 ** (1 / _SIGNAL_HALF_LIFE), max(0.0, min(at, self.until) - self.since)
+        self.over = self.over * keep + 1
+        self.hits = self.hits * keep + hit
+        self.leads = self.leads * keep + (held if hit else 0.0)
+        self.vain = self.vain * keep + held
+        self.since, self.until = None, math.inf
+
+    def expire(self, now: float) -> None:
+        if self.since is not None and self.until <= now:
+            self.close(self.until, hit=False)
+
+
+@dataclass(slots=True)
+class SignalScore:
+    """
+    Precision and recall of each source of signals, and which sources pay.
+
+    A signal is right if work comes before it runs out. One that is right spares a cold start; every one costs the
+    machine that waits for the work it announces. So a source pays while `hits * worth` exceeds the seconds held.
+    """
+
+    trust: float = 3.0
+    """Signals of a new source that are believed before it is judged by its own."""
+    _sources: dict[str, _Source] = field(default_factory=dict)
+
+    def said(self, source: str, at: float, until: float = math.inf) -> None:
+        """Say that a source announced work; `until` is when it no longer holds. Saying it again only prolongs it."""
+        known = self._sources.setdefault(source, _Source())
+        known.expire(at)
+        if known.since is None:
+            known.since, known.until = at, until
+        else:
+            known.until = max(known.until, until)
+
+    def left(self, source: str, at: float) -> None:
+        """Say that a source took its announcement back (somebody left)."""
+        known = self._sources.get(source)
+        if known is not None:
+            known.expire(at)
+            known.close(at, hit=False)
+
+    def work_came(self, at: float, source: str | None = None, *, after_silence: bool = True) -> None:
+        """Say that work came: from anybody, or known to be from whom `source` speaks for."""
+        keep = 0.5 ** (1 / _SIGNAL_HALF_LIFE)
+        for name, known in self._sources.items():
+            known.expire(at)
+            mine = source is None or source == name
+            if after_silence:
+                known.works = known.works * keep + 1
+                known.announced = known.announced * keep + (known.since is not None and mine)
+            if mine:
+                known.close(at, hit=True)
+
+    def score(self, source: str) -> Score:
+        """Return how good a source was so far; one never heard of has no signals and full trust."""
+        known = self._sources.get(source, _Source())
+        return Score(
+            source=source,
+            said=known.over,
+            precision=(known.hits + self.trust) / (known.over + self.trust),
+            recall=known.announced / known.works if known.works else 0.0,
+            lead_s=known.leads / known.hits if known.hits else 0.0,
+            vain_s=known.vain / known.over if known.over else 0.0,
+        )
+
+    def scores(self) -> Iterable[Score]:
+        """Return the scores of all sources that ever said something, by name."""
+        return [self.score(name) for name in sorted(self._sources)]
+
+    def pays(self, source: str, worth_s: float) -> bool:
+        """Return whether to listen to a source. `worth_s`: idle machine-seconds that one spared cold start is worth."""
+        known = self._sources.get(source)
+        if known is None:
+            return True
+        return (known.hits + self.trust) * worth_s >= known.vain
+
+    def lead_s(self, otherwise: float) -> float:
+        """Return how long before work signals come, over all sources; `otherwise` counts as one signal, in seconds."""
+        hits = sum(known.hits for known in self._sources.values())
+        return (sum(known.leads for known in self._sources.values()) + otherwise) / (hits + 1)
