@@ -3,6 +3,9 @@ Our books of machines: intents, states, owners, and what was billed.
 
 Every write goes through here, so that what this process holds (`held`) is known without asking anybody: it is the last
 word of a program that has to leave. Writes on the way to a stop are soft: a full disk never prevents a stop (I23).
+
+What may cost money (an intent, a longer running time) is written within the budgets: the store refuses what would pass
+a hard one in the transaction that writes it (I6); a soft one is told once per window.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
+from runcomfy.domain.budget import Budget, BudgetState, made_out
 from runcomfy.domain.exceptions import BudgetExceeded, LeaseLost, LocalError, ValueInvalid
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.machine import (
@@ -29,7 +33,7 @@ from runcomfy.domain.machine import (
     Purpose,
     ServerId,
 )
-from runcomfy.domain.money import LedgerEntry, Rate, meter
+from runcomfy.domain.money import Rate, show_usd
 from runcomfy.domain.settings import KNOWN_SERVER_TYPES, Settings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.store import Store
@@ -95,9 +99,21 @@ class Books:
         return rate
 
     def intent(
-        self, *, purpose: Purpose, server_type: str, duration: timedelta, reason: str, version_id: str | None = None
+        self,
+        *,
+        purpose: Purpose,
+        server_type: str,
+        duration: timedelta,
+        reason: str,
+        version_id: str | None = None,
+        for_user: str = "",
+        for_project: str = "",
     ) -> Machine:
-        """Return the machine that is to be rented; nothing is written or sent yet."""
+        """Return the machine that is to be rented; nothing is written or sent yet.
+
+        `for_user`, `for_project`: whose budgets it counts against until jobs have run on it. Raises ValueInvalid,
+        BudgetExceeded (dearer per hour than allowed).
+        """
         if duration <= timedelta(0):
             raise ValueInvalid("the duration must be longer than nothing", hint="give --duration in seconds, e.g. 3600")
         rate = self.price(server_type)
@@ -116,7 +132,60 @@ class Books:
             workflow_version_id=version_id or self.settings.cloud.workflow_version_id,
             reason=reason,
             owner_id=self.owner.id,
+            run_id=self.owner.id,
+            for_user=for_user,
+            for_project=for_project,
         )
+
+    # -- budgets -------------------------------------------------------------------------------------------
+
+    def budgets_for(self, machine: Machine) -> list[Budget]:
+        """Return the budgets that a machine counts against."""
+        return made_out(self.settings.budgets, project=machine.for_project, user=machine.for_user)
+
+    async def add_intent(self, machine: Machine) -> None:
+        """Write a launch intent within the budgets. Raises BudgetExceeded: nothing was written then; LocalError."""
+        states = await self.store.add_machine(
+            machine, at=self.clock.now(), note=machine.reason, budgets=self.budgets_for(machine)
+        )
+        await self.alert(states, run_id=machine.run_id)
+
+    async def ask_duration(self, machine: Machine, *, total: timedelta) -> Machine:
+        """Write down that a running time is about to be asked for; a longer one only within the budgets.
+
+        Raises BudgetExceeded (nothing changed), LeaseLost, LocalError.
+        """
+        after, states = await self.store.ask_duration(
+            machine.id,
+            total=total,
+            at=self.clock.now(),
+            by=self.owner.id,
+            epoch=machine.epoch,
+            budgets=self.budgets_for(machine) if total > machine.duration else (),
+        )
+        self.hold(after)
+        await self.alert(states, run_id=after.run_id)
+        return after
+
+    async def alert(self, states: Sequence[BudgetState], *, run_id: str = "") -> None:
+        """Tell of every budget that is nearly used up, once per window. What cannot be remembered is told again."""
+        for state in states:
+            budget, limit = state.budget, state.budget.alerts_at
+            if limit is None or state.committed < limit:
+                continue
+            window = state.window.start.isoformat() if state.window.start is not None else run_id
+            key = f"budget {self.account} {budget.name} {limit} {window}"
+            with suppress(LocalError):
+                if not await self.store.first_alert(key, at=self.clock.now()):
+                    continue
+            cap = f" of {show_usd(budget.hard)}" if budget.hard is not None else ""
+            when = f"; resets {state.window.end:%Y-%m-%d %H:%M} UTC" if state.window.end is not None else ""
+            self.tell(
+                f"BUDGET: {show_usd(state.committed)}{cap} per {budget.name} is spent or committed "
+                f"(alert at {show_usd(limit)}{when})"
+            )
+            facts = {"budget": budget.name, "committed_usd": str(state.committed), "alerts_at_usd": str(limit)}
+            log.warning("budget_alert", extra={"fields": facts})
 
     # -- books ---------------------------------------------------------------------------------------------
 
@@ -126,23 +195,7 @@ class Books:
         if machine.ready_at is None or end is None:
             return
         try:
-            posted = await self.store.ledger(machine_id=machine.id)
-            start = max((entry.ended_at for entry in posted), default=machine.ready_at)
-            if end <= start:
-                return
-            await self.store.post(
-                [
-                    LedgerEntry(
-                        machine_id=machine.id,
-                        started_at=start,
-                        ended_at=end,
-                        usd_per_hour=machine.usd_per_hour,
-                        amount_usd=meter(start, end, machine.usd_per_hour),
-                        recorded_at=self.clock.now(),
-                        note=note,
-                    )
-                ]
-            )
+            await self.store.close_bill(machine.id, end=end, recorded_at=self.clock.now(), note=note)
         except LocalError as error:
             self.tell(f"the cost of {machine.server_id} could not be written down: {error}")
 

@@ -96,8 +96,9 @@ class Launching:
 
         If it raises, or is cancelled, what it may have started is ended before.
 
-        Raises what the provider refuses with; LaunchUnclear or LaunchAmbiguous if it stays open whether one was
-        started (the intent is kept, and looked after by `reap`).
+        Raises BudgetExceeded (a hard budget; nothing was written or sent), what the provider refuses with;
+        LaunchUnclear or LaunchAmbiguous if it stays open whether one was started (the intent is kept, and looked after
+        by `reap`).
         """
         try:
             await self._resolve_earlier()
@@ -118,7 +119,7 @@ class Launching:
             )
             attempt = _Try(machine)
             self._tries.setdefault(intent.id, []).append(attempt)
-            await finish(self._store.add_machine(machine, at=self._clock.now(), note=machine.reason))
+            await finish(self._books.add_intent(machine))
             faultpoint("launch.intended")
             log.info("machine_launch", extra={"fields": self._books.facts(machine)})
             # Shielded: a Ctrl+C while the request is under way must not lose the answer.

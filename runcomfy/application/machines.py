@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from runcomfy.application.books import Books
 from runcomfy.application.ending import HOPELESS, Ending, Look, believable, server_id_of
+from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.launching import Launching
 from runcomfy.domain.exceptions import (
     AnswerUnreadable,
@@ -194,11 +195,17 @@ class Machines:
     async def extend(self, machine: Machine, *, total: timedelta) -> Machine:
         """Set the machine's running time, counted from ready, and read back that the provider moved its stop.
 
-        Raises ProviderError if what is read back is not what was asked for, or cannot be read; the books then have
-        what the provider says, or the old time: a machine is never assumed to run longer than was confirmed.
+        The wish is written down first, within the budgets; they count it until the provider's word is read.
+
+        Raises BudgetExceeded: nothing was asked for, the machine stops at its old time. Raises ProviderError if what
+        is read back is not what was asked for, or cannot be read; the books then have what the provider says, or the
+        old time: a machine is never assumed to run longer than was confirmed. Raises LeaseLost: it is somebody else's.
         """
         server_id = server_id_of(machine)
+        machine = await self.books.ask_duration(machine, total=total)
+        faultpoint("extend.asked")
         await self.provider.change_duration(server_id, total=total)
+        faultpoint("extend.answered")
         report = await self.provider.get_machine_status(server_id)
         if report is None or report.stopping_at is None or report.ready_at is None:
             raise ProviderError(
@@ -212,8 +219,10 @@ class Machines:
             note=f"running time asked to be {total.total_seconds():.0f} s, is {got.total_seconds():.0f} s",
             duration=got,
             planned_stop_at=report.stopping_at,
+            asked_duration=None,
             **kept,
         )
+        faultpoint("extend.recorded")
         if abs(got - total) > EXACT_ENOUGH:
             raise ProviderError(
                 f"the stop time of {server_id} did not move as asked",
