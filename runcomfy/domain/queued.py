@@ -302,6 +302,34 @@ class Pause:
 
 
 QUEUE_SCOPE: Final = "queue"
+FLEET_SCOPE: Final = "fleet"
+"""The scope of a pause that only says why no machine is launched: nobody is kept from beginning jobs by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Jobs of one kind that could be begun now."""
+
+    workflow_id: str
+    user: str
+    project: str
+    count: int
+    oldest_at: datetime | None
+    """When the oldest of them came; None: nobody can read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A job's coming and going, for those who learn from it when jobs come."""
+
+    id: RowId
+    uid: JobId
+    workflow_id: str
+    user: str
+    project: str
+    at: datetime | None
+    """When it came; None: nobody can read it."""
+    ended_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)

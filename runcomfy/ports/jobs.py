@@ -21,6 +21,7 @@ from runcomfy.domain.job import JobId, PromptId
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import (
+    Arrival,
     Attempt,
     ClaimLimits,
     Ending,
@@ -32,6 +33,7 @@ from runcomfy.domain.queued import (
     QueuedJob,
     QueueStatus,
     RowId,
+    Waiting,
     WorkerId,
 )
 
@@ -109,6 +111,14 @@ class JobStore(Protocol):
 
     async def counts(self) -> Mapping[QueueStatus, int]:
         """Return how many jobs there are of each status."""
+        ...
+
+    async def backlog(self, *, places: Collection[str] = ()) -> Sequence[Waiting]:
+        """Return what could be claimed now by a worker that serves `places`, counted by workflow, user and project."""
+        ...
+
+    async def arrivals(self, *, after: int = 0, limit: int = 1_000) -> Sequence[Arrival]:
+        """Return the newest `limit` jobs with a number above `after`, oldest first."""
         ...
 
     async def known_files(self, names: Collection[str]) -> Mapping[str, tuple[str, str, QueueStatus, str]]:

@@ -28,6 +28,7 @@ from runcomfy.domain.job import PromptId
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import (
+    Arrival,
     Attempt,
     ClaimLimits,
     Ending,
@@ -39,6 +40,7 @@ from runcomfy.domain.queued import (
     QueuedJob,
     QueueStatus,
     RowId,
+    Waiting,
     WorkerId,
 )
 from runcomfy.ports.jobs import JobKey
@@ -233,6 +235,15 @@ class SqlJobs:
     async def counts(self) -> Mapping[QueueStatus, int]:
         """Return how many jobs there are of each status."""
         return await self._read(jobs_look.counts)
+
+    async def backlog(self, *, places: Collection[str] = ()) -> Sequence[Waiting]:
+        """Return what could be claimed now by a worker that serves `places`, counted by workflow, user and project."""
+        now = self.now()
+        return await self._read(lambda connection: jobs_look.backlog(connection, now, places))
+
+    async def arrivals(self, *, after: int = 0, limit: int = 1_000) -> Sequence[Arrival]:
+        """Return the newest `limit` jobs with a number above `after`, oldest first."""
+        return await self._read(lambda connection: jobs_look.arrivals(connection, after=after, limit=limit))
 
     async def known_files(self, names: Collection[str]) -> Mapping[str, tuple[str, str, QueueStatus, str]]:
         """Return, by config name: (content sha256, held sha256, status, source path)."""

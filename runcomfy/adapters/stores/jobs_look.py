@@ -17,15 +17,24 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from runcomfy.adapters.stores.jobs_rows import attempt_of, event_of, job_of, safe
-from runcomfy.adapters.stores.jobs_sql import ATTEMPTS, COLUMNS, EVENTS, Sql, in_list, listed
-from runcomfy.domain.queued import Attempt, JobEvent, QueuedJob, QueueStatus, RowId
+from runcomfy.adapters.stores.jobs_claim import MAY_START
+from runcomfy.adapters.stores.jobs_rows import attempt_of, event_of, job_of, safe, time_in
+from runcomfy.adapters.stores.jobs_sql import ATTEMPTS, COLUMNS, EVENTS, Sql, in_list, listed, stamps
+from runcomfy.domain.job import JobId
+from runcomfy.domain.queued import Arrival, Attempt, JobEvent, QueuedJob, QueueStatus, RowId, Waiting
 
 _BY_ID: Final = Sql(f"SELECT {COLUMNS} FROM jobs WHERE id = :id")
 _BY_TEXT: Final = Sql(
     f"SELECT {COLUMNS} FROM jobs WHERE config_name = :text UNION SELECT {COLUMNS} FROM jobs WHERE uid = :text"
 )
 _COUNTS: Final = Sql("SELECT status, count(*) FROM jobs GROUP BY status")
+_WAITING: Final = "SELECT workflow_id, username, project, count(*), min(created_at) FROM jobs WHERE "
+_BY_KIND: Final = " GROUP BY workflow_id, username, project"
+_BACKLOG: Final = Sql(_WAITING + MAY_START[0] + _BY_KIND, postgres=_WAITING + MAY_START[1] + _BY_KIND)
+_ARRIVALS: Final = Sql(
+    "SELECT id, uid, workflow_id, username, project, created_at, end_time FROM jobs "
+    "WHERE id > :after ORDER BY id DESC LIMIT :count"
+)
 _NAMES: Final = in_list("config_name", "names", "text")
 _FILES_TEXT: Final = "SELECT config_name, content_sha256, held_sha256, status, source_path FROM jobs WHERE "
 _FILES: Final = Sql(_FILES_TEXT + _NAMES[0], postgres=_FILES_TEXT + _NAMES[1])
@@ -92,6 +101,24 @@ def counts(connection: Connection) -> Mapping[QueueStatus, int]:
     """Return how many jobs there are of each status; every status is named."""
     found = {str(status): count for status, count in _COUNTS.run(connection)}
     return {status: found.get(status.value, 0) for status in QueueStatus}
+
+
+def backlog(connection: Connection, now: datetime, places: Collection[str]) -> list[Waiting]:
+    """Return what could be claimed now, counted: however much waits, as many rows as there are kinds of it."""
+    parameters = {"now": stamps(connection).exact(now), "places": listed(connection, places)}
+    return [
+        Waiting(str(workflow_id), str(user), str(project), int(count), time_in(oldest))
+        for workflow_id, user, project, count, oldest in _BACKLOG.run(connection, parameters)
+    ]
+
+
+def arrivals(connection: Connection, *, after: int, limit: int) -> list[Arrival]:
+    """Return the newest jobs with a number above `after`, oldest first."""
+    rows = _ARRIVALS.run(connection, {"after": after, "count": max(0, limit)}).fetchall()
+    return [
+        Arrival(RowId(row_id), JobId(str(uid)), str(workflow_id), str(user), str(project), time_in(at), time_in(ended))
+        for row_id, uid, workflow_id, user, project, at, ended in reversed(rows)
+    ]
 
 
 def known_files(connection: Connection, names: Collection[str]) -> Mapping[str, tuple[str, str, QueueStatus, str]]:

@@ -17,7 +17,7 @@ import pytest
 
 from runcomfy.domain.exceptions import LeaseLost
 from runcomfy.domain.machine import OwnerId
-from runcomfy.domain.queued import QUEUE_SCOPE, EventKind, QueueStatus, WorkerId
+from runcomfy.domain.queued import QUEUE_SCOPE, Ending, EventKind, Outcome, QueueStatus, WorkerId
 from runcomfy.ports.jobs import JobStore
 from runcomfy.testing.contracts.jobs_by_hand import ByHandContract
 from runcomfy.testing.contracts.jobs_claims import ClaimsContract, LimitsContract
@@ -28,6 +28,7 @@ from runcomfy.testing.contracts.jobs_words import (
     BOB,
     DAY,
     DONE,
+    HERE,
     LEASE,
     Opened,
     StoryClock,
@@ -35,6 +36,7 @@ from runcomfy.testing.contracts.jobs_words import (
     a_job,
     a_prompt,
     an_owner,
+    failing,
     kinds,
     put,
     seen,
@@ -77,6 +79,52 @@ class LookingContract:
         await jobs.finish(job.id, job.token, DONE)
         await take(jobs)
         assert [(await jobs.counts())[status] for status in QueueStatus] == [1, 1, 1, 0]
+
+    async def test_what_waits_is_counted_by_kind(self, jobs: JobStore) -> None:
+        mesh = {"workflow_id": "mesh", "user": "ann", "project": "film"}
+        first, *_ = await put(jobs, a_job(**mesh), a_job(**mesh), a_job(user="bob"), a_job(**mesh))
+        await asyncio.sleep(60)
+        await put(jobs, a_job(user="bob"), a_job(user="bob"))
+        job = await take(jobs)
+        assert job.id == first.id
+        groups = {(w.workflow_id, w.user, w.project): w for w in await jobs.backlog()}
+        assert {kind: waiting.count for kind, waiting in groups.items()} == {
+            ("mesh", "ann", "film"): 2,
+            ("image_invert", "bob", ""): 3,
+        }
+        bobs = groups["image_invert", "bob", ""].oldest_at
+        assert bobs is not None
+        assert first.created_at is not None
+        assert abs(bobs - first.created_at).total_seconds() <= 1
+
+    async def test_what_cannot_be_claimed_now_does_not_count_as_waiting(self, jobs: JobStore) -> None:
+        await put(jobs, a_job(), a_job(), a_job())
+        later = await take(jobs)
+        await jobs.finish(later.id, later.token, failing(Outcome.REQUEUED, delay=timedelta(minutes=2)))
+        there = await submit(jobs, await take(jobs))
+        await jobs.finish(there.id, there.token, Ending(Outcome.PUT_BACK, keeps_prompt=True))
+        assert [waiting.count for waiting in await jobs.backlog()] == [1]
+        assert [waiting.count for waiting in await jobs.backlog(places=[HERE])] == [2]
+        await asyncio.sleep(121)
+        assert [waiting.count for waiting in await jobs.backlog(places=[HERE])] == [3]
+
+    async def test_arrivals_are_told_once_and_in_order(self, jobs: JobStore) -> None:
+        assert list(await jobs.arrivals()) == []
+        first, second = await put(jobs, a_job(user="ann"), a_job(project="film"))
+        await asyncio.sleep(60)
+        job = await take(jobs)
+        await jobs.finish(job.id, job.token, DONE)
+        (third,) = await put(jobs, a_job(workflow_id="mesh"))
+        told = await jobs.arrivals()
+        assert [(a.id, a.uid, a.workflow_id, a.user, a.project) for a in told] == [
+            (j.id, j.uid, j.workflow_id, j.user, j.project) for j in (first, second, third)
+        ]
+        assert [a.ended_at is not None for a in told] == [True, False, False]
+        assert told[0].at is not None
+        assert told[2].at is not None
+        assert 59 <= (told[2].at - told[0].at).total_seconds() <= 61
+        assert [a.id for a in await jobs.arrivals(after=first.id)] == [second.id, third.id]
+        assert [a.id for a in await jobs.arrivals(limit=1)] == [third.id]
 
     async def test_a_name_goes_before_a_number(self, jobs: JobStore) -> None:
         first, second = await put(jobs, a_job(), a_job())
