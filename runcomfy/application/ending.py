@@ -106,8 +106,7 @@ class Ending:
                 machine, MachineEvent.STOP_ASKED, note=reason, changes={"stop_reason": reason}
             )
             faultpoint("stop.asked")
-            if machine.ready_at is None:
-                machine = await self._look_whether_it_bills(machine)
+            machine = await self._first_look(machine)
             return await self._until_gone(self._effort(machine), reason)
         except LeaseLost:
             self._books.tell(f"machine {machine.server_id} is looked after by another process now; left to it")
@@ -220,6 +219,21 @@ class Ending:
             return None
         return await self.gone(machine, note=note, seen_at=None)
 
+    async def stops_unasked(self, machine: Machine) -> Machine:
+        """Close the bill, provisionally, of a machine that the provider says it is stopping, unasked or at its time.
+
+        Raises LeaseLost. It is still to be seen gone; seen running again, its bill is opened again.
+        """
+        if machine.stop_accepted_at is not None or machine.ready_at is None:
+            return machine
+        now, planned = self._clock.now(), machine.planned_stop_at
+        ended = max(planned if planned is not None and planned <= now else now, machine.ready_at)
+        machine = await self._books.change_softly(
+            machine, note="the provider is stopping it, we did not ask", stop_accepted_at=ended
+        )
+        await self._books.post(machine, note="ready until the provider stopped it")
+        return machine
+
     async def gone(self, machine: Machine, *, note: str, seen_at: datetime | None) -> Machine:
         """Close the books of a machine that is gone. `seen_at`: when it was last seen to run after its stop was asked.
 
@@ -240,13 +254,24 @@ class Ending:
         log.info("machine_stopped", extra={"fields": self._books.facts(machine)})
         return machine
 
-    async def _look_whether_it_bills(self, machine: Machine) -> Machine:
-        """Ask once, and not for long: a machine that became Ready a moment ago is billed from then on."""
+    async def _first_look(self, machine: Machine) -> Machine:
+        """Ask once, and not for long, where the bill depends on it.
+
+        A machine that became Ready a moment ago is billed from then on. One whose time is up may be on its way out:
+        it bills until then, and not until a stop that comes after it is accepted.
+        """
+        planned = machine.planned_stop_at
+        time_is_up = planned is not None and planned <= self._clock.now() and machine.stop_accepted_at is None
+        if machine.ready_at is not None and not time_is_up:
+            return machine
         report: MachineReport | None = None
         with suppress(ProviderError, TimeoutError):
             async with asyncio.timeout(FIRST_LOOK.total_seconds()):
                 report = await self._provider.get_machine_status(server_id_of(machine), urgent=True)
-        return await self._note_ready(machine, report) if report is not None else machine
+        if report is None:
+            return machine
+        machine = await self._note_ready(machine, report)
+        return await self.stops_unasked(machine) if time_is_up and report.phase is Phase.STOPPING else machine
 
     async def _note_ready(self, machine: Machine, report: MachineReport) -> Machine:
         """Write down since when the machine bills, if its becoming ready was not seen."""

@@ -105,6 +105,10 @@ class Machines:
         """Close the books of a machine that is not there any more; None if it still is."""
         return await self._ending.gone_unasked(machine, note=note)
 
+    async def stops_unasked(self, machine: Machine) -> Machine:
+        """Close the bill of a machine that the provider is stopping without our asking; see `Ending.stops_unasked`."""
+        return await self._ending.stops_unasked(machine)
+
     async def living_uses(self, machine: Machine) -> list[Use]:
         """Return the jobs on a machine whose processes live."""
         uses = await self.store.uses([machine.id])

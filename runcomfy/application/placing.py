@@ -120,7 +120,13 @@ class Placer:
 
     def at_request(self, request: JobRequest) -> PlaceFactory:
         """Return what finds or rents the place that a request asks for."""
-        return partial(self.at, server_url=request.server_url, server_type=request.server_type)
+        return partial(
+            self.at,
+            server_url=request.server_url,
+            server_type=request.server_type,
+            user=request.user,
+            project=request.project,
+        )
 
     @asynccontextmanager
     async def at(
@@ -133,10 +139,13 @@ class Placer:
         step: TimeStep,
         on_bill: TellBill = lambda _: None,
         prefer: str | None = None,
+        user: str = "",
+        project: str = "",
     ) -> AsyncIterator[Place]:
         """Be at the place for the block. A machine of one's own is gone, by the provider's word, when it is left.
 
-        A single run has no earlier prompt that `prefer` could name.
+        A single run has no earlier prompt that `prefer` could name. `user` and `project`: whose budgets a machine of
+        its own counts against.
         """
         if server_url is not None:
             async with self._at_server(server_url, step) as place:
@@ -153,7 +162,9 @@ class Placer:
                 yield place
         else:
             wanted = server_type or machines.settings.cloud.server_type
-            async with self._at_own_machine(machines, wanted, job_id, show, step, on_bill) as place:
+            own = OwnMachine(machines, self.comfyui)
+            own.intend(wanted, reason=f"job {job_id}", for_user=user, for_project=project)
+            async with self._at_own_machine(machines, own, job_id, show, step, on_bill) as place:
                 yield place
 
     def key_of(self, url: str) -> str:
@@ -255,10 +266,8 @@ class Placer:
 
     @asynccontextmanager
     async def _at_own_machine(
-        self, machines: Machines, server_type: str, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill
+        self, machines: Machines, own: OwnMachine, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill
     ) -> AsyncIterator[Place]:
-        own = OwnMachine(machines, self.comfyui)
-        own.intend(server_type, reason=f"job {job_id}")
         step("place")
         await Reaper(machines).reap(wait=False)
         place: Place | None = None
@@ -267,7 +276,8 @@ class Placer:
             place = Place(server, OWN_MACHINE, alone=True, machine=own.machine)
             if own.machine is not None:
                 place.key, place.since = machine_key(own.machine.id), own.machine.ready_at
-            yield place
+            async with own.while_there():
+                yield place
         except RunComfyError as error:
             raise await explained(error, machines, own.machine) from error
         finally:

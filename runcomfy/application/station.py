@@ -321,7 +321,8 @@ class CloudStation:
         place = Place(kept.server, OWN_MACHINE, alone=False, key=kept.key, machine=kept.machine)
         place.share = lambda now: kept.bill_of(use, now)
         try:
-            yield place
+            async with kept.own.while_there():
+                yield place
             kept.gpu_failures = 0
         except RunComfyError as error:
             known = await explained(error, machines, kept.machine)
