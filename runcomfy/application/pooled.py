@@ -1,7 +1,8 @@
 """
 A machine of the pool as everybody sees it who does not keep the pool: the dispatch of jobs, the plan, the tables.
 
-`MachinePool` makes and changes these; others only read them and take leases.
+`MachinePool` makes and changes these; others only read them and take leases. It also writes down each lease's time on
+the machine (`Work`, by `Store.put_work`): when the seat was taken, when its prompt computes, and when the lease ends.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ class MachineLease:
     """By the loop's time: since when its prompt computes; None while it is prepared or waits its turn."""
     computed_at: float | None = None
     """By the loop's time: since when it only fetches. It holds no seat any more, but keeps the machine busy (I8)."""
+    cold: bool = False
+    """Whether the machine had not computed this workflow since it became usable."""
+    given_back: bool = False
+    shared_from: float = 0.0
+    """The machine's `shared_s` when the lease began, and when it ended."""
+    shared_until: float | None = None
 
     @property
     def void(self) -> bool:
@@ -77,6 +84,12 @@ class PooledMachine:
     """Loop: until when the plan wants it although it is idle."""
     draining: str = ""
     """Why it takes no further jobs."""
+    suspect: str = ""
+    """Why nothing new is sent there just now: something does not answer, and it is being found out what."""
+    shared_s: float = 0.0
+    """Seconds that one lease that had been there all the time would have to pay for."""
+    counted_at: float = 0.0
+    """Loop: until when `shared_s` is counted."""
 
     @property
     def id(self) -> MachineId:
@@ -96,7 +109,7 @@ class PooledMachine:
     @property
     def takes_jobs(self) -> bool:
         """Whether a job may be placed there now, seats aside."""
-        return self.stage is Stage.READY and not self.draining and self.server is not None
+        return self.stage is Stage.READY and not self.draining and not self.suspect and self.server is not None
 
     def predicted_free_at(self, now: float) -> float:
         """Return when what it computes and what waits there is predicted to be done (loop), at least `now`."""
@@ -130,8 +143,12 @@ class Pool(Protocol):
         user: str = "",
         project: str = "",
         expected_s: float = 0.0,
+        attach: bool = False,
     ) -> MachineLease:
-        """Take a seat at a machine. Raises MachineLost if it takes no jobs or has no seat free. Never waits."""
+        """Take a seat at a machine. Raises MachineLost if it takes no jobs or has no seat free. Never waits.
+
+        `attach`: to go on with a prompt that is there already; a machine that drains, or is full, does not refuse that.
+        """
         ...
 
     def computing(self, lease: MachineLease) -> None:
