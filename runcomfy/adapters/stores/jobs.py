@@ -2,8 +2,8 @@
 The queue's database: `runcomfy.ports.jobs.JobStore` on SQLite and PostgreSQL, one code path.
 
 Here is only what belongs together in one transaction, and at what time. What happens inside is written beside: taking
-in (`jobs_intake`), claiming (`jobs_claim`), steps and orders (`jobs_steps`), ends (`jobs_finish`), leases and roles
-(`jobs_reap`), reading (`jobs_look`). Threads and commits are the business of `database.py`.
+in (`jobs_intake`), claiming (`jobs_claim`), steps and orders (`jobs_steps`), ends (`jobs_finish`), leases
+(`jobs_reap`), roles (`roles`), reading (`jobs_look`). Threads and commits are the business of `database.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from typing import Any, Final, Self, TypeVar
 from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from runcomfy.adapters.stores import jobs_claim, jobs_finish, jobs_intake, jobs_look, jobs_reap, jobs_steps, tables
+from runcomfy.adapters.stores import (
+    jobs_claim,
+    jobs_finish,
+    jobs_intake,
+    jobs_look,
+    jobs_reap,
+    jobs_steps,
+    roles,
+    tables,
+)
 from runcomfy.adapters.stores.database import Database, SyncDatabase
 from runcomfy.adapters.stores.jobs_finish import Finish
 from runcomfy.adapters.stores.jobs_reap import Reap, renew_in
@@ -507,15 +516,14 @@ class SqlJobs:
         """Take or keep a role that one process of the database has at a time; return its epoch, None if held."""
         now = self.now()
         return await self._write(
-            lambda connection: jobs_reap.take_role(connection, now, role, owner_id, lease=lease), wakes=False
+            lambda connection: roles.take_role(connection, now, role, owner_id, lease=lease), wakes=False
         )
 
     async def drop_role(self, role: str, owner_id: OwnerId) -> None:
         """Give the role up, if this owner holds it."""
-        now = self.now()
-        await self._write(lambda connection: jobs_reap.drop_role(connection, now, role, owner_id), wakes=False)
+        await self._write(lambda connection: roles.drop_role(connection, role, owner_id), wakes=False)
 
     async def role_holder(self, role: str) -> OwnerId | None:
         """Return who holds a role now, if anybody does."""
         now = self.now()
-        return await self._read(lambda connection: jobs_reap.role_holder(connection, now, role))
+        return await self._read(lambda connection: roles.role_holder(connection, now, role))

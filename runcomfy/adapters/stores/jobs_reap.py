@@ -1,5 +1,5 @@
 """
-Leases and roles: renewing them, and taking back what nobody holds any more.
+Leases: renewing them, and taking back what nobody holds any more.
 
 A lease that lies farther ahead than any can was written by a clock that was set back since; it is cut, so that a
 jump of the clock never holds a job for longer. A lease nobody can read has run out.
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection
 
-from runcomfy.adapters.stores import tables
 from runcomfy.adapters.stores.jobs_finish import seconds_of_run
 from runcomfy.adapters.stores.jobs_rows import Entry
 from runcomfy.adapters.stores.jobs_sql import (
@@ -30,8 +29,7 @@ from runcomfy.adapters.stores.jobs_sql import (
     stamps,
 )
 from runcomfy.adapters.stores.jobs_sql import write as keep
-from runcomfy.domain.exceptions import LeaseLost
-from runcomfy.domain.machine import OwnerId
+from runcomfy.adapters.stores.roles import must_hold
 from runcomfy.domain.queued import EventKind, Outcome, Phase, QueuedJob, QueueStatus, Reason, RowId, WorkerId
 
 PLANNER: Final = "planner"
@@ -122,7 +120,7 @@ class Reap:
 
 def reap(connection: Connection, now: datetime, order: Reap) -> list[QueuedJob]:
     """Take back jobs that nobody holds; return them as they are now."""
-    _must_plan(connection, order.epoch)
+    must_hold(connection, PLANNER, order.epoch)
     write = stamps(connection)
     _CUT.run(connection, {"latest": write.whole(now + order.lease)})
     over = _OVER.run(connection, {"now": write.whole(now), "dead": listed(connection, order.dead)}).fetchall()
@@ -210,63 +208,3 @@ def _told(before: Entry, after: Entry) -> list[Told]:
     if after.job.status is QueueStatus.FAILED:
         events.append((EventKind.QUARANTINED, job.id, job.token, job.worker_id, {"reason": Reason.QUARANTINED}))
     return events
-
-
-# -- roles -----------------------------------------------------------------------------------------------------
-
-_roles, _owners = tables.roles, tables.owners
-_ROLE: Final = select(_roles)
-_NEW_ROLE: Final = Sql(
-    "INSERT INTO roles (name, owner_id, epoch, since, expires_at) VALUES (:name, NULL, 0, :now, :now) "
-    "ON CONFLICT (name) DO NOTHING"
-)
-
-
-def _must_plan(connection: Connection, epoch: int) -> None:
-    """Raise LeaseLost unless the planner's epoch is still this one; it stays so until this transaction ends."""
-    row = connection.execute(_ROLE.where(_roles.c.name == PLANNER).with_for_update()).one_or_none()
-    if row is None or row.owner_id is None or row.epoch != epoch:
-        holder = "nobody" if row is None or row.owner_id is None else row.owner_id
-        raise LeaseLost(
-            f"the role {PLANNER} is held by {holder} now",
-            hint="nothing to do: another process plans for this database",
-            details={"epoch": None if row is None else row.epoch, "expected_epoch": epoch},
-        )
-
-
-def take_role(connection: Connection, now: datetime, role: str, owner_id: OwnerId, *, lease: timedelta) -> int | None:
-    """Take or keep a role; return its epoch, or None if somebody else has it."""
-    query = _ROLE.where(_roles.c.name == role).with_for_update()
-    if (row := connection.execute(query).one_or_none()) is None:
-        _NEW_ROLE.run(connection, {"name": role, "now": stamps(connection).exact(now)})
-        row = connection.execute(query).one()
-    this = update(_roles).where(_roles.c.name == role)
-    if row.owner_id == owner_id:
-        connection.execute(this.values(expires_at=now + lease))
-        return int(row.epoch)
-    if row.owner_id is not None and now < row.expires_at and not _signed_off(connection, row.owner_id):
-        if row.expires_at > now + lease:  # the clock was set back since
-            connection.execute(this.values(expires_at=now + lease))
-        return None
-    epoch = int(row.epoch) + 1
-    connection.execute(this.values(owner_id=owner_id, epoch=epoch, since=now, expires_at=now + lease))
-    return epoch
-
-
-def _signed_off(connection: Connection, owner_id: str) -> bool:
-    ended = connection.execute(select(_owners.c.ended_at).where(_owners.c.id == owner_id)).scalar()
-    return ended is not None
-
-
-def drop_role(connection: Connection, now: datetime, role: str, owner_id: OwnerId) -> None:
-    """Give a role up, if this owner holds it. The epoch stays, so that the next holder's is another."""
-    mine = (_roles.c.name == role) & (_roles.c.owner_id == owner_id)
-    connection.execute(update(_roles).where(mine).values(owner_id=None, expires_at=now))
-
-
-def role_holder(connection: Connection, now: datetime, role: str) -> OwnerId | None:
-    """Return who holds a role now, if anybody does."""
-    row = connection.execute(_ROLE.where(_roles.c.name == role)).one_or_none()
-    if row is None or row.owner_id is None or row.expires_at <= now or _signed_off(connection, row.owner_id):
-        return None
-    return OwnerId(row.owner_id)

@@ -1,10 +1,11 @@
 """
-The store on a database: machines, owners, the ledger, and what processes of an account share.
+The store on a database: owners, machines, uses, and what processes of an account share.
 
 Written in SQLAlchemy Core: SQLite and PostgreSQL run the same statements. What is special about a file is in
 `sqlite.py`, about a server in `postgres.py`; the tables are in `tables.py`, their versions in `migrate.py`.
 
-Threads, transactions and what errors mean are the business of `database.py`.
+Money is in `sql_money.py`, what the plan reads and writes in `sql_signals.py`; threads, transactions and what errors
+mean are the business of `database.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +16,25 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from runcomfy.adapters.stores import bucket as limiter
 from runcomfy.adapters.stores import tables
 from runcomfy.adapters.stores.database import Database
+from runcomfy.adapters.stores.sql_money import MoneyPart
+from runcomfy.adapters.stores.sql_parts import (
+    find_machine,
+    held_account,
+    held_machine,
+    no_row,
+    save_machine,
+    still_held,
+)
+from runcomfy.adapters.stores.sql_signals import SignalsPart
 from runcomfy.adapters.stores.sqlite import SqliteFile
-from runcomfy.domain.exceptions import LeaseLost, LocalError
+from runcomfy.domain.exceptions import LeaseLost
 from runcomfy.domain.lease import Owner, Use
 from runcomfy.domain.machine import OPEN, Machine, MachineEvent, MachineId, MachineState, OwnerId, Purpose, Transition
-from runcomfy.domain.money import LedgerEntry
 from runcomfy.ports.clock import Clock
 
 T = TypeVar("T")
@@ -39,27 +48,19 @@ ENDING: Final = frozenset({MachineState.STOPPING, MachineState.STOPPED, MachineS
 """States in which no job may begin to use a machine."""
 
 _machines, _uses, _owners, _accounts = tables.machines, tables.machine_uses, tables.owners, tables.accounts
-_story, _ledger = tables.machine_transitions, tables.ledger
+_story = tables.machine_transitions
 
 # Statements are built once; SQLAlchemy keeps what it compiled them to.
-_MACHINE: Final = select(_machines).where(_machines.c.id == bindparam("machine_id"))
-_MACHINE_LOCKED: Final = _MACHINE.with_for_update()
-_SAVE_MACHINE: Final = update(_machines).where(_machines.c.id == bindparam("key"))
-_NEXT_NUMBER: Final = select(func.coalesce(func.max(_story.c.number), 0) + 1).where(
-    _story.c.machine_id == bindparam("machine_id")
-)
 _STORY: Final = (
     select(*(_story.c[name] for name in tables.TRANSITION_FIELDS))
     .where(_story.c.machine_id == bindparam("machine_id"))
     .order_by(_story.c.number)
 )
 _USES: Final = select(_uses).where(_uses.c.ended_at.is_(None)).order_by(_uses.c.started_at, _uses.c.job_id)
-_ENTRIES: Final = select(*(_ledger.c[name] for name in tables.ENTRY_FIELDS)).order_by(_ledger.c.number)
-_ACCOUNT: Final = select(_accounts).where(_accounts.c.account == bindparam("name")).with_for_update()
 _SAVE_ACCOUNT: Final = update(_accounts).where(_accounts.c.account == bindparam("name"))
 
 
-class SqlStore:
+class SqlStore(MoneyPart, SignalsPart):
     """Keeps `runcomfy.ports.store.Store` in a database; several processes may use the same one."""
 
     def __init__(
@@ -78,10 +79,6 @@ class SqlStore:
         store = cls.__new__(cls)
         store._use(database)
         return store
-
-    def _use(self, database: Database) -> None:
-        self._database = database
-        self._read, self._write = database.read, database.write
 
     # -- coming and going ----------------------------------------------------------------------------------
 
@@ -141,23 +138,18 @@ class SqlStore:
 
     # -- machines ------------------------------------------------------------------------------------------
 
-    async def add_machine(self, machine: Machine, *, at: datetime, note: str = "") -> None:
-        """Write a launch intent (or a machine taken over), with its first transition."""
-
-        def work(connection: Connection) -> None:
-            connection.execute(insert(_machines), tables.values_of(machine))
-            _tell(connection, machine, at=at, event="added", by=machine.owner_id, note=note, changes={})
-
-        await self._write(work)
-
     async def machine(self, machine_id: MachineId) -> Machine | None:
         """Return one machine by our id."""
-        return await self._read(lambda connection: _find(connection, machine_id))
+        return await self._read(lambda connection: find_machine(connection, machine_id))
 
-    async def machines(self, *, provider: str, account: str, open_only: bool = True) -> Sequence[Machine]:
-        """Return the account's machines, oldest first."""
+    async def machines(
+        self, *, provider: str, account: str, open_only: bool = True, since: datetime | None = None
+    ) -> Sequence[Machine]:
+        """Return the account's machines, oldest first; `since`: those that were open at that time or later."""
         query = select(_machines).where(_machines.c.provider == provider, _machines.c.account == account)
-        if open_only:
+        if since is not None:
+            query = query.where(_machines.c.state.in_(OPEN) | (_machines.c.since >= since))
+        elif open_only:
             query = query.where(_machines.c.state.in_(OPEN))
         query = query.order_by(_machines.c.requested_at, _machines.c.id)
         return await self._read(lambda connection: [tables.machine_of(row) for row in connection.execute(query)])
@@ -239,23 +231,10 @@ class SqlStore:
         note: str,
     ) -> Machine:
         def work(connection: Connection) -> Machine:
-            before = _held(connection, machine_id)
-            if epoch is not None and epoch != before.epoch:
-                raise LeaseLost(
-                    f"machine {machine_id} was taken over by {before.owner_id or 'nobody'} in the meantime",
-                    hint="another comfyctl looks after it now; see `comfyctl machines ls`",
-                    details={"epoch": before.epoch, "expected_epoch": epoch},
-                )
+            before = held_machine(connection, machine_id)
+            still_held(before, epoch)
             after = step(before)
-            values = tables.values_of(after)
-            del values["id"]
-            connection.execute(_SAVE_MACHINE, {"key": machine_id, **values})
-            changes = {
-                name: tables.as_text(value)
-                for name, value in values.items()
-                if value != getattr(before, name) and name not in ("state", "since")
-            }
-            _tell(connection, after, at=at, event=event, by=by, note=note, changes=changes)
+            save_machine(connection, before, after, at=at, by=by, event=event, note=note)
             return after
 
         return await self._write(work)
@@ -294,7 +273,7 @@ class SqlStore:
         """
 
         def work(connection: Connection) -> None:
-            machine = _held(connection, use.machine_id)
+            machine = held_machine(connection, use.machine_id)
             if machine.state in ENDING:
                 raise LeaseLost(
                     f"machine {machine.id} is {machine.state}: no job can start on it",
@@ -311,7 +290,7 @@ class SqlStore:
         """Say that the job no longer uses the machine; also stamps the machine's last use. Harmless when repeated."""
 
         def work(connection: Connection) -> None:
-            _held(connection, machine_id)
+            held_machine(connection, machine_id)
             living = (_uses.c.machine_id == machine_id) & (_uses.c.job_id == job_id) & _uses.c.ended_at.is_(None)
             if connection.execute(update(_uses).where(living).values(ended_at=at)).rowcount:
                 connection.execute(update(_machines).where(_machines.c.id == machine_id).values(last_used_at=at))
@@ -322,19 +301,6 @@ class SqlStore:
         """Return the uses that have not ended."""
         query = _USES if machine_ids is None else _USES.where(_uses.c.machine_id.in_(set(machine_ids)))
         return await self._read(lambda connection: [Use(*row) for row in connection.execute(query)])
-
-    # -- money ---------------------------------------------------------------------------------------------
-
-    async def post(self, entries: Sequence[LedgerEntry]) -> None:
-        """Add entries to the ledger, all or none. What is there is never changed."""
-        values = [tables.values_of(entry) for entry in entries]
-        if values:
-            await self._write(lambda connection: connection.execute(insert(_ledger), values))
-
-    async def ledger(self, *, machine_id: MachineId | None = None) -> Sequence[LedgerEntry]:
-        """Return the entries in the order in which they were written."""
-        query = _ENTRIES if machine_id is None else _ENTRIES.where(_ledger.c.machine_id == machine_id)
-        return await self._read(lambda connection: [LedgerEntry(*row) for row in connection.execute(query)])
 
     # -- what the processes of one account share -----------------------------------------------------------
 
@@ -372,7 +338,7 @@ class SqlStore:
         """Try to become the one process of the account that may launch; return the holder (self if it worked)."""
 
         def work(connection: Connection) -> OwnerId:
-            holder = _account(connection, account).launch_lock_owner
+            holder = held_account(connection, account).launch_lock_owner
             if holder is not None:
                 return OwnerId(holder)
             values = {"launch_lock_owner": owner_id, "launch_lock_at": now}
@@ -391,45 +357,8 @@ class SqlStore:
 # -- inside a transaction --------------------------------------------------------------------------------------
 
 
-def _find(connection: Connection, machine_id: MachineId) -> Machine | None:
-    row = connection.execute(_MACHINE, {"machine_id": machine_id}).one_or_none()
-    return None if row is None else tables.machine_of(row)
-
-
-def _held(connection: Connection, machine_id: MachineId) -> Machine:
-    """Read a machine that is about to change; nobody else changes it until this transaction ends."""
-    row = connection.execute(_MACHINE_LOCKED, {"machine_id": machine_id}).one_or_none()
-    if row is None:
-        raise _no_row(f"machine {machine_id}")
-    return tables.machine_of(row)
-
-
-def _tell(
-    connection: Connection,
-    machine: Machine,
-    *,
-    at: datetime,
-    event: str,
-    by: OwnerId | None,
-    note: str,
-    changes: Mapping[str, str | None],
-) -> None:
-    number = connection.execute(_NEXT_NUMBER, {"machine_id": machine.id}).scalar_one()
-    row = {"machine_id": machine.id, "number": number, "at": at, "event": event, "state": str(machine.state)}
-    connection.execute(insert(_story), {**row, "by": by or "", "note": note, "changes": dict(changes)})
-
-
-def _account(connection: Connection, account: str) -> Any:
-    """Read the account's row, which is made at its first use; nobody else changes it until this transaction ends."""
-    if (row := connection.execute(_ACCOUNT, {"name": account}).one_or_none()) is not None:
-        return row
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    connection.execute(dialect.insert(_accounts).on_conflict_do_nothing(), {"account": account, "urgent_until": ()})
-    return connection.execute(_ACCOUNT, {"name": account}).one()
-
-
 def _bucket(connection: Connection, account: str) -> limiter.Bucket:
-    row = _account(connection, account)
+    row = held_account(connection, account)
     return limiter.Bucket(row.seen_at, row.line_until, row.urgent_until, row.hold_until)
 
 
@@ -454,10 +383,4 @@ def _checked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _expect_row(count: int, what: str) -> None:
     if not count:
-        raise _no_row(what)
-
-
-def _no_row(what: str) -> LocalError:
-    return LocalError(
-        f"the database has no {what}", hint="was the database replaced, or does RUNCOMFY_STATE_DIR name another one?"
-    )
+        raise no_row(what)

@@ -17,6 +17,7 @@ from sqlalchemy import (
     REAL,
     TIMESTAMP,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Double,
@@ -33,11 +34,17 @@ from sqlalchemy import (
 from sqlalchemy.types import TypeEngine
 
 from runcomfy.adapters.stores.columns import Exact, Microseconds, SafeText, ServerIds, Times, UtcTime, Word, time_text
+from runcomfy.domain.decision import Decision
 from runcomfy.domain.lease import Owner, Use
 from runcomfy.domain.machine import Machine, MachineState, Purpose, Transition
 from runcomfy.domain.money import LedgerEntry
+from runcomfy.domain.signal import Signal, SignalKind
+from runcomfy.domain.work import Work
 
 metadata = MetaData()
+
+_Number: Final = BigInteger().with_variant(Integer, "sqlite")
+_NO_TEXT: Final = text("''")
 
 owners: Final = Table(
     "owners",
@@ -82,9 +89,17 @@ machines: Final = Table(
     Column("stop_accepted_at", UtcTime),
     Column("gone_at", UtcTime),
     Column("last_used_at", UtcTime),
+    Column("run_id", SafeText, nullable=False, server_default=_NO_TEXT),
+    Column("for_project", SafeText, nullable=False, server_default=_NO_TEXT),
+    Column("for_user", SafeText, nullable=False, server_default=_NO_TEXT),
+    Column("asked_duration", Microseconds),
+    Column("draining", SafeText, nullable=False, server_default=_NO_TEXT),
 )
 Index("ix_machines_account", machines.c.provider, machines.c.account, machines.c.state)
 Index("ix_machines_boots", machines.c.provider, machines.c.server_type, machines.c.ready_at)
+Index("ix_machines_since", machines.c.provider, machines.c.account, machines.c.since)
+_known_run = text("run_id <> ''")
+Index("ix_machines_run", machines.c.run_id, sqlite_where=_known_run, postgresql_where=_known_run)
 
 machine_transitions: Final = Table(
     "machine_transitions",
@@ -127,6 +142,7 @@ ledger: Final = Table(
     sqlite_autoincrement=True,
 )
 Index("ix_ledger_machine_id", ledger.c.machine_id)
+Index("ix_ledger_ended_at", ledger.c.ended_at)
 
 accounts: Final = Table(
     "accounts",
@@ -154,9 +170,7 @@ upgrades: Final = Table(
 # Users read and write these rows with SQL. So the columns are plain, and reading them is `jobs_rows.py`'s work, which
 # forgives what hands write.
 _Stamp: Final = Text().with_variant(TIMESTAMP(timezone=True), "postgresql")
-_Number: Final = BigInteger().with_variant(Integer, "sqlite")
 _Seconds: Final[TypeEngine[float]] = REAL().with_variant(Double, "postgresql")
-_NO_TEXT: Final = text("''")
 _ZERO: Final = text("0")
 _EMPTY: Final = text("'{}'")
 _NEW_UID: Final = text(
@@ -293,11 +307,72 @@ roles: Final = Table(
     Column("expires_at", UtcTime, nullable=False),
 )
 
+# -- pools and budgets -----------------------------------------------------------------------------------------
+
+machine_work: Final = Table(
+    "machine_work",
+    metadata,
+    # No foreign keys: what a job did is told whatever becomes of the rows of its machine and of itself.
+    Column("machine_id", SafeText, primary_key=True),
+    Column("job_id", SafeText, primary_key=True),
+    Column("attempt", _Number, primary_key=True, autoincrement=False),
+    Column("workflow", SafeText, nullable=False),
+    Column("server_type", SafeText, nullable=False),
+    Column("began_at", UtcTime, nullable=False),
+    Column("user", SafeText, nullable=False),
+    Column("project", SafeText, nullable=False),
+    Column("computing_at", UtcTime),
+    Column("computed_at", UtcTime),
+    Column("ended_at", UtcTime),
+    Column("outcome", SafeText, nullable=False),
+    Column("cold", Boolean, nullable=False),
+)
+Index("ix_machine_work_began_at", machine_work.c.began_at)
+
+signals: Final = Table(
+    "signals",
+    metadata,
+    Column("number", _Number, Identity(always=False), primary_key=True, autoincrement=True),
+    Column("kind", Word(SignalKind), nullable=False),
+    Column("source", SafeText, nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Column("until", UtcTime),
+    Column("jobs", _Number, nullable=False),
+    Column("work", Microseconds, nullable=False),
+    Column("expected_at", UtcTime),
+    Column("user", SafeText, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("ix_signals_at", signals.c.at)
+
+decisions: Final = Table(
+    "decisions",
+    metadata,
+    Column("number", _Number, Identity(always=False), primary_key=True, autoincrement=True),
+    Column("at", UtcTime, nullable=False),
+    Column("action", SafeText, nullable=False),
+    Column("what", SafeText, nullable=False),
+    Column("why", SafeText, nullable=False),
+    Column("expected_usd", Exact),
+    Column("by", SafeText, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("ix_decisions_at", decisions.c.at)
+
+budget_alerts: Final = Table(
+    "budget_alerts",
+    metadata,
+    Column("key", SafeText, primary_key=True),
+    Column("at", UtcTime, nullable=False),
+)
+
 MACHINE_FIELDS: Final = tuple(field.name for field in fields(Machine))
 OWNER_FIELDS: Final = tuple(field.name for field in fields(Owner))
 USE_FIELDS: Final = tuple(field.name for field in fields(Use))
 ENTRY_FIELDS: Final = tuple(field.name for field in fields(LedgerEntry))
 TRANSITION_FIELDS: Final = tuple(field.name for field in fields(Transition))
+SIGNAL_FIELDS: Final = tuple(field.name for field in fields(Signal))
+DECISION_FIELDS: Final = tuple(field.name for field in fields(Decision))
 
 
 def machine_of(row: Row[*tuple[Any, ...]]) -> Machine:
@@ -305,7 +380,7 @@ def machine_of(row: Row[*tuple[Any, ...]]) -> Machine:
     return Machine(*row)
 
 
-def values_of(thing: Machine | Owner | Use | LedgerEntry) -> dict[str, Any]:
+def values_of(thing: Machine | Owner | Use | LedgerEntry | Work | Signal | Decision) -> dict[str, Any]:
     """Return the columns and values of a domain object."""
     return {field.name: getattr(thing, field.name) for field in fields(thing)}
 

@@ -1,0 +1,71 @@
+"""
+Roles that one process of a database has at a time, each with an epoch that goes up with every change of holder.
+
+Both stores keep theirs in one table and by these rules; where their time comes from is their own business.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Final
+
+from sqlalchemy import Connection, bindparam, select, update
+
+from runcomfy.adapters.stores import tables
+from runcomfy.adapters.stores.sql_parts import insert_or_leave
+from runcomfy.domain.exceptions import LeaseLost
+from runcomfy.domain.machine import OwnerId
+
+_roles, _owners = tables.roles, tables.owners
+_ROLE: Final = select(_roles).where(_roles.c.name == bindparam("role"))
+_HELD_ROLE: Final = _ROLE.with_for_update()
+
+
+def take_role(connection: Connection, now: datetime, role: str, owner_id: OwnerId, *, lease: timedelta) -> int | None:
+    """Take or keep a role; return its epoch, or None if somebody else has it."""
+    if (row := connection.execute(_HELD_ROLE, {"role": role}).one_or_none()) is None:
+        nobody = {"name": role, "owner_id": None, "epoch": 0, "since": now, "expires_at": now}
+        connection.execute(insert_or_leave(connection, _roles), nobody)
+        row = connection.execute(_HELD_ROLE, {"role": role}).one()
+    this = update(_roles).where(_roles.c.name == role)
+    if row.owner_id == owner_id:
+        connection.execute(this.values(expires_at=now + lease))
+        return int(row.epoch)
+    if row.owner_id is not None and now < row.expires_at and not _signed_off(connection, row.owner_id):
+        if row.expires_at > now + lease:  # the clock was set back since
+            connection.execute(this.values(expires_at=now + lease))
+        return None
+    epoch = int(row.epoch) + 1
+    connection.execute(this.values(owner_id=owner_id, epoch=epoch, since=now, expires_at=now + lease))
+    return epoch
+
+
+def drop_role(connection: Connection, role: str, owner_id: OwnerId) -> None:
+    """Give a role up, if this owner holds it. The epoch stays, so that the next holder's is another."""
+    mine = (_roles.c.name == role) & (_roles.c.owner_id == owner_id)
+    connection.execute(update(_roles).where(mine).values(owner_id=None))
+
+
+def role_holder(connection: Connection, now: datetime, role: str) -> OwnerId | None:
+    """Return who holds a role now, if anybody does."""
+    row = connection.execute(_ROLE, {"role": role}).one_or_none()
+    if row is None or row.owner_id is None or row.expires_at <= now or _signed_off(connection, row.owner_id):
+        return None
+    return OwnerId(row.owner_id)
+
+
+def must_hold(connection: Connection, role: str, epoch: int) -> None:
+    """Raise LeaseLost unless the role's epoch is still this one; it stays so until this transaction ends."""
+    row = connection.execute(_HELD_ROLE, {"role": role}).one_or_none()
+    if row is None or row.owner_id is None or row.epoch != epoch:
+        holder = "nobody" if row is None or row.owner_id is None else row.owner_id
+        raise LeaseLost(
+            f"the role {role} is held by {holder} now",
+            hint="nothing to do: another process plans for this database",
+            details={"epoch": None if row is None else row.epoch, "expected_epoch": epoch},
+        )
+
+
+def _signed_off(connection: Connection, owner_id: str) -> bool:
+    ended = connection.execute(select(_owners.c.ended_at).where(_owners.c.id == owner_id)).scalar()
+    return ended is not None

@@ -1,0 +1,95 @@
+"""What the plan learns from and what it decided, in the store: jobs' time on machines, signals, decisions, the role."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from sqlalchemy import Connection, insert, select
+
+from runcomfy.adapters.stores import roles, tables
+from runcomfy.adapters.stores import sql_parts as parts
+from runcomfy.domain.decision import Decision
+from runcomfy.domain.machine import MachineId, OwnerId
+from runcomfy.domain.signal import Signal
+from runcomfy.domain.work import Work
+
+_work, _signals, _decisions = tables.machine_work, tables.signals, tables.decisions
+
+_OLDEST_FIRST: Final = (_work.c.began_at, _work.c.machine_id, _work.c.job_id, _work.c.attempt)
+_SIGNALS: Final = select(*(_signals.c[name] for name in tables.SIGNAL_FIELDS)).order_by(
+    _signals.c.at, _signals.c.number
+)
+_DECISIONS: Final = select(*(_decisions.c[name] for name in tables.DECISION_FIELDS)).order_by(
+    _decisions.c.number.desc()
+)
+
+
+class SignalsPart(parts.SqlPart):
+    """Work, signals, decisions and roles of `SqlStore`."""
+
+    async def put_work(self, work: Work) -> None:
+        """Write down a job's time on a machine, or what is newer of it: known by machine, job and attempt."""
+        values = tables.values_of(work)
+        await self._write(lambda connection: connection.execute(parts.insert_or_replace(connection, _work), values))
+
+    async def works(
+        self,
+        *,
+        machine_ids: Collection[MachineId] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int | None = None,
+    ) -> Sequence[Work]:
+        """Return what began in [`since`, `until`), oldest first; with `limit` the newest so many."""
+        query = select(_work)
+        if since is not None:
+            query = query.where(_work.c.began_at >= since)
+        if until is not None:
+            query = query.where(_work.c.began_at < until)
+        if limit is not None:
+            query = query.order_by(*(column.desc() for column in _OLDEST_FIRST)).limit(limit)
+        ids = None if machine_ids is None else parts.batches(sorted(set(machine_ids)))
+
+        def work(connection: Connection) -> Sequence[Work]:
+            if ids is None:
+                found = [Work(*row) for row in connection.execute(query)]
+            else:
+                queries = [query.where(_work.c.machine_id.in_(some)) for some in ids]
+                found = [Work(*row) for part in queries for row in connection.execute(part)]
+            found.sort(key=lambda done: (done.began_at, done.machine_id, done.job_id, done.attempt))
+            return found if limit is None else found[max(0, len(found) - limit) :]
+
+        return await self._read(work)
+
+    async def signal(self, signal: Signal) -> None:
+        """Write down what a client has told."""
+        values = tables.values_of(signal)
+        await self._write(lambda connection: connection.execute(insert(_signals), values))
+
+    async def signals(self, *, since: datetime) -> Sequence[Signal]:
+        """Return what was told since then, oldest first."""
+        query = _SIGNALS.where(_signals.c.at >= since)
+        return await self._read(lambda connection: [Signal(*row) for row in connection.execute(query)])
+
+    async def decide(self, decisions: Sequence[Decision]) -> None:
+        """Write down what the plan decided, all or none."""
+        values = [tables.values_of(decision) for decision in decisions]
+        if values:
+            await self._write(lambda connection: connection.execute(insert(_decisions), values))
+
+    async def decisions(self, *, since: datetime | None = None, limit: int = 200) -> Sequence[Decision]:
+        """Return the newest decisions, oldest first."""
+        query = _DECISIONS if since is None else _DECISIONS.where(_decisions.c.at >= since)
+        newest = query.limit(limit)
+        found = await self._read(lambda connection: [Decision(*row) for row in connection.execute(newest)])
+        return found[::-1]
+
+    async def take_role(self, role: str, owner_id: OwnerId, *, now: datetime, lease: timedelta) -> int | None:
+        """Take or keep a role that one process of the database has at a time; return its epoch, None if held."""
+        return await self._write(lambda connection: roles.take_role(connection, now, role, owner_id, lease=lease))
+
+    async def drop_role(self, role: str, owner_id: OwnerId) -> None:
+        """Give the role up, if this owner holds it."""
+        await self._write(lambda connection: roles.drop_role(connection, role, owner_id))
