@@ -109,6 +109,10 @@ class Machines:
         """Close the bill of a machine that the provider is stopping without our asking; see `Ending.stops_unasked`."""
         return await self._ending.stops_unasked(machine)
 
+    async def seen_gone(self, machine: Machine, *, note: str) -> Machine:
+        """Close the books of a machine that its status and two full lists say is gone: the caller has seen them."""
+        return await self._ending.gone(machine, note=note, seen_at=None)
+
     async def living_uses(self, machine: Machine) -> list[Use]:
         """Return the jobs on a machine whose processes live."""
         uses = await self.store.uses([machine.id])
@@ -148,7 +152,7 @@ class Machines:
             if report is not None:
                 _raise_if_over(report)
             elif word is None and (seen or elapsed > max(cloud.not_found_grace, cloud.visibility_window)):
-                machine = await self._found_again(machine)
+                machine = await self.found_again(machine)
             if elapsed > cloud.boot_timeout:
                 raise BootTimeout(
                     f"machine {machine.server_id} was not ready after {elapsed.total_seconds():.0f} s",
@@ -169,7 +173,7 @@ class Machines:
             log.warning("machine_status_failed", extra={"fields": {"error": error.code, "server_id": server_id}})
             return None, f"RunComfy cannot be asked now ({error.code})"
 
-    async def _found_again(self, machine: Machine) -> Machine:
+    async def found_again(self, machine: Machine) -> Machine:
         """Return the machine if a list still has it, or what its launch really started; else raise MachineLost."""
         look = await self._ending.look(machine)
         if look.phase is not Phase.GONE:
@@ -206,33 +210,51 @@ class Machines:
         old time: a machine is never assumed to run longer than was confirmed. Raises LeaseLost: it is somebody else's.
         """
         server_id = server_id_of(machine)
-        machine = await self.books.ask_duration(machine, total=total)
-        faultpoint("extend.asked")
-        await self.provider.change_duration(server_id, total=total)
-        faultpoint("extend.answered")
+        machine = await self.ask_longer(machine, total=total)
         report = await self.provider.get_machine_status(server_id)
-        if report is None or report.stopping_at is None or report.ready_at is None:
+        confirmed = await self.confirmed(machine, report) if report is not None else None
+        if confirmed is None:
             raise ProviderError(
                 f"whether {server_id} runs longer now cannot be read back",
                 hint="look at `comfyctl machines ls`; the machine may stop at its old time",
             )
-        got = report.stopping_at - report.ready_at
-        kept = {"kept_until": report.stopping_at} if machine.kept_until is not None else {}
-        machine = await self.books.change(
-            machine,
-            note=f"running time asked to be {total.total_seconds():.0f} s, is {got.total_seconds():.0f} s",
-            duration=got,
-            planned_stop_at=report.stopping_at,
-            asked_duration=None,
-            **kept,
-        )
-        faultpoint("extend.recorded")
+        machine, got = confirmed, confirmed.duration
         if abs(got - total) > EXACT_ENOUGH:
             raise ProviderError(
                 f"the stop time of {server_id} did not move as asked",
                 hint="look at `comfyctl machines ls`; the machine may stop earlier or later than wanted",
                 details={"wanted_seconds": total.total_seconds(), "got_seconds": got.total_seconds()},
             )
+        return machine
+
+    async def ask_longer(self, machine: Machine, *, total: timedelta) -> Machine:
+        """Ask for a running time, counted from ready; what was granted is still to be read (`confirmed`).
+
+        Raises BudgetExceeded: nothing was asked for. Raises ProviderError (it may have been granted all the same),
+        LeaseLost, LocalError.
+        """
+        machine = await self.books.ask_duration(machine, total=total)
+        faultpoint("extend.asked")
+        await self.provider.change_duration(server_id_of(machine), total=total)
+        faultpoint("extend.answered")
+        return machine
+
+    async def confirmed(self, machine: Machine, report: MachineReport) -> Machine | None:
+        """Write down what running time the provider says a machine has; None if it does not say."""
+        if report.stopping_at is None or report.ready_at is None:
+            return None
+        got = report.stopping_at - report.ready_at
+        kept = {"kept_until": report.stopping_at} if machine.kept_until is not None else {}
+        asked = f"asked to be {machine.asked_duration.total_seconds():.0f} s, " if machine.asked_duration else ""
+        machine = await self.books.change(
+            machine,
+            note=f"running time {asked}is {got.total_seconds():.0f} s",
+            duration=got,
+            planned_stop_at=report.stopping_at,
+            asked_duration=None,
+            **kept,
+        )
+        faultpoint("extend.recorded")
         return machine
 
     async def adopt(self, report: MachineReport, *, purpose: Purpose, reason: str) -> Machine:
