@@ -87,17 +87,24 @@ class Demand:
         self._silences: deque[float] = deque(maxlen=SILENCES_KEPT)
         self._silences_view: tuple[float, ...] | None = ()
         self._silent_since: float | None = None
+        self._fresh, self._only_batches = True, False
         self._colds = 0.0
         self._waits = 0.0
 
-    def arrived(self, at: float, count: int = 1, service_s: float | None = None) -> None:
-        """Say that jobs came to the queue; `service_s` is the predicted run time of one, on the reference type."""
+    def arrived(self, at: float, count: int = 1, service_s: float | None = None, *, batch: bool = False) -> None:
+        """Say that jobs came to the queue; `service_s` is the predicted run time of one, on the reference type.
+
+        A known batch (`batch`) says nothing of arrivals to come, so it does not count for the rates.
+        """
         if count <= 0:
             return
-        self._seen += count
+        self._only_batches = batch and (self._only_batches or self._fresh)
+        self._fresh = False
         self._last = at if self._last is None else max(self._last, at)
-        self._fast.add(at, count)
-        self._slow.add(at, count)
+        if not batch:
+            self._seen += count
+            self._fast.add(at, count)
+            self._slow.add(at, count)
         if service_s is not None and service_s > 0:
             self._predicted.add(service_s)
 
@@ -116,6 +123,7 @@ class Demand:
         if self._silent_since is not None:
             self._silences.append(max(0.0, at - self._silent_since))
             self._silent_since, self._silences_view = None, None
+            self._fresh = True
 
     def cold_start(self, at: float) -> None:
         """Say that work came while no machine was there or on its way."""
@@ -143,6 +151,7 @@ class Demand:
             waits_per_cold=self._waits / self._colds if self._colds else None,
             last_arrival=self._last,
             silent_since=self._silent_since,
+            only_batches=self._only_batches,
         )
 
 

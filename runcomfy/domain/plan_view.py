@@ -104,6 +104,8 @@ class DemandView:
     last_arrival: float | None = None
     silent_since: float | None = None
     """Since when no machine has work and nothing waits; None while there is work, or before anything was seen."""
+    only_batches: bool = False
+    """Whether all that came since the last silence came as known batches: nobody waits for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,10 @@ class PresenceView:
     batches: tuple[BatchView, ...] = ()
     lead_s: float = 300.0
     """How long before the first work a presence signal comes, measured."""
+    since: float | None = None
+    """Since when somebody is there without a break; None: nobody is, or it is not known."""
+    recall: float = 1.0
+    """Share of the works that came after a silence which signals had announced, measured."""
 
 
 @dataclass(frozen=True, slots=True)

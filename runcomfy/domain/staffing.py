@@ -1,0 +1,156 @@
+"""
+How many machines a rate of arrivals deserves: what they cost against the waiting that they spare.
+
+`cost(m) = c m + lam E[queue]`, in USD per hour. The rate is not known, only estimated from few arrivals, so the queue
+is averaged over what it may be (a Gamma law around the estimate). A queue in balance follows Erlang's C formula, with
+the correction of Allen and Cunneen for run times that are not exponential; one that is not in balance grows like a
+fluid, for as long as it takes until more machines can be there.
+
+The few special functions live here, because a library of them would be the largest dependency of the product.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+QUANTILES: Final = 7
+"""Rates that stand for the whole law; more change no decision in replays."""
+OVERLOAD_S: Final = 420.0
+"""How long a queue is thought to grow before help is there: a start (three to four minutes) and as long again."""
+_BALANCE: Final = 0.98
+"""Above this load the formula for balance explodes, though no queue has the time to become that long."""
+_SEARCH: Final = 64
+"""How far from the present number of machines a better one is looked for in one plan. The cost is convex, and the
+next plan looks further."""
+_LARGE_SHAPE: Final = 60.0
+"""From here on the cube-root law of Wilson and Hilferty is within 1e-4 of the Gamma law."""
+_PRECISION: Final = 1e-12
+
+
+def erlang_c(machines: int, load: float) -> float:
+    """Return the probability that an arrival has to wait: `load` is arrivals per second x run time in seconds."""
+    if load <= 0:
+        return 0.0
+    if load >= machines:
+        return 1.0
+    blocked = 1.0
+    for number in range(1, machines + 1):
+        blocked = load * blocked / (number + load * blocked)
+    return machines * blocked / (machines - load * (1 - blocked))
+
+
+def gamma_p(shape: float, x: float) -> float:
+    """Return the regularised lower incomplete gamma function P(shape, x): a Gamma law's share below `x`."""
+    if x <= 0:
+        return 0.0
+    front = math.exp(shape * math.log(x) - x - math.lgamma(shape))
+    if x < shape + 1:
+        term = total = 1.0 / shape
+        n = shape
+        while abs(term) > abs(total) * _PRECISION:
+            n += 1
+            term *= x / n
+            total += term
+        return min(1.0, total * front)
+    # Lentz's way through the continued fraction of the upper function.
+    tiny = 1e-300
+    b = x + 1 - shape
+    c, d = 1 / tiny, 1 / b
+    h, i, step = d, 0, 0.0
+    while abs(step - 1) > _PRECISION:
+        i += 1
+        a = -i * (i - shape)
+        b += 2
+        d = 1 / ((a * d + b) or tiny)
+        c = (b + a / c) or tiny
+        step = d * c
+        h *= step
+    return max(0.0, 1 - front * h)
+
+
+def normal_quantile(share: float) -> float:
+    """Return where the standard normal law has `share` below it (0 < share < 1)."""
+    low, high = -9.0, 9.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if math.erfc(-middle / math.sqrt(2)) / 2 < share:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def gamma_quantile(shape: float, share: float) -> float:
+    """Return where the Gamma law of this shape and scale 1 has `share` below it (0 < share < 1)."""
+    z = normal_quantile(share)
+    guess = shape * (1 - 1 / (9 * shape) + z / (3 * math.sqrt(shape))) ** 3
+    if shape >= _LARGE_SHAPE:
+        return guess
+    low, high = 0.0, max(guess, shape, 1.0)
+    while gamma_p(shape, high) < share:
+        low, high = high, high * 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        if gamma_p(shape, middle) < share:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+@lru_cache(maxsize=512)
+def _spread(shape: int) -> tuple[float, ...]:
+    """Return the rates that stand for a Gamma law of mean 1."""
+    found = [gamma_quantile(shape, (number + 0.5) / QUANTILES) for number in range(QUANTILES)]
+    mean = sum(found) / QUANTILES
+    return tuple(value / mean for value in found)
+
+
+@dataclass(frozen=True, slots=True)
+class Staffing:
+    """What numbers of machines cost at an uncertain rate. Money in USD per hour, times in seconds."""
+
+    rate: float
+    """Arrivals per second, best guess."""
+    seen: float
+    """Arrivals that the guess rests on."""
+    service_s: float
+    service_cv2: float
+    usd_per_hour: float
+    wait_usd_per_hour: float
+
+    def queue(self, machines: int) -> float:
+        """Return the mean number of waiting jobs, averaged over what the rate may be."""
+        if self.rate <= 0 or self.service_s <= 0:
+            return 0.0
+        # Shapes are rounded so that few laws are ever computed: above a hundred arrivals, to three per cent.
+        shape = 2 + self.seen
+        rounded = round(shape) if shape <= 100 else round(1.03 ** round(math.log(shape, 1.03)))
+        rates = [self.rate * factor for factor in _spread(rounded)]
+        return sum(self._queue_at(machines, rate) for rate in rates) / len(rates)
+
+    def _queue_at(self, machines: int, rate: float) -> float:
+        load = rate * self.service_s
+        if machines <= 0:
+            return rate * OVERLOAD_S / 2
+        balanced = min(load, _BALANCE * machines)
+        waiting = erlang_c(machines, balanced) * balanced / (machines - balanced) * (1 + self.service_cv2) / 2
+        return waiting + (load - balanced) / self.service_s * OVERLOAD_S / 2
+
+    def cost(self, machines: int) -> float:
+        """Return what an hour with so many machines costs, waiting included, in USD."""
+        return self.usd_per_hour * machines + self.wait_usd_per_hour * self.queue(machines)
+
+    def best(self, near: int, cap: int) -> int:
+        """Return the cheapest number of machines from 0 to `cap`, at most 64 from `near`."""
+        low, high = max(0, min(near, cap) - _SEARCH), min(cap, near + _SEARCH)
+        while low < high:  # convex: the cheapest is where the next one costs more
+            middle = (low + high) // 2
+            if self.cost(middle + 1) < self.cost(middle):
+                low = middle + 1
+            else:
+                high = middle
+        return low
