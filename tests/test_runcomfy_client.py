@@ -6,7 +6,6 @@ import asyncio
 import logging
 from dataclasses import replace
 from datetime import timedelta
-from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -314,14 +313,6 @@ async def test_odd_user_ids_stay_one_part_of_the_path(
 
 
 # --- beside the port ---------------------------------------------------------------------------------------
-
-
-async def test_the_balance_is_told_where_it_is_known(client: Client, cloud: RunComfyEmulator) -> None:
-    assert await client.balance() == Decimal(25)
-    faults: list[dict[str, Any]] = [{"status": 404}, {"status": 500}, {"body": {"balance_usd": "many"}}, {"body": {}}]
-    for fault in [*faults, {"reply": "html"}]:
-        cloud.next_call("GET balance", **fault)
-        assert await client.balance() is None
 
 
 async def test_the_owner_of_a_token_is_told_where_it_is_known(client: Client, cloud: RunComfyEmulator) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol
 
+from runcomfy.domain.balance import Balance
 from runcomfy.domain.machine import CloudWorkflow, MachineReport, ServerId
 
 
@@ -70,5 +71,12 @@ class Provider(Protocol):
 
         True: the provider accepted, and bills no longer as of now. False: it answered that it knows no such machine.
         Neither means that the machine is gone: look until it is.
+        """
+        ...
+
+    async def balance(self) -> Balance | None:
+        """Return the account's money as told now or a minute ago; None if the provider does not say.
+
+        A courtesy: nothing may depend on it, it is asked once and not retried, and what goes wrong is None.
         """
         ...

@@ -13,10 +13,9 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from decimal import Decimal
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -29,6 +28,7 @@ from yarl import URL
 from runcomfy.adapters.providers import runcomfy_wire as wire
 from runcomfy.adapters.providers.limits import DEFAULT_RETRY_AFTER, LocalLimiter, retry_after
 from runcomfy.adapters.providers.runcomfy_errors import Answer, Failure, Veil, facts_of, judge, unreadable, wrong_path
+from runcomfy.domain.balance import Balance
 from runcomfy.domain.exceptions import (
     AccessDenied,
     CredentialsMalformed,
@@ -58,6 +58,9 @@ MAX_BODY_BYTES: Final = 8 * 1024**2
 MAX_PAGES: Final = 100
 CONNECT_TIMEOUT: Final = timedelta(seconds=10)
 """Shorter than a request's deadline, so that "never connected" can be told from "sent, and no answer"."""
+
+BALANCE_KEPT: Final = timedelta(minutes=1)
+"""How long a balance is told again: nobody needs it younger, and stops and launches need the requests."""
 
 MAX_PAUSE: Final = timedelta(seconds=30)
 
@@ -129,6 +132,8 @@ class RunComfyAPIClient:
         self._token = 0
         self._veil = Veil(settings.tokens, settings.user_id)
         self._words_seen: set[str] = set()
+        self._balance: Balance | None = None
+        self._balance_asked: float | None = None
 
     @property
     def name(self) -> str:
@@ -216,15 +221,21 @@ class RunComfyAPIClient:
 
         return await self._request(call, read)
 
-    # --- beside the port ----------------------------------------------------------------------------------
+    async def balance(self) -> Balance | None:
+        """Return the account's money; None if RunComfy does not say. The endpoint is not documented.
 
-    async def balance(self) -> Decimal | None:
-        """Return the account's money in USD; None if RunComfy does not say (the endpoint is not documented)."""
-        call = _Call("GET", "/prod/v2/balance", "read the balance", attempts=1)
-        try:
-            return await self._request(call, lambda answer: wire.read_money(wire.read_json(answer.body)))
-        except ProviderError:
-            return None
+        Asked at most once a minute, also where there was no answer; every failure of the provider is None.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._balance_asked is None or now - self._balance_asked >= BALANCE_KEPT.total_seconds():
+            self._balance_asked, self._balance = now, None
+            call = _Call("GET", "/prod/v2/balance", "read the balance", attempts=1)
+            with suppress(ProviderError):
+                usd = await self._request(call, lambda answer: wire.read_money(wire.read_json(answer.body)))
+                self._balance = Balance(usd, self._clock.now()) if usd is not None else None
+        return self._balance
+
+    # --- beside the port ----------------------------------------------------------------------------------
 
     async def whoami(self) -> str | None:
         """Return the user id that belongs to the token; None if RunComfy does not say (not documented).

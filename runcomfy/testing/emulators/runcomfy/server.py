@@ -98,6 +98,8 @@ class RunComfyEmulator:
     """The ids of the machines that clients launched, in order."""
     calls: list[CallRecord]
     """Every request to the API."""
+    spent_elsewhere_usd: Decimal
+    """What other products of the provider have taken off the balance; negative: money was paid in."""
     page_size: int | None
     """If set, the list of machines comes in pages of that many, wrapped in an object that says so."""
 
@@ -139,6 +141,7 @@ class RunComfyEmulator:
         self.boot_time, self.delete_takes = boot_time, delete_takes
         self.rates = dict(rates)
         self.balance_usd = balance_usd
+        self.spent_elsewhere_usd = Decimal(0)
         self.rate_limit, self.requests_per_second, self.burst = rate_limit, requests_per_second, burst
         self.retry_after = retry_after
         self.page_size = None
@@ -249,6 +252,12 @@ class RunComfyEmulator:
     def total_usd(self) -> Decimal:
         """What all machines of clients cost so far."""
         return sum((bill.usd for bill in self.books.values() if not bill.foreign), Decimal(0))
+
+    @property
+    def money_usd(self) -> Decimal:
+        """What is left of the account's money: machines, whoever started them, and other products are paid from it."""
+        spent = sum((bill.usd for bill in self.books.values()), self.spent_elsewhere_usd)
+        return (self.balance_usd or Decimal(0)) - spent
 
     def now(self) -> datetime:
         """The cloud's time."""
@@ -443,8 +452,7 @@ class RunComfyEmulator:
         if route.name == "workflows":
             return Outcome(200, self.workflows)
         if route.name == "balance":
-            money = (self.balance_usd or Decimal(0)) - self.total_usd
-            return Outcome(200, {"balance_usd": float(money), "currency": "USD"})
+            return Outcome(200, {"balance_usd": float(self.money_usd), "currency": "USD"})
         return Outcome(200, {"id": self.user_id, "email": None, "token_type": "emulated", "token_created_at": None})
 
     def _takes_turn(self) -> bool:
@@ -470,7 +478,7 @@ class RunComfyEmulator:
             return Outcome(400, {"message": "server_type is not valid"})
         if not isinstance(duration, int) or isinstance(duration, bool) or duration <= 0:
             return Outcome(400, {"message": "estimated_duration must be a positive number of seconds"})
-        if self.balance_usd is not None and self.total_usd >= self.balance_usd:
+        if self.balance_usd is not None and self.money_usd <= 0:
             return Outcome(402, {"message": "Insufficient balance"})
         machine = self._launch(server_type, duration, version)
         answer = machine.view(self.now())
