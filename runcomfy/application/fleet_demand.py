@@ -80,8 +80,8 @@ class FleetDemand:
                 self._demand.work_came(at)
                 if ran is None or ran.cold:
                     self._demand.cold_start(at)
-            self._signals.work_came(at, arrival.user, after_silence=silence)
-            self._came_in(at, arrival)
+            batch = self._signals.work_came(at, arrival.user, after_silence=silence)
+            self._came_in(at, arrival, batch=batch)
             if ran is not None:
                 self._learn(ran)
             if arrival.ended_at is not None:
@@ -91,8 +91,8 @@ class FleetDemand:
         if float("-inf") < busy_until < float("inf"):
             self._demand.went_silent(busy_until)
 
-    def _came_in(self, at: float, arrival: Arrival) -> None:
-        self._demand.arrived(at, 1, self._offers.run_s(arrival.workflow_id))
+    def _came_in(self, at: float, arrival: Arrival, *, batch: bool) -> None:
+        self._demand.arrived(at, 1, self._offers.run_s(arrival.workflow_id), batch=batch)
         self._came[arrival.uid] = at
         if len(self._came) > _REMEMBERED:
             self._came.popitem(last=False)
@@ -106,8 +106,8 @@ class FleetDemand:
         for arrival in told:
             self._newest = max(self._newest, arrival.id)
             at = self._of(arrival) if arrival.at is not None else now
-            self._signals.work_came(at, arrival.user, after_silence=silent)
-            self._came_in(at, arrival)
+            batch = self._signals.work_came(at, arrival.user, after_silence=silent)
+            self._came_in(at, arrival, batch=batch)
             silent = False
 
     def learn(self, works: Iterable[Work]) -> None:
@@ -149,6 +149,8 @@ class FleetDemand:
 class _There:
     """What one source has said that still counts. Times by the loop."""
 
+    since: float | None = None
+    """OPENED: since when without a break."""
     until: float = float("-inf")
     """OPENED: until when it holds; in the past: nobody is there."""
     left_at: float | None = None
@@ -179,6 +181,8 @@ class FleetSignals:
         self._past: list[tuple[float, Signal]] = []
         """Signals of history that were not relived yet, the newest first."""
         self._ignored: set[str] = set()
+        self._batch_came: float | None = None
+        """When the newest job came, if it belongs to a batch that was announced."""
         self._since = clock.now() - LOOK_BACK
 
     async def hear(self, *, history: bool = False) -> int:
@@ -220,6 +224,8 @@ class FleetSignals:
         match signal.kind:
             case SignalKind.OPENED:
                 until = self._axis.ahead(signal.until) if signal.until else at + PRESENCE_FOR.total_seconds()
+                if there.since is None or there.until < at:
+                    there.since = at
                 there.until, there.left_at = max(there.until, until), None
                 self._score.said(signal.source, at, there.until)
             case SignalKind.LEFT:
@@ -237,8 +243,8 @@ class FleetSignals:
                     _Batch(signal.source, comes, signal.jobs, signal.work.total_seconds(), signal.user)
                 )
 
-    def work_came(self, at: float, user: str, *, after_silence: bool) -> None:
-        """Say that a job of a user came."""
+    def work_came(self, at: float, user: str, *, after_silence: bool) -> bool:
+        """Say that a job of a user came; return whether it belongs to a batch that was announced."""
         self._until(at)
         mine = [name for name, there in self._there.items() if there.user in ("", user) or not user]
         if len(mine) == len(self._there):
@@ -251,7 +257,10 @@ class FleetSignals:
             if batch.jobs > 0 and batch.user in ("", user):
                 share = batch.work_s / batch.jobs
                 batch.jobs, batch.work_s = batch.jobs - 1, max(0.0, batch.work_s - share)
-                break
+                self._batch_came = at
+                return True
+        self._batch_came = None
+        return False
 
     def view(self, now: float, *, worth_s: float) -> PresenceView:
         """Return what sources that pay announce. `worth_s`: idle machine-seconds that a spared cold start is worth."""
@@ -267,7 +276,13 @@ class FleetSignals:
             expected_until=expected if expected > now else None,
             batches=tuple(BatchView(b.jobs, b.work_s, b.at) for b in self._batches if b.source in heeded),
             lead_s=self._score.lead_s(self._lead_s),
+            since=min((there.since for there in present if there.since is not None), default=None),
+            recall=max((self._score.score(name).recall for name in heeded), default=0.0) if heeded else 1.0,
         )
+
+    def batched(self, now: float) -> bool:
+        """Return whether the newest jobs came as a batch that was announced, and no more of anything is."""
+        return self._batch_came is not None and now - self._batch_came <= BATCH_LATE
 
     def next_change(self, now: float) -> float | None:
         """Return when something that was announced runs out or comes, the next time."""

@@ -115,6 +115,10 @@ class FleetOffers:
         predicted = self.history.predict(workflow, server_type or self.reference)
         return predicted.mean_s if predicted is not None else UNKNOWN_RUN
 
+    def load_s(self, workflow: str, server_type: str) -> float:
+        """Return how much longer a run takes where its models are not loaded yet, in seconds; 0 if nobody knows."""
+        return self.history.cold_extra_s(server_type, workflow) or 0.0
+
     def on_reference(self, seconds: float, server_type: str) -> float:
         """Return what a run on a type would have taken on the reference type."""
         speed = self.history.speed(server_type, than=self.reference)

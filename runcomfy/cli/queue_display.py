@@ -9,7 +9,17 @@ from typing import Any, Final
 
 from runcomfy.cli.words import show_span, show_time
 from runcomfy.domain.exceptions import foreign_text
-from runcomfy.domain.queued import QUEUE_SCOPE, Attempt, EventKind, JobEvent, Pause, QueuedJob, QueueStatus, Reason
+from runcomfy.domain.queued import (
+    FLEET_SCOPE,
+    QUEUE_SCOPE,
+    Attempt,
+    EventKind,
+    JobEvent,
+    Pause,
+    QueuedJob,
+    QueueStatus,
+    Reason,
+)
 
 HEADERS: Final = ("no", "name", "type", "priority", "status", "runs", "what")
 
@@ -168,6 +178,9 @@ def _seconds(duration: float | None) -> str:
 
 def pause_line(pause: Pause, *, now: datetime) -> str:
     """Return what is paused, why, and what ends it."""
+    if pause.scope == FLEET_SCOPE:
+        until = f" (until {show_time(pause.until)})" if pause.until is not None and pause.until > now else ""
+        return f"no machine is launched for what waits{until}: {foreign_text(pause.message, 300)}"
     what = "the queue" if pause.scope == QUEUE_SCOPE else f"the executors of {pause.scope.partition(':')[2]}"
     if pause.until is None:
         then = "until `comfyctl queue resume`"

@@ -1,0 +1,222 @@
+"""
+The long-running service of `comfyctl serve`: one process that works off the queue over rented machines.
+
+    role      only who holds `fleet` plans, dispatches and renews (I19); a second service on the same books waits and
+              takes over when the first is gone; one that slept through its time lets go of everything and asks again
+    crew      what works while the role is held: pool, executor, fleet, reconciler, monitor (`Crew`)
+    end       told to stop: nothing is launched or begun, running jobs go on for a while, machines are ended
+
+A loop that dies takes the service down loudly. What is rented is ended whenever the service ends in good order; after a
+`kill -9` the next one takes the machines over, and without a next one they end by their leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from runcomfy.application.role import Role
+from runcomfy.domain.exceptions import LocalError, RunComfyError
+from runcomfy.domain.queued import QueueStatus
+from runcomfy.ports.jobs import JobStore
+
+log = logging.getLogger("runcomfy.fleet")
+
+STANDBY_EVERY: Final = 5.0
+"""Seconds between two looks whether the role is free."""
+DONE_LOOK: Final = 1.0
+"""Seconds between two looks whether everything is worked off."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """How a service runs, beside the settings; also what parts that join it are told."""
+
+    monitor: bool = False
+    """Whether the folder of job files is watched, too."""
+    once: bool = False
+    """Work off what is there, end all machines, leave."""
+    guard: bool = True
+    """Whether the guard process may be started."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """For parts that join the service."""
+
+
+class Works(Protocol):
+    """The executor."""
+
+    async def run(self, stop: asyncio.Event, leave: asyncio.Event | None = None, *, once: bool = False) -> None:
+        """Work until told to stop, then let running jobs go on for a while, or until `leave` is set."""
+        ...
+
+
+class Plans(Protocol):
+    """The fleet."""
+
+    async def run(self) -> None:
+        """Plan until cancelled."""
+        ...
+
+    async def end(self) -> None:
+        """Take back what is said of the plan."""
+        ...
+
+    async def left(self) -> int:
+        """Return how many jobs wait that could be begun. Raises LocalError."""
+        ...
+
+    def stuck(self) -> RunComfyError | None:
+        """Return why what waits will get no machine, if it will not."""
+        ...
+
+
+class Watches(Protocol):
+    """The monitor of job files."""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Take job files up until told to stop."""
+        ...
+
+    async def once(self) -> Any:
+        """Take up what is there."""
+        ...
+
+
+@dataclass(slots=True)
+class Crew:
+    """What works while the role is held. Whoever made it ends the machines, or lets go of them if the role is lost."""
+
+    executor: Works
+    fleet: Plans
+    loops: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = ()
+    """What else runs until the end, for example the reconciler."""
+    monitor: Watches | None = None
+
+
+class Service:
+    """`await run(stop)` serves until told to stop."""
+
+    def __init__(
+        self,
+        role: Role,
+        hire: Callable[[], AbstractAsyncContextManager[Crew]],
+        jobs: JobStore,
+        *,
+        tell: Callable[[str], None],
+    ) -> None:
+        """`hire` makes the crew of one term; it is called with the role held."""
+        self.role = role
+        self._hire, self._jobs, self._tell = hire, jobs, tell
+        self.serving = asyncio.Event()
+        """Set while this process is the one that serves."""
+
+    async def run(self, stop: asyncio.Event, leave: asyncio.Event | None = None, *, once: bool = False) -> None:
+        """Serve until `stop`, then drain, or until `leave` is set. `once`: until everything is worked off.
+
+        Raises what keeps it from serving at all; with `once` also why what is left over got no machine.
+        """
+        waits = False
+        try:
+            while not stop.is_set():
+                if await self._takes_role():
+                    waits = False
+                    if await self._term(stop, leave, once=once):
+                        return
+                    self._tell("the role was lost (this process slept, or the database was away): asking for it again")
+                    continue
+                if not waits:
+                    self._tell("another process serves these books; this one takes over when that is gone")
+                waits = True
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(STANDBY_EVERY):
+                        await stop.wait()
+        finally:
+            await self.role.drop()
+
+    async def _takes_role(self) -> bool:
+        try:
+            return await self.role.take()
+        except LocalError as error:
+            log.warning("role_not_asked", extra={"fields": {"error": error.code}})
+            if self.role.epoch is None and not self.serving.is_set():
+                raise
+            return False
+
+    async def _term(self, stop: asyncio.Event, leave: asyncio.Event | None, *, once: bool) -> bool:
+        """Serve while the role is held; return whether that was the end, and not the role's loss."""
+        try:
+            async with self._hire() as crew:
+                self.serving.set()
+                return await self._served(crew, stop, leave or asyncio.Event(), once=once)
+        except BaseExceptionGroup as group:
+            raise first_of(group) from group
+
+    async def _served(self, crew: Crew, stop: asyncio.Event, leave: asyncio.Event, *, once: bool) -> bool:
+        enough, away = asyncio.Event(), asyncio.Event()
+        stuck: RunComfyError | None = None
+        async with asyncio.TaskGroup() as group:
+            held = group.create_task(self.role.keep(), name="serve-role")
+            loops = [group.create_task(loop(), name="serve-loop") for loop in crew.loops]
+            plans = group.create_task(crew.fleet.run(), name="serve-fleet")
+            work = group.create_task(crew.executor.run(enough, away), name="serve-executor")
+            told = group.create_task(_passed_on(stop, enough), name="serve-stop")
+            hurried = group.create_task(_passed_on(leave, away), name="serve-leave")
+            done = group.create_task(self._worked_off(crew), name="serve-once") if once else None
+            if crew.monitor is not None and not once:
+                loops.append(group.create_task(crew.monitor.run(enough), name="serve-monitor"))
+            ends: set[asyncio.Task[Any]] = {held, work, told, hurried, plans, *loops, *([done] if done else [])}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            plans.cancel()  # nothing is launched any more
+            if held.done():
+                away.set()  # what runs is somebody else's by now
+            enough.set()
+            await asyncio.wait({work, held}, return_when=asyncio.FIRST_COMPLETED)
+            if held.done():
+                away.set()
+            await asyncio.wait({work})
+            if done is not None and done.done():
+                stuck = done.result()
+            lost = held.done()
+            for task in ends:
+                task.cancel()
+        await crew.fleet.end()
+        if stuck is not None:
+            raise stuck
+        return not lost or stop.is_set()
+
+    async def _worked_off(self, crew: Crew) -> RunComfyError | None:
+        """Return when nothing is left to be done, or nothing can be; in that case why."""
+        if crew.monitor is not None:
+            await crew.monitor.once()
+        while True:
+            with suppress(LocalError):
+                running = (await self._jobs.counts())[QueueStatus.PROCESSING]
+                if not running and not await crew.fleet.left():
+                    return None
+                if not running and (stuck := crew.fleet.stuck()) is not None:
+                    return stuck
+            await asyncio.sleep(DONE_LOOK)
+
+
+async def _passed_on(first: asyncio.Event, then: asyncio.Event) -> None:
+    await first.wait()
+    then.set()
+
+
+def first_of(group: BaseExceptionGroup) -> BaseException:
+    """Return the first error of a group that is none itself; one of ours before any other."""
+    leaves: list[BaseException] = []
+
+    def walk(error: BaseException) -> None:
+        if isinstance(error, BaseExceptionGroup):
+            for each in error.exceptions:
+                walk(each)
+        else:
+            leaves.append(error)
+
+    walk(group)
+    return next((leaf for leaf in leaves if isinstance(leaf, RunComfyError)), leaves[0])
