@@ -304,7 +304,7 @@ def test_every_mistake_is_told_with_file_line_and_key(load: Load) -> None:
         f"{file}, line 2, retry_limit: 'two' is not a whole number",
         f"{file}, line 3, poll_interval_ms: '5' is less than 0.01 s or more than 3600 s",
         f"{file}, line 5, comfyui.api_base_url is not an address that begins with http:// or https:// and names a host",
-        f"{file}, line 7, agent.where: 'moon' is neither server nor cloud",
+        f"{file}, line 7, agent.where: 'moon' is none of server, cloud and pool",
         f"{file}, line 8, agent.slots expected one value, found a list",
         f"{file}, line 9, agent.limits.workflow: '0' is not between 1 and 1000000",
         "COMFYUI_AGENT_FAIR_USERS: 'maybe' is neither true nor false",

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
-from runcomfy.adapters.variables import PATH, QUEUE_PREFIX, SERVER_TYPE_NAME, SWITCH, Kind
+from runcomfy.adapters.setting_kinds import PATH, SERVER_TYPE_NAME, SWITCH, Kind
+from runcomfy.adapters.variables import QUEUE_PREFIX
 from runcomfy.domain.durations import HINT as DURATION_HINT
 from runcomfy.domain.durations import parse_duration
 from runcomfy.domain.exceptions import ValueInvalid, foreign_text
@@ -26,7 +27,7 @@ from runcomfy.domain.secret import Secret
 
 _YEAR: Final = timedelta(days=366)
 _NUMBER: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
-WHERE: Final = ("server", "cloud")
+WHERE: Final = ("server", "cloud", "pool")
 
 Read = Callable[[Any], Any]
 """Takes a text (of a file or variable) or a value that is right already; raises ValueError with what is wrong."""
@@ -99,7 +100,7 @@ def _duration(
 def _where(value: Any) -> str:
     word = str(value).strip().lower()
     if word not in WHERE:
-        raise ValueError(f"{_shown(value)} is neither server nor cloud")
+        raise ValueError(f"{_shown(value)} is none of server, cloud and pool")
     return word
 
 
@@ -245,8 +246,9 @@ VARIABLES: Final = (
     _setting(
         "where",
         "agent.where",
-        Sort(_where, "server or cloud", "write server or cloud"),
-        "Where jobs run: on the ComfyUI at api_base_url, or on rented machines.",
+        Sort(_where, "server, cloud or pool", "write server, cloud or pool"),
+        "Where jobs run: on the ComfyUI at api_base_url (server), on the dev server or a machine of the executor's own "
+        "(cloud), or on a pool of rented machines (pool: what `comfyctl serve` does).",
     ),
     _setting(
         "api_base_url",

@@ -27,8 +27,10 @@ from runcomfy.adapters.credentials import (
     flaw,
     is_placeholder,
 )
+from runcomfy.adapters.pool_variables import budget_shown, budgets_from
 from runcomfy.adapters.rates import load_rates
-from runcomfy.adapters.variables import BY_NAME, OTHERS, QUEUE_PREFIX, VARIABLES, Layer, Variable, read_layers
+from runcomfy.adapters.setting_kinds import Variable
+from runcomfy.adapters.variables import BY_NAME, OTHERS, QUEUE_PREFIX, VARIABLES, Layer, read_layers
 from runcomfy.domain.durations import show_duration
 from runcomfy.domain.exceptions import (
     ConfigurationError,
@@ -39,7 +41,7 @@ from runcomfy.domain.exceptions import (
     foreign_text,
 )
 from runcomfy.domain.secret import Secret, is_loopback
-from runcomfy.domain.settings import AppSettings, CloudSettings, ComfySettings, FileSettings, Settings
+from runcomfy.domain.settings import AppSettings, CloudSettings, ComfySettings, FileSettings, PoolSettings, Settings
 
 __all__ = ["SettingRow", "default_settings", "describe_settings", "load_rates", "load_settings"]
 
@@ -278,7 +280,7 @@ def _sections(
     values: Mapping[str, Any], env: Mapping[str, str], cwd: Path, problems: list[ConfigurationError]
 ) -> Settings:
     """Return the settings without their sources: what is set, over the defaults of the dataclasses."""
-    given: dict[str, dict[str, Any]] = {"cloud": {}, "comfy": {}, "files": {}, "app": {}}
+    given: dict[str, dict[str, Any]] = {name: {} for name in ("cloud", "comfy", "files", "app", "pool", "budgets")}
     for variable in VARIABLES:
         section, _, name = variable.target.partition(".")
         if section and variable.name in values:
@@ -294,6 +296,12 @@ def _sections(
     if cloud.stop_reserve >= cloud.burst:
         words = f"{cloud.stop_reserve} is not less than RUNCOMFY_BURST ({cloud.burst}): other calls would never leave"
         problems.append(_invalid(BY_NAME["RUNCOMFY_STOP_RESERVE"], words, "with RUNCOMFY_BURST"))
+    pool = PoolSettings(**given["pool"])
+    if pool.min_machines > pool.max_machines:
+        words = f"{pool.min_machines} is more than RUNCOMFY_POOL_MAX_MACHINES ({pool.max_machines})"
+        problems.append(_invalid(BY_NAME["RUNCOMFY_POOL_MIN_MACHINES"], words, "with RUNCOMFY_POOL_MAX_MACHINES"))
+    budgets, flaws = budgets_from(values)
+    problems += [_invalid(BY_NAME[name], words, f"with {name.removesuffix('_SOFT')}") for name, words in flaws]
     rates_file = _absolute(values.get("RUNCOMFY_RATES_FILE"), cwd)
     try:
         rates = load_rates(plan=cloud.plan, extra=rates_file)
@@ -306,6 +314,8 @@ def _sections(
         files=FileSettings(**files),
         app=AppSettings(**given["app"]),
         rates=rates,
+        pool=pool,
+        budgets=budgets,
         rates_file=str(rates_file) if rates_file else None,
     )
 
@@ -355,15 +365,21 @@ def _advice(settings: Settings, env: Mapping[str, str], file: CredentialsFile) -
             advice.append(
                 f"{foreign_text(name, 60)} in {file.path}, line {entry.line}, is not a key; {_did_you_mean(name)}"
             )
-    rate = settings.rates.find(settings.cloud.server_type)
-    if rate is None:
-        advice.append(
-            f"the machine type {settings.cloud.server_type} has no {settings.rates.plan} price and will not be "
-            "launched; add one in a file that RUNCOMFY_RATES_FILE names"
-        )
-    elif not rate.tested:
-        advice.append(f"the machine type {rate.server_type} is not one that RunComfy documents; it is untested")
+    for server_type in dict.fromkeys((settings.cloud.server_type, *settings.pool.server_types)):
+        advice += _about_type(server_type, settings)
+    if settings.pool.latency_target is not None and settings.sources["RUNCOMFY_WAIT_PRICE"] != "default":
+        advice.append("RUNCOMFY_WAIT_PRICE does not count while RUNCOMFY_LATENCY_TARGET is set")
     return advice
+
+
+def _about_type(server_type: str, settings: Settings) -> list[str]:
+    rate = settings.rates.find(server_type)
+    if rate is None:
+        price = f"the machine type {server_type} has no {settings.rates.plan} price and will not be launched"
+        return [f"{price}; add one in a file that RUNCOMFY_RATES_FILE names"]
+    if not rate.tested:
+        return [f"the machine type {server_type} is not one that RunComfy documents; it is untested"]
+    return []
 
 
 def _did_you_mean(name: str) -> str:
@@ -416,7 +432,11 @@ def _value_shown(variable: Variable, settings: Settings) -> str:
     if variable.name == "RUNCOMFY_RATES_FILE":
         return settings.rates_file or ""
     section, _, name = variable.target.partition(".")
+    if section == "budgets":
+        return budget_shown(variable.name, settings.budgets)
     value = getattr(getattr(settings, section), name)
+    if variable.name == "RUNCOMFY_POOL_SERVER_TYPES":
+        return ",".join(value)
     if variable.kind.secret:
         return "***" if value else ""
     return _text_of(value)

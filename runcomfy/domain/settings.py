@@ -24,6 +24,10 @@ DEFAULT_API_BASE_URL: Final = "https://api.runcomfy.net"
 """The prose of RunComfy's API reference; its examples use beta-api.runcomfy.net, which serves the same paths."""
 
 
+WAIT_PRICES: Final = ("batch", "normal", "person waiting")
+"""Words for the price of waiting: 1, 5 and 20 times what a machine costs."""
+
+
 @dataclass(frozen=True, slots=True)
 class CloudSettings:
     """The account and how to talk to its API."""
@@ -133,7 +137,8 @@ class QueueSettings:
     stable_for: timedelta = timedelta(milliseconds=250)
     """How long a job file's size and time must stay as they are before it is read."""
     where: str = "server"
-    """`server` (the ComfyUI at `api_base_url`) or `cloud` (the dev server if it lives, else a machine of its own)."""
+    """`server` (the ComfyUI at `api_base_url`), `cloud` (the dev server if it lives, else a machine of its own), or
+    `pool` (a pool of rented machines: `comfyctl serve`)."""
     api_base_url: str = "http://127.0.0.1:8188"
     server_type: str | None = None
     """Of a machine of its own; None: RUNCOMFY_SERVER_TYPE."""
