@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from runcomfy.adapters.stores.database import Database
     from runcomfy.adapters.stores.jobs import SqlJobs
     from runcomfy.adapters.stores.postgres import OpenTransaction
+    from runcomfy.adapters.stores.sql import SqlStore
     from runcomfy.application.executor import Executor, Workplace
     from runcomfy.application.job_queue import JobQueue
     from runcomfy.application.job_run import RunsJobs
@@ -54,6 +56,9 @@ STORE_NAME = "runcomfy.sqlite3"
 DATABASE_URL = "RUNCOMFY_DATABASE_URL"
 """Puts the machines' books, and the queue unless it has a database of its own, on a PostgreSQL."""
 QUEUE_PREFIX = "COMFYUI_AGENT_"
+SERVE_PARTS = "runcomfy.serve"
+"""The group of entry points whose parts join `comfyctl serve`: each a callable that takes the `App` and the
+`ServeOptions` and returns an async context manager, entered before the first job and left after the last."""
 Tell = Callable[[str], None]
 
 
@@ -89,6 +94,7 @@ class App:
         self._stack = AsyncExitStack()
         self._opening = asyncio.Lock()
         self._cloud: tuple[Machines, DevServer] | None = None
+        self._books: SqlStore | None = None
         self._given: dict[str, ComfyUI] = {}
         self._queue_settings: QueueSettings | None = None
         self._opening_jobs = asyncio.Lock()
@@ -131,8 +137,10 @@ class App:
             # Read once more for the error that names every missing value with the place to set it.
             settings = load_settings(overrides=self._overrides, require_cloud=True, require_version=self._launches)
         folder = Path(settings.files.state_dir)
-        database = self._database(":memory:" if in_memory else self._machines_database(folder))
-        store = await self._stack.enter_async_context(SqlStore.over(database))
+        if in_memory:
+            store = await self._stack.enter_async_context(SqlStore.over(self._database(":memory:")))
+        else:
+            store = await self._open_books()
         provider = await self._provider(store, settings)
         processes = ProcessTable()
         session = await self._stack.enter_async_context(OwnerSession(store, processes, self.clock))
@@ -142,6 +150,19 @@ class App:
         machines = Machines(provider, processes, books)
         manager = DevServerStateManager(folder / "dev_server_state.json", copies=settings.files.state_copies)
         return machines, DevServer(machines, PublishedDevServer(manager), self.comfyui)
+
+    async def books(self) -> Store:
+        """Return the machines' books, opened on first use; no account is needed for that. Raises LocalError."""
+        async with self._opening:
+            return await self._open_books()
+
+    async def _open_books(self) -> SqlStore:
+        from runcomfy.adapters.stores.sql import SqlStore
+
+        if self._books is None:
+            database = self._database(self._machines_database(Path(self.settings.files.state_dir)))
+            self._books = await self._stack.enter_async_context(SqlStore.over(database))
+        return self._books
 
     def _machines_database(self, folder: Path) -> str:
         from runcomfy.adapters.stores.choose import is_server
@@ -295,8 +316,16 @@ class App:
 
         return Monitor(store, files, settings, check=check, tell=self._say, clock=self.clock)
 
-    async def executor(self, *, observed: Callable[[RunsJobs], RunsJobs] = lambda runs: runs) -> Executor:
+    async def executor(
+        self,
+        *,
+        observed: Callable[[RunsJobs], RunsJobs] = lambda runs: runs,
+        station: Workplace | None = None,
+        slots: int | None = None,
+    ) -> Executor:
         """Return a worker of the queue, which beats in a thread of its own. `observed` may see each job as it runs.
+
+        `station` and `slots` win over where the settings say that jobs run, and over how many at once.
 
         Raises LocalError, ConfigurationError.
         """
@@ -305,13 +334,14 @@ class App:
         from runcomfy.application.heartbeat import Heart
 
         settings, store = self.queue_settings, await self.job_store()
+        settings = replace(settings, slots=slots or settings.slots)
         processes = ProcessTable()
         owner = processes.me(now=store.now())
         renewer = store.renewer(WorkerId(owner.id), lease=settings.lease)
         return Executor(
             store,
             settings,
-            self._station(),
+            station or self._station(),
             observed(self.orchestrator()),
             owner,
             clock=self.clock,
@@ -331,6 +361,14 @@ class App:
 
     def _say(self, sentence: str) -> None:
         self.tell(sentence)  # whoever listens may change
+
+    # -- a pool --------------------------------------------------------------------------------------------
+
+    def presence(self, *, user: str = "") -> Presence:
+        """Return what says that somebody is there, or that work comes."""
+        from runcomfy.application.presence import Presence
+
+        return Presence(self.books, self.clock, user=user)
 
     # -- jobs ----------------------------------------------------------------------------------------------
 

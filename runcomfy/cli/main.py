@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Table = Mapping[str, tuple[str, str]]
 """Name of a command -> `module:attribute`, and its line in the help."""
@@ -20,8 +23,12 @@ COMMANDS: Final[Table] = {
     "run": ("runcomfy.cli.run:run", "Run a workflow and bring its verified results."),
     "queue": ("runcomfy.cli.queue_commands:queue", "Put jobs into the queue, look at them, change their order."),
     "agent": ("runcomfy.cli.agent:agent", "Work on the queue: watch the folder of job files, run what waits."),
+    "serve": ("runcomfy.cli.serve:serve", "Work off the queue over a pool of rented machines, within budgets."),
+    "costs": ("runcomfy.cli.costs:costs", "What was spent, on what, and what it will be; estimates and checks."),
+    "presence": ("runcomfy.cli.presence:presence", "Say that somebody is there, or what is about to come."),
     "dev": ("runcomfy.cli.dev:dev", "Start, look at, extend and stop the one warm dev server."),
     "machines": ("runcomfy.cli.machines:machines", "See what the account runs; stop, adopt, reap."),
+    "guard": ("runcomfy.cli.guard:guard", "The small process that ends what outlives everything else."),
     "workflows": ("runcomfy.cli.workflows:workflows", "List, show and check workflows."),
     "config": ("runcomfy.cli.config:config", "Show every setting and where it came from."),
     "doctor": ("runcomfy.cli.doctor:doctor", "Test each layer alone and say which one is wrong."),
@@ -30,34 +37,61 @@ COMMANDS: Final[Table] = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called, so that `--help` stays quick."""
+ENTRY_POINTS: Final = "runcomfy.commands"
+"""The group of entry points in which installed packages add commands. One of ours cannot be replaced by them."""
 
-    def __init__(self, *arguments: Any, table: Table = COMMANDS, **options: Any) -> None:
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, so that `--help` stays quick.
+
+    Beside its table it has what installed packages add: their names are looked up only for a command that the table
+    does not have, and for help.
+    """
+
+    def __init__(
+        self, *arguments: Any, table: Table = COMMANDS, entry_points: str | None = None, **options: Any
+    ) -> None:
+        """`entry_points` is the group of entry points with further commands."""
         super().__init__(*arguments, **options)
         self._table = table
+        self._group = entry_points
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of the table."""
-        return list(self._table)
+        """Return the names in the order of the table, then what was added."""
+        return [*self._table, *self._added()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command, or return None if there is none of that name."""
-        if cmd_name not in self._table:
-            return None
-        module, _, attribute = self._table[cmd_name][0].partition(":")
-        command = getattr(import_module(module), attribute)
+        if cmd_name in self._table:
+            module, _, attribute = self._table[cmd_name][0].partition(":")
+            command = getattr(import_module(module), attribute)
+        else:
+            added = self._added().get(cmd_name)
+            if added is None:
+                return None
+            command = added.load()
         if not isinstance(command, click.Command):
-            raise TypeError(f"{module}:{attribute} is not a command")
+            raise TypeError(f"{cmd_name} is not a command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table without importing anything."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in self._table.items()])
+        if added := self._added():
+            with formatter.section("Added by installed packages"):
+                formatter.write_dl([(name, point.dist.name if point.dist else "") for name, point in added.items()])
+
+    def _added(self) -> dict[str, EntryPoint]:
+        if self._group is None:
+            return {}
+        from importlib.metadata import entry_points
+
+        found = {point.name: point for point in entry_points(group=self._group)}
+        return {name: found[name] for name in sorted(found) if name not in self._table}
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, entry_points=ENTRY_POINTS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(None, "--version", package_name="runcomfy-orchestrator", prog_name="comfyctl")
 def comfyctl() -> None:
     """Run ComfyUI workflows on machines rented by the second: verified files out, the machine surely stopped.
