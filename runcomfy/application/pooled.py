@@ -18,6 +18,7 @@ from runcomfy.domain.job import JobId
 from runcomfy.domain.machine import Machine, MachineId
 from runcomfy.domain.place_key import machine_key
 from runcomfy.domain.plan_view import Stage
+from runcomfy.domain.work import Work
 from runcomfy.ports.comfyui import ComfyUI
 
 
@@ -49,6 +50,8 @@ class MachineLease:
     shared_from: float = 0.0
     """The machine's `shared_s` when the lease began, and when it ended."""
     shared_until: float | None = None
+    work: Work | None = None
+    """What is written down of it."""
 
     @property
     def void(self) -> bool:

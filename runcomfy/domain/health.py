@@ -2,8 +2,8 @@
 Whether a rented machine is well, and whether its type can be had: what is remembered, and what follows from it.
 
 RunComfy has no restart, so an ill machine is replaced. That costs a start; so one bad word is not enough: what counts
-is that its ComfyUI is proven dead, or what happened to it again and again. A type that fails again and again, or that is
-sold out, rests for a while, so that another one is tried; then a single launch finds out whether it works again.
+is that its ComfyUI is proven dead, or what happened to it again and again. A type that fails again and again, or that
+is sold out, rests for a while, so that another one is tried; then a single launch finds out whether it works again.
 
 Times are seconds by one clock that never jumps; nothing here looks at it.
 """
@@ -40,7 +40,7 @@ ONE_CRASH: Final = 30.0
 SLOW_SECONDS: Final = 5.0
 """Runs shorter than this say nothing about the speed of a machine: the network takes longer than they do."""
 DOUBLED_MOST: Final = 4
-"""How often a rest is doubled: from 15 s to four minutes where the cloud is busy, from one to 16 where it is sold out."""
+"""How often a rest is doubled: from 15 s to four minutes where the cloud is busy, from one to 16 where all is taken."""
 ENOUGH_RUNS: Final = 5
 """So many runs of a workflow on a type must be known before one is called slow."""
 
@@ -65,13 +65,13 @@ class Harm(StrEnum):
 def harm_of(error: RunComfyError | None) -> Harm:
     """Return what a job's error says about its machine; None: the job went well."""
     match error:
-        case WorkerDead() | MachineFailed():
+        case WorkerDead():
             return Harm.DEAD
         case GpuOutOfMemory():
             return Harm.GPU
         case ServerRestarted() | NodeStuck():
             return Harm.KILLED
-        case ServerUnreachable() | NotComfyUI() | MachineLost():
+        case ServerUnreachable() | NotComfyUI() | MachineFailed() | MachineLost():
             return Harm.SILENT
         case _:
             return Harm.NOTHING

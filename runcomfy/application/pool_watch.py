@@ -1,0 +1,391 @@
+"""
+What the provider says of the pool's machines, read from one list for all of them.
+
+    Starting           it boots; longer than the boot limit, and it is replaced (fault 14)
+    Ready              it bills; usable only when its ComfyUI answers, too (fault 15)
+    Ready -> Starting  its leases are void, and it must become usable again (fault 16)
+    not in the list    asked for by its id; gone when that and a second list agree (faults 9-11, 22, 68)
+    an unknown word    alive, and billed (fault 13)
+
+A list that could not be read whole changes nothing. What a list says is written down only where it is news.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Final
+
+from runcomfy.application.ending import HOPELESS
+from runcomfy.application.health import wait_until_usable
+from runcomfy.application.machines import EXACT_ENOUGH
+from runcomfy.application.pool_members import Member, Members
+from runcomfy.domain.exceptions import (
+    AnswerUnreadable,
+    LaunchAmbiguous,
+    LeaseLost,
+    LocalError,
+    MachineFailed,
+    MachineLost,
+    ProviderError,
+    RunComfyError,
+    foreign_text,
+)
+from runcomfy.domain.machine import MachineEvent, MachineReport, MachineState, Phase, ServerId
+
+log = logging.getLogger("runcomfy.pool")
+
+ASKED_PER_ROUND: Final = 8
+"""Machines that are asked for by their id in one round: a list that is empty by mistake must not cost hundreds."""
+PROBE_EVERY: Final = 70.0
+"""Seconds after which the ComfyUI of a machine that has nothing to do is asked whether it still answers."""
+PROBES_AT_ONCE: Final = 8
+PROBE_WITHIN: Final = timedelta(seconds=10)
+REST_AFTER: Final = 60.0
+"""Seconds without a job after which the connections to a machine are let go."""
+MISSING: Final = "it is not in RunComfy's list"
+PROOF_AFTER_A_JOB: Final = timedelta(seconds=15)
+"""How long a server that a job has just given up on, after minutes of silence, may stay silent."""
+
+
+class Watch:
+    """Reads the list, round after round."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+        self._machines, self._health = members.machines, members.health
+        self._cloud, self._pool = members.settings.cloud, members.settings.pool
+        self._complained = ""
+        self.listed_at = float("-inf")
+        """By the loop's time: when the last list that could be read was asked for."""
+
+    async def run(self) -> None:
+        """Read the list for ever."""
+        while True:
+            await self.round()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._pause()):
+                    await self._members.look_now.wait()
+
+    def _pause(self) -> float:
+        """Return the seconds to the next round: a machine that starts bills as soon as it is Ready."""
+        boots = any(not member.usable and not member.ended and member.machine.server_id for member in self._members)
+        every = self._pool.status_every
+        return (min(self._cloud.poll_interval, every) if boots else every).total_seconds()
+
+    async def round(self) -> None:
+        """Read the list once, and do what follows from it."""
+        self._members.look_now.clear()
+        watched = [m for m in self._members if m.machine.server_id is not None and not m.ended]
+        if not watched:
+            return
+        began = _now()
+        listed = await self._list()
+        if listed is not None:
+            missing = []
+            for member in watched:
+                report = listed.get(member.machine.server_id or ServerId(""))
+                if report is not None and report.phase is not Phase.GONE:
+                    await self._seen(member, report, began)
+                elif not member.ended:
+                    missing.append(member)
+            if missing:
+                await self._missing(missing)
+        await self._health.learn()
+        self._look_after_the_idle()
+
+    async def _list(self) -> Mapping[ServerId, MachineReport] | None:
+        """Return what the account lists; None if it cannot be read now."""
+        began = _now()
+        try:
+            reports = await self._machines.provider.list_machines()
+        except (ProviderError, LocalError) as error:
+            if isinstance(error, HOPELESS):
+                self._health.refused(error)
+            if self._complained != error.code:
+                self._complained = error.code
+                self._members.books.tell(f"the machines cannot be looked at now: {error.message}")
+            log.warning("pool_list_failed", extra={"fields": {"error": error.code}})
+            return None
+        if self._complained:
+            self._complained = ""
+            self._members.books.tell("the machines can be looked at again")
+        self._health.answered()
+        self.listed_at = began
+        return {report.server_id: report for report in reports}
+
+    # -- what is in the list -------------------------------------------------------------------------------
+
+    async def _seen(self, member: Member, report: MachineReport, began: float) -> None:
+        member.seen = True
+        if member.ended:
+            return
+        match report.phase:
+            case Phase.READY:
+                await self._ready(member, report, began)
+            case Phase.STARTING:
+                await self._starting(member, report)
+            case Phase.FAILED:
+                await self._failed(member, report)
+            case Phase.STOPPING:
+                await self._stopping(member)
+            case _:
+                self._limit(member)  # an unknown word: alive, and billed
+        if member.pooled.suspect.startswith(MISSING):
+            self._members.suspect(member, "")
+
+    async def _ready(self, member: Member, report: MachineReport, began: float) -> None:
+        news = member.machine.state is not MachineState.READY or member.billed_since is None
+        if news and not await self._note_ready(member, report):
+            return
+        await self._note_time(member, report, began)
+        if member.ended or member.usable:
+            return
+        if report.url is None:
+            self._limit(member)
+        elif member.gate is None or member.gate.done():
+            if member.client is not None and member.url is not None and member.url.reveal() != report.url.reveal():
+                self._members.let_go(member)  # the same machine at another address (fault 71)
+            member.url = report.url
+            member.gate = self._members.spawn(self._gate(member), name=f"gate {member.machine.id}")
+
+    async def _note_ready(self, member: Member, report: MachineReport) -> bool:
+        """Write down that it is Ready; False if that cannot be: it is tried with the next list."""
+        async with member.writing:
+            try:
+                machine = await self._machines.ready(member.machine, report)
+            except LeaseLost:
+                self._members.taken(member)
+                return False
+            except RunComfyError as error:
+                log.warning("ready_not_recorded", extra={"fields": {"machine": member.machine.id, "error": error.code}})
+                return False
+            member.pooled.machine = machine
+        now, clock = _now(), self._members.clock
+        ready_at = machine.ready_at or clock.now()
+        if member.billed_since is None:
+            # By the loop: clocks jump, and the provider's may differ from ours.
+            member.billed_since = now - max(0.0, (clock.now() - ready_at).total_seconds())
+            member.confirmed_s = machine.duration.total_seconds()
+        member.down_since = now
+        self._members.changed()
+        return True
+
+    async def _note_time(self, member: Member, report: MachineReport, began: float) -> None:
+        """Read how long it runs; what was asked for since this list was asked for is not in it."""
+        if report.stopping_at is None or report.ready_at is None:
+            return
+        if member.asked is not None and began < member.asked_at:
+            return
+        got = report.stopping_at - report.ready_at
+        if member.asked is None and abs(got.total_seconds() - member.confirmed_s) < 1.0:
+            return
+        asked, member.asked = member.asked, None
+        member.confirmed_s = got.total_seconds()
+        async with member.writing:
+            try:
+                member.pooled.machine = await self._machines.confirmed(member.machine, report) or member.machine
+            except LeaseLost:
+                self._members.taken(member)
+                return
+            except LocalError as error:
+                facts = {"machine": member.machine.id, "error": error.code}
+                log.warning("lease_not_recorded", extra={"fields": facts})
+        if asked is not None and abs(got - asked) > EXACT_ENOUGH:
+            fields: dict[str, object] = {
+                "machine": member.machine.id,
+                "wanted": asked.total_seconds(),
+                "got": got.total_seconds(),
+            }
+            log.warning("lease_not_moved", extra={"fields": fields})
+
+    async def _starting(self, member: Member, report: MachineReport) -> None:
+        if member.machine.state is not MachineState.READY:
+            self._limit(member)
+            return
+        now = _now()
+        member.health = member.health.flipped(now, self._health.rules)
+        self._members.void(member, f"RunComfy says {report.status}")
+        member.down_since = now
+        if member.gate is not None:
+            member.gate.cancel()
+        note = f"not Ready any more (RunComfy says {report.status}), {len(member.health.flips)} times of late"
+        await self._members.write(member, note, event=MachineEvent.SILENT)
+        if illness := member.health.illness(now, self._health.rules):
+            self._members.ill(member, illness, dead=True)  # nothing runs there that could be relied on
+
+    async def _failed(self, member: Member, report: MachineReport) -> None:
+        self._members.ill(member, f"RunComfy says {foreign_text(report.status, 40)!r} of it", dead=True)
+
+    async def _stopping(self, member: Member) -> None:
+        """Somebody, or the end of its time, stops it: nothing there can be relied on any more."""
+        if member.machine.stop_accepted_at is None and member.machine.ready_at is not None:
+            async with member.writing:
+                try:
+                    member.pooled.machine = await self._machines.stops_unasked(member.machine)
+                except LeaseLost:
+                    self._members.taken(member)
+                    return
+        elif member.pooled.draining:
+            return  # said already; it is waited for until it is gone
+        if not member.pooled.draining:
+            member.pooled.draining = "RunComfy is stopping it, we did not ask"
+        self._members.void(member, member.pooled.draining)
+
+    def _limit(self, member: Member) -> None:
+        """Replace a machine that does not become usable in time."""
+        if member.usable or (member.gate is not None and not member.gate.done()):
+            return  # whether its ComfyUI comes has a limit of its own
+        waited = _now() - member.down_since
+        if member.billed_since is None:
+            if waited > self._cloud.boot_timeout.total_seconds():
+                self._members.ill(member, f"it was not Ready after {waited:.0f} s", dead=True)
+        elif waited > self._cloud.comfyui_timeout.total_seconds():
+            self._members.ill(member, f"it bills and has not been usable for {waited:.0f} s", dead=True)
+
+    # -- what is not in the list ---------------------------------------------------------------------------
+
+    async def _missing(self, missing: Sequence[Member]) -> None:
+        """Find out what is gone: not in the list, not known by its id, and not in a second list."""
+        now = _now()
+        grace = max(self._cloud.not_found_grace, self._cloud.visibility_window).total_seconds()
+        doubted = []
+        for member in missing:
+            started = now - member.pooled.launched_at
+            if member.seen:
+                self._members.suspect(member, MISSING)
+                doubted.append(member)
+            elif started > grace and (member.gate is None or member.gate.done()):
+                member.gate = self._members.spawn(self._find(member), name=f"find {member.machine.id}")
+            elif started > self._cloud.not_found_grace.total_seconds():
+                doubted.append(member)  # it may bill before it is listed
+        doubted.sort(key=lambda member: -len(member.pooled.leases))
+        unknown = [member for member in doubted[:ASKED_PER_ROUND] if await self._is_unknown(member) and member.seen]
+        if not unknown:
+            return
+        listed = await self._list()
+        for member in unknown if listed is not None else ():
+            if member.ended or member.machine.server_id is None:
+                continue
+            report = listed.get(member.machine.server_id) if listed is not None else None
+            if report is not None and report.phase is not Phase.GONE:
+                await self._seen(member, report, self.listed_at)
+            else:
+                self._members.void(member, "it is not there any more")
+                work = self._members.vanished(member, "not listed any more, and unknown by its id")
+                self._members.spawn(work, name=f"gone {member.machine.id}")
+
+    async def _is_unknown(self, member: Member) -> bool:
+        """Ask for a machine by its id; True if the provider knows none, or says that it is gone."""
+        if member.machine.server_id is None:
+            return False
+        began = _now()
+        try:
+            report = await self._machines.provider.get_machine_status(member.machine.server_id)
+        except (ProviderError, LocalError) as error:
+            log.warning("pool_look_failed", extra={"fields": {"machine": member.machine.id, "error": error.code}})
+            return False
+        if report is None or report.phase is Phase.GONE:
+            return True
+        await self._seen(member, report, began)
+        return False
+
+    async def _find(self, member: Member) -> None:
+        """Look for a machine that never became visible: the launch may have been answered with a wrong id (I3)."""
+        try:
+            async with member.writing:
+                member.pooled.machine = await self._machines.found_again(member.machine)
+        except LeaseLost:
+            self._members.taken(member)
+        except (MachineLost, LaunchAmbiguous) as error:
+            self._members.ill(member, error.message, dead=True)
+
+    # -- whether it can be used ----------------------------------------------------------------------------
+
+    async def _gate(self, member: Member) -> None:
+        """Let jobs go to a machine that is Ready when its ComfyUI answers; replace it if that never comes."""
+        if member.url is None:
+            return
+        since = _now()
+        client = member.client or self._members.comfyui(member.url)
+        member.client = client
+        try:
+            info = await wait_until_usable(client, within=self._cloud.comfyui_timeout)
+        except RunComfyError as error:
+            if not member.ended:
+                self._members.ill(member, error.message, dead=True)
+            return
+        if member.ended or member.machine.state is not MachineState.READY:
+            return
+        self._members.usable(member, client)
+        note = f"usable: ComfyUI {info.version or 'of unknown version'} answered after {_now() - since:.0f} s"
+        await self._members.write(member, note)
+        self._members.end_if_unused(member)
+
+    def doubt(self, member: Member, why: str, *, within: timedelta | None = None) -> None:
+        """Find out whether a machine's ComfyUI still answers, and send nothing new there meanwhile."""
+        if member.ended or member.client is None or (member.proof is not None and not member.proof.done()):
+            return
+        self._members.suspect(member, why)
+        self._members.look_now.set()  # it may be gone altogether
+        within = within or self._members.settings.comfy.unreachable_timeout
+        member.proof = self._members.spawn(self._prove(member, within), name=f"proof {member.machine.id}")
+
+    async def _prove(self, member: Member, within: timedelta) -> None:
+        began, epoch, client = _now(), member.pooled.epoch, member.client
+        if client is None:
+            return
+        try:
+            await wait_until_usable(client, within=within)
+        except MachineFailed as error:
+            if member.ended or member.pooled.epoch != epoch:
+                return
+            if self.listed_at < began:
+                return  # the provider does not answer either: it may be our own network. It stays suspect.
+            member.health = member.health.died(error.message)
+            self._members.ill(member, error.message, dead=True)
+        except RunComfyError as error:
+            if not member.ended and not isinstance(error, AnswerUnreadable):
+                self._members.ill(member, error.message, dead=True)
+        else:
+            if member.pooled.epoch == epoch:
+                self._members.suspect(member, "")
+
+    def _look_after_the_idle(self) -> None:
+        """Ask machines without work whether they still answer, a few at a time, and let go of their connections."""
+        now, asked = _now(), 0
+        for member in self._members:
+            pooled = member.pooled
+            self._members.end_if_unused(member)
+            if member.ended or pooled.leases or member.client is None or not member.usable:
+                continue
+            if pooled.suspect and not pooled.suspect.startswith(MISSING):
+                self.doubt(member, pooled.suspect)
+                continue
+            if pooled.idle_since is not None and now - pooled.idle_since > REST_AFTER:
+                self._members.rest(member)
+            if asked < PROBES_AT_ONCE and now - member.probed_at >= PROBE_EVERY:
+                member.probed_at, asked = now, asked + 1
+                self._members.spawn(self._probe(member), name=f"probe {member.machine.id}")
+
+    async def _probe(self, member: Member) -> None:
+        client, epoch = member.client, member.pooled.epoch
+        if client is None:
+            return
+        why = ""
+        try:
+            async with asyncio.timeout(PROBE_WITHIN.total_seconds()):
+                await client.probe()  # an open socket vouches for it; else it is asked
+        except TimeoutError:
+            why = f"no answer within {PROBE_WITHIN.total_seconds():.0f} s"
+        except RunComfyError as error:
+            why = error.message
+        if why and member.client is client and member.pooled.epoch == epoch:
+            self.doubt(member, f"its ComfyUI does not answer: {why}")
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
