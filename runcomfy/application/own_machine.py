@@ -41,6 +41,8 @@ LOOK_SHARE: Final = 0.25
 """The part of the account's requests that may go into looking whether machines are still there."""
 LOOK_AT_LEAST: Final = timedelta(seconds=30)
 """So often all the same: a machine's end is to be known to the minute."""
+AT_LEAST: Final = 0.01
+"""Seconds of any wait: the loop may wake a breath before the time it was asked for."""
 END_BEFORE: Final = timedelta(seconds=15)
 """How long before the end of what is paid a machine is ended that no budget pays longer: a stop needs a moment."""
 
@@ -207,7 +209,7 @@ class _Lease:
                 await self._look()
                 self._look_at = self._loop.time() + await self._look_every()
             due = min(self._renew_at, self._look_at)
-            await asyncio.sleep(max(0.0, due - self._loop.time()))
+            await asyncio.sleep(max(AT_LEAST, due - self._loop.time()))
 
     async def _renew(self) -> None:
         left = self._confirmed - self._used
