@@ -9,7 +9,7 @@ Everything that can go wrong, as one tree with exit codes.
     │   ├── PreflightFailed  PromptRejected
     │   └── JobFileInvalid  JobNotFound  JobBusy  NameTaken  IdempotencyConflict
     ├── ConfigurationError            3   settings and credentials
-    │   ├── CredentialsMissing  CredentialsMalformed  SettingInvalid  InsecureUrl
+    │   ├── CredentialsMissing  CredentialsMalformed  SettingInvalid  InsecureUrl  ExtraMissing
     ├── ProviderError                 4   the cloud, the machine, the ComfyUI on it
     │   ├── WrongUrl  AuthRejected  AccessDenied  OutOfCredit  NoCapacity  LaunchRefused
     │   ├── ProviderBusy (retryable)  RateLimited (retryable)  AnswerUnreadable
@@ -208,6 +208,12 @@ class InsecureUrl(ConfigurationError):
     """A secret would travel unencrypted."""
 
     code = "insecure-url"
+
+
+class ExtraMissing(ConfigurationError):
+    """What was asked for needs a package that is not installed."""
+
+    code = "extra-missing"
 
 
 # --- 4: provider ------------------------------------------------------------------------------------------
