@@ -1,16 +1,21 @@
 """
 Policies that the product's plan is compared with: what people do, and what other autoscalers do by default.
 
-They are pure like the plan itself and are handed the same values, so a replay runs them the same way. All of them
-launch the reference type only and listen to no signals; nothing in the product uses them to rent machines.
+They are handed the same values as the plan, so a replay runs them the same way. All of them launch the reference type
+only and listen to no signals; nothing in the product rents machines by them. Those of Kubernetes average over what they
+saw before, so every run needs one of its own: `BASELINES` makes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
-from runcomfy.domain.plan_view import Action, Launch, MachineView, Plan, PlanView, Stage, Stop
+from runcomfy.domain.plan_view import Action, Launch, MachineView, Plan, PlanView, Policy, Stage, Stop
 
 
 def jobs_there(view: PlanView) -> int:
@@ -125,6 +130,172 @@ class BreakEven:
         return Plan((*starts, *stops), look_at)
 
 
-def all_of() -> Sequence[FixedTimeout | ScaleToZero | BreakEven]:
-    """Return every baseline with its defaults."""
-    return (ScaleToZero(), FixedTimeout(), BreakEven())
+def _fewer(view: PlanView, wanted: int, why: str) -> list[Action]:
+    """End idle machines until `wanted` are left, the one used longest ago first."""
+    excess = len(alive(view)) - max(wanted, view.limits.min_machines)
+    stops: list[Action] = [Stop(machine.id, why) for machine in idle_longest_first(view)]
+    return stops[: max(0, excess)]
+
+
+class _Average:
+    """A quantity that changes in steps, averaged over the last `window_s`."""
+
+    def __init__(self, window_s: float) -> None:
+        self._window = window_s
+        self._since: deque[tuple[float, float]] = deque()
+
+    def note(self, at: float, value: float) -> None:
+        self._since.append((at, value))
+        while len(self._since) > 1 and self._since[1][0] <= at - self._window:
+            self._since.popleft()
+
+    def at(self, now: float) -> float:
+        total, end, start = 0.0, now, now - self._window
+        for at, value in reversed(self._since):
+            total += value * max(0.0, end - max(at, start))
+            end = max(at, start)
+        return total / self._window
+
+    @property
+    def silent(self) -> bool:
+        return not any(value for _, value in self._since)
+
+
+class Knative:
+    """
+    Knative's pod autoscaler as it comes, for machines that do one job at a time.
+
+    Its numbers (Knative documentation, "Additional autoscaling configuration for Knative Pod Autoscaler" and the
+    comments of the ConfigMap `config-autoscaler`): concurrency averaged over a stable window of 60 s; panic over 10 %
+    of that once twice the capacity is asked for, without scaling down until it is over for a stable window; 70 % of
+    `containerConcurrency` as target, here 0.7 of one job; at most half of the pods go at once; to zero when the whole
+    stable window was silent, then up to 30 s of grace; one decision every 2 s.
+    """
+
+    name = "knative"
+    stable_s = 60.0
+    panic_s = 6.0
+    panic_threshold = 2.0
+    target = 0.7
+    grace_s = 30.0
+    tick_s = 2.0
+
+    def __init__(self) -> None:
+        self._stable, self._panic = _Average(self.stable_s), _Average(self.panic_s)
+        self._panicked_at: float | None = None
+        self._peak = 0
+        self._tick_at = -math.inf
+        self._silent_at: float | None = None
+
+    def plan(self, view: PlanView) -> Plan:
+        """Return what to do."""
+        now, jobs = view.now, jobs_there(view)
+        for average in (self._stable, self._panic):
+            average.note(now, jobs)
+        if now < self._tick_at:
+            return Plan((), self._tick_at)
+        self._tick_at = now + self.tick_s
+        if not jobs and self._stable.silent:
+            return self._to_zero(view)
+        self._silent_at = None
+        return Plan(tuple(self._steer(view)), self._tick_at)
+
+    def _steer(self, view: PlanView) -> list[Action]:
+        now = view.now
+        have = len(alive(view))
+        ready = max(1, sum(machine.stage is Stage.READY for machine in view.machines))
+        stable = math.ceil(self._stable.at(now) / self.target)
+        panic = math.ceil(self._panic.at(now) / self.target)
+        if panic >= self.panic_threshold * ready:
+            self._panicked_at = now
+        elif self._panicked_at is not None and now - self._panicked_at >= self.stable_s:
+            self._panicked_at, self._peak = None, 0
+        # A request at zero starts one at once: the activator tells the autoscaler.
+        wanted = max(1, stable)
+        if self._panicked_at is not None:
+            self._peak = wanted = max(self._peak, have, stable, panic)
+        if wanted > have:
+            return launch_up_to(view, wanted, "concurrency over the target")
+        return _fewer(view, max(wanted, ready // 2), "concurrency under the target")
+
+    def _to_zero(self, view: PlanView) -> Plan:
+        self._panicked_at, self._peak = None, 0
+        if not alive(view):
+            self._tick_at = -math.inf
+            return Plan()
+        if self._silent_at is None:
+            self._silent_at = view.now
+        due = self._silent_at + self.grace_s
+        if view.now < due:
+            self._tick_at = -math.inf  # a job that comes is looked at when it comes
+            return Plan((), due)
+        stops = _fewer(view, 0, "silent for the stable window and the grace period")
+        return Plan(tuple(stops), None if len(stops) == len(alive(view)) else view.now + self.tick_s)
+
+
+class Keda:
+    """
+    KEDA on a queue's length, as it comes, one job for a machine.
+
+    Its numbers (KEDA documentation, "ScaledObject specification"): the queue is looked at every 30 s, and the last
+    machine goes 300 s after the last work was seen. Between one and many it is Kubernetes' HorizontalPodAutoscaler
+    (Kubernetes API reference, "HorizontalPodAutoscalerBehavior"): every 15 s, not down before 300 s have all asked for
+    less, up by at most 4 or double in 15 s, nothing within 10 %.
+    """
+
+    name = "keda"
+    polling_s = 30.0
+    cooldown_s = 300.0
+    sync_s = 15.0
+    stabilization_s = 300.0
+    tolerance = 0.1
+
+    def __init__(self) -> None:
+        self._asked: deque[tuple[float, int]] = deque()
+        self._active_at = -math.inf
+        self._poll_at = self._sync_at = -math.inf
+
+    def plan(self, view: PlanView) -> Plan:
+        """Return what to do."""
+        now, jobs, have = view.now, jobs_there(view), len(alive(view))
+        actions: list[Action] = []
+        if not have:
+            if not jobs:
+                return Plan()
+            # Polls come every 30 s whether or not anything waits: their phase has nothing to do with arrivals.
+            if now % self.polling_s and now < (due := (now // self.polling_s + 1) * self.polling_s):
+                return Plan((), due)
+            self._active_at, self._sync_at = now, now + self.sync_s
+            return Plan(tuple(launch_up_to(view, 1, "the queue is not empty")), self._sync_at)
+        if now >= self._poll_at:
+            self._poll_at = now + self.polling_s
+            self._active_at = now if jobs else self._active_at
+            if not jobs and now - self._active_at >= self.cooldown_s:
+                actions += _fewer(view, 0, "nothing seen for the cooldown period")
+                self._asked.clear()
+                return Plan(tuple(actions), now + self.polling_s)
+        if now >= self._sync_at:
+            self._sync_at = now + self.sync_s
+            actions += self._autoscale(view, jobs, have)
+        return Plan(tuple(actions), min(self._poll_at, self._sync_at))
+
+    def _autoscale(self, view: PlanView, jobs: int, have: int) -> list[Action]:
+        wanted = have if abs(jobs / have - 1) <= self.tolerance else max(1, jobs)
+        self._asked.append((view.now, wanted))
+        while self._asked[0][0] < view.now - self.stabilization_s:
+            self._asked.popleft()
+        if wanted > have:
+            return launch_up_to(view, min(wanted, max(2 * have, have + 4)), "more jobs than machines")
+        return _fewer(view, max(asked for _, asked in self._asked), "fewer jobs than machines for 300 s")
+
+
+BASELINES: Final[Mapping[str, Callable[[], Policy]]] = MappingProxyType(
+    {
+        "scale-to-zero": ScaleToZero,
+        "fixed-5-min": FixedTimeout,
+        "break-even": BreakEven,
+        "knative": Knative,
+        "keda": Keda,
+    }
+)
+"""What the plan is compared with: name -> what makes a fresh one."""
