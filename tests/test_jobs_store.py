@@ -376,6 +376,8 @@ ANYTHING: Final[dict[str, Callable[[SqlJobs], Awaitable[object]]]] = {
     "job": lambda jobs: jobs.job("x"),
     "jobs": lambda jobs: jobs.jobs(),
     "counts": lambda jobs: jobs.counts(),
+    "backlog": lambda jobs: jobs.backlog(),
+    "arrivals": lambda jobs: jobs.arrivals(),
     "known_keys": lambda jobs: jobs.known_keys(["x"]),
     "known_files": lambda jobs: jobs.known_files(["x"]),
     "attempts": lambda jobs: jobs.attempts(ONE),

@@ -17,7 +17,7 @@ from typing import Final
 from runcomfy.domain.budget import Budget, BudgetState, exceeded, made_out
 from runcomfy.domain.exceptions import BudgetExceeded
 from runcomfy.domain.money import show_usd
-from runcomfy.domain.queued import QueuedJob
+from runcomfy.domain.queued import Barred, QueuedJob
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.store import Store
 
@@ -90,6 +90,14 @@ class Purse:
     def may_begin(self, job: QueuedJob) -> bool:
         """Return whether the budgets of the job's user and project allow it; who was not asked about yet waits."""
         return self.allows(job.user, job.project)
+
+    def barred(self) -> Barred:
+        """Return whose jobs wait because a budget of theirs is used up; a project's bars it for everybody."""
+        states = [state for state in self._used_up.values() if state is not None]
+        return Barred(
+            users=frozenset(state.budget.user for state in states if state.budget.user),
+            projects=frozenset(state.budget.project for state in states if state.budget.project),
+        )
 
     def allows(self, user: str, project: str) -> bool:
         """Return whether jobs of that user and project may begin."""

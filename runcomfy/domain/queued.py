@@ -333,6 +333,17 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
+class Barred:
+    """Whose jobs wait, whatever else there is room for: a budget of theirs is used up."""
+
+    users: frozenset[str] = frozenset()
+    projects: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.users or self.projects)
+
+
+@dataclass(frozen=True, slots=True)
 class ClaimLimits:
     """How much may be processing at once, over the whole database; None means any number."""
 
@@ -344,8 +355,9 @@ class ClaimLimits:
     """Jobs at one place (machine), whichever executors they belong to."""
     fair_users: bool = False
     """At equal priority, the user with the fewest jobs processing goes first."""
+    barred: Barred = Barred()
 
     @property
     def none(self) -> bool:
         """Whether there is nothing to count, so that one statement can claim."""
-        return not (self.workflow or self.job_type or self.user or self.place or self.fair_users)
+        return not (self.workflow or self.job_type or self.user or self.place or self.fair_users or self.barred)

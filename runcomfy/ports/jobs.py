@@ -23,6 +23,7 @@ from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import (
     Arrival,
     Attempt,
+    Barred,
     ClaimLimits,
     Ending,
     EventKind,
@@ -105,8 +106,12 @@ class JobStore(Protocol):
         source_dir: str | None = None,
         limit: int | None = None,
         newest_first: bool = False,
+        barred: Barred | None = None,
     ) -> Sequence[QueuedJob]:
-        """Return jobs: pending ones by priority and age, others by number; `newest_first` turns both round."""
+        """Return jobs: pending ones by priority and age, others by number; `newest_first` turns both round.
+
+        `barred`: whose are left out.
+        """
         ...
 
     async def counts(self) -> Mapping[QueueStatus, int]:

@@ -39,6 +39,7 @@ from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import (
     Arrival,
     Attempt,
+    Barred,
     ClaimLimits,
     Ending,
     EventKind,
@@ -230,14 +231,15 @@ class SqlJobs:
         source_dir: str | None = None,
         limit: int | None = None,
         newest_first: bool = False,
+        barred: Barred | None = None,
     ) -> Sequence[QueuedJob]:
         """Return jobs: pending ones by priority and age, others by number; `newest_first` turns both round.
 
-        `source_dir`: only those whose job file lies below it.
+        `source_dir`: only those whose job file lies below it. `barred`: whose are left out.
         """
         return await self._read(
             lambda connection: jobs_look.jobs(
-                connection, status=status, source_dir=source_dir, limit=limit, newest_first=newest_first
+                connection, status=status, source_dir=source_dir, limit=limit, newest_first=newest_first, barred=barred
             )
         )
 

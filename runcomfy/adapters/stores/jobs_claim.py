@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from runcomfy.adapters.stores.jobs_rows import Entry, entry_of
+from runcomfy.adapters.stores.jobs_rows import Entry, entry_of, safe
 from runcomfy.adapters.stores.jobs_sql import (
     COLUMNS,
     Sql,
@@ -32,7 +32,7 @@ from runcomfy.adapters.stores.jobs_sql import (
     stamps,
     tell,
 )
-from runcomfy.domain.queued import ClaimLimits, EventKind, Outcome, Phase, RowId, WorkerId
+from runcomfy.domain.queued import Barred, ClaimLimits, EventKind, Outcome, Phase, RowId, WorkerId
 
 _AT_PLACES: Final = in_list("place", "places", "text")
 _BY_IDS: Final = in_list("id", "ids", "bigint")
@@ -49,6 +49,21 @@ def _may_start(at_places: str) -> str:
 
 MAY_START: Final = (_may_start(_AT_PLACES[0]), _may_start(_AT_PLACES[1]))
 """What a worker may claim, for SQLite and for PostgreSQL."""
+
+_USERS, _PROJECTS = in_list("username", "barred_users", "text"), in_list("project", "barred_projects", "text")
+NOT_BARRED: Final = tuple(
+    f"NOT ({users}) AND NOT ({projects})" for users, projects in zip(_USERS, _PROJECTS, strict=True)
+)
+"""Leaves out the jobs of users and projects that have to wait, for SQLite and for PostgreSQL."""
+
+
+def barred_in(connection: Connection, barred: Barred) -> dict[str, Any]:
+    """Return the parameters of `NOT_BARRED`."""
+    return {
+        "barred_users": listed(connection, map(safe, sorted(barred.users))),
+        "barred_projects": listed(connection, map(safe, sorted(barred.projects))),
+    }
+
 
 # A run that goes on with the prompt of an earlier worker began when that one claimed it, and is not counted again.
 _GOES_ON: Final = "phase IN ('submitting', 'submitted')"
@@ -183,6 +198,7 @@ def _parameters(connection: Connection, now: datetime, claim: Claim) -> dict[str
         "places": listed(connection, claim.places),
         # Counted at its place from the claim on, where there is only one it can go to.
         "home": next(iter(claim.places)) if alone else None,
+        **barred_in(connection, claim.limits.barred),
     }
 
 
@@ -196,6 +212,7 @@ _RUNNING: Final = Sql(
     "GROUP BY workflow_id, job_type, username, place, worker_id"
 )
 
+_LIMITED: Final = tuple(f"{start} AND {others}" for start, others in zip(MAY_START, NOT_BARRED, strict=True))
 _CANDIDATE: Final = "id, priority, workflow_id, job_type, username, phase, place"
 _SAME_LINE: Final = "AND workflow_id = :workflow_id AND job_type = :job_type AND username = :username"
 
@@ -210,15 +227,15 @@ class _Of(StrEnum):
 
 _CANDIDATES: Final = {
     of: Sql(
-        f"SELECT {_CANDIDATE} FROM jobs WHERE {MAY_START[0]} {of} ORDER BY priority, id LIMIT :count",
-        postgres=f"SELECT {_CANDIDATE} FROM jobs WHERE {MAY_START[1]} {of} ORDER BY priority, id LIMIT :count",
+        f"SELECT {_CANDIDATE} FROM jobs WHERE {_LIMITED[0]} {of} ORDER BY priority, id LIMIT :count",
+        postgres=f"SELECT {_CANDIDATE} FROM jobs WHERE {_LIMITED[1]} {of} ORDER BY priority, id LIMIT :count",
     )
     for of in _Of
 }
 _WITH_PROMPT: Final = Sql(
-    f"SELECT {_CANDIDATE} FROM jobs INDEXED BY ix_jobs_places WHERE {MAY_START[0]} AND phase <> '' "
+    f"SELECT {_CANDIDATE} FROM jobs INDEXED BY ix_jobs_places WHERE {_LIMITED[0]} AND phase <> '' "
     "ORDER BY priority, id",
-    postgres=f"SELECT {_CANDIDATE} FROM jobs WHERE {MAY_START[1]} AND phase <> '' ORDER BY priority, id",
+    postgres=f"SELECT {_CANDIDATE} FROM jobs WHERE {_LIMITED[1]} AND phase <> '' ORDER BY priority, id",
 )
 
 _LINE: Final = "workflow_id, job_type, username"

@@ -17,11 +17,11 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from runcomfy.adapters.stores.jobs_claim import MAY_START
+from runcomfy.adapters.stores.jobs_claim import MAY_START, NOT_BARRED, barred_in
 from runcomfy.adapters.stores.jobs_rows import attempt_of, event_of, job_of, safe, time_in
 from runcomfy.adapters.stores.jobs_sql import ATTEMPTS, COLUMNS, EVENTS, Sql, in_list, listed, stamps
 from runcomfy.domain.job import JobId
-from runcomfy.domain.queued import Arrival, Attempt, JobEvent, QueuedJob, QueueStatus, RowId, Waiting
+from runcomfy.domain.queued import Arrival, Attempt, Barred, JobEvent, QueuedJob, QueueStatus, RowId, Waiting
 
 _BY_ID: Final = Sql(f"SELECT {COLUMNS} FROM jobs WHERE id = :id")
 _BY_TEXT: Final = Sql(
@@ -77,7 +77,13 @@ def known_keys(connection: Connection, keys: Collection[str]) -> set[str]:
 
 
 def jobs(
-    connection: Connection, *, status: QueueStatus | None, source_dir: str | None, limit: int | None, newest_first: bool
+    connection: Connection,
+    *,
+    status: QueueStatus | None,
+    source_dir: str | None,
+    limit: int | None,
+    newest_first: bool,
+    barred: Barred | None = None,
 ) -> list[QueuedJob]:
     """Return jobs: pending ones by priority and age, others by number."""
     conditions, parameters = [], dict[str, Any]()
@@ -88,6 +94,9 @@ def jobs(
         end = "\\" if "\\" in source_dir and "/" not in source_dir else "/"
         parameters["folder"] = safe(source_dir.rstrip("/\\") + end)
         conditions.append("substr(source_path, 1, length(:folder)) = :folder")
+    if barred:
+        parameters |= barred_in(connection, barred)
+        conditions.append(NOT_BARRED[connection.dialect.name != "sqlite"])
     where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
     turn = " DESC" if newest_first else ""
     order = f"priority{turn}, id{turn}" if status is QueueStatus.PENDING else f"id{turn}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runcomfy.domain.queued import ClaimLimits, Ending, EventKind, Outcome, Phase, QueueStatus, WorkerId
+from runcomfy.domain.queued import Barred, ClaimLimits, Ending, EventKind, Outcome, Phase, QueueStatus, WorkerId
 from runcomfy.ports.jobs import JobStore
 from runcomfy.testing.contracts.jobs_words import (
     ALICE,
@@ -166,6 +166,26 @@ class LimitsContract:
         await put(jobs, *(a_job(workflow_id=name) for name in ("a", "b", "c")))
         limits = ClaimLimits(workflow={"*": 0, "c": 1})
         assert [job.workflow_id for job in await take_all(jobs, limits=limits)] == ["c"]
+
+    @pytest.mark.parametrize("more", [{}, {"user": 9}, {"fair_users": True}, {"place": 3}])
+    async def test_whose_budget_is_used_up_waits_and_nobody_behind_them(
+        self, jobs: JobStore, more: dict[str, Any]
+    ) -> None:
+        ann = [a_job(user="ann", priority=1, workflow_id=f"w{n % 3}") for n in range(250)]
+        film = [a_job(user="cat", project="film", priority=2) for _ in range(3)]
+        others = [a_job(user="ben", project="web"), a_job(user="", workflow_id="w1")]
+        added = await put(jobs, *ann, *film, *others)
+        barred = Barred(users=frozenset({"ann", "d'oh\0"}), projects=frozenset({"film"}))
+        waiting = await jobs.jobs(status=QueueStatus.PENDING, limit=10, barred=barred)
+        assert [job.id for job in waiting] == [job.id for job in added[-2:]]
+        one = await jobs.claim(ALICE, count=1, lease=LEASE, only=added[0].id, limits=ClaimLimits(barred=barred))
+        assert list(one) == []
+        claimed = await jobs.claim(
+            ALICE, count=3, lease=LEASE, places=[HERE], limits=ClaimLimits(barred=barred, **more)
+        )
+        assert sorted(job.id for job in claimed) == sorted(job.id for job in added[-2:])
+        free = await jobs.claim(BOB, count=2, lease=LEASE, places=[HERE], limits=ClaimLimits(barred=Barred()))
+        assert [job.id for job in free] == [job.id for job in added[:2]]
 
     async def test_job_types_and_users_are_counted_over_all_workers(self, jobs: JobStore) -> None:
         await put(jobs, *(a_job(job_type=kind, user=user) for user in ("ann", "ben") for kind in ("T2I", "T2V", "T2I")))
