@@ -6,17 +6,20 @@ may: a machine that is paid ahead for ten minutes has spent them already as far 
 holds even if every process of ours dies now. Stores call `refusal` in the transaction that writes an intent or asks for
 more time, so that two processes cannot both pass the last dollar.
 
-Windows are calendar hours, days and months in UTC. A lease that reaches into the next window counts there, too.
+Windows are calendar hours, days and months in UTC. A lease that reaches into the next window counts there, too. A
+machine that is not ready yet may become so at any moment; in each window it counts with the most it can cost there, so
+that what was allowed once stays within the cap whenever it starts. What no check can hold back is a provider that
+bills beyond a lease, or brings back a machine that it said was gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from runcomfy.domain.exceptions import BudgetExceeded
 from runcomfy.domain.machine import Machine, MachineId, MachineState
@@ -25,8 +28,12 @@ from runcomfy.domain.work import Work
 
 SOFT_FRACTION: Final = Decimal("0.8")
 """Where a budget alerts if nobody said where."""
+STARTS_WITHIN: Final = timedelta(hours=1)
+"""How long after its intent a machine may still become ready: longer than a start is waited for."""
 _MOST_WINDOWS: Final = 24 * 32
 """Windows looked at for one lease: hours of a month."""
+_NOTHING: Final = timedelta(0)
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 
 class Period(StrEnum):
@@ -110,57 +117,110 @@ class BudgetState:
         return None if self.budget.hard is None else max(Decimal(0), self.budget.hard - self.committed)
 
 
-def committed_interval(machine: Machine, *, now: datetime) -> tuple[datetime, datetime] | None:
-    """Return from when to when the machine has cost, or may still cost, money if nobody does anything any more."""
-    if machine.state is MachineState.NEVER:
+class Charge(NamedTuple):
+    """What one machine has cost and may still cost if nobody does anything any more."""
+
+    machine_id: MachineId
+    usd_per_hour: Decimal
+    run_id: str
+    for_project: str
+    for_user: str
+    start: datetime
+    end: datetime
+    begun: bool = True
+    """False: it is not ready, and may be billed for as long as from `start` to `end` at any time after `start`."""
+
+    def within(self, window: Window) -> timedelta:
+        """Return how long it is, or at most may be, billed in a window."""
+        start = self.start if window.start is None else max(self.start, window.start)
+        if not self.begun:
+            lease = self.end - self.start
+            return lease if window.end is None else max(_NOTHING, min(lease, window.end - start))
+        end = self.end if window.end is None else min(self.end, window.end)
+        return max(_NOTHING, end - start)
+
+
+Busy = Mapping[MachineId, Mapping[tuple[str, str], timedelta]]
+"""How long machines computed, by project and user of the jobs."""
+
+Stint = tuple[MachineId, str, str, datetime, datetime | None]
+"""One job's computing: machine, project, user, from when to when (None: nobody wrote down that it ended)."""
+
+
+def charge_of(machine: Machine, *, now: datetime) -> Charge | None:
+    """Return what a machine may cost, None if it never will."""
+    interval = billed_interval(machine, now=now)
+    if machine.is_open and machine.stop_accepted_at is None:
+        # Also one that was asked to stop: without a yes its lease may be billed to the end.
+        lease = max(machine.duration, machine.asked_duration or _NOTHING, _NOTHING)
+        if machine.ready_at is None:
+            interval = now, now + lease
+        else:
+            interval = machine.ready_at, max(now, machine.planned_stop_at or now, machine.ready_at + lease)
+    if interval is None or machine.state is MachineState.NEVER:
         return None
-    if not machine.is_open or machine.stop_accepted_at is not None:
-        return billed_interval(machine, now=now)
-    lease = max(machine.duration, machine.asked_duration or timedelta(0))
-    if machine.ready_at is None:
-        return now, now + lease
-    return machine.ready_at, max(now, machine.planned_stop_at or machine.ready_at, machine.ready_at + lease)
+    whose = (machine.run_id, machine.for_project, machine.for_user)
+    begun = machine.ready_at is not None
+    return Charge(machine.id, machine.usd_per_hour, *whose, *interval, begun=begun)
 
 
-def committed(
-    budget: Budget,
-    window: Window,
-    machines: Collection[Machine],
-    works: Mapping[MachineId, Sequence[Work]],
-    *,
-    now: datetime,
-    run_id: str = "",
-) -> Decimal:
+def stints_of(works: Iterable[Work]) -> Iterator[Stint]:
+    """Yield the computing of jobs that got so far."""
+    for work in works:
+        if work.computing_at is not None:
+            done = work.computed_at or work.ended_at
+            yield work.machine_id, work.project, work.user, work.computing_at, done
+
+
+def busy_of(stints: Iterable[Stint], charges: Iterable[Charge], *, now: datetime) -> Busy:
+    """Return how long machines computed, and for whom.
+
+    A job whose process died is taken to have computed until its machine was gone, and not for ever.
+    """
+    ends = {charge.machine_id: min(now, charge.end) for charge in charges}
+    busy: dict[MachineId, dict[tuple[str, str], timedelta]] = {}
+    for machine_id, project, user, start, done in stints:
+        if (end := ends.get(machine_id)) is None:
+            continue
+        if done is not None and done < end:
+            end = done
+        if end > start:
+            by_whom = busy.setdefault(machine_id, {})
+            by_whom[project, user] = by_whom.get((project, user), _NOTHING) + (end - start)
+    return busy
+
+
+def committed(budget: Budget, window: Window, charges: Iterable[Charge], busy: Busy, *, run_id: str = "") -> Decimal:
     """Return the committed spend in USD that counts against a budget in a window.
 
     Of a machine that served several users or projects, each counts by the share of its busy seconds; one that has not
-    served anybody yet counts for whom it was launched.
+    served anybody yet counts for whom it was launched. A budget per run counts what has this `run_id`, and nothing if
+    that is empty.
     """
+    per_run = budget.period is Period.RUN
     total = Decimal(0)
-    for machine in machines:
-        if budget.period is Period.RUN and machine.run_id != run_id:
+    for charge in charges:
+        if per_run and not (run_id and charge.run_id == run_id):
             continue
-        interval = committed_interval(machine, now=now)
-        if interval is None:
-            continue
-        start = interval[0] if window.start is None else max(interval[0], window.start)
-        end = interval[1] if window.end is None else min(interval[1], window.end)
-        if end > start:
-            fraction = _fraction(budget, machine, works.get(machine.id, ()), now=now)
-            total += meter(start, end, machine.usd_per_hour) * fraction
+        if billed := charge.within(window):
+            total += _price(charge, billed) * _fraction(budget, charge, busy)
     return total
 
 
-def _fraction(budget: Budget, machine: Machine, works: Sequence[Work], *, now: datetime) -> Decimal:
+def _price(charge: Charge, billed: timedelta) -> Decimal:
+    return meter(charge.start, charge.start + billed, charge.usd_per_hour)
+
+
+def _fraction(budget: Budget, charge: Charge, busy: Busy) -> Decimal:
     """Return which part of a machine's spend counts against a budget."""
     if budget.project is None and budget.user is None:
         return Decimal(1)
-    seconds = [(work, work.busy(now).total_seconds()) for work in works]
-    whole = sum(busy for _, busy in seconds)
-    if whole <= 0:
-        return Decimal(int(_counts(budget, machine.for_project, machine.for_user)))
-    part = sum(busy for work, busy in seconds if _counts(budget, work.project, work.user))
-    return Decimal(part) / Decimal(whole)
+    by_whom = busy.get(charge.machine_id)
+    if not by_whom:
+        return Decimal(int(_counts(budget, charge.for_project, charge.for_user)))
+    whole = sum(by_whom.values(), _NOTHING)
+    part = sum((time for whose, time in by_whom.items() if _counts(budget, *whose)), _NOTHING)
+    return Decimal(1) if part == whole else Decimal(part // _MICROSECOND) / Decimal(whole // _MICROSECOND)
 
 
 def _counts(budget: Budget, project: str, user: str) -> bool:
@@ -172,45 +232,59 @@ def made_out(budgets: Collection[Budget], *, project: str, user: str) -> list[Bu
 
     A budget that names somebody wins over `*` of the same period.
     """
-    named = {(b.period, "project") for b in budgets if b.project == project and project}
-    named |= {(b.period, "user") for b in budgets if b.user == user and user}
+    named = {(b.period, b.project, b.user) for b in budgets if "*" not in (b.project, b.user)}
     found = []
     for budget in budgets:
-        whose = "project" if budget.project else "user" if budget.user else ""
-        wanted, given = (budget.project or budget.user or ""), {"project": project, "user": user}.get(whose, "")
-        if not whose or (wanted == given and given):
-            found.append(budget)
-        elif wanted == "*" and given and (budget.period, whose) not in named:
-            who = {whose: given}
-            found.append(Budget(budget.period, budget.hard, budget.soft, who.get("project"), who.get("user")))
+        if not (_meant(budget.project, project) and _meant(budget.user, user)):
+            continue
+        whose = _one(budget.project, project), _one(budget.user, user)
+        if "*" not in (budget.project, budget.user) or (budget.period, *whose) not in named:
+            found.append(replace(budget, project=whose[0], user=whose[1]))
     return found
 
 
-def refusal(
-    budgets: Collection[Budget],
-    machines: Collection[Machine],
-    works: Mapping[MachineId, Sequence[Work]],
-    candidate: Machine,
-    *,
-    now: datetime,
-) -> tuple[BudgetExceeded | None, list[BudgetState]]:
-    """Return what a hard cap says against `candidate` beside `machines`, and how every budget would stand.
+def _one(wanted: str | None, given: str) -> str | None:
+    return given if wanted == "*" else wanted
 
-    `machines` are all of the account that may bill in any window concerned, without the candidate's own older row.
-    `budgets` are made out (`made_out`).
+
+def _meant(wanted: str | None, given: str) -> bool:
+    return wanted is None or (bool(given) and wanted in ("*", given))
+
+
+def refusal(
+    budgets: Collection[Budget], charges: Collection[Charge], busy: Busy, candidate: Machine, *, now: datetime
+) -> tuple[BudgetExceeded | None, list[BudgetState]]:
+    """Return what a hard cap says against `candidate`, and how budgets would stand with it.
+
+    `charges` are of all machines of the account that may bill in any window concerned, the candidate's own older row
+    among them if there is one: what it adds to that is what is asked for. `budgets` are made out (`made_out`). The
+    states are those of the windows of `now`, and of each later one to which the candidate adds something.
     """
-    others = [machine for machine in machines if machine.id != candidate.id]
-    interval = committed_interval(candidate, now=now)
-    until = interval[1] if interval is not None else now
+    run_id, own = candidate.run_id, charge_of(candidate, now=now)
+    new = [] if own is None else [own]
+    old = [charge for charge in charges if charge.machine_id == candidate.id]
+    others = [charge for charge in charges if charge.machine_id != candidate.id]
+    ahead = [charge for charge in others if not charge.begun or charge.end > now]
+    until = now if own is None else own.end + (_NOTHING if own.begun else STARTS_WITHIN)
     states: list[BudgetState] = []
     for budget in budgets:
-        for window in budget.windows(now, until):
-            before = committed(budget, window, others, works, now=now, run_id=candidate.run_id)
-            with_it = before + committed(budget, window, [candidate], works, now=now, run_id=candidate.run_id)
-            states.append(BudgetState(budget, window, with_it))
-            if budget.hard is not None and with_it > budget.hard and with_it > before:
-                return exceeded(BudgetState(budget, window, before), wanted=with_it - before), states
+        for number, window in enumerate(budget.windows(now, until)):
+            before = _alone(budget, window, old, busy, run_id=run_id)
+            after = _alone(budget, window, new, busy, run_id=run_id)
+            if number and after <= before:
+                continue
+            rest = committed(budget, window, ahead if number else others, busy, run_id=run_id)
+            states.append(BudgetState(budget, window, rest + after))
+            if budget.hard is not None and rest + after > budget.hard and after > before:
+                return exceeded(BudgetState(budget, window, rest + before), wanted=after - before), states
     return None, states
+
+
+def _alone(budget: Budget, window: Window, charges: Collection[Charge], busy: Busy, *, run_id: str) -> Decimal:
+    """Return what a machine counts by itself; one without a run is a run of its own."""
+    if budget.period is Period.RUN and not run_id:
+        charges = [charge._replace(run_id="-") for charge in charges]
+    return committed(budget, window, charges, busy, run_id=run_id or "-")
 
 
 def exceeded(state: BudgetState, *, wanted: Decimal) -> BudgetExceeded:

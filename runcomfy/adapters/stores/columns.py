@@ -47,6 +47,24 @@ def _unreadable(value: object, what: str) -> StoreCorrupt:
     )
 
 
+def read_time(value: Any) -> datetime:
+    """Return the time that the driver read; raise StoreCorrupt if it is none."""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC)
+    try:
+        return time_of(value)
+    except (TypeError, ValueError):
+        raise _unreadable(value, "a time") from None
+
+
+def read_amount(value: Any) -> Decimal:
+    """Return the number that the driver read, with every digit; raise StoreCorrupt if it is none."""
+    try:
+        return Decimal(value)
+    except (InvalidOperation, TypeError, ValueError):
+        raise _unreadable(value, "an amount of money") from None
+
+
 class SafeText(TypeDecorator[str]):
     """Text that any database takes: what is no Unicode (file names, a hostile server's words) is written escaped."""
 
@@ -77,14 +95,7 @@ class UtcTime(TypeDecorator[datetime]):
         return value.astimezone(UTC) if dialect.name == "postgresql" else text
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        if isinstance(value, datetime):
-            return value.astimezone(UTC)
-        try:
-            return time_of(value)
-        except (TypeError, ValueError):
-            raise _unreadable(value, "a time") from None
+        return None if value is None else read_time(value)
 
 
 class Exact(TypeDecorator[Decimal]):
@@ -106,10 +117,7 @@ class Exact(TypeDecorator[Decimal]):
     def process_result_value(self, value: Any, dialect: Dialect) -> Decimal | None:
         if value is None:
             return None
-        try:
-            return Decimal(value)
-        except (InvalidOperation, TypeError, ValueError):
-            raise _unreadable(value, "an amount of money") from None
+        return read_amount(value)
 
 
 class Microseconds(TypeDecorator[timedelta]):

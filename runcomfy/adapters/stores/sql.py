@@ -44,6 +44,8 @@ GUARDED_FIELDS: Final = frozenset({"id", "state", "since", "owner_id", "epoch"})
 
 CHANGEABLE: Final = frozenset(tables.MACHINE_FIELDS) - GUARDED_FIELDS
 
+CLOSED: Final = frozenset(MachineState) - OPEN
+
 ENDING: Final = frozenset({MachineState.STOPPING, MachineState.STOPPED, MachineState.NEVER})
 """States in which no job may begin to use a machine."""
 
@@ -148,7 +150,8 @@ class SqlStore(MoneyPart, SignalsPart):
         """Return the account's machines, oldest first; `since`: those that were open at that time or later."""
         query = select(_machines).where(_machines.c.provider == provider, _machines.c.account == account)
         if since is not None:
-            query = query.where(_machines.c.state.in_(OPEN) | (_machines.c.since >= since))
+            ended_later = _machines.c.state.in_(CLOSED) & (_machines.c.since >= since)
+            query = query.where(_machines.c.state.in_(OPEN) | ended_later)
         elif open_only:
             query = query.where(_machines.c.state.in_(OPEN))
         query = query.order_by(_machines.c.requested_at, _machines.c.id)

@@ -5,23 +5,28 @@ Whoever writes a launch intent or asks for more time holds the account's row fir
 reads what the first has committed, and the last dollar is spent once.
 """
 
+# ruff: noqa: S608 - what is put into statements are names and words of ours; values are parameters
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Final
+from functools import cache
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, and_, func, insert, or_, select
+from sqlalchemy import Connection, func, insert, select
 
 from runcomfy.adapters.stores import sql_parts as parts
 from runcomfy.adapters.stores import tables
-from runcomfy.domain.budget import Budget, BudgetState, Period, committed, refusal
+from runcomfy.adapters.stores.columns import read_amount, read_time
+from runcomfy.adapters.stores.jobs_rows import safe
+from runcomfy.adapters.stores.jobs_sql import Sql, in_list, listed, stamps
+from runcomfy.domain.budget import Budget, BudgetState, Busy, Charge, Period, busy_of, charge_of, committed, refusal
 from runcomfy.domain.machine import OPEN, Machine, MachineId, MachineState, OwnerId
 from runcomfy.domain.money import LedgerEntry, meter
-from runcomfy.domain.work import Work
 
-_machines, _ledger, _work, _alerts = tables.machines, tables.ledger, tables.machine_work, tables.budget_alerts
+_machines, _ledger, _alerts = tables.machines, tables.ledger, tables.budget_alerts
 
 _ENTRIES: Final = select(*(_ledger.c[name] for name in tables.ENTRY_FIELDS)).order_by(_ledger.c.number)
 
@@ -87,10 +92,9 @@ class MoneyPart(parts.SqlPart):
         """Return how budgets stand in their windows of `now`; by itself for all accounts of the database."""
 
         def work(connection: Connection) -> Sequence[BudgetState]:
-            of = _of(provider, account)
-            machines, works = _counting(connection, budgets, of, now=now, run_id=run_id)
+            charges, busy = _charges(connection, budgets, Which(provider, account), now=now, run_id=run_id)
             return [
-                BudgetState(budget, window, committed(budget, window, machines, works, now=now, run_id=run_id))
+                BudgetState(budget, window, committed(budget, window, charges, busy, run_id=run_id))
                 for budget in budgets
                 for window in [budget.window(now)]
             ]
@@ -144,6 +148,36 @@ class MoneyPart(parts.SqlPart):
 
 # -- inside a transaction --------------------------------------------------------------------------------------
 
+# Of what is over, budgets need little of each machine, and of many: a month may have tens of thousands. So it is read
+# as the driver gives it; a check holds up every other launch of the account.
+_ACCOUNTS: Final = " AND m.provider = :provider AND m.account = :account"
+_CLOSED: Final = (
+    "SELECT m.id, m.usd_per_hour, m.run_id, m.for_project, m.for_user, m.ready_at, "
+    "COALESCE(m.stop_accepted_at, m.gone_at) FROM machines m "
+    f"WHERE m.state = '{MachineState.STOPPED}' AND m.ready_at IS NOT NULL"
+)
+_SINCE, _RUN = " AND m.since >= :since", " AND m.run_id = :run_id"
+_CLOSED_SINCE: Final = {one: Sql(_CLOSED + _SINCE + _ACCOUNTS * one) for one in (False, True)}
+_CLOSED_IN_RUN: Final = {one: Sql(_CLOSED + _RUN + _ACCOUNTS * one) for one in (False, True)}
+_STINTS: Final = tuple(
+    'SELECT w.machine_id, w.project, w."user", w.computing_at, COALESCE(w.computed_at, w.ended_at) '
+    f"FROM machine_work w WHERE {of} AND w.computing_at IS NOT NULL"
+    for of in in_list("w.machine_id", "ids", "text")
+)
+_STINTS_OF: Final = Sql(_STINTS[0], postgres=_STINTS[1])
+
+
+class Which(NamedTuple):
+    """Whose machines count: one account's, or those of all accounts of the database."""
+
+    provider: str | None
+    account: str | None
+
+    @property
+    def one(self) -> bool:
+        """Whether it is one account."""
+        return self.account is not None
+
 
 def _allowed(
     connection: Connection, budgets: Sequence[Budget], candidate: Machine, *, now: datetime
@@ -151,44 +185,46 @@ def _allowed(
     """Return how budgets stand with a machine as it is about to be written; raise BudgetExceeded."""
     if not budgets:
         return []
-    of = _of(candidate.provider, candidate.account)
-    machines, works = _counting(connection, budgets, of, now=now, run_id=candidate.run_id)
-    refused, states = refusal(budgets, machines, works, candidate, now=now)
+    which = Which(candidate.provider, candidate.account)
+    charges, busy = _charges(connection, budgets, which, now=now, run_id=candidate.run_id)
+    refused, states = refusal(budgets, charges, busy, candidate, now=now)
     if refused is not None:
         raise refused
     return states
 
 
-def _of(provider: str | None, account: str | None) -> list[ColumnElement[bool]]:
-    which: list[ColumnElement[bool]] = []
-    if provider is not None:
-        which.append(_machines.c.provider == provider)
-    if account is not None:
-        which.append(_machines.c.account == account)
-    return which
-
-
-def _counting(
-    connection: Connection,
-    budgets: Sequence[Budget],
-    of: Sequence[ColumnElement[bool]],
-    *,
-    now: datetime,
-    run_id: str,
-) -> tuple[Sequence[Machine], Mapping[MachineId, Sequence[Work]]]:
-    """Return the machines that may count against budgets from now on, and their works where it matters whose."""
+def _charges(
+    connection: Connection, budgets: Sequence[Budget], which: Which, *, now: datetime, run_id: str
+) -> tuple[Sequence[Charge], Busy]:
+    """Return what may count against budgets from now on, and who used it where that matters."""
+    charges = {charge.machine_id: charge for charge in _open_charges(connection, which, now=now)}
     starts = [start for budget in budgets if (start := budget.window(now).start) is not None]
-    counts: list[ColumnElement[bool]] = [_machines.c.state.in_(OPEN)]
+    given = {"provider": which.provider, "account": which.account} if which.one else {}
+    rows: list[Any] = []
     if starts:
-        counts.append(and_(_machines.c.state == MachineState.STOPPED, _machines.c.since >= min(starts)))
+        since = stamps(connection).exact(min(starts))
+        rows += _CLOSED_SINCE[which.one].run(connection, {"since": since, **given})
     if run_id and any(budget.period is Period.RUN for budget in budgets):
-        counts.append(_machines.c.run_id == run_id)
-    which = and_(*of, or_(*counts))
-    machines = [tables.machine_of(row) for row in connection.execute(select(_machines).where(which))]
-    works: dict[MachineId, list[Work]] = {}
-    if any(budget.project is not None or budget.user is not None for budget in budgets):
-        ids = select(_machines.c.id).where(which)
-        for row in connection.execute(select(_work).where(_work.c.machine_id.in_(ids))):
-            done = Work(*row)
-            works.setdefault(done.machine_id, []).append(done)
-    return machines, works
+        rows += _CLOSED_IN_RUN[which.one].run(connection, {"run_id": safe(run_id), **given})
+    amount = cache(read_amount)
+    for key, price, run, project, user, ready, gone in rows:
+        start = read_time(ready)
+        end = now if gone is None else read_time(gone)
+        charges[key] = Charge(key, amount(price), run, project, user, start, max(start, end))
+    if all(budget.project is None and budget.user is None for budget in budgets):
+        return list(charges.values()), {}
+    stints = _STINTS_OF.run(connection, {"ids": listed(connection, charges)})
+    told = (
+        (key, project, user, read_time(start), None if done is None else read_time(done))
+        for key, project, user, start, done in stints
+    )
+    return list(charges.values()), busy_of(told, charges.values(), now=now)
+
+
+def _open_charges(connection: Connection, which: Which, *, now: datetime) -> Iterator[Charge]:
+    query = select(_machines).where(_machines.c.state.in_(OPEN))
+    if which.one:
+        query = query.where(_machines.c.provider == which.provider, _machines.c.account == which.account)
+    for row in connection.execute(query):
+        if (charge := charge_of(tables.machine_of(row), now=now)) is not None:
+            yield charge

@@ -97,7 +97,7 @@ machines: Final = Table(
 )
 Index("ix_machines_account", machines.c.provider, machines.c.account, machines.c.state)
 Index("ix_machines_boots", machines.c.provider, machines.c.server_type, machines.c.ready_at)
-Index("ix_machines_since", machines.c.provider, machines.c.account, machines.c.since)
+Index("ix_machines_since", machines.c.state, machines.c.since)
 _known_run = text("run_id <> ''")
 Index("ix_machines_run", machines.c.run_id, sqlite_where=_known_run, postgresql_where=_known_run)
 

@@ -26,7 +26,7 @@ def _machines() -> None:
         op.add_column("machines", sa.Column(name, sa.Text, nullable=False, server_default=NO_TEXT))
     op.add_column("machines", sa.Column("asked_duration", sa.BigInteger))
     op.add_column("machines", sa.Column("draining", sa.Text, nullable=False, server_default=NO_TEXT))
-    op.create_index("ix_machines_since", "machines", ["provider", "account", "since"])
+    op.create_index("ix_machines_since", "machines", ["state", "since"])
     known = sa.text("run_id <> ''")
     op.create_index("ix_machines_run", "machines", ["run_id"], sqlite_where=known, postgresql_where=known)
     op.create_index("ix_ledger_ended_at", "ledger", ["ended_at"])
