@@ -1,11 +1,12 @@
 """
 The worker of the queue: claims jobs by priority and age, runs them, and survives what may happen meanwhile.
 
-    turn      nothing paused, a slot free: claim, one task per job (`job_run`)
+    turn      nothing paused, a slot free: claim, one task per job (`job_run`); at a station with seats of its own it
+              chooses the jobs (`dispatch`), and slots do not count
     watch     every second, and after every change: what is no longer held is cut: cancelled jobs have their prompt
               interrupted, lost ones leave it to whoever holds the job now
     report    progress, a batch every two seconds
-    sweep     prompts of cancelled jobs whose worker is gone are ended at the places served here
+    sweep     prompts of cancelled jobs whose worker is gone are ended at the places served here (`sweeper`)
     plan      one executor of the database takes back the jobs of dead workers (`planner`)
     drain     told to stop: claims no more, lets jobs run for a while, then cuts them with their prompts left running
 
@@ -24,6 +25,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol, Self
 
+from runcomfy.application.dispatch import Choice, Chooser, Dispatch
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.gate import Gate
@@ -32,7 +34,7 @@ from runcomfy.application.job_queue import EXECUTOR
 from runcomfy.application.job_run import Bench, JobRun, RunsJobs, Why
 from runcomfy.application.placing import PlaceFactory
 from runcomfy.application.planner import Planner
-from runcomfy.application.prompting import end_prompt
+from runcomfy.application.sweeper import Sweeper
 from runcomfy.domain import retry
 from runcomfy.domain.exceptions import (
     JobBusy,
@@ -63,9 +65,6 @@ WATCH_EVERY: Final = 1.0
 WATCH_GAP: Final = 0.2
 """Seconds between two looks at what is held: a busy database changes a thousand times a second."""
 REPORT_EVERY: Final = 2.0
-SWEEP_EVERY: Final = 5.0
-END_WITHIN: Final = timedelta(seconds=60)
-"""How long one try to see a cancelled prompt ended may take; there is another."""
 TROUBLE_FIRST: Final = 0.5
 TROUBLE_MOST: Final = 15.0
 """Seconds between two looks at a database that refuses."""
@@ -85,6 +84,14 @@ class Workplace(Protocol):
 
     def places(self) -> Collection[str]:
         """Return the keys of the places that jobs can go on at here."""
+        ...
+
+    def room(self) -> int | None:
+        """Return how many more jobs could be begun here; None: as many as `slots` allows. See `dispatch.Chooser`."""
+        ...
+
+    def choose(self, waiting: Sequence[QueuedJob]) -> Sequence[Choice]:
+        """Return which of these jobs to begin, and where. Asked only where `room` is a number."""
         ...
 
     async def ready(self) -> None:
@@ -167,6 +174,16 @@ class Executor:
             tell=tell,
         )
 
+        self._sweeper = Sweeper(
+            store, station, busy=lambda: [run.row.id for run in self._running()], trouble=self._troubled
+        )
+        self._dispatch: Dispatch | None = None
+        if isinstance(station, Chooser):
+            self._dispatch = Dispatch(
+                store, settings, station, claim=self._claim, begin=self._begin, runs=self._running, owes=self._owing
+            )
+            station.on_change(self._wake.set)
+
     # -- life ----------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
@@ -198,7 +215,7 @@ class Executor:
         for name, loop in (
             ("watch", self._watch()),
             ("report", self._report()),
-            ("sweep", self._sweep()),
+            ("sweep", self._sweeper.run()),
             ("plan", self.planner.run()),
         ):
             self._tasks.append(self._start(name, loop))
@@ -222,6 +239,8 @@ class Executor:
             last.push_async_callback(self.station.close)
             last.push_async_callback(self._end_loops)
             await self._cut_all()
+            if self._dispatch is not None:
+                await self._dispatch.close()
 
     async def _end_loops(self) -> None:
         tasks = [*self._tasks, *([self._resting] if self._resting is not None else [])]
@@ -285,6 +304,9 @@ class Executor:
                     f"job {row.config_name} cannot be claimed now: it is {row.status}",
                     hint="another worker has it, it waits for a retry, or a limit is reached",
                 )
+            if self._dispatch is not None and not self._dispatch.seat(claimed[0]):
+                await self._dispatch.put_back(claimed[0])
+                raise JobBusy(f"job {row.config_name} cannot be begun now: no machine of the pool has a seat free")
             run = self._begin(claimed[0])
             try:
                 await asyncio.shield(self._runs[run.key][1])
@@ -303,14 +325,16 @@ class Executor:
                 self._wake.clear()
                 begun = await self._turn()
                 if not begun and not self._runs:
-                    if once and self._trouble is None:
+                    waits = self._dispatch is not None and self._dispatch.waiting
+                    if once and self._trouble is None and not waits:
                         return
                     self._rest()
                 if look is None:
                     look = asyncio.create_task(self.store.changed(timeout=self.settings.poll_interval, seen=mark))
                 wake = asyncio.create_task(self._wake.wait())
                 # What changes matters only to somebody with a slot free; a database that refuses may refuse this, too.
-                deaf = self._trouble is not None or len(self._runs) >= self.settings.slots
+                full = self._dispatch is None and len(self._runs) >= self.settings.slots
+                deaf = self._trouble is not None or full
                 await asyncio.wait(
                     {wake, told} if deaf else {look, wake, told},
                     return_when=asyncio.FIRST_COMPLETED,
@@ -346,23 +370,34 @@ class Executor:
 
     async def _turn(self) -> int:
         """Claim what there is room for; return how many jobs were begun."""
-        room = self.settings.slots - len(self._runs)
+        room = None if self._dispatch is not None else self.settings.slots - len(self._runs)
         if self._gate.on_trial:
-            room = min(room, 1 - len(self._runs))
-        if room <= 0:
+            trial = 1 - len(self._runs)
+            room = trial if room is None else min(room, trial)
+        if room is not None and room <= 0:
             return 0
         try:
             if not await self._gate.opens():
                 return 0
-            claimed = await self._claim(room)
+            begun = await (self._begin_some(room or 0) if self._dispatch is None else self._dispatch.turn(room))
         except LocalError as error:
             self._troubled(error)
             return 0
+        if begun:  # nothing to claim proves nothing: no word was written
+            self._troubled(None)
+        return begun
+
+    async def _begin_some(self, count: int) -> int:
+        claimed = await self._claim(count)
         for row in claimed:
             self._begin(row)
-        if claimed:  # nothing to claim proves nothing: no word was written
-            self._troubled(None)
         return len(claimed)
+
+    def _running(self) -> Collection[JobRun]:
+        return [run for run, _ in self._runs.values()]
+
+    def _owing(self) -> None:
+        self._owes = True
 
     async def _claim(self, count: int, *, only: RowId | None = None) -> Sequence[QueuedJob]:
         async with self._claims:
@@ -387,6 +422,8 @@ class Executor:
 
         def over(task: asyncio.Task[None]) -> None:
             del self._runs[run.key]
+            if isinstance(self.station, Chooser):
+                self.station.release(row.uid)
             self._owes = self._owes or run.unwritten
             self._wake.set()
             if not task.cancelled() and (error := task.exception()) is not None:
@@ -498,38 +535,6 @@ class Executor:
                 run.progress = None
             with suppress(LocalError):  # the next report says it
                 await self.store.report(self.worker, fresh)
-
-    # -- prompts nobody wants ------------------------------------------------------------------------------
-
-    async def _sweep(self) -> None:
-        """End the prompts of cancelled jobs: those that a run here left behind, and those whose worker is gone."""
-        while True:
-            await asyncio.sleep(SWEEP_EVERY)
-            places = self.station.places()
-            if not places:
-                continue
-            try:
-                rows = await self.store.to_end(places)
-            except LocalError as error:
-                self._troubled(error)
-                continue
-            busy = {run.row.id for run, _ in self._runs.values()}
-            await asyncio.gather(*(self._end_prompt(row) for row in rows if row.id not in busy))
-
-    async def _end_prompt(self, row: QueuedJob) -> None:
-        if row.prompt_id is None or row.place not in self.station.places():
-            return
-        nothing: Callable[[Any], None] = lambda _: None  # noqa: E731 - a name for its type
-        try:
-            async with (
-                asyncio.timeout(END_WITHIN.total_seconds()),
-                self.station.at(job_id=row.uid, show=nothing, step=nothing, on_bill=nothing, prefer=row.place) as place,
-            ):
-                if place.key == row.place:
-                    await end_prompt(place.server, row.prompt_id, alone=place.alone)
-                    await self.store.prompt_ended(row.id, row.prompt_id)
-        except (RunComfyError, TimeoutError) as error:
-            log.warning("prompt_not_ended", extra={"fields": {"job": row.uid, "error": repr(error)}})
 
     # -- the end -------------------------------------------------------------------------------------------
 

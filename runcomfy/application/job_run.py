@@ -9,30 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.gate import Gate
 from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.journal import Journal
-from runcomfy.application.placing import OWN_MACHINE, Place, PlaceFactory
+from runcomfy.application.placing import OWN_MACHINE, POOL_MACHINE, JobFacts, Place, PlaceFactory
 from runcomfy.application.store_journal import StoreJournal
 from runcomfy.domain import retry
 from runcomfy.domain.exceptions import (
     JobFileInvalid,
     LeaseLost,
     LocalError,
+    PromptRemoved,
     RunComfyError,
     foreign_text,
 )
 from runcomfy.domain.job import JobRequest, JobResult
 from runcomfy.domain.progress import Progress
-from runcomfy.domain.queued import Ending, Outcome, QueuedJob, QueueStatus, Reason
+from runcomfy.domain.queued import Ending, Outcome, QueuedJob, QueueStatus, Reason, RowId
 from runcomfy.domain.settings import QueueSettings
 from runcomfy.ports.jobs import JobStore
 
@@ -64,6 +67,21 @@ class Why(Enum):
     """The job is somebody else's by now: the prompt is theirs, too."""
     DRAIN = auto()
     """This process ends: the job goes back to the queue, its prompt runs on where the server stays."""
+    TAKEN_BACK = auto()
+    """It waited its turn at a machine and is better begun elsewhere, or later: it goes back to the queue at no cost."""
+
+
+_WORDS: Final = {
+    Why.CANCELLED: str(Outcome.CANCELLED),
+    Why.LOST: str(Outcome.DISCARDED),
+    Why.DRAIN: str(Outcome.PUT_BACK),
+    Why.TAKEN_BACK: str(Outcome.PUT_BACK),
+}
+"""How a run that was cut leaves its place."""
+EXCUSES: Final = 3
+"""How often in a row a machine of the pool may fail a job that had sent nothing there yet, at no cost to the job."""
+EXCUSED_DELAY: Final = timedelta(seconds=2)
+"""How long such a job waits: the machine is found to be ill meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +105,8 @@ class Bench:
     leaving: Callable[[], bool]
     """Whether this process is to end at once."""
     tell: Callable[[str], None]
+    excused: Counter[RowId] = field(default_factory=Counter)
+    """How often in a row a job was put back because machines failed before it had sent anything."""
 
 
 class JobRun:
@@ -103,6 +123,10 @@ class JobRun:
         """Whether its end could not be written down, so that the claim stays open."""
         self.progress: tuple[float, str] | None = None
         """Percent and words that were not reported yet."""
+        self._asked_back = False
+        """Whether the server was told to take the waiting prompt out of its queue."""
+        self._withdrawn = False
+        """Whether it has: the prompt is proven to be nowhere, and never ran."""
         self._place: Place | None = None
         self.journal = StoreJournal(
             bench.store,
@@ -123,9 +147,33 @@ class JobRun:
 
     def cut(self, why: Why) -> None:
         """End the run in good order; the first reason counts, but for a lost claim, which outranks all."""
-        if self.why is None or why is not Why.DRAIN:
+        if self.why is None or why not in (Why.DRAIN, Why.TAKEN_BACK):
             self.why = why
         self.cancel.set()
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether taking it back may be tried: it ends for no other reason, and nothing of it is on its way."""
+        on_its_way = self.journal.touched and self.journal.sent is None
+        return self.why is None and not self.ending and not self._asked_back and not on_its_way
+
+    async def take_back(self) -> bool:
+        """Give the job back to the queue if its prompt has not begun to compute; False if it goes on as it is."""
+        if not self.can_go_back:
+            return False
+        prompt_id, place = self.journal.sent, self._place
+        if prompt_id is not None and place is not None:
+            self._asked_back = True
+            try:
+                self._withdrawn = await place.server.withdraw(prompt_id)
+            except RunComfyError as error:  # whether it is still there is found out by whoever watches it
+                log.warning("prompt_not_withdrawn", extra={"fields": {"job": self.row.uid, "error": error.code}})
+                return False
+            if not self._withdrawn:
+                self._asked_back = False
+                return False
+        self.cut(Why.TAKEN_BACK)
+        return True
 
     async def run(self) -> None:
         """Do the job and write down what came of it."""
@@ -161,6 +209,8 @@ class JobRun:
         return replace(
             request,
             job_id=row.uid,
+            user=row.user or request.user,
+            project=row.project or request.project,
             timeout=request.timeout or settings.job_timeout,
             out_dir=request.out_dir or settings.jobs_finished,
             earlier_outputs=earlier,
@@ -168,9 +218,15 @@ class JobRun:
 
     @asynccontextmanager
     async def _at(self, **options: Any) -> AsyncIterator[Place]:
-        async with self._bench.at(**options) as place:
+        row = self.row
+        facts = JobFacts(row.workflow_id, row.token, row.user, row.project)
+        async with self._bench.at(**options, facts=facts) as place:
             self._place = place
-            yield place
+            try:
+                yield place
+            except BaseException:
+                place.outcome = _WORDS.get(self.why, "") if self.why is not None else ""
+                raise
 
     def _note(self, progress: Progress) -> None:
         self.progress = progress.percent, foreign_text(progress.message or progress.step)
@@ -180,11 +236,16 @@ class JobRun:
     @property
     def _server_stays(self) -> bool:
         """Whether the server goes on existing without this run; one that was not reached is not ours to end."""
-        if self._place is None or self._place.kind != OWN_MACHINE:
+        place = self._place
+        if place is not None and place.kind == POOL_MACHINE:
+            return place.seat.server_stays and (place.outlives or self.why is not Why.DRAIN)
+        if place is None or place.kind != OWN_MACHINE:
             return True
-        return self.why is not Why.DRAIN and self._place.key in self._bench.places()
+        return self.why is not Why.DRAIN and place.key in self._bench.places()
 
     def _leaves(self, error: BaseException) -> bool:
+        if self._withdrawn or (self._place is not None and self._place.seat.server_gone):
+            return True  # there is nothing that could be taken back
         if isinstance(error, RunComfyError) and retry.kind_of(error) is not retry.Kind.OURS:
             return self._bench.policy.keeps_prompt(error, server_stays=self._server_stays)
         if self.why is Why.DRAIN:
@@ -192,6 +253,10 @@ class JobRun:
         return isinstance(error, LeaseLost) or self.why is Why.LOST
 
     def _keeps(self, error: RunComfyError) -> bool:
+        if self._withdrawn:
+            return False
+        if self.why is Why.TAKEN_BACK and self.journal.touched:
+            return True  # it was sent in the very moment: the next attempt sees what became of it
         untouched = self.journal.earlier is not None and not self.journal.touched
         return untouched or (self.journal.touched and self._leaves(error))
 
@@ -230,6 +295,12 @@ class JobRun:
     async def _ending(self, error: RunComfyError) -> Ending:
         bench, row = self._bench, self.row
         facts = error.as_dict()
+        if self._asked_back and isinstance(error, PromptRemoved):
+            self._withdrawn = True  # that was us: the watch has found out first
+        if self._withdrawn:
+            return Ending(Outcome.PUT_BACK)
+        if (excused := self._excused(error)) is not None:
+            return excused
         if retry.kind_of(error) is retry.Kind.OURS:
             return Ending(Outcome.PUT_BACK, keeps_prompt=self._keeps(error))
         decision = bench.policy.decide(
@@ -243,7 +314,8 @@ class JobRun:
             draw=bench.draw,
         )
         # A prompt of an earlier attempt that this one did not get to is not forgotten by a failure of its own.
-        left = self.journal.earlier is not None and not self.journal.touched
+        gone = self._place is not None and self._place.seat.server_gone
+        left = self.journal.earlier is not None and not self.journal.touched and not gone
         ends = isinstance(decision, retry.Retry | retry.Fail | retry.Quarantine) and decision.end_prompt
         ends = ends and self._server_stays  # a machine that is gone takes its prompts along
         match decision:
@@ -279,6 +351,21 @@ class JobRun:
                     killed_machine=decision.killed_machine or self.journal.killed,
                     end_prompt=ends or left,
                 )
+
+    def _excused(self, error: RunComfyError) -> Ending | None:
+        """Return how a run ends that a machine of the pool has failed without its doing; None: by the usual rules."""
+        place, journal, excused = self._place, self.journal, self._bench.excused
+        fault = retry.kind_of(error) in (retry.Kind.KILLED, retry.Kind.UNREACHABLE)
+        if place is None or place.kind != POOL_MACHINE or not fault:
+            excused.pop(self.row.id, None)
+            return None
+        if journal.sent is not None and place.seat.waited:
+            return Ending(Outcome.PUT_BACK, error=error.as_dict())  # another one's prompt was computing
+        if journal.touched or journal.earlier is not None or excused[self.row.id] >= EXCUSES:
+            excused.pop(self.row.id, None)
+            return None
+        excused[self.row.id] += 1
+        return Ending(Outcome.PUT_BACK, error=error.as_dict(), delay=EXCUSED_DELAY)
 
     async def _insist_on_claim(self) -> None:
         """Raise LeaseLost if the claim is known to be over."""
@@ -325,7 +412,8 @@ class JobRun:
                 self._tell(f"{error.message}; tried again {after}")
             case Outcome.PUT_BACK:
                 kept = "; its prompt runs on" if ending.keeps_prompt and self.why is Why.DRAIN else ""
-                self._tell(f"put back into the queue{kept}")
+                cause = f"{error.message}; " if ending.error and self._place is not None else ""
+                self._tell(f"{cause}put back into the queue{kept}")
             case Outcome.QUARANTINED:
                 self._tell(f"taken out of the queue: machines die under it ({error.message})")
             case _:

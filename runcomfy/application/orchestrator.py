@@ -342,10 +342,20 @@ class RunComfyOrchestrator:
             self._placer.tell(f"{error.message}; {error.hint}")
 
     async def _within_timeout(self, run: _Run, prepared: Prepared, place: Place, folder: JobFolder) -> None:
-        """Do the job's work at its place. The timeout counts from here: a machine's start has a limit of its own."""
+        """Do the job's work at its place. The timeout counts from when nobody of ours is ahead there any more.
+
+        A machine's start has a limit of its own, and so has every job that comes before.
+        """
         limit = prepared.request.timeout or self._settings.comfy.execution_timeout
+        loop, works = asyncio.get_running_loop(), True
+
+        def begin() -> None:
+            if works:
+                deadline.reschedule(loop.time() + limit.total_seconds())
+
         try:
-            async with asyncio.timeout(limit.total_seconds()):
+            async with asyncio.timeout(None) as deadline:
+                place.seat.at_turn(begin)
                 bound, ended = await self._executed(run, prepared, place)
                 run.step("fetch")
                 run.show(Progress(Step.FETCHING, percent=100.0, message="fetching the results"))
@@ -359,6 +369,8 @@ class RunComfyOrchestrator:
                 hint="give it longer with --timeout, e.g. --timeout 30m",
                 details={"timeout_seconds": limit.total_seconds(), "prompt_id": run.prompt_id},
             ) from error
+        finally:
+            works = False
 
     async def _executed(self, run: _Run, prepared: Prepared, place: Place) -> tuple[BoundWorkflow, Ended]:
         """Have the workflow executed, or go on with the prompt that an earlier attempt had sent."""

@@ -11,7 +11,7 @@ import logging
 import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import partial
@@ -20,9 +20,12 @@ from typing import Final, Protocol
 from runcomfy.application.dev_server import DevServer
 from runcomfy.application.finish import finish
 from runcomfy.application.health import check_comfyui
+from runcomfy.application.job_queue import workflow_id_of
 from runcomfy.application.machines import Machines
 from runcomfy.application.own_machine import ComfyFactory, OwnMachine, Show, TimeStep, explained, share_of, total_of
 from runcomfy.application.reaper import Reaper
+from runcomfy.application.seat import Seat
+from runcomfy.application.work_book import JobFacts, WorkBook
 from runcomfy.domain.exceptions import LeaseLost, LocalError, RunComfyError
 from runcomfy.domain.job import BillLine, JobId, JobRequest
 from runcomfy.domain.lease import Use
@@ -37,7 +40,9 @@ log = logging.getLogger("runcomfy.placing")
 __all__ = [
     "DEV_SERVER",
     "OWN_MACHINE",
+    "POOL_MACHINE",
     "ComfyFactory",
+    "JobFacts",
     "Place",
     "PlaceFactory",
     "Placer",
@@ -49,6 +54,7 @@ __all__ = [
 
 OWN_MACHINE: Final = "own machine"
 DEV_SERVER: Final = "dev server"
+POOL_MACHINE: Final = "pool machine"
 DEV_SERVER_SHOWN: Final = "the dev server"
 
 TellBill = Callable[[tuple[BillLine, ...]], None]
@@ -61,7 +67,7 @@ class Place:
 
     server: ComfyUI
     kind: str
-    """`server`, `dev server` or `own machine`."""
+    """`server`, `dev server`, `own machine` or `pool machine`."""
     alone: bool
     """Whether nobody else uses the server, so that an interrupt without an id can hit nobody else."""
     key: str = ""
@@ -73,6 +79,12 @@ class Place:
     """From when this job pays for the machine."""
     share: Callable[[datetime], tuple[BillLine, ...]] | None = None
     """What this job has to pay until then, of a machine that several share."""
+    seat: Seat = field(default_factory=Seat)
+    """Is told when the server computes the job's prompt."""
+    outcome: str = ""
+    """How the job leaves, in the queue's words, where that is known better than from the error it leaves with."""
+    outlives: bool = True
+    """Whether the server goes on existing when this process ends."""
 
     @property
     def cost_usd(self) -> Decimal:
@@ -84,9 +96,19 @@ class PlaceFactory(Protocol):
     """Whatever gives a job its place: a `Placer` for one request, or an executor's `Station`."""
 
     def __call__(
-        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill, prefer: str | None = None
+        self,
+        *,
+        job_id: JobId,
+        show: Show,
+        step: TimeStep,
+        on_bill: TellBill,
+        prefer: str | None = None,
+        facts: JobFacts | None = None,
     ) -> AbstractAsyncContextManager[Place]:
-        """Be at the place for the block: the one of the key `prefer`, where an earlier prompt is, if that can be."""
+        """Be at the place for the block: the one of the key `prefer`, where an earlier prompt is, if that can be.
+
+        `facts` say whose job it is; without them somebody only looks in, and the books do not hear of it.
+        """
         ...
 
 
@@ -117,6 +139,7 @@ class Placer:
         self.cloud = cloud
         self.tell = tell
         self._given_server = given_server
+        self._book: WorkBook | None = None
 
     def at_request(self, request: JobRequest) -> PlaceFactory:
         """Return what finds or rents the place that a request asks for."""
@@ -124,8 +147,7 @@ class Placer:
             self.at,
             server_url=request.server_url,
             server_type=request.server_type,
-            user=request.user,
-            project=request.project,
+            facts=JobFacts(workflow_id_of(request), user=request.user, project=request.project),
         )
 
     @asynccontextmanager
@@ -139,13 +161,12 @@ class Placer:
         step: TimeStep,
         on_bill: TellBill = lambda _: None,
         prefer: str | None = None,
-        user: str = "",
-        project: str = "",
+        facts: JobFacts | None = None,
     ) -> AsyncIterator[Place]:
         """Be at the place for the block. A machine of one's own is gone, by the provider's word, when it is left.
 
-        A single run has no earlier prompt that `prefer` could name. `user` and `project`: whose budgets a machine of
-        its own counts against.
+        A single run has no earlier prompt that `prefer` could name. `facts` say whose budgets a machine of its own
+        counts against.
         """
         if server_url is not None:
             async with self._at_server(server_url, step) as place:
@@ -158,14 +179,21 @@ class Placer:
             warm = await self.warm(machines, dev, job_id)
         if warm is not None:
             show(Progress(Step.PLACING, message=f"using the dev server {warm[0].server_id} ({warm[0].server_type})"))
-            async with self.at_dev_server(machines, dev, warm, job_id) as place:
+            async with self.at_dev_server(machines, dev, warm, job_id, facts) as place:
                 yield place
         else:
             wanted = server_type or machines.settings.cloud.server_type
             own = OwnMachine(machines, self.comfyui)
-            own.intend(wanted, reason=f"job {job_id}", for_user=user, for_project=project)
-            async with self._at_own_machine(machines, own, job_id, show, step, on_bill) as place:
+            payer = facts or JobFacts()
+            own.intend(wanted, reason=f"job {job_id}", for_user=payer.user, for_project=payer.project)
+            async with self._at_own_machine(machines, own, job_id, show, step, on_bill, facts) as place:
                 yield place
+
+    def book(self, machines: Machines) -> WorkBook:
+        """Return what writes down who was on a machine."""
+        if self._book is None:
+            self._book = WorkBook(machines.store, machines.clock)
+        return self._book
 
     def key_of(self, url: str) -> str:
         """Return the key of a server that was named by its address."""
@@ -212,7 +240,12 @@ class Placer:
 
     @asynccontextmanager
     async def at_dev_server(
-        self, machines: Machines, dev: DevServer, warm: tuple[Machine, MachineReport, ComfyUI], job_id: JobId
+        self,
+        machines: Machines,
+        dev: DevServer,
+        warm: tuple[Machine, MachineReport, ComfyUI],
+        job_id: JobId,
+        facts: JobFacts | None = None,
     ) -> AsyncIterator[Place]:
         """Be at the dev server, which `warm` has marked as used by this job, for the block."""
         machine, report, server = warm
@@ -222,7 +255,8 @@ class Placer:
             left = max(0.0, (report.stopping_at - started).total_seconds())
             self.tell(f"the dev server stops in {left:.0f} s; `comfyctl dev extend` lets it run longer")
         try:
-            yield place
+            async with self.book(machines).present(place, job_id, facts):
+                yield place
         except RunComfyError as error:
             raise await explained(error, machines, machine) from error
         finally:
@@ -235,6 +269,7 @@ class Placer:
     ) -> None:
         machine = place.machine
         await place.server.close()
+        await place.seat.settled()
         if machine is None:
             return
         await self._end_use(machines, machine, job_id)
@@ -266,7 +301,14 @@ class Placer:
 
     @asynccontextmanager
     async def _at_own_machine(
-        self, machines: Machines, own: OwnMachine, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill
+        self,
+        machines: Machines,
+        own: OwnMachine,
+        job_id: JobId,
+        show: Show,
+        step: TimeStep,
+        on_bill: TellBill,
+        facts: JobFacts | None,
     ) -> AsyncIterator[Place]:
         step("place")
         await Reaper(machines).reap(wait=False)
@@ -276,7 +318,7 @@ class Placer:
             place = Place(server, OWN_MACHINE, alone=True, machine=own.machine)
             if own.machine is not None:
                 place.key, place.since = machine_key(own.machine.id), own.machine.ready_at
-            async with own.while_there():
+            async with own.while_there(), self.book(machines).present(place, job_id, facts):
                 yield place
         except RunComfyError as error:
             raise await explained(error, machines, own.machine) from error
@@ -299,6 +341,7 @@ class Placer:
                 bill = await _bill(machines, own.machine)
                 if place is not None:
                     place.machine, place.bill = own.machine, bill
+                    await place.seat.settled()
                 on_bill(bill)
             finally:
                 await own.close()

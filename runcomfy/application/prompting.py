@@ -135,7 +135,12 @@ class Prompting:
         try:
             async with self.place.server.listen(prompt_id) as events:
                 return await self.watcher.watch(
-                    prompt_id, labels, events=events, on_progress=self.on_progress, found=found
+                    prompt_id,
+                    labels,
+                    events=events,
+                    on_progress=self.on_progress,
+                    found=found,
+                    seat=self.place.seat,
                 )
         except BaseException as error:
             await self._leave(error, prompt_id)
@@ -161,7 +166,9 @@ class Prompting:
                 faultpoint("prompt.sent")
                 await self.journal.accepted(prompt_id)
                 submitted()
-                return await self.watcher.watch(prompt_id, labels, events=events, on_progress=self.on_progress)
+                return await self.watcher.watch(
+                    prompt_id, labels, events=events, on_progress=self.on_progress, seat=self.place.seat
+                )
         except BaseException as error:
             await self._leave(error, prompt_id)
             raise

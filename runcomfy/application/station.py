@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
 from runcomfy.application.dev_server import DEV_PURPOSES
+from runcomfy.application.dispatch import Choice
 from runcomfy.application.finish import finish
 from runcomfy.application.health import wait_until_usable
 from runcomfy.application.machines import Machines
 from runcomfy.application.own_machine import OwnMachine, explained, share_of
-from runcomfy.application.placing import OWN_MACHINE, Place, Placer, Show, TellBill, TimeStep
+from runcomfy.application.placing import OWN_MACHINE, JobFacts, Place, Placer, Show, TellBill, TimeStep
 from runcomfy.application.reaper import Reaper
 from runcomfy.domain.exceptions import (
     GpuOutOfMemory,
@@ -40,6 +41,7 @@ from runcomfy.domain.job import BillLine, JobId
 from runcomfy.domain.machine import Machine, MachineState, Purpose
 from runcomfy.domain.place_key import machine_key
 from runcomfy.domain.progress import Progress, Step
+from runcomfy.domain.queued import QueuedJob
 from runcomfy.ports.comfyui import ComfyUI
 
 log = logging.getLogger("runcomfy.station")
@@ -61,12 +63,27 @@ class Station(Protocol):
         ...
 
     def at(
-        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill, prefer: str | None = None
+        self,
+        *,
+        job_id: JobId,
+        show: Show,
+        step: TimeStep,
+        on_bill: TellBill,
+        prefer: str | None = None,
+        facts: JobFacts | None = None,
     ) -> AbstractAsyncContextManager[Place]:
         """Be at a place for the block: at the one of the key `prefer`, if it is one of `places`.
 
         Raises what keeps it from being gone to: ConfigurationError, ProviderError, BootTimeout, BudgetExceeded.
         """
+        ...
+
+    def room(self) -> int | None:
+        """Return how many more jobs could be begun; None: as many as the executor's slots allow."""
+        ...
+
+    def choose(self, waiting: Sequence[QueuedJob]) -> Sequence[Choice]:
+        """Return which of these to begin, and where. Only a station with seats of its own has a choice to make."""
         ...
 
     async def ready(self) -> None:
@@ -98,12 +115,33 @@ class GivenStation:
         return (self.key,)
 
     def at(
-        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill, prefer: str | None = None
+        self,
+        *,
+        job_id: JobId,
+        show: Show,
+        step: TimeStep,
+        on_bill: TellBill,
+        prefer: str | None = None,
+        facts: JobFacts | None = None,
     ) -> AbstractAsyncContextManager[Place]:
         """Be at the server for the block."""
         return self._placer.at(
-            server_url=self._url, server_type=None, job_id=job_id, show=show, step=step, on_bill=on_bill, prefer=prefer
+            server_url=self._url,
+            server_type=None,
+            job_id=job_id,
+            show=show,
+            step=step,
+            on_bill=on_bill,
+            prefer=prefer,
+            facts=facts,
         )
+
+    def room(self) -> None:
+        """The executor's slots count."""
+
+    def choose(self, waiting: Sequence[QueuedJob]) -> Sequence[Choice]:
+        """There is one place: whatever is claimed goes there."""
+        return ()
 
     async def ready(self) -> None:
         """See the protocol."""
@@ -225,6 +263,13 @@ class CloudStation:
         self._others = {machine_key(row.id): row for row in rows if usable(row)}
         self._surveyed_at = asyncio.get_running_loop().time()
 
+    def room(self) -> None:
+        """The executor's slots count: its machine is rented when the first job comes."""
+
+    def choose(self, waiting: Sequence[QueuedJob]) -> Sequence[Choice]:
+        """Whatever is claimed finds its machine by itself."""
+        return ()
+
     async def ready(self) -> None:
         """See the protocol."""
         machines, _ = await self._placer.cloud()
@@ -236,7 +281,14 @@ class CloudStation:
 
     @asynccontextmanager
     async def at(
-        self, *, job_id: JobId, show: Show, step: TimeStep, on_bill: TellBill, prefer: str | None = None
+        self,
+        *,
+        job_id: JobId,
+        show: Show,
+        step: TimeStep,
+        on_bill: TellBill,
+        prefer: str | None = None,
+        facts: JobFacts | None = None,
     ) -> AsyncIterator[Place]:
         """See the protocol."""
         step("place")
@@ -246,13 +298,17 @@ class CloudStation:
             warm = await self._placer.warm(machines, dev, job_id)
             if warm is not None:
                 show(Progress(Step.PLACING, message=f"using the dev server {warm[0].server_id}"))
-                async with self._placer.at_dev_server(machines, dev, warm, job_id) as place:
+                async with self._placer.at_dev_server(machines, dev, warm, job_id, facts) as place:
                     yield place
                 return
             await self._not_silent(machines, prefer)
         kept, use = taken or await self._any(machines, show, step)
         async with self._at_kept(machines, kept, use, on_bill) as place:
-            yield place
+            try:
+                async with self._placer.book(machines).present(place, job_id, facts):
+                    yield place
+            finally:
+                await finish(place.seat.settled())
 
     async def _wanted(self, machines: Machines, key: str) -> tuple[_Kept, _Use] | None:
         """Return the machine of that key, if it is kept here or nobody's; it answers."""

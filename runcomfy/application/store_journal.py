@@ -71,6 +71,8 @@ class StoreJournal:
         self._name(self._earlier.prompt_id if self._earlier else _new_id())
         self.touched = False
         """Whether this run has a prompt on a server, or may have: sent, or found again."""
+        self.sent: PromptId | None = None
+        """The prompt that the server is known to have, by the name that it goes by there."""
         self.killed = False
         """Whether the server died under the earlier prompt."""
         self.done: QueuedJob | None = None
@@ -118,12 +120,14 @@ class StoreJournal:
 
     async def accepted(self, prompt_id: PromptId) -> None:
         """Write that the server has it. Not worth ending the run for: who looks for it finds it by its id."""
+        self.sent = prompt_id
         await self._try(lambda: self._store.accepted(self._id, self._token, prompt_id=prompt_id))
         faultpoint("queue.accepted")
 
     async def attached(self) -> None:
         """Write that this worker goes on with the prompt."""
         self.touched = True
+        self.sent = self._prompt_id
         self._reached()
         await self._try(lambda: self._store.attached(self._id, self._token))
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
+from runcomfy.application.seat import Seat
 from runcomfy.domain.exceptions import (
     AnswerUnreadable,
     GpuOutOfMemory,
@@ -59,6 +60,9 @@ DEAF_PACE: Final = 0.25
 poll period: a prompt that runs for 50 ms is not noticed 5 s later."""
 DEAF_FIRST_SECONDS: Final = 0.05
 
+_OVER: Final = frozenset({Ending.SUCCESS, Ending.ERROR, Ending.INTERRUPTED, Ending.REMOVED, Ending.RESTARTED})
+"""Endings after which the server computes the prompt no more; after any other one it still may."""
+
 _GPU_TROUBLE: Final = re.compile(
     r"out of memory on device|(cuda|hip|mps backend|xpu)[\w ]* out of memory|allocation on device|"
     r"cuda (driver )?error|hip error|cublas_status|cudnn(_status| error)|device-side assert|"
@@ -98,17 +102,19 @@ class Watcher:
         events: AsyncIterator[ServerEvent],
         on_progress: Callable[[Progress], None] | None = None,
         found: Polled | None = None,
+        seat: Seat | None = None,
     ) -> Ended:
         """Return what the server remembers of the prompt once it has succeeded.
 
         `events` is what `ComfyUI.listen` gave, opened before the prompt was submitted. `on_progress` is called in the
         event loop for each change; what it raises ends the watch. `found`: the prompt was submitted by somebody else
         and this was read about it just now; the server tells its progress to their socket, so that asking leads.
+        `seat` is told when the prompt begins to compute, and when it has ended, before its history is read.
 
         Raises NodeFailed, GpuOutOfMemory, PromptInterrupted, PromptRemoved, ServerRestarted, WorkerDead, NodeStuck,
         ServerUnreachable, NotComfyUI.
         """
-        watch = _Watch(self._server, self._settings, self._clock, prompt_id, labels, on_progress, found)
+        watch = _Watch(self._server, self._settings, self._clock, prompt_id, labels, on_progress, found, seat or Seat())
         listening = asyncio.create_task(watch.hear(events), name=f"hear {prompt_id}")
         try:
             while watch.state.ending is None:
@@ -134,9 +140,11 @@ class _Watch:
         prompt_id: PromptId,
         labels: Mapping[str, NodeLabel],
         on_progress: Callable[[Progress], None] | None,
-        found: Polled | None = None,
+        found: Polled | None,
+        seat: Seat,
     ) -> None:
         self._server = server
+        self._seat = seat
         self._clock = clock
         self._prompt_id = prompt_id
         self._on_progress = on_progress
@@ -194,12 +202,23 @@ class _Watch:
     def _fold(self, event: WatchEvent) -> None:
         before = self.state
         self.state = fold(before, event, self._loop.time())
+        if self.state is not before:
+            self._tell_seat(before)
         if self._on_progress is not None and self.state is not before:
             progress = progress_of(self.state)
             if progress != self._told:
                 self._told = progress
                 elapsed = timedelta(seconds=self._loop.time() - self._began)
                 self._on_progress(replace(progress, elapsed=elapsed))
+
+    def _tell_seat(self, before: WatchState) -> None:
+        after = self.state
+        if after.run.running and not before.run.running:
+            self._seat.computing()
+        if after.ending in _OVER or (after.evidence.marked and not before.evidence.marked):
+            messages = dict(after.history.messages) if after.history is not None else {}
+            began, ended = _stamp(messages.get("execution_start")), _last_stamp(after)
+            self._seat.computed((ended - began).total_seconds() if began is not None and ended is not None else None)
 
     # --- asking -------------------------------------------------------------------------------------------
 
@@ -387,6 +406,12 @@ def _node_error(state: WatchState, details: dict[str, Any]) -> NodeFailed:
         hint="check that node's inputs and model files; the server's log has the traceback",
         details=details,
     )
+
+
+def _last_stamp(state: WatchState) -> datetime | None:
+    """Return when the server says that the prompt ended, well or not."""
+    messages = state.history.messages if state.history is not None else ()
+    return _stamp(messages[-1][1]) if messages else None
 
 
 def _stamp(message: Mapping[str, Any] | None) -> datetime | None:

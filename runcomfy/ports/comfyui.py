@@ -117,6 +117,14 @@ class ComfyUI(Protocol):
         """
         ...
 
+    async def withdraw(self, prompt_id: PromptId) -> bool:
+        """Take a prompt that waits its turn out of the queue; one that has begun is left alone.
+
+        True once it is proven to be neither in the queue nor in the history: it has not run, and never will. False if
+        it runs or has ended. Repeating it is harmless.
+        """
+        ...
+
     async def fetch(self, file: FileRef, destination: str) -> Fetched:
         """Download a file whole to `destination` (a new file), resuming after cuts; its length is checked.
 

@@ -318,6 +318,16 @@ class ComfyUIWorkflowClient:
             return told or copies > 0
         return await self._cancel_by_old_routes(prompt_id, by_id=info.interrupts_by_id, alone=alone)
 
+    async def withdraw(self, prompt_id: PromptId) -> bool:
+        """See the port. The route deletes what waits, and nothing else, in every version."""
+        while True:
+            await self._exchange.ask("POST", "/queue", json={"delete": [prompt_id]})
+            view = await self.queue()
+            if prompt_id in view.running:
+                return False
+            if prompt_id not in view.pending:  # a second copy would still be there
+                return await self.history(prompt_id) is None
+
     async def _cancel_by_old_routes(self, prompt_id: PromptId, *, by_id: bool, alone: bool) -> bool:
         view = await self.queue()
         if prompt_id in view.pending:

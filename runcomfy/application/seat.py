@@ -1,0 +1,47 @@
+"""
+A job's seat at its place, as the job sees it: whoever runs a prompt says here when the server computes it.
+
+At most places nothing follows from that; a machine of the pool frees the seat for the next job (`pool_station`), and a
+rented machine's time is written down (`work_book`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Seat:
+    """A seat where nobody waits for anybody."""
+
+    def computing(self) -> None:
+        """Say that the server computes the prompt now. Harmless when repeated."""
+
+    def computed(self, seconds: float | None = None) -> None:
+        """Say that it does not any more, well or not; it took `seconds`, if known. Harmless when repeated."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether the prompt waits its turn behind one of ours, or will."""
+        return False
+
+    @property
+    def waited(self) -> bool:
+        """Whether the seat was lost before its turn came: what ended there was not this job's doing."""
+        return False
+
+    @property
+    def server_gone(self) -> bool:
+        """Whether the server is known to exist no more."""
+        return False
+
+    @property
+    def server_stays(self) -> bool:
+        """Whether the server will be there for another attempt, as far as its keeper knows."""
+        return True
+
+    async def settled(self) -> None:
+        """Return when what is known of it is written down, or could not be."""
+
+    def at_turn(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when nobody of ours is ahead any more; at once if nobody is."""
+        listener()
