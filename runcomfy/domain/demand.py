@@ -22,8 +22,8 @@ FAST_S: Final = 90.0
 """Averaging time of the rate that follows bursts within a session."""
 SLOW_S: Final = 600.0
 """Averaging time of the rate that outlives the pauses of a session."""
-SILENCES_KEPT: Final = 900
-"""Three half-lives of what `keep_alive` weighs: older silences would count less than an eighth."""
+SILENCES_KEPT: Final = 600
+"""Two half-lives of what `keep_alive` weighs: older silences would count less than a quarter."""
 _SERVICE_HALF_LIFE: Final = 100
 _COLD_HALF_LIFE: Final = 50
 _SIGNAL_HALF_LIFE: Final = 50

@@ -24,7 +24,7 @@ class Waiting:
     def __init__(self, free_in_s: Iterable[float], count: int, service_s: float) -> None:
         self._free = sorted(free_in_s)
         self._count, self._service_s = count, max(service_s, 1e-3)
-        self._sums = [0.0, *accumulate(self._free)] if count > _FEW else []
+        self._sums = [0.0, *accumulate(self._free)]
         self._squares = [0.0, *accumulate(free * free for free in self._free)] if count > _FEW else []
 
     def total(self, extra: int = 0, after_s: float = 0.0) -> float:
@@ -47,6 +47,16 @@ class Waiting:
 
     def _poured(self, extra: int, after_s: float) -> float:
         """Every machine is filled up to the same level; its jobs begin one service time apart below that."""
+        high = self.level(extra, after_s)
+        below = bisect_left(self._free, high)
+        # The mean begin of a machine filled from f to L is (f + L - service) / 2, times (L - f) / service of them.
+        area = high * high * below - self._squares[below] - self._service_s * (high * below - self._sums[below])
+        if high > after_s:
+            area += extra * (high - after_s) * (high + after_s - self._service_s)
+        return max(0.0, area / (2 * self._service_s))
+
+    def level(self, extra: int = 0, after_s: float = 0.0) -> float:
+        """Return in how many seconds the last of the jobs is done, if their work could be cut into any pieces."""
         work = self._count * self._service_s
 
         def held(level: float) -> float:
@@ -60,12 +70,7 @@ class Waiting:
                 low = middle
             else:
                 high = middle
-        below = bisect_left(self._free, high)
-        # The mean begin of a machine filled from f to L is (f + L - service) / 2, times (L - f) / service of them.
-        area = high * high * below - self._squares[below] - self._service_s * (high * below - self._sums[below])
-        if high > after_s:
-            area += extra * (high - after_s) * (high + after_s - self._service_s)
-        return max(0.0, area / (2 * self._service_s))
+        return high
 
     def best_extra(self, most: int, after_s: float, start_cost_s: float) -> int:
         """Return how many further machines are worth it, if each costs as much as `start_cost_s` job-seconds of wait.

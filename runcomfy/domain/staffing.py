@@ -20,11 +20,8 @@ QUANTILES: Final = 7
 """Rates that stand for the whole law; more change no decision in replays."""
 OVERLOAD_S: Final = 420.0
 """How long a queue is thought to grow before help is there: a start (three to four minutes) and as long again."""
-_BALANCE: Final = 0.98
-"""Above this load the formula for balance explodes, though no queue has the time to become that long."""
-_SEARCH: Final = 64
-"""How far from the present number of machines a better one is looked for in one plan. The cost is convex, and the
-next plan looks further."""
+_CRITICAL: Final = 0.4
+"""Mean of the largest excursion of a random walk over its end's spread, halved for the way there."""
 _LARGE_SHAPE: Final = 60.0
 """From here on the cube-root law of Wilson and Hilferty is within 1e-4 of the Gamma law."""
 _PRECISION: Final = 1e-12
@@ -136,18 +133,27 @@ class Staffing:
         load = rate * self.service_s
         if machines <= 0:
             return rate * OVERLOAD_S / 2
-        balanced = min(load, _BALANCE * machines)
-        waiting = erlang_c(machines, balanced) * balanced / (machines - balanced) * (1 + self.service_cv2) / 2
-        return waiting + (load - balanced) / self.service_s * OVERLOAD_S / 2
+        # Out of balance, or nearly: chance alone makes no queue longer than the spread of what comes in that time.
+        waiting = _CRITICAL * math.sqrt(rate * OVERLOAD_S * (1 + self.service_cv2))
+        if load < machines:
+            balanced = erlang_c(machines, load) * load / (machines - load) * (1 + self.service_cv2) / 2
+            return min(balanced, waiting)
+        return waiting + (load - machines) / self.service_s * OVERLOAD_S / 2
 
     def cost(self, machines: int) -> float:
         """Return what an hour with so many machines costs, waiting included, in USD."""
         return self.usd_per_hour * machines + self.wait_usd_per_hour * self.queue(machines)
 
     def best(self, near: int, cap: int) -> int:
-        """Return the cheapest number of machines from 0 to `cap`, at most 64 from `near`."""
-        low, high = max(0, min(near, cap) - _SEARCH), min(cap, near + _SEARCH)
-        while low < high:  # convex: the cheapest is where the next one costs more
+        """Return the cheapest number of machines from `near` to `cap`; `near` if a smaller one would be cheaper.
+
+        The cost is convex, so steps double until the next machine no longer pays.
+        """
+        step, low = 1, near
+        while low + step <= cap and self.cost(low + step) < self.cost(low + step - 1):
+            low, step = low + step, step * 2
+        high = min(cap, low + step - 1) if step > 1 else low
+        while low < high:
             middle = (low + high) // 2
             if self.cost(middle + 1) < self.cost(middle):
                 low = middle + 1

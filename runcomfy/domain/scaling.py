@@ -1,0 +1,492 @@
+"""
+When to rent machines and when to let them go: `plan(view)`, pure.
+
+What is minimised is dollars + price of waiting x hours waited. A start is almost free (a boot is not billed, loading
+models takes half a minute), so latency is bought with early starts and with idle time, not with the number of machines.
+The rules, in the order in which they win:
+
+ 1. Limits stand outside: never more than `max_machines` (those that boot or drain counted), never without budget, never
+    while `why_not` says so. `min_machines` are kept. Nothing busy is ever stopped, nothing before its paid step ends.
+ 2. Waiting jobs: scheduled over the machines there and on their way; further ones are launched as long as each spares
+    more waiting than its start costs. The first is always worth it.
+ 3. Arrivals to come: `staffing` says how many machines the rate deserves; launched if that pays the start within 100 s,
+    stopped if at 0.85 of the rate one fewer is cheaper and it was idle longer than its start was billed.
+ 4. The last idle machine is kept as long as one's own silences say (`keep_alive`).
+ 5. Signals: one warm machine while somebody is there, given up when the silence is long; shortly after they left, none.
+ 6. A known batch gets the machines that balance their starts against its waiting; after it, none is kept.
+
+Among types the cheapest for the job's run time wins, one's own hardware first. A dearer type that starts faster (a
+bridge) is rented if the wait it spares is worth more than its premium, and let go when a cheaper machine is there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final
+
+from runcomfy.domain.keep_alive import keep_alive, worth_of_start
+from runcomfy.domain.list_schedule import Waiting
+from runcomfy.domain.plan_view import Action, Launch, MachineView, OfferView, Plan, PlanView, Stage, Stop
+from runcomfy.domain.staffing import Staffing, normal_quantile
+
+_HOUR: Final = 3600.0
+_FAST_SHARE: Final = 0.6
+"""Weight of the 90 s rate beside the 600 s one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """What replays have tuned; times in seconds."""
+
+    pays_within_s: float = 100.0
+    """A launch for arrivals to come must earn its start back so soon."""
+    stop_rate: float = 0.85
+    """A machine too many is one too many even at this share of the rate. Below 1, so that nothing oscillates."""
+    linger_s: float = 30.0
+    """A machine is kept so long after the last person left."""
+    hold_s: float = 300.0
+    """A machine launched for an intent is kept so long."""
+    long_step_s: float = 60.0
+    """From here on billing steps decide when to stop and whether to launch."""
+    step_margin_s: float = 10.0
+    """A stop is asked for so long before a paid step ends: asked at its very end, another one would be billed."""
+    present_keep: float = 1.0
+    """While somebody is there, the machine is kept so many times as long as after a silence without signals."""
+    extra_keep: float = 0.0
+    """How much of the wait that a machine beside others spares is spent on keeping it."""
+    cancel_s: float = 20.0
+    """A machine that is not needed any more is taken back so long before it would be ready, since until then it is
+    free; not earlier, because the need may return."""
+
+
+class CostPlan:
+    """The product's policy. Pure: the same view gives the same plan."""
+
+    def __init__(self, knobs: Knobs | None = None) -> None:
+        self._knobs = knobs or Knobs()
+
+    @property
+    def name(self) -> str:
+        """Return what tables call it."""
+        return "plan"
+
+    def plan(self, view: PlanView) -> Plan:
+        """Return what to launch and stop now, and when to look again."""
+        return _Planning(view, self._knobs).plan()
+
+
+@lru_cache(maxsize=64)
+def _z(share: float) -> float:
+    return normal_quantile(share)
+
+
+class _Planning:
+    """One plan in the making."""
+
+    def __init__(self, view: PlanView, knobs: Knobs) -> None:
+        self._view, self._knobs, self._now = view, knobs, view.now
+        self._lam = view.wait_usd_per_hour
+        self._offers = {offer.name: offer for offer in view.offers}
+        self._waiting = sum(group.count for group in view.backlog)
+        self._there = [machine for machine in view.machines if machine.stage is not Stage.DRAINING]
+        self._rented = sum(1 for machine in view.machines if not self._is_own(machine))
+        self._rate = _FAST_SHARE * view.demand.rate_fast + (1 - _FAST_SHARE) * view.demand.rate_slow
+        self._looks: list[float] = []
+        self._main = self._choose(self._fitting(()))
+
+    def plan(self) -> Plan:
+        actions: list[Action] = []
+        if self._main is not None and not self._view.limits.why_not:
+            actions = list(self._launches())
+        if actions:
+            # What could be stopped is asked again with the new ones in sight.
+            self._look(self._now + 1)
+        else:
+            actions = list(self._stops())
+        return Plan(tuple(actions), min(self._looks, default=None))
+
+    # -- facts -----------------------------------------------------------------------------------------------
+
+    def _look(self, at: float) -> None:
+        if at > self._now:
+            self._looks.append(at)
+
+    def _is_own(self, machine: MachineView) -> bool:
+        offer = self._offers.get(machine.offer)
+        return offer is not None and offer.own
+
+    def _offer_of(self, machine: MachineView) -> OfferView:
+        return self._offers.get(machine.offer) or self._view.offers[0]
+
+    def _run_s(self, offer: OfferView) -> float:
+        return self._view.demand.service_s * offer.speed
+
+    def _fitting(self, names: tuple[str, ...]) -> list[OfferView]:
+        return [offer for offer in self._view.offers if not names or offer.name in names]
+
+    def _choose(self, offers: list[OfferView]) -> OfferView | None:
+        """Return the type on which a job costs least, waiting included, of those that can be had."""
+        to_have = [offer for offer in offers if offer.room > 0]
+
+        def cost(offer: OfferView) -> tuple[bool, float, float]:
+            usd = (offer.usd_per_hour + self._lam) * (self._run_s(offer) + offer.load_s)
+            return not offer.own, usd, offer.boot_s
+
+        return min(to_have, key=cost, default=None)
+
+    def _free_in(self, machine: MachineView) -> float:
+        if machine.stage is Stage.BOOTING:
+            return max(machine.free_at, machine.ready_at + self._offer_of(machine).load_s) - self._now
+        return max(0.0, machine.free_at - self._now)
+
+    def _start_cost(self, offer: OfferView) -> float:
+        """Return what starting one machine costs in USD, whatever it does then."""
+        billed = offer.load_s + (offer.boot_s if offer.boot_billed else 0.0)
+        if offer.step_s > self._knobs.long_step_s:
+            billed = max(billed, offer.step_s / 2)
+        return offer.usd_per_hour * max(billed, offer.minimum_s / 2) / _HOUR
+
+    def _waits_per_cold(self, offer: OfferView) -> float:
+        start = offer.boot_s + offer.load_s
+        measured = self._view.demand.waits_per_cold
+        return start if measured is None else min(max(start, measured), 4 * start)
+
+    def _worth(self, offer: OfferView) -> float:
+        """Return R of a machine of this type: what a cold start costs that keeping it spares, in seconds of it."""
+        price = max(offer.usd_per_hour, 1e-9)
+        usable = [o for o in self._view.offers if o.room > 0 or o.name == offer.name] or [offer]
+        return min(
+            worth_of_start(
+                load_s=other.load_s,
+                billed_boot_s=other.boot_s if other.boot_billed else 0.0,
+                usd_per_hour=other.usd_per_hour,
+                wait_usd_per_hour=self._lam,
+                waits_s=self._waits_per_cold(other),
+            )
+            * other.usd_per_hour
+            / price
+            for other in usable
+        )
+
+    def _staffing(self, share: float = 1.0) -> Staffing:
+        demand, main = self._view.demand, self._main or self._view.offers[0]
+        return Staffing(
+            rate=share * self._rate,
+            seen=demand.seen,
+            service_s=demand.service_s * main.speed,
+            service_cv2=demand.service_cv2,
+            usd_per_hour=main.usd_per_hour,
+            wait_usd_per_hour=self._lam,
+        )
+
+    # -- launching -------------------------------------------------------------------------------------------
+
+    def _room(self, offer: OfferView, taken: int, spent_s: float) -> int:
+        """Return how many of a type may still be launched, after `taken` and `spent_s` of the budget in this plan."""
+        room = offer.room
+        if not offer.own:
+            room = min(room, self._view.limits.max_machines - self._rented - taken)
+            if self._view.limits.budget_s is not None:
+                room = min(room, int((self._view.limits.budget_s - spent_s) / max(self._least_s(offer), 1e-9)))
+        return max(0, room)
+
+    def _least_s(self, offer: OfferView) -> float:
+        """Return what a machine uses up at least to do one job, in seconds of the cheapest type."""
+        cheapest = min((o.usd_per_hour for o in self._view.offers if o.usd_per_hour > 0), default=1.0)
+        billed = self._run_s(offer) + offer.load_s + (offer.boot_s if offer.boot_billed else 0.0)
+        return max(billed, offer.minimum_s, offer.step_s) * offer.usd_per_hour / cheapest
+
+    def _launches(self) -> list[Launch]:
+        free = [(self._free_in(machine), machine.offer) for machine in self._there]
+        found: list[Launch] = []
+        taken, spent_s, have = 0, 0.0, len(self._there)
+        for launch in self._for_waiting(free):
+            offer = self._offers[launch.offer]
+            count = min(launch.count, self._room(offer, taken, spent_s))
+            if count:
+                found.append(replace(launch, count=count, expected_usd=launch.expected_usd * count / launch.count))
+                taken, spent_s = taken + (0 if offer.own else count), spent_s + count * self._least_s(offer)
+                have += count
+        wanted = self._ahead(have)
+        if wanted is not None and self._main is not None:
+            count = min(wanted.count, self._room(self._main, taken, spent_s))
+            if count > 0:
+                found.append(replace(wanted, count=count, expected_usd=wanted.expected_usd * count / wanted.count))
+        return found
+
+    def _for_waiting(self, free: list[tuple[float, str]]) -> list[Launch]:
+        """Return launches for what waits, kind by kind: kinds that run on the same types are one."""
+        kinds: dict[tuple[str, ...], tuple[int, float]] = {}
+        for group in self._view.backlog:
+            count, work = kinds.get(group.offers, (0, 0.0))
+            kinds[group.offers] = (count + group.count, work + group.count * group.service_s)
+        found = []
+        # The choosy ones first: what they leave, the others can use.
+        for names, (count, work) in sorted(kinds.items(), key=lambda kind: (not kind[0], len(kind[0]), kind[0])):
+            fits = [seconds for seconds, name in free if not names or name in names]
+            waiting = Waiting(fits, count, work / count)
+            launch = self._for_kind(waiting, names, count, work / count)
+            if launch is not None:
+                found.append(launch)
+            if len(kinds) > 1:
+                until = waiting.level()
+                free = [(max(seconds, until), n) if not names or n in names else (seconds, n) for seconds, n in free]
+                if launch is not None:
+                    offer = self._offers[launch.offer]
+                    busy = max(offer.boot_s + offer.load_s, waiting.level(launch.count, offer.boot_s + offer.load_s))
+                    free += [(busy, offer.name)] * launch.count
+        return found
+
+    def _for_kind(self, waiting: Waiting, names: tuple[str, ...], count: int, service_s: float) -> Launch | None:
+        main = self._choose(self._fitting(names))
+        if main is None:
+            return None
+        lam_s = self._lam / _HOUR
+        best: Launch | None = None
+        least = math.inf
+        before = waiting.total()
+        for offer in self._fitting(names):
+            room = self._room(offer, 0, 0.0)
+            after = offer.boot_s + offer.load_s
+            if room <= 0 or (offer is not main and after >= main.boot_s + main.load_s):
+                continue
+            premium = max(0.0, offer.usd_per_hour - main.usd_per_hour) * service_s * offer.speed / _HOUR
+            start = self._start_cost(offer) + premium
+            extra = waiting.best_extra(room, after, start / lam_s if lam_s > 0 else math.inf)
+            left = waiting.total(extra, after)
+            usd = extra * start + lam_s * left if left < math.inf else math.inf
+            if usd < least:
+                least, best = usd, None
+                if extra:
+                    spared = lam_s * (before - left)
+                    net = extra * start - spared if before < math.inf else extra * start
+                    best = Launch(offer.name, extra, self._why_waiting(count, before, left), net)
+        return best
+
+    def _why_waiting(self, count: int, before: float, left: float) -> str:
+        jobs = "1 job waits" if count == 1 else f"{count} jobs wait"
+        if before == math.inf:
+            return f"{jobs}, and no machine that fits is there or on its way"
+        return f"{jobs}: {before / count:.0f} s each with what is there, {left / count:.0f} s with this"
+
+    def _ahead(self, have: int) -> Launch | None:
+        """Return the launch for what is to come: the largest number that anything asks for."""
+        main, limits = self._main, self._view.limits
+        if main is None:
+            return None
+        start = self._start_cost(main)
+        asks: list[Launch] = [*self._for_batches(have), *self._for_people(have)]
+        if have < limits.min_machines:
+            why = f"min_machines is {limits.min_machines}"
+            asks.append(Launch(main.name, limits.min_machines - have, why, start * (limits.min_machines - have)))
+        if have and self._rate > 0:
+            asks += self._for_rate(have)
+        return max(asks, key=lambda launch: launch.count, default=None)
+
+    def _for_rate(self, have: int) -> list[Launch]:
+        main, staffing = self._main, self._staffing()
+        if main is None:
+            return []
+        best = staffing.best(have, have + main.room)
+        if best <= have:
+            return []
+        saved = staffing.cost(have) - staffing.cost(best)
+        start = (best - have) * self._start_cost(main)
+        if saved * self._knobs.pays_within_s / _HOUR <= start:
+            return []
+        why = (
+            f"{self._rate * 60:.1f} jobs a minute of {staffing.service_s:.0f} s deserve {best} machines: "
+            f"${staffing.cost(best):.2f} an hour instead of ${staffing.cost(have):.2f}, waiting included"
+        )
+        return [Launch(main.name, best - have, why, start - saved * self._knobs.pays_within_s / _HOUR)]
+
+    def _for_batches(self, have: int) -> list[Launch]:
+        main, found = self._main, []
+        if main is None:
+            return []
+        for batch in self._view.presence.batches:
+            begin = batch.at - self._start_s(main)
+            if batch.count <= 0 or self._now < begin:
+                self._look(begin)
+                continue
+            if self._now > batch.at + self._knobs.hold_s:
+                continue  # it did not come
+            work = batch.work_s if batch.work_s > 0 else batch.count * self._run_s(main)
+            number = batch_machines(batch.count, work, main, self._lam, cap=have + self._room(main, 0, 0.0))
+            if number > have:
+                why = f"{batch.count} jobs come in {max(0.0, batch.at - self._now):.0f} s, {work:.0f} s of work"
+                usd = (number - have) * self._start_cost(main)
+                hold = max(0.0, batch.at - self._now) + self._knobs.hold_s
+                found.append(Launch(main.name, number - have, why, usd, hold))
+        return found
+
+    def _for_people(self, have: int) -> list[Launch]:
+        main, presence = self._main, self._view.presence
+        if main is None or have:
+            return []
+        start = self._start_cost(main)
+        if presence.expected_until is not None and presence.expected_until > self._now:
+            return [Launch(main.name, 1, "work was announced", start, self._knobs.hold_s)]
+        if not presence.present:
+            return []
+        if self._given_up():
+            return []
+        begin = self._now if presence.since is None else presence.since + presence.lead_s - self._start_s(main)
+        if begin > self._now:
+            self._look(begin)
+            return []
+        idle = max(0.0, presence.lead_s - main.boot_s)
+        usd = start + main.usd_per_hour * idle / _HOUR
+        spared = self._worth(main) * main.usd_per_hour / _HOUR
+        if spared <= usd:
+            return []
+        return [Launch(main.name, 1, "somebody is there and will want a machine", usd - spared)]
+
+    def _given_up(self) -> bool:
+        """Return whether who is there has been silent for so long that no machine is kept for them."""
+        silent = self._view.demand.silent_since
+        since = self._view.presence.since
+        main = self._main
+        if main is None or silent is None:
+            return False
+        if since is None or since >= silent:
+            return False
+        return self._now - silent >= self._present_keep(main)
+
+    def _start_s(self, offer: OfferView) -> float:
+        """Return how long before work a start begins: being late costs waiting, being early costs idle time."""
+        share = self._lam / (self._lam + offer.usd_per_hour) if self._lam > 0 else 0.5
+        spread = max(0.0, offer.boot_p90_s - offer.boot_s) / _z(0.9)
+        return offer.boot_s + offer.load_s + spread * max(0.0, _z(min(0.99, max(0.5, share))))
+
+    # -- stopping --------------------------------------------------------------------------------------------
+
+    def _stops(self) -> list[Stop]:
+        have = len(self._there)
+        found: list[Stop] = []
+        idle = [m for m in self._there if self._may_stop(m)]
+        for machine in sorted(idle, key=self._first_to_go):
+            left = have - 1
+            if self._is_own(machine) or left < self._view.limits.min_machines:
+                continue
+            why = self._why_extra(machine, have) if left else self._why_last(machine)
+            if why:
+                found.append(Stop(machine.id, why, -self._start_cost(self._offer_of(machine))))
+                have -= 1
+        return found
+
+    def _may_stop(self, machine: MachineView) -> bool:
+        if machine.jobs or machine.stage is Stage.DRAINING or (machine.idle_since is None and not self._boots(machine)):
+            return False
+        if machine.hold_until > self._now:
+            self._look(machine.hold_until)
+            return False
+        paid = self._paid_until(machine)
+        if paid - self._now > self._knobs.step_margin_s:
+            self._look(paid - self._knobs.step_margin_s)
+            return False
+        return True
+
+    def _boots(self, machine: MachineView) -> bool:
+        return machine.stage is Stage.BOOTING
+
+    def _paid_until(self, machine: MachineView) -> float:
+        """Return until when stopping spares nothing."""
+        offer = self._offer_of(machine)
+        if machine.billed_since is None or (offer.step_s <= self._knobs.long_step_s and not offer.minimum_s):
+            return self._now
+        used = max(0.0, self._now - machine.billed_since)
+        step = offer.step_s if offer.step_s > self._knobs.long_step_s else 1.0
+        return machine.billed_since + max(offer.minimum_s, math.ceil(used / step - 1e-9) * step)
+
+    def _first_to_go(self, machine: MachineView) -> tuple[bool, float, float, str]:
+        used = machine.last_used if machine.last_used is not None else -math.inf
+        return not self._boots(machine), -self._offer_of(machine).usd_per_hour, used, machine.id
+
+    def _why_extra(self, machine: MachineView, have: int) -> str:
+        offer = self._offer_of(machine)
+        if self._waiting:
+            return ""
+        if self._boots(machine):
+            if machine.ready_at - self._now > self._knobs.cancel_s:
+                self._look(machine.ready_at - self._knobs.cancel_s)
+                return ""
+        else:
+            if any(m.jobs == 0 and m.idle_since is None for m in self._there):
+                return ""
+            since = machine.idle_since if machine.idle_since is not None else self._now
+            ends = since + self._extra_keep(offer, have)
+            if self._now < ends - 1e-6:
+                self._look(ends)
+                return ""
+        staffing = self._staffing(self._knobs.stop_rate)
+        more, fewer = staffing.cost(have), staffing.cost(have - 1)
+        if fewer >= more:
+            self._look(self._now + 10)
+            return ""
+        return f"{have - 1} machines are enough: ${fewer:.2f} an hour instead of ${more:.2f}, waiting included"
+
+    def _extra_keep(self, offer: OfferView, have: int) -> float:
+        """Return how long an idle machine beside others is kept at least.
+
+        Let go too early it is missed by a job that then waits for the rest of another one's run: a cold start of its
+        own level, which is worth less the more others there are.
+        """
+        demand = self._view.demand
+        billed = offer.load_s + (offer.boot_s if offer.boot_billed else 0.0)
+        rest = self._run_s(offer) * (1 + demand.service_cv2) / 2 / max(1, have - 1)
+        return billed + self._knobs.extra_keep * self._lam / max(offer.usd_per_hour, 1e-9) * rest
+
+    def _keep(self, machine: MachineView) -> tuple[float, str]:
+        """Return until when the last machine is kept, and why."""
+        view, knobs = self._view, self._knobs
+        offer, presence = self._offer_of(machine), view.presence
+        idle = machine.idle_since if machine.idle_since is not None else self._now
+        if view.keep_alive_s is not None:
+            return idle + view.keep_alive_s, f"kept for the {view.keep_alive_s:.0f} s that are set"
+        if view.demand.only_batches and not presence.present:
+            return idle, "the batch is done"
+        worth = self._worth(offer)
+        learned = keep_alive(view.demand.silences, _rounded(worth))
+        last = view.demand.last_arrival
+        if presence.present:
+            return idle + self._present_keep(offer), "somebody is there, but silent for long"
+        if presence.left_at is not None and (last is None or last <= presence.left_at):
+            load = offer.load_s + (offer.boot_s if offer.boot_billed else 0.0)
+            unannounced = load + max(0.0, worth - load) * (1 - presence.recall)
+            kept = keep_alive(view.demand.silences, _rounded(unannounced)) if presence.recall < 1 else 0.0
+            return max(presence.left_at + knobs.linger_s, idle + kept), "everybody has left"
+        return idle + learned, f"silent for {learned:.0f} s; a cold start is worth {worth:.0f} s of it"
+
+    def _present_keep(self, offer: OfferView) -> float:
+        return max(self._knobs.present_keep * self._worth(offer), 60.0)
+
+    def _why_last(self, machine: MachineView) -> str:
+        if self._boots(machine) or self._waiting:
+            return ""
+        presence = self._view.presence
+        if presence.expected_until is not None and presence.expected_until > self._now:
+            self._look(presence.expected_until)
+            return ""
+        until, why = self._keep(machine)
+        if self._now < until - 1e-6:
+            self._look(until)
+            return ""
+        return why
+
+
+def batch_machines(count: int, work_s: float, offer: OfferView, wait_usd_per_hour: float, *, cap: int) -> int:
+    """Return how many machines a known batch deserves: the minimum of c m W + lam N S / (2 m), from 1 to `cap`.
+
+    `work_s` is the work S of all `count` jobs N together, in seconds; W is the load that each start is billed for.
+    """
+    billed = max(1.0, offer.load_s) * max(offer.usd_per_hour, 1e-9)
+    number = math.sqrt(max(0.0, wait_usd_per_hour * count * work_s / (2 * billed)))
+    return max(1, min(round(number), count, cap))
+
+
+def _rounded(seconds: float) -> float:
+    """Return three digits of it, so that what was learned is computed once and not at every plan."""
+    return float(f"{seconds:.3g}")
