@@ -254,6 +254,8 @@ class _Replay:
         self._heard: set[int] = set()
         """Sessions that are open and were announced."""
         self._left_at: float | None = None
+        self._since: float | None = None
+        """Since when somebody announced is there without a break."""
         self._computing = 0
         self._look_at: float | None = None
         self._waits: list[float] = []
@@ -335,6 +337,7 @@ class _Replay:
         times = self._world.wait_usd_per_hour / offer.usd_per_hour if offer.usd_per_hour else 1.0
         worth_s = offer.load_s + times * (offer.boot_s + offer.load_s)
         if self._scores.pays(source, worth_s):
+            self._since = self._since if self._heard else now
             self._heard.add(number)
         self._scores.said(source, now)
 
@@ -490,4 +493,5 @@ class _Replay:
             present=present,
             left_at=None if present else self._left_at,
             lead_s=self._scores.lead_s(presence.lead_s),
+            since=self._since if present else None,
         )
