@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -31,14 +32,16 @@ from runcomfy.application.machines import Machines
 from runcomfy.application.orchestrator import RunComfyOrchestrator
 from runcomfy.application.owner import OwnerSession
 from runcomfy.application.placing import Placer
-from runcomfy.domain.exceptions import SettingInvalid, ValueInvalid, foreign_text
+from runcomfy.domain.exceptions import RunComfyError, SettingInvalid, ValueInvalid, foreign_text
 from runcomfy.domain.job import JobRequest
+from runcomfy.domain.lease import Owner
 from runcomfy.domain.machine import Machine
 from runcomfy.domain.queued import NewJob, WorkerId
 from runcomfy.domain.secret import Secret, SecretUrl
 from runcomfy.domain.settings import QueueSettings, Settings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.comfyui import ComfyUI
+from runcomfy.ports.processes import Processes
 from runcomfy.ports.provider import Provider
 from runcomfy.ports.store import Store
 
@@ -48,9 +51,17 @@ if TYPE_CHECKING:
     from runcomfy.adapters.stores.postgres import OpenTransaction
     from runcomfy.adapters.stores.sql import SqlStore
     from runcomfy.application.executor import Executor, Workplace
+    from runcomfy.application.fleet import Fleet
+    from runcomfy.application.heartbeat import Pulse
     from runcomfy.application.job_queue import JobQueue
     from runcomfy.application.job_run import RunsJobs
+    from runcomfy.application.machine_pool import MachinePool
     from runcomfy.application.monitor import Monitor
+    from runcomfy.application.pooled import Pool
+    from runcomfy.application.presence import Presence
+    from runcomfy.application.role import Role
+    from runcomfy.application.service import Crew, ServeOptions
+    from runcomfy.domain.plan_view import Policy
 
 STORE_NAME = "runcomfy.sqlite3"
 DATABASE_URL = "RUNCOMFY_DATABASE_URL"
@@ -75,11 +86,13 @@ class App:
         launches: bool = True,
         queue: Mapping[str, Any] | None = None,
         queue_config: str | os.PathLike[str] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         """Nothing is opened yet. `launches=False`: the workflow version id, which launching needs, may be missing.
 
         `overrides` may hold the queue's variables, too. `queue`: field of `QueueSettings` -> value that wins over
-        everything; None counts as not given. `queue_config`: the project's configuration file.
+        everything; None counts as not given. `queue_config`: the project's configuration file. `processes` knows
+        which processes live; left out, this computer's own table.
         """
         given = dict(overrides or {})
         self._queue_overrides = {name: given.pop(name) for name in list(given) if name.startswith(QUEUE_PREFIX)}
@@ -91,6 +104,8 @@ class App:
         self.clock = clock or SystemClock()
         self.tell = tell
         self._launches = launches
+        self._processes = processes
+        self._monitor: Monitor | None = None
         self._stack = AsyncExitStack()
         self._opening = asyncio.Lock()
         self._cloud: tuple[Machines, DevServer] | None = None
@@ -106,6 +121,15 @@ class App:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    @property
+    def processes(self) -> Processes:
+        """What knows which processes live."""
+        if self._processes is None:
+            from runcomfy.adapters.processes import ProcessTable
+
+            self._processes = ProcessTable()
+        return self._processes
 
     async def close(self) -> None:
         """Close clients, sign off as an owner, close the store."""
@@ -129,7 +153,6 @@ class App:
             return self._cloud
 
     async def _open_cloud(self, *, in_memory: bool) -> tuple[Machines, DevServer]:
-        from runcomfy.adapters.processes import ProcessTable
         from runcomfy.adapters.stores.sql import SqlStore
 
         settings = self.settings
@@ -142,12 +165,11 @@ class App:
         else:
             store = await self._open_books()
         provider = await self._provider(store, settings)
-        processes = ProcessTable()
-        session = await self._stack.enter_async_context(OwnerSession(store, processes, self.clock))
+        session = await self._stack.enter_async_context(OwnerSession(store, self.processes, self.clock))
         books = Books(
             store, self.clock, settings, session.owner, provider=provider.name, account=provider.account, tell=self.tell
         )
-        machines = Machines(provider, processes, books)
+        machines = Machines(provider, self.processes, books)
         manager = DevServerStateManager(folder / "dev_server_state.json", copies=settings.files.state_copies)
         return machines, DevServer(machines, PublishedDevServer(manager), self.comfyui)
 
@@ -277,13 +299,12 @@ class App:
 
     async def job_queue(self) -> JobQueue:
         """Return the queue as programs use it; what is put in is checked as far as it can be without a machine."""
-        from runcomfy.adapters.processes import ProcessTable
         from runcomfy.application.job_queue import JobQueue
 
         async def check(request: JobRequest) -> None:
             await self.orchestrator().prepare(request)
 
-        return JobQueue(await self.job_store(), self.queue_settings, check=check, processes=ProcessTable())
+        return JobQueue(await self.job_store(), self.queue_settings, check=check, processes=self.processes)
 
     async def open_transactions(self, *, older_than: timedelta) -> list[OpenTransaction] | None:
         """Return transactions of others that are open in the queue's database; None: it is a file."""
@@ -329,15 +350,11 @@ class App:
 
         Raises LocalError, ConfigurationError.
         """
-        from runcomfy.adapters.processes import ProcessTable
         from runcomfy.application.executor import Executor
-        from runcomfy.application.heartbeat import Heart
 
         settings, store = self.queue_settings, await self.job_store()
         settings = replace(settings, slots=slots or settings.slots)
-        processes = ProcessTable()
-        owner = processes.me(now=store.now())
-        renewer = store.renewer(WorkerId(owner.id), lease=settings.lease)
+        owner = self.processes.me(now=store.now())
         return Executor(
             store,
             settings,
@@ -345,10 +362,17 @@ class App:
             observed(self.orchestrator()),
             owner,
             clock=self.clock,
-            processes=processes,
-            heart=Heart(renewer, every=settings.heartbeat, lease=settings.lease, close=renewer.close),
+            processes=self.processes,
+            heart=self._heart(store, owner, settings),
             tell=self._say,
         )
+
+    def _heart(self, store: SqlJobs, owner: Owner, settings: QueueSettings) -> Pulse | None:
+        """Return what renews a worker's leases, in a thread of its own; None: the event loop does."""
+        from runcomfy.application.heartbeat import Heart
+
+        renewer = store.renewer(WorkerId(owner.id), lease=settings.lease)
+        return Heart(renewer, every=settings.heartbeat, lease=settings.lease, close=renewer.close)
 
     def _station(self) -> Workplace:
         """Return where this process's jobs run, as the queue's settings say."""
@@ -363,6 +387,115 @@ class App:
         self.tell(sentence)  # whoever listens may change
 
     # -- a pool --------------------------------------------------------------------------------------------
+
+    def pool_types(self) -> tuple[str, ...]:
+        """Return the machine types that a pool may rent, the reference type first."""
+        chosen = self.settings.pool.server_types
+        return chosen or (self.queue_settings.server_type or self.settings.cloud.server_type,)
+
+    async def pool(self, role: Role) -> MachinePool:
+        """Return the pool of the account, for whoever holds the role. Raises ConfigurationError, LocalError."""
+        from runcomfy.application.machine_pool import MachinePool
+
+        machines, _ = await self.cloud()
+        return MachinePool(machines, self.comfyui, in_charge=role.holds)
+
+    async def fleet_role(self) -> Role:
+        """Return this process's wish to be the one that plans for the books. Raises ConfigurationError, LocalError."""
+        from runcomfy.application.fleet import FLEET
+        from runcomfy.application.role import Role
+
+        machines, _ = await self.cloud()
+        return Role(FLEET, machines.store, machines.books.owner, clock=self.clock, processes=machines.processes)
+
+    async def fleet(self, pool: Pool, role: Role, *, policy: Policy | None = None) -> Fleet:
+        """Return what plans for a pool, by the product's plan or another. Raises ConfigurationError, LocalError."""
+        from runcomfy.application.axis import Axis
+        from runcomfy.application.fleet import Backdrop, Fleet
+        from runcomfy.application.fleet_demand import FleetDemand, FleetSignals
+        from runcomfy.application.fleet_offers import FleetOffers, wait_usd_per_hour
+        from runcomfy.application.purse import Purse
+        from runcomfy.domain.scaling import CostPlan
+
+        machines, _ = await self.cloud()
+        store, jobs, settings = machines.store, await self.job_store(), machines.settings
+        offers = FleetOffers(store, settings, self.clock, provider=machines.provider.name, types=self.pool_types())
+        axis, jobs_axis = Axis(self.clock.now), Axis(jobs.now)
+        lead_s = settings.pool.presence_lead.total_seconds()
+        signals = FleetSignals(store, self.clock, axis=axis, lead_s=lead_s, tell=self._say)
+        purse = Purse(store, settings.budgets, self.clock, run_id=machines.books.owner.id, tell=self._say)
+        backdrop = Backdrop(
+            store=store,
+            jobs=jobs,
+            offers=offers,
+            demand=FleetDemand(jobs, offers, signals, axis=jobs_axis),
+            signals=signals,
+            purse=purse,
+            role=role,
+            clock=self.clock,
+            jobs_axis=jobs_axis,
+            axis=axis,
+            wait_usd_per_hour=wait_usd_per_hour(settings.pool.wait_price, offers.price(offers.reference)),
+            tell=self._say,
+        )
+        return Fleet(pool, policy or CostPlan(), settings.pool, backdrop)
+
+    async def serve(
+        self,
+        options: ServeOptions,
+        stop: asyncio.Event,
+        leave: asyncio.Event | None = None,
+        *,
+        observed: Callable[[RunsJobs], RunsJobs] = lambda runs: runs,
+    ) -> None:
+        """Work off the queue over a pool until `stop` is set, then end the machines; see `application.service`.
+
+        Parts of installed packages (`SERVE_PARTS`) join. Raises what keeps it from serving.
+        """
+        from importlib.metadata import entry_points
+
+        from runcomfy.application.service import Service
+
+        role = await self.fleet_role()
+        service = Service(role, lambda: self._crew(role, options, observed), await self.job_store(), tell=self._say)
+        async with AsyncExitStack() as parts:
+            for point in entry_points(group=SERVE_PARTS):
+                await parts.enter_async_context(point.load()(self, options))
+            await service.run(stop, leave, once=options.once)
+
+    @asynccontextmanager
+    async def _crew(
+        self, role: Role, options: ServeOptions, observed: Callable[[RunsJobs], RunsJobs]
+    ) -> AsyncIterator[Crew]:
+        """Put together what works for one term of the role; machines are ended after it, unless the role is lost."""
+        from runcomfy.application.finish import finish
+        from runcomfy.application.pool_station import PoolStation
+        from runcomfy.application.service import Crew
+
+        machines, _ = await self.cloud()
+        pool = await self.pool(role)
+        try:
+            await pool.adopt()
+            fleet = await self.fleet(pool, role)
+            await fleet.begin()
+            station = PoolStation(
+                pool, machines.settings.pool, clock=self.clock, works=fleet.works, outlives=lambda: False
+            )
+            executor = await self.executor(observed=observed, station=station)
+            if options.monitor and self._monitor is None:  # the folder is ours from the first term on
+                self._monitor = await self.monitor(hold=True)
+            yield Crew(executor, fleet, loops=(pool.run, partial(self._reconcile, machines)), monitor=self._monitor)
+        finally:
+            await finish(pool.close(keep=not role.holds()))
+
+    async def _reconcile(self, machines: Machines) -> None:
+        from runcomfy.application.machine_pool import takes_over
+        from runcomfy.application.reaper import Reaper
+
+        while True:
+            with suppress(RunComfyError):
+                await Reaper(machines).reap(wait=False, spare=takes_over)
+            await asyncio.sleep(machines.settings.pool.reconcile_every.total_seconds())
 
     def presence(self, *, user: str = "") -> Presence:
         """Return what says that somebody is there, or that work comes."""

@@ -50,8 +50,9 @@ from runcomfy.domain.plan_view import (
     Stage,
     Stop,
 )
-from runcomfy.domain.queued import FLEET_SCOPE, Waiting
+from runcomfy.domain.queued import FLEET_SCOPE, Barred, Waiting
 from runcomfy.domain.settings import PoolSettings
+from runcomfy.domain.work import Work
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.jobs import JobStore
 from runcomfy.ports.store import Store
@@ -131,6 +132,15 @@ class Fleet:
 
     # -- running -------------------------------------------------------------------------------------------
 
+    @property
+    def works(self) -> Sequence[Work]:
+        """Runs of the days looked back at, oldest first, as last read."""
+        return self._with.offers.works
+
+    def barred(self) -> Barred:
+        """Return whose jobs wait because a budget of theirs is used up. Never waits."""
+        return self._with.purse.barred()
+
     def wake(self) -> None:
         """Plan soon."""
         self._wake.set()
@@ -142,6 +152,9 @@ class Fleet:
         await with_.signals.hear(history=True)
         await with_.demand.rebuild()
         with_.signals.relived()
+        self._waiting = await self._backlog_now()
+        served = {(work.user, work.project) for work in with_.offers.works}
+        await with_.purse.refresh(served | {(each.user, each.project) for each in self._waiting})
         await with_.jobs.resume(scope=FLEET_SCOPE, by=with_.role.owner.id)  # what another one said
 
     async def end(self) -> None:
@@ -238,14 +251,12 @@ class Fleet:
         """Return what the plan is made from now. Raises LocalError."""
         with_, now = self._with, asyncio.get_running_loop().time()
         self._waiting = await self._backlog_now()
-        heard = await with_.signals.hear()
+        await with_.signals.hear()
         await with_.demand.follow(silent=not self._busy)
         if await with_.offers.refresh():
             with_.demand.learn(with_.offers.works)
             with_.demand.forget(with_.offers.works)
-        if now - self._budgets_at >= BUDGETS_EVERY or heard:
-            await with_.purse.refresh([(each.user, each.project) for each in self._waiting])
-            self._budgets_at = now
+        await self._look_into_purse(now)
         now = asyncio.get_running_loop().time()
         machines = self._machines(now)
         backlog = self._backlog()
@@ -273,6 +284,15 @@ class Fleet:
             wait_usd_per_hour=with_.wait_usd_per_hour,
             keep_alive_s=None if keep is None else keep.total_seconds(),
         )
+
+    async def _look_into_purse(self, now: float) -> None:
+        waiting = {(each.user, each.project) for each in self._waiting}
+        purse = self._with.purse
+        if now - self._budgets_at < BUDGETS_EVERY and purse.knows(waiting):
+            return
+        running = {(lease.user, lease.project) for machine in self.pool.machines for lease in machine.leases}
+        await purse.refresh(waiting | running)
+        self._budgets_at = now
 
     def _backlog(self) -> tuple[Backlog, ...]:
         """Return what waits by workflow; jobs that no budget lets begin deserve no machine."""

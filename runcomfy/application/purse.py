@@ -66,15 +66,28 @@ class Purse:
         if not self._personal:
             return
         asked, self._asked = self._asked | set(whose), set()
-        found: dict[Who, BudgetState | None] = {}
-        for user, project in sorted(asked):
-            theirs = [b for b in made_out(self._budgets, project=project, user=user) if b.user or b.project]
-            states = await self._store.budgets(theirs, now=now, run_id=self._run_id) if theirs else ()
-            found[user, project] = next((state for state in states if _used_up(state)), None)
-        self._used_up = found
-        for state in found.values():
-            if state is not None:
-                self._say(state)
+        # Who is known to be out of money is asked about even without a job: the next one may begin at once.
+        asked |= {who for who, state in self._used_up.items() if state is not None}
+        theirs = {
+            (user, project): [
+                budget
+                for budget in made_out(self._budgets, project=project, user=user)
+                if budget.user or budget.project
+            ]
+            for user, project in asked
+        }
+        wanted = list(dict.fromkeys(budget for budgets in theirs.values() for budget in budgets))
+        states = await self._store.budgets(wanted, now=now, run_id=self._run_id) if wanted else ()
+        spent = {state.budget: state for state in states if _used_up(state)}
+        self._used_up = {
+            who: next((spent[budget] for budget in budgets if budget in spent), None) for who, budgets in theirs.items()
+        }
+        for state in spent.values():
+            self._say(state)
+
+    def knows(self, whose: Collection[Who]) -> bool:
+        """Return whether it was read how the budgets of all of these stand."""
+        return not self._personal or set(whose) <= self._used_up.keys()
 
     def _say(self, state: BudgetState) -> None:
         key = state.budget.name, state.window.end

@@ -1,0 +1,48 @@
+"""`comfyctl serve`: work off the queue over a pool of rented machines, until told to stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from runcomfy.cli.agent import Lines
+from runcomfy.cli.queue_commands import queue_options
+from runcomfy.cli.runner import run_async
+
+
+@click.command()
+@click.option("--max-machines", type=click.IntRange(1, 10_000), help="Rented at once at most, starting ones counted.")
+@click.option("--min-machines", type=click.IntRange(0, 10_000), help="Kept even with nothing to do (default: 0).")
+@click.option("--budget-run", metavar="USD", help="Spent by this command at most.")
+@click.option("--budget-hour", metavar="USD", help="Spent in a clock hour (UTC) at most.")
+@click.option("--budget-day", metavar="USD", help="Spent in a day (UTC) at most.")
+@click.option("--budget-month", metavar="USD", help="Spent in a calendar month (UTC) at most.")
+@click.option(
+    "--wait-price",
+    metavar="PRICE",
+    help="What an hour of one job's waiting is worth: batch, normal (default), person waiting, or USD.",
+)
+@click.option("--latency-target", metavar="TIME", help="In place of a price: 95 of 100 jobs should wait no longer.")
+@click.option("--server-type", "server_types", metavar="TYPE", multiple=True, help="May be rented; repeatable.")
+@click.option("--keep-alive", metavar="TIME", help="Keep an idle machine for so long (default: learned).")
+@click.option("--monitor/--no-monitor", default=True, help="Also take up job files (default: if this is a project).")
+@click.option("--once", is_flag=True, help="Work off what is there, end all machines, leave.")
+@click.option("--no-guard", is_flag=True, help="Start no guard process.")
+@queue_options
+@Lines
+@click.pass_context
+def serve(ctx: click.Context, as_json: bool, **options: Any) -> int:
+    """Work off the queue over rented machines: launched when that pays, shared, replaced when ill, ended when not.
+
+    The first Ctrl+C (or SIGTERM) begins nothing more, lets what runs go on for a while, and ends the machines; the
+    second leaves at once. After that, or after a crash, machines end by their leases, and the next start takes up what
+    is left. Budgets are hard: what would go above one is not launched, and jobs wait.
+    """
+    from runcomfy.cli.serve_work import Asked, work
+
+    where = {"database": options.pop("database"), "config": options.pop("config")}
+    said = ctx.get_parameter_source("monitor") is click.core.ParameterSource.COMMANDLINE
+    monitor = options.pop("monitor")
+    asked = Asked(**options, monitor=monitor if said else None, as_json=as_json)
+    return run_async(lambda interrupts: work(interrupts, asked, where))

@@ -1,0 +1,105 @@
+"""What `comfyctl serve` does: open the product with the options laid over the settings, serve, and say what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from runcomfy.cli.agent_voice import Narrated, Voice
+from runcomfy.cli.agent_work import last_words
+from runcomfy.domain.money import show_usd
+
+if TYPE_CHECKING:
+    from runcomfy.bootstrap import App
+    from runcomfy.cli.runner import Interrupts
+
+VARIABLES: Final[Mapping[str, str]] = {
+    "max_machines": "RUNCOMFY_POOL_MAX_MACHINES",
+    "min_machines": "RUNCOMFY_POOL_MIN_MACHINES",
+    "budget_run": "RUNCOMFY_BUDGET_RUN",
+    "budget_hour": "RUNCOMFY_BUDGET_HOUR",
+    "budget_day": "RUNCOMFY_BUDGET_DAY",
+    "budget_month": "RUNCOMFY_BUDGET_MONTH",
+    "wait_price": "RUNCOMFY_WAIT_PRICE",
+    "latency_target": "RUNCOMFY_LATENCY_TARGET",
+    "server_types": "RUNCOMFY_POOL_SERVER_TYPES",
+    "keep_alive": "RUNCOMFY_KEEP_ALIVE",
+}
+"""Option -> the setting that it wins over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line says."""
+
+    max_machines: int | None = None
+    min_machines: int | None = None
+    budget_run: str | None = None
+    budget_hour: str | None = None
+    budget_day: str | None = None
+    budget_month: str | None = None
+    wait_price: str | None = None
+    latency_target: str | None = None
+    server_types: tuple[str, ...] = ()
+    keep_alive: str | None = None
+    monitor: bool | None = None
+    """None: if this folder is a project."""
+    once: bool = False
+    no_guard: bool = False
+    as_json: bool = False
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the settings that the options give."""
+        given = {name: getattr(self, field) for field, name in VARIABLES.items()}
+        given["RUNCOMFY_POOL_SERVER_TYPES"] = ",".join(self.server_types) or None
+        return {name: str(value) for name, value in given.items() if value is not None}
+
+
+async def work(interrupts: Interrupts, asked: Asked, where: Mapping[str, Any]) -> int:
+    """Serve until Ctrl+C or SIGTERM, or with `once` until there is nothing to do."""
+    from runcomfy.application.service import ServeOptions
+    from runcomfy.cli.app import open_app
+
+    interrupts.listens = True
+    interrupts.answer = "stopping: nothing new is begun, machines are ended (Ctrl+C again leaves at once)"
+    with Voice(as_json=asked.as_json) as voice:
+        async with open_app(
+            interrupts, asked.overrides(), require_cloud=True, queue={**where, "where": "pool"}, quiet=asked.as_json
+        ) as app:
+            app.tell = voice
+            interrupts.say, interrupts.clear = voice, voice.clear
+            interrupts.last_words = lambda: last_words(app, voice)
+            monitor = _is_project(app) if asked.monitor is None else asked.monitor
+            options = ServeOptions(monitor=monitor, once=asked.once, guard=not asked.no_guard)
+            await _greet(app, options, voice)
+            store = await app.job_store()
+            await app.serve(
+                options, interrupts.event, observed=lambda orchestrator: Narrated(orchestrator, store, voice)
+            )
+            if interrupts.event.is_set():
+                voice("stopped: the machines are ended; the next start goes on where this one ended")
+    return 0
+
+
+def _is_project(app: App) -> bool:
+    settings = app.queue_settings
+    return settings.config_file is not None or Path(settings.jobs_processing).is_dir()
+
+
+async def _greet(app: App, options: Any, voice: Voice) -> None:
+    from runcomfy.cli.queue_display import counts_line
+
+    queue, pool = app.queue_settings, app.settings.pool
+    store = await app.job_store()
+    voice(f"queue {app.queue_where}: {counts_line(await store.counts())}")
+    if options.monitor:
+        voice(f"job files are taken up from {queue.jobs_processing}")
+    types = ", ".join(app.pool_types())
+    least = f", at least {pool.min_machines}" if pool.min_machines else ""
+    voice(f"up to {pool.max_machines} machines{least} of type {types}; results go to {queue.jobs_finished}")
+    caps = [f"{show_usd(b.hard)} per {b.name}" for b in app.settings.budgets if b.hard is not None]
+    voice(
+        f"budgets: {', '.join(caps)}" if caps else "no budget is set: only the number of machines limits what is spent"
+    )

@@ -1,0 +1,319 @@
+"""
+Services (`comfyctl serve`) against an emulated cloud, several in one test: each with its own connections to the books.
+
+They are wired as the product wires them. One can die like a process that was killed: nothing of it has an effect any
+more and nobody signs off. It can sleep, as a suspended computer does, and wake. Times come from the clock that is
+passed in, so that it works under virtual time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Final
+
+from runcomfy.adapters.stores.jobs import SqlJobs
+from runcomfy.adapters.stores.sql import SqlStore
+from runcomfy.application.heartbeat import Pulse
+from runcomfy.application.job_queue import JobQueue
+from runcomfy.application.service import ServeOptions
+from runcomfy.bootstrap import App
+from runcomfy.domain.job import JobRequest
+from runcomfy.domain.lease import Owner
+from runcomfy.domain.machine import Machine, OwnerId
+from runcomfy.domain.money import seconds_between, total
+from runcomfy.domain.queued import QueuedJob, QueueStatus
+from runcomfy.domain.secret import SecretUrl
+from runcomfy.domain.settings import CloudSettings, QueueSettings, Settings
+from runcomfy.ports.clock import Clock
+from runcomfy.ports.comfyui import ComfyUI
+from runcomfy.ports.provider import Provider
+from runcomfy.ports.store import Store
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import EmulatedProcesses, Killed, Mortal, settings_for
+from runcomfy.testing.queue_programs import drawing
+
+LOOK_EVERY: Final = 5.0
+
+
+class _Sleeper:
+    """Holds every call of a program through the port behind this while it sleeps."""
+
+    def __init__(self, port: Any, awake: asyncio.Event) -> None:
+        self._port, self._awake = port, awake
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._port, name)
+        if not inspect.iscoroutinefunction(found):
+            return found
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            await self._awake.wait()
+            answer = await found(*args, **kwargs)
+            await self._awake.wait()
+            return answer
+
+        return call
+
+
+class _Own:
+    """The process table, as one program asks it; remembers as whom the program has signed in."""
+
+    def __init__(self, processes: EmulatedProcesses) -> None:
+        self._processes = processes
+        self.ids: set[OwnerId] = set()
+
+    def me(self, *, now: datetime) -> Owner:
+        owner = self._processes.me(now=now)
+        self.ids.add(owner.id)
+        return owner
+
+    def lives(self, owner: Owner, *, now: datetime) -> bool:
+        return self._processes.lives(owner, now=now)
+
+
+class _ServedApp(App):
+    """The product's wiring, with ports that have no effect once the program was killed, and wait while it sleeps."""
+
+    def __init__(self, settings: Settings, queue: QueueSettings, processes: EmulatedProcesses, clock: Clock) -> None:
+        self.own = _Own(processes)
+        super().__init__(settings, clock=clock, tell=self._hear, processes=self.own)
+        self._queue_settings = queue
+        self.said: list[str] = []
+        self.killed, self.awake = asyncio.Event(), asyncio.Event()
+        self.awake.set()
+        self._books_held: Any = None
+        self._jobs_held: Any = None
+
+    def _hear(self, sentence: str) -> None:
+        if not self.killed.is_set():
+            self.said.append(sentence)
+
+    def _held(self, port: Any) -> Any:
+        return _Sleeper(Mortal(port, self.killed), self.awake)
+
+    async def _open_books(self) -> Any:
+        if self._books_held is None:
+            self._books_held = self._held(await super()._open_books())
+        return self._books_held
+
+    async def _provider(self, store: Store, settings: Settings) -> Provider:
+        provider: Provider = self._held(await super()._provider(store, settings))
+        return provider
+
+    async def job_store(self) -> Any:
+        if self._jobs_held is None:
+            self._jobs_held = self._held(await super().job_store())
+        return self._jobs_held
+
+    def _client(self, url: SecretUrl) -> ComfyUI:
+        client: ComfyUI = self._held(super()._client(url))
+        return client
+
+    def _heart(self, store: SqlJobs, owner: Owner, settings: QueueSettings) -> Pulse | None:
+        return None  # beats in the loop, whose time is the story's
+
+
+class Served:
+    """One running service: what it said, and its fate."""
+
+    def __init__(self, app: _ServedApp, processes: EmulatedProcesses) -> None:
+        self.app = app
+        self._processes = processes
+        self.stop, self.leave = asyncio.Event(), asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def said(self) -> list[str]:
+        """Every sentence for the user, in order."""
+        return self.app.said
+
+    def begin(self, options: ServeOptions) -> asyncio.Task[None]:
+        """Serve, in a task of its own."""
+        self.task = asyncio.create_task(self.app.serve(options, self.stop, self.leave), name="serve")
+        return self.task
+
+    async def end(self) -> None:
+        """Stop in good order, as by one SIGTERM, and wait for the end."""
+        self.stop.set()
+        task, self.task = self.task, None
+        if task is not None:
+            await task
+
+    async def kill(self) -> None:
+        """Die as by `kill -9`: whatever runs in its name has no effect any more."""
+        self._processes.dead |= self.app.own.ids
+        self.app.killed.set()
+        task, self.task = self.task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()
+
+    def sleep(self) -> None:
+        """Be as a process that was sent SIGSTOP, or whose computer sleeps."""
+        self.app.awake.clear()
+
+    def wake(self) -> None:
+        """Go on where it stood."""
+        self.app.awake.set()
+
+
+class Services:
+    """Starts services that share an account, books and a queue. `async with Services(...) as services:`"""
+
+    def __init__(
+        self, cloud: RunComfyEmulator, account: CloudSettings, clock: Clock, folder: Path, **queue: Any
+    ) -> None:
+        """`queue` is laid over the queue's settings."""
+        self.cloud, self.clock, self.folder = cloud, clock, folder
+        self.settings = settings_for(account, folder / "state")
+        self.queue_settings = replace(
+            QueueSettings(
+                root=str(folder),
+                jobs_processing=str(folder / "jobs" / "processing"),
+                jobs_finished=str(folder / "jobs" / "finished"),
+                database=self._database(folder),
+                where="pool",
+                # Each look into the file is real work, in a story of hours too much.
+                wake_interval=timedelta(seconds=1),
+                job_timeout=timedelta(hours=1),
+            ),
+            **queue,
+        )
+        self.processes = EmulatedProcesses()
+        self._stack = AsyncExitStack()
+        self._onlooker = _ServedApp(self.settings, self.queue_settings, self.processes, clock)
+        self._running: list[Served] = []
+
+    @staticmethod
+    def _database(folder: Path) -> Any:
+        from runcomfy.domain.secret import Secret
+
+        return Secret(str(folder / "queue.sqlite3"))
+
+    async def __aenter__(self) -> Services:
+        await self._stack.enter_async_context(self._onlooker)
+        self.queue: JobQueue = await self._onlooker.job_queue()
+        self.books: SqlStore = await self._onlooker.books()  # type: ignore[assignment]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            for served in self._running:
+                served.wake()
+                with suppress(Killed, asyncio.CancelledError):
+                    await served.end()
+        finally:
+            await self._stack.aclose()
+
+    @asynccontextmanager
+    async def start(
+        self,
+        *,
+        once: bool = False,
+        budgets: Any = (),
+        cloud: dict[str, Any] | None = None,
+        works: bool = True,
+        **pool: Any,
+    ) -> AsyncIterator[Served]:
+        """Run a service for the block; it is stopped in good order at its end. `pool` is laid over its settings."""
+        settings = replace(
+            self.settings,
+            budgets=tuple(budgets),
+            cloud=replace(self.settings.cloud, **(cloud or {})),
+            pool=replace(self.settings.pool, guard=False, **pool),
+        )
+        served = Served(_ServedApp(settings, self.queue_settings, self.processes, self.clock), self.processes)
+        self._running.append(served)
+        with suppress(Killed):
+            async with served.app:
+                if works:
+                    served.begin(ServeOptions(once=once, guard=False))
+                yield served
+                await served.end()
+        self._running.remove(served)
+
+    # -- jobs ----------------------------------------------------------------------------------------------
+
+    async def put(self, number: int, *, seconds: float = 30.0, **given: Any) -> QueuedJob:
+        """Put in a job for a picture of its own that takes so long, at a path of its own."""
+        path = Path(self.queue_settings.jobs_finished) / f"{number}.png"
+        return await self.queue.enqueue(JobRequest(drawing(seconds, number), out_file=str(path)), **given)
+
+    async def when(self, condition: Callable[[], bool | Awaitable[bool]], what: str, *, within: float = 3_600) -> None:
+        """Wait until the condition holds; fail with the words if it never does."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + within
+        while True:
+            found = condition()
+            if await found if inspect.isawaitable(found) else found:
+                return
+            if loop.time() >= until:
+                raise AssertionError(f"did not happen within {within:.0f} s: {what}")
+            await asyncio.sleep(LOOK_EVERY)
+
+    async def all_ended(self, *, within: float = 12 * 3_600) -> None:
+        """Wait until no job waits or runs."""
+
+        async def ended() -> bool:
+            counts = await self.queue.counts()
+            return not counts[QueueStatus.PENDING] and not counts[QueueStatus.PROCESSING]
+
+        await self.when(ended, "every job has ended", within=within)
+
+    # -- oracles -------------------------------------------------------------------------------------------
+
+    async def complaints(self) -> list[str]:
+        """Return everything in which jobs, files, servers and bills contradict what is promised (I9, I11, I15)."""
+        found = []
+        runs: dict[str, int] = {}
+        for machine in self.cloud.machines.values():
+            if isinstance(machine.comfyui, ComfyUIEmulator):
+                for record in machine.comfyui.run_log:
+                    runs[record.prompt_id] = runs.get(record.prompt_id, 0) + 1
+        for job in await self.queue.list():
+            if job.status is not QueueStatus.DONE:
+                found.append(f"{job.config_name} is {job.status}: {job.error_trace or job.message}")
+                continue
+            outputs = job.result.get("outputs", ())
+            if not outputs:
+                found.append(f"{job.config_name} has no result")
+            for output in outputs:
+                data = await asyncio.to_thread(Path(output["path"]).read_bytes)
+                if hashlib.sha256(data).hexdigest() != output["sha256"]:
+                    found.append(f"{output['path']} is not what was recorded")
+        found += [f"prompt {prompt} ran {count} times" for prompt, count in runs.items() if count > 1]
+        return [*found, *await self.differences()]
+
+    async def differences(self) -> list[str]:
+        """Return where our ledger and the cloud's bill differ, to the second."""
+        rows = {row.server_id: row for row in await self.machines()}
+        found = []
+        for server_id, bill in self.cloud.books.items():
+            if bill.foreign:
+                continue
+            row = next((row for known, row in rows.items() if known == server_id), None)
+            entries = await self.books.ledger(machine_id=row.id) if row is not None else ()
+            ours = sum((seconds_between(e.started_at, e.ended_at) for e in entries), Decimal(0))
+            if abs(ours - bill.seconds) > 1:
+                found.append(f"{server_id}: our ledger has {ours} s, the cloud bills {bill.seconds} s")
+        return found
+
+    async def machines(self, *, open_only: bool = False) -> list[Machine]:
+        """Return the account's machines by our books."""
+        machines, _ = await self._onlooker.cloud()
+        return list(await machines.books.rows(open_only=open_only))
+
+    async def spent(self) -> Decimal:
+        """Return the sum of the ledger in USD."""
+        return total(await self.books.ledger())
