@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -20,6 +20,7 @@ from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.health import Layer, check_comfyui, wait_until_usable
 from runcomfy.application.machines import Boot, Machines
+from runcomfy.application.monitors import monitor_id
 from runcomfy.application.reaper import Reaper
 from runcomfy.domain.dev_server import DevServerSnapshot
 from runcomfy.domain.exceptions import (
@@ -28,8 +29,10 @@ from runcomfy.domain.exceptions import (
     MachineFailed,
     MachineLost,
     MachineNotFound,
+    RunComfyError,
     StopUnconfirmed,
 )
+from runcomfy.domain.lease import Use
 from runcomfy.domain.machine import IllegalTransition, Machine, MachineReport, MachineState, Phase, Purpose
 from runcomfy.domain.money import cost_of
 from runcomfy.domain.secret import SecretUrl
@@ -53,6 +56,10 @@ class DevServerStatus:
     """How long no job has run on it; None while one runs."""
     idle_cost_usd: Decimal
     jobs_running: int
+    monitored: bool = False
+    """Whether somebody looks at it."""
+    ends_idle_in: timedelta | None = None
+    """How long until it is ended for being idle; None while that does not count."""
 
     @property
     def usable(self) -> bool:
@@ -316,13 +323,18 @@ class DevServer:
     ) -> DevServerStatus:
         now = self._clock.now()
         living = await self._machines.living_uses(machine)
+        monitored = len(await self._machines.living_uses(machine, monitors=True)) > len(living)
         since = machine.last_used_at or machine.ready_at
         idle = None if living or since is None else max(now - since, timedelta(0))
         cost = cost_of(machine, now=now)
         idle_cost = Decimal(0)
         if idle is not None and machine.ready_at is not None and since is not None:
             idle_cost = cost - cost_of(machine, now=max(since, machine.ready_at))
-        return DevServerStatus(machine, report, layers, cost, idle, idle_cost, len(living))
+        limit, guarded = self._machines.settings.app.idle_timeout, self._machines.settings.pool.guard
+        ends_in = max(limit - idle, timedelta(0)) if guarded and idle is not None and not monitored else None
+        return DevServerStatus(
+            machine, report, layers, cost, idle, idle_cost, len(living), monitored=monitored, ends_idle_in=ends_in
+        )
 
     async def publish(self, machine: Machine, report: MachineReport, *, health: str) -> None:
         """Write the state file. What cannot be written is said, not raised: the store has the truth."""
@@ -394,6 +406,40 @@ class DevServer:
         machine = await self._machines.extend(machine, total=total + by)
         await self.publish(machine, report, health="unknown")
         return machine
+
+    async def computes(self, machine: Machine) -> bool:
+        """Whether the dev server's ComfyUI has anything to do, whoever sent it; not if it cannot be asked."""
+        if machine.server_id is None:
+            return False
+        report = await self._machines.provider.get_machine_status(machine.server_id)
+        if report is None or report.url is None:
+            return False
+        server = self._comfyui(report.url)
+        try:
+            queue = await server.queue()
+        except RunComfyError:
+            return False
+        finally:
+            await server.close()
+        return bool(queue.running or queue.pending)
+
+    async def used(self, machine: Machine) -> None:
+        """Say that the dev server is wanted now: its idle time begins anew. What cannot be written does not matter."""
+        with suppress(LocalError):
+            await self._machines.books.change(machine, note="used", last_used_at=self._clock.now())
+
+    @asynccontextmanager
+    async def monitored(self, machine: Machine) -> AsyncIterator[None]:
+        """Say for the block that somebody looks at the dev server: it is not ended for being idle meanwhile."""
+        owner = self._machines.books.owner.id
+        look = monitor_id(owner)
+        with suppress(LocalError):
+            await self._machines.store.begin_use(Use(machine.id, owner, look, self._clock.now()))
+        try:
+            yield
+        finally:
+            with suppress(LocalError):
+                await finish(self._machines.store.end_use(machine.id, look, at=self._clock.now()))
 
     async def planned_stop(self) -> datetime | None:
         """When the dev server stops by itself, by our books; no question is asked."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ from runcomfy.application.books import Books
 from runcomfy.application.ending import HOPELESS, Ending, Look, believable, server_id_of
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.launching import Launching
+from runcomfy.application.monitors import looks_only
 from runcomfy.domain.exceptions import (
     AnswerUnreadable,
     BootTimeout,
@@ -49,6 +50,16 @@ EXACT_ENOUGH: Final = timedelta(seconds=5)
 """How far a stop time that was read back may lie from the one asked for: durations are whole seconds."""
 
 
+PromptPlaces = Callable[[], Awaitable[Collection[str] | None]]
+"""Returns the keys of the places where the prompts of queued jobs that have not ended may still run; None: it cannot be
+found out now."""
+
+
+async def no_prompts() -> Collection[str]:
+    """There is no queue."""
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Boot:
     """How a machine's start stands."""
@@ -61,9 +72,12 @@ class Boot:
 class Machines:
     """Rents, watches and ends machines of one account on behalf of one owner."""
 
-    def __init__(self, provider: Provider, processes: Processes, books: Books) -> None:
+    def __init__(
+        self, provider: Provider, processes: Processes, books: Books, *, prompt_places: PromptPlaces = no_prompts
+    ) -> None:
         self.provider = provider
         self.processes = processes
+        self.prompt_places = prompt_places
         self.books = books
         self.store = books.store
         self.clock = books.clock
@@ -113,9 +127,9 @@ class Machines:
         """Close the books of a machine that its status and two full lists say is gone: the caller has seen them."""
         return await self._ending.gone(machine, note=note, seen_at=None)
 
-    async def living_uses(self, machine: Machine) -> list[Use]:
-        """Return the jobs on a machine whose processes live."""
-        uses = await self.store.uses([machine.id])
+    async def living_uses(self, machine: Machine, *, monitors: bool = False) -> list[Use]:
+        """Return the jobs on a machine whose processes live; with `monitors` those that only look at it, too."""
+        uses = [use for use in await self.store.uses([machine.id]) if monitors or not looks_only(use)]
         users = await self.store.owners({use.owner_id for use in uses})
         now = self.clock.now()
         return [u for u in uses if u.owner_id in users and self.processes.lives(users[u.owner_id], now=now)]

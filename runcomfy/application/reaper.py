@@ -4,18 +4,23 @@ Ending what is ours, bills, and has nobody any more (I7).
 A machine is ended only if it is in our books, its owner's process is dead, no living job uses it, and it is not a dev
 server within the time it was meant to live; and only after two full lists of the provider. Machines that are not in our
 books are counted and never touched. Launches of dead processes that were never answered are looked for and resolved.
+
+What belongs to a live job is spared: where the prompt of a queued job that has not ended may still run, whoever claims
+the job next goes on with it, and takes the machine over. It is spared to the end of its lease, which nobody renews.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Final
 
 from runcomfy.application.finish import finish
 from runcomfy.application.machines import Machines
+from runcomfy.application.monitors import looks_only
 from runcomfy.domain.exceptions import LaunchAmbiguous, LaunchUnclear, LeaseLost, RunComfyError
 from runcomfy.domain.lease import Owner, Use
 from runcomfy.domain.machine import (
@@ -29,8 +34,13 @@ from runcomfy.domain.machine import (
     Purpose,
     ServerId,
 )
+from runcomfy.domain.place_key import machine_key
 
 log = logging.getLogger("runcomfy.reaper")
+
+EXECUTORS: Final = "executor: "
+"""Beginning of the reason for which a machine was launched by an executor of the queue; another one may take it over.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +67,18 @@ class Reaped:
 
 
 def judge(
-    machine: Machine, *, owner_lives: bool, owner_pid: int | None, living_use: Use | None, dev_time_left: bool
+    machine: Machine,
+    *,
+    owner_lives: bool,
+    owner_pid: int | None,
+    living_use: Use | None,
+    dev_time_left: bool,
+    spared: str = "",
 ) -> Verdict:
-    """Decide whether a machine of ours has anybody left. Pure, so that the rule can be read and tested alone."""
+    """Decide whether a machine of ours has anybody left. Pure, so that the rule can be read and tested alone.
+
+    `spared`: why a prompt may still run there that somebody goes on with; empty if none can.
+    """
     if owner_lives:
         return Verdict(machine, end=False, why=f"process {owner_pid} holds it")
     if living_use is not None:
@@ -70,7 +89,32 @@ def judge(
         return Verdict(machine, end=False, why=f"kept until {machine.kept_until:%Y-%m-%d %H:%M:%S} UTC")
     if machine.kept_until is not None:
         return Verdict(machine, end=True, why="it outlived the time it was to be kept")
+    if spared:
+        return Verdict(machine, end=False, why=spared)
     return Verdict(machine, end=True, why="the process that rented it is gone")
+
+
+def is_queues(machine: Machine) -> bool:
+    """Whether a machine was rented for the jobs of a queue."""
+    return machine.purpose is Purpose.POOL or machine.reason.startswith(EXECUTORS)
+
+
+def lease_ends(machine: Machine) -> datetime | None:
+    """Return until when a machine is paid for sure; None while it is not ready, since that starts the count."""
+    if machine.ready_at is None:
+        return None
+    return max(machine.ready_at + machine.duration, machine.planned_stop_at or machine.ready_at)
+
+
+def _may_be_spared(verdict: Verdict, now: datetime) -> bool:
+    """Whether a machine that is to be ended is one where a prompt may run, and is paid for a while."""
+    machine = verdict.machine
+    if not verdict.end or machine.purpose not in (Purpose.RUN, Purpose.POOL) or machine.server_id is None:
+        return False
+    if machine.state not in (MachineState.BOOTING, MachineState.READY, MachineState.LOST):
+        return False
+    ends = lease_ends(machine)
+    return ends is not None and ends > now
 
 
 class Reaper:
@@ -86,11 +130,26 @@ class Reaper:
         stops = {report.server_id: report.stopping_at for report in listed}
         rows = await self._machines.books.rows()
         owners = await self._store.owners([row.owner_id for row in rows if row.owner_id is not None])
-        uses = await self._store.uses([row.id for row in rows])
+        uses = [use for use in await self._store.uses([row.id for row in rows]) if not looks_only(use)]
         users = await self._store.owners({use.owner_id for use in uses})
-        return [
+        found = [
             self._verdict(row, owners, uses, users, stops.get(row.server_id) if row.server_id else None) for row in rows
         ]
+        if not any(_may_be_spared(verdict, self._clock.now()) for verdict in found):
+            return found
+        prompts = await self._machines.prompt_places()  # a question to another database: asked where it matters
+        return [self._spared(verdict, prompts) for verdict in found]
+
+    def _spared(self, verdict: Verdict, prompts: Collection[str] | None) -> Verdict:
+        machine = verdict.machine
+        if not _may_be_spared(verdict, self._clock.now()):
+            return verdict
+        why = ""
+        if prompts is not None and machine_key(machine.id) in prompts:
+            why = "the prompt of a queued job may still run there; it is kept to the end of its lease"
+        elif prompts is None and is_queues(machine):
+            why = "the queue cannot be read, whose prompt may run there; it is kept to the end of its lease"
+        return judge(machine, owner_lives=False, owner_pid=None, living_use=None, dev_time_left=False, spared=why)
 
     def _verdict(
         self,
@@ -158,6 +217,17 @@ class Reaper:
                 report.kept = [v for v in report.kept if v.machine.id != machine.id]
         ours = {row.server_id for row in await self._machines.books.rows(open_only=False)}
         report.foreign = [r for r in first if r.server_id not in ours and r.phase is not Phase.GONE]
+        return report
+
+    async def resolve_launches(self) -> Reaped:
+        """Find out what the unanswered launches of dead processes started, without waiting; end nothing.
+
+        What is found is in our books as booting from then on, and is ended like any other machine of a dead process.
+        """
+        report = Reaped()
+        for verdict in await self.verdicts():
+            if verdict.end and verdict.machine.state is MachineState.REQUESTED:
+                await self._resolve(verdict.machine, report, wait=False)
         return report
 
     async def _revenants(self, listed: Sequence[MachineReport], asked_at: datetime) -> list[Verdict]:
