@@ -13,9 +13,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -32,11 +30,11 @@ from runcomfy.application.machines import Machines
 from runcomfy.application.orchestrator import RunComfyOrchestrator
 from runcomfy.application.owner import OwnerSession
 from runcomfy.application.placing import Placer
-from runcomfy.domain.exceptions import RunComfyError, SettingInvalid, ValueInvalid, foreign_text
+from runcomfy.domain.exceptions import SettingInvalid, ValueInvalid, foreign_text
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.machine import Machine
-from runcomfy.domain.queued import NewJob, WorkerId
+from runcomfy.domain.queued import Barred, NewJob, WorkerId
 from runcomfy.domain.secret import Secret, SecretUrl
 from runcomfy.domain.settings import QueueSettings, Settings
 from runcomfy.ports.clock import Clock
@@ -342,18 +340,17 @@ class App:
         *,
         observed: Callable[[RunsJobs], RunsJobs] = lambda runs: runs,
         station: Workplace | None = None,
-        slots: int | None = None,
+        barred: Callable[[], Barred] = Barred,
     ) -> Executor:
         """Return a worker of the queue, which beats in a thread of its own. `observed` may see each job as it runs.
 
-        `station` and `slots` win over where the settings say that jobs run, and over how many at once.
+        `station` wins over where the settings say that jobs run; `barred` says whose jobs are not begun now.
 
         Raises LocalError, ConfigurationError.
         """
         from runcomfy.application.executor import Executor
 
         settings, store = self.queue_settings, await self.job_store()
-        settings = replace(settings, slots=slots or settings.slots)
         owner = self.processes.me(now=store.now())
         return Executor(
             store,
@@ -364,6 +361,7 @@ class App:
             clock=self.clock,
             processes=self.processes,
             heart=self._heart(store, owner, settings),
+            barred=barred,
             tell=self._say,
         )
 
@@ -469,7 +467,9 @@ class App:
     ) -> AsyncIterator[Crew]:
         """Put together what works for one term of the role; machines are ended after it, unless the role is lost."""
         from runcomfy.application.finish import finish
+        from runcomfy.application.machine_pool import takes_over
         from runcomfy.application.pool_station import PoolStation
+        from runcomfy.application.reconciler import Reconciler
         from runcomfy.application.service import Crew
 
         machines, _ = await self.cloud()
@@ -481,21 +481,13 @@ class App:
             station = PoolStation(
                 pool, machines.settings.pool, clock=self.clock, works=fleet.works, outlives=lambda: False
             )
-            executor = await self.executor(observed=observed, station=station)
+            executor = await self.executor(observed=observed, station=station, barred=fleet.barred)
+            reconciler = Reconciler(machines, spare=takes_over)
             if options.monitor and self._monitor is None:  # the folder is ours from the first term on
                 self._monitor = await self.monitor(hold=True)
-            yield Crew(executor, fleet, loops=(pool.run, partial(self._reconcile, machines)), monitor=self._monitor)
+            yield Crew(executor, fleet, loops=(pool.run, reconciler.run), monitor=self._monitor)
         finally:
             await finish(pool.close(keep=not role.holds()))
-
-    async def _reconcile(self, machines: Machines) -> None:
-        from runcomfy.application.machine_pool import takes_over
-        from runcomfy.application.reaper import Reaper
-
-        while True:
-            with suppress(RunComfyError):
-                await Reaper(machines).reap(wait=False, spare=takes_over)
-            await asyncio.sleep(machines.settings.pool.reconcile_every.total_seconds())
 
     def presence(self, *, user: str = "") -> Presence:
         """Return what says that somebody is there, or that work comes."""

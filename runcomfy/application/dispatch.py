@@ -25,7 +25,7 @@ from runcomfy.application.job_run import JobRun
 from runcomfy.domain.exceptions import LeaseLost
 from runcomfy.domain.job import JobId
 from runcomfy.domain.placement import BackWhy
-from runcomfy.domain.queued import Ending, Outcome, Phase, QueuedJob, QueueStatus, RowId
+from runcomfy.domain.queued import Barred, Ending, Outcome, Phase, QueuedJob, QueueStatus, RowId
 from runcomfy.domain.settings import QueueSettings
 from runcomfy.ports.jobs import JobStore
 
@@ -103,10 +103,11 @@ class Dispatch:
         begin: Callable[[QueuedJob], JobRun],
         runs: Callable[[], Collection[JobRun]],
         owes: Callable[[], None],
+        barred: Callable[[], Barred] = Barred,
     ) -> None:
         """`begin` runs what was claimed, `runs` are those that run. `owes` hears of claims that could not be undone."""
         self._store, self._settings, self._station = store, settings, station
-        self._claim, self._begin, self._runs, self._owes = claim, begin, runs, owes
+        self._claim, self._begin, self._runs, self._owes, self._barred = claim, begin, runs, owes, barred
         self._look_at = float("-inf")
         self._backs: set[asyncio.Task[bool]] = set()
         self.waiting = False
@@ -121,7 +122,7 @@ class Dispatch:
             return 0
         self._look_at = now + GLANCE_GAP
         size = WINDOW if limit > 0 else GLANCE
-        rows = await self._store.jobs(status=QueueStatus.PENDING, limit=size)
+        rows = await self._store.jobs(status=QueueStatus.PENDING, limit=size, barred=self._barred())
         waiting = [row for row in rows if may_start(row, self._store.now(), self._station.places())]
         begun, left = 0, waiting
         if limit > 0 and self._settings.fair_users:

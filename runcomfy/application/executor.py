@@ -46,6 +46,7 @@ from runcomfy.domain.exceptions import (
 )
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.queued import (
+    Barred,
     ClaimLimits,
     Ending,
     Outcome,
@@ -122,11 +123,13 @@ class Executor:
         processes: Processes,
         heart: Pulse | None = None,
         draw: retry.Draw | None = None,
+        barred: Callable[[], Barred] = Barred,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`store` is open and stays the caller's; `owner` is registered here. `heart` renews what `worker` holds.
 
-        Without a `heart` one beats in the event loop. `draw(low, high)` draws the jitter of waits.
+        Without a `heart` one beats in the event loop. `draw(low, high)` draws the jitter of waits. `barred` says whose
+        jobs are not begun now.
         """
         self.store, self.settings, self.station = store, settings, station
         self.owner = replace(owner, command=f"{owner.command} {EXECUTOR}".strip())
@@ -138,7 +141,7 @@ class Executor:
         )
         self.planner = Planner(store, settings, self.owner, processes, tell=tell, trouble=self._troubled)
         self._runs: dict[tuple[int, int], tuple[JobRun, asyncio.Task[None]]] = {}
-        self._limits = limits_of(settings)
+        self._limits, self._barred = limits_of(settings), barred
         self._wake = asyncio.Event()
         self._nudge = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -180,7 +183,14 @@ class Executor:
         self._dispatch: Dispatch | None = None
         if isinstance(station, Chooser):
             self._dispatch = Dispatch(
-                store, settings, station, claim=self._claim, begin=self._begin, runs=self._running, owes=self._owing
+                store,
+                settings,
+                station,
+                claim=self._claim,
+                begin=self._begin,
+                runs=self._running,
+                owes=self._owing,
+                barred=barred,
             )
             station.on_change(self._wake.set)
 
@@ -407,7 +417,7 @@ class Executor:
                     count=count,
                     lease=self.settings.lease,
                     places=self.station.places(),
-                    limits=self._limits,
+                    limits=replace(self._limits, barred=self._barred()),
                     only=only,
                 )
             except BaseException:
