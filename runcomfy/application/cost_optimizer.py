@@ -25,7 +25,7 @@ from runcomfy.domain.estimate import Basis, History
 from runcomfy.domain.exceptions import LocalError, ValueInvalid
 from runcomfy.domain.forecast import WEEK, WEEKS, Forecast, forecast, spent_between
 from runcomfy.domain.machine import ServerId
-from runcomfy.domain.money import show_usd
+from runcomfy.domain.money import MICRODOLLAR, show_usd
 from runcomfy.ports.balances import Balances
 from runcomfy.ports.provider import Provider
 
@@ -212,7 +212,7 @@ class CostOptimizer:
                 continue
             best = min(costs, key=lambda name: (costs[name], name))
             for name, cost in costs.items():
-                saved = Decimal(repr((cost - costs[best]) * types[name]))
+                saved = Decimal(repr((cost - costs[best]) * types[name])).quantize(MICRODOLLAR)
                 if costs[best] < cost * _CHEAPER and saved >= _WORTH_SAYING:
                     why = f"a run of {workflow} computes for ${costs[best]:.4f} there and for ${cost:.4f} on {name}"
                     found.append(Advice(f"run {workflow} on {best}", why, saved))

@@ -25,7 +25,7 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import Final
 
-from runcomfy.domain.budget import Window, committed_interval
+from runcomfy.domain.budget import Window, charge_of
 from runcomfy.domain.machine import Machine
 from runcomfy.domain.money import MICRODOLLAR, meter
 from runcomfy.domain.shares import Billed
@@ -82,9 +82,9 @@ def committed_between(machines: Sequence[Machine], *, now: datetime, end: dateti
     """Return what living machines and open launches still cost from now to `end` if nobody renews them, in USD."""
     total = Decimal(0)
     for machine in machines:
-        interval = committed_interval(machine, now=now) if machine.is_open else None
-        if interval is not None and min(interval[1], end) > max(interval[0], now):
-            total += meter(max(interval[0], now), min(interval[1], end), machine.usd_per_hour)
+        charge = charge_of(machine, now=now) if machine.is_open else None
+        if charge is not None:
+            total += meter(now, now + charge.within(Window(now, end)), charge.usd_per_hour)
     return total
 
 
