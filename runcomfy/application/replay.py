@@ -49,6 +49,8 @@ BRIDGE: Final = OfferView("bridge", 1.5 * 1.75, boot_s=30.0, boot_p90_s=30.0, lo
 """A start as serverless offers have it: within 30 s, which are billed, at 1.5 times the price."""
 PATIENCE_S: Final = 6 * HOUR
 """How long after the last job a policy may still keep machines; what is there then is ended."""
+_SOURCE: Final = "clients"
+"""Signals come from one application that speaks for all of its users: they are scored together."""
 _SOONEST_S: Final = 0.05
 """A policy that wants to look again at once looks again so much later, as a loop would."""
 
@@ -251,9 +253,11 @@ class _Replay:
         self._demand, self._scores, self._predictions = Demand(), SignalScore(), _Predictions()
         self._sessions, self._session_of = sessions_of(stream, (world.presence or Presence()).gap_s)
         self._left_of_session = [session.jobs for session in self._sessions]
-        self._heard: set[int] = set()
-        """Sessions that are open and were announced."""
+        self._heard: dict[int, float] = {}
+        """Sessions that were announced and are not over, and since when."""
+        self._there_since: float | None = None
         self._left_at: float | None = None
+        self._heeded = True
         self._since: float | None = None
         """Since when somebody announced is there without a break."""
         self._computing = 0
@@ -328,18 +332,21 @@ class _Replay:
             self._demand.cold_start(now)
         self._demand.arrived(now, 1, predicted)
         if now == self._sessions[session].began_at:
-            self._scores.work_came(now, arrival.user, after_silence=silent)
+            self._scores.work_came(now, after_silence=silent)
         self._queue.append(_Job(arrival, session, predicted))
 
     def _on_opened(self, now: float, number: int) -> None:
-        source = self._sessions[number].user
-        offer = self._world.offers[0]
+        if not self._heard:
+            self._there_since = now
+            self._heeded = self._scores.pays(_SOURCE, self._worth_s())
+        self._heard[number] = now
+        self._scores.said(_SOURCE, now)
+
+    def _worth_s(self) -> float:
+        """Return how long an idle machine costs as much as one cold start."""
+        offer, waited_s = self._world.offers[0], self._demand.view(0.0).waits_per_cold
         times = self._world.wait_usd_per_hour / offer.usd_per_hour if offer.usd_per_hour else 1.0
-        worth_s = offer.load_s + times * (offer.boot_s + offer.load_s)
-        if self._scores.pays(source, worth_s):
-            self._since = self._since if self._heard else now
-            self._heard.add(number)
-        self._scores.said(source, now)
+        return offer.load_s + times * (offer.boot_s + offer.load_s if waited_s is None else waited_s)
 
     def _on_ready(self, now: float, machine: _Machine) -> None:
         machine.ready = True
@@ -363,10 +370,10 @@ class _Replay:
         self._predictions.add(job.arrival.workflow, job.arrival.service_s)
         self._demand.served(job.arrival.service_s)
         self._left_of_session[job.session] -= 1
-        if not self._left_of_session[job.session]:
-            self._scores.left(job.arrival.user, now)
-            self._heard.discard(job.session)
-            self._left_at = now if not self._heard else self._left_at
+        was_there = not self._left_of_session[job.session] and self._heard.pop(job.session, None) is not None
+        if was_there and not self._heard:
+            self._scores.left(_SOURCE, now)
+            self._left_at, self._there_since = now, None
 
     # -- what the world does ----------------------------------------------------------------------------------
 

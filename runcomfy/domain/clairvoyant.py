@@ -44,6 +44,7 @@ concave, so nested pairs are never dearer than crossing ones.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 from collections.abc import Sequence
@@ -174,15 +175,16 @@ class _Part:
         """Return for every job those that may come right before it, with the gap."""
         jobs, reach = self._jobs, self._start + self._longest
         near: list[list[tuple[int, float]]] = [[] for _ in jobs]
+        ends = sorted((job.at + job.service_s, i) for i, job in enumerate(jobs))
         for j, later in enumerate(jobs):
-            for i, earlier in enumerate(jobs):
-                gap = later.at - earlier.at - earlier.service_s
-                if i == j or gap >= reach or -gap > self._longest:
-                    continue
+            first = bisect.bisect_right(ends, (later.at - reach, len(jobs)))
+            last = bisect.bisect_right(ends, (later.at + self._longest, len(jobs)))
+            for _, i in ends[first:last]:
+                earlier = jobs[i]
                 # Both are there when the first begins: then the shorter one is it.
-                if earlier.at >= later.at and (earlier.service_s, i) > (later.service_s, j):
-                    continue
-                near[j].append((i, gap))
+                swapped = earlier.at >= later.at and (earlier.service_s, i) > (later.service_s, j)
+                if i != j and not swapped:
+                    near[j].append((i, later.at - earlier.at - earlier.service_s))
         return near
 
     def _caps(self) -> list[float]:
