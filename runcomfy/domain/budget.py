@@ -264,7 +264,7 @@ def refusal(
     new = [] if own is None else [own]
     old = [charge for charge in charges if charge.machine_id == candidate.id]
     others = [charge for charge in charges if charge.machine_id != candidate.id]
-    ahead = [charge for charge in others if not charge.begun or charge.end > now]
+    ahead = [charge for charge in others if charge.end > now]
     until = now if own is None else own.end + (_NOTHING if own.begun else STARTS_WITHIN)
     states: list[BudgetState] = []
     for budget in budgets:

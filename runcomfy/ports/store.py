@@ -79,8 +79,16 @@ class Store(Protocol):
         """
         ...
 
-    async def budgets(self, budgets: Sequence[Budget], *, now: datetime, run_id: str = "") -> Sequence[BudgetState]:
-        """Return how budgets stand in their windows of `now`."""
+    async def budgets(
+        self,
+        budgets: Sequence[Budget],
+        *,
+        now: datetime,
+        run_id: str = "",
+        provider: str | None = None,
+        account: str | None = None,
+    ) -> Sequence[BudgetState]:
+        """Return how budgets stand in their windows of `now`: of one account, or of all in the database."""
         ...
 
     async def first_alert(self, key: str, *, at: datetime) -> bool:
@@ -94,7 +102,7 @@ class Store(Protocol):
     async def machines(
         self, *, provider: str, account: str, open_only: bool = True, since: datetime | None = None
     ) -> Sequence[Machine]:
-        """Return the account's machines, oldest first; `since`: those that were open at that time or later."""
+        """Return the account's machines, oldest first; `since`: all that were open at that time or later."""
         ...
 
     async def record(

@@ -203,9 +203,9 @@ def _charges(
     rows: list[Any] = []
     if starts:
         since = stamps(connection).exact(min(starts))
-        rows += _CLOSED_SINCE[which.one].run(connection, {"since": since, **given})
+        rows += _CLOSED_SINCE[which.one].run(connection, {"since": since, **given}).fetchall()
     if run_id and any(budget.period is Period.RUN for budget in budgets):
-        rows += _CLOSED_IN_RUN[which.one].run(connection, {"run_id": safe(run_id), **given})
+        rows += _CLOSED_IN_RUN[which.one].run(connection, {"run_id": safe(run_id), **given}).fetchall()
     amount = cache(read_amount)
     for key, price, run, project, user, ready, gone in rows:
         start = read_time(ready)
@@ -213,7 +213,7 @@ def _charges(
         charges[key] = Charge(key, amount(price), run, project, user, start, max(start, end))
     if all(budget.project is None and budget.user is None for budget in budgets):
         return list(charges.values()), {}
-    stints = _STINTS_OF.run(connection, {"ids": listed(connection, charges)})
+    stints = _STINTS_OF.run(connection, {"ids": listed(connection, charges)}).fetchall()
     told = (
         (key, project, user, read_time(start), None if done is None else read_time(done))
         for key, project, user, start, done in stints
