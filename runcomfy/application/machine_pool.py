@@ -377,7 +377,7 @@ class MachinePool:
     # -- beginning and end ---------------------------------------------------------------------------------
 
     async def adopt(self) -> list[MachineId]:
-        """Take over the machines of pools and executors whose process is gone, and return their ids.
+        """Take over the machines of other keepers of the pool, and of executors that are gone; return their ids.
 
         Before anything is reaped: prompts may still run there. Raises LocalError.
         """
@@ -387,13 +387,22 @@ class MachinePool:
         adopted = []
         for row in rows:
             owner = owners.get(row.owner_id) if row.owner_id is not None else None
-            if owner is not None and (owner.id == self._me or self._machines.processes.lives(owner, now=now)):
+            lives = owner is not None and self._machines.processes.lives(owner, now=now)
+            if row.purpose is not Purpose.POOL and lives:
                 continue
-            taken = await self._books.try_take_over(row, note="taken over: the process that rented it is gone")
-            if taken is not None:
-                self._members.add(self._adopted(taken))
-                self._books.tell(f"went on with {row.server_type} machine {row.server_id}, whose process is gone")
-                adopted.append(taken.id)
+            # Who keeps the pool has every machine of it, also those of a process that lives and slept through its time:
+            # what that one still writes is refused by the machine's epoch.
+            fate = "does not keep the pool any more" if lives else "is gone"
+            taken = row
+            if row.owner_id == self._me:  # of an earlier term of this process
+                self._books.hold(row)
+            elif (found := await self._books.try_take_over(row, note=f"taken over: its process {fate}")) is not None:
+                taken = found
+            else:
+                continue
+            self._members.add(self._adopted(taken))
+            self._books.tell(f"went on with {row.server_type} machine {row.server_id}, whose process {fate}")
+            adopted.append(taken.id)
         self._members.look_now.set()
         return adopted
 
