@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +30,7 @@ from runcomfy.application.machines import Machines
 from runcomfy.application.orchestrator import RunComfyOrchestrator
 from runcomfy.application.owner import OwnerSession
 from runcomfy.application.placing import Placer
-from runcomfy.domain.exceptions import SettingInvalid, ValueInvalid, foreign_text
+from runcomfy.domain.exceptions import LocalError, RunComfyError, SettingInvalid, ValueInvalid, foreign_text
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.machine import Machine
@@ -167,7 +167,7 @@ class App:
         books = Books(
             store, self.clock, settings, session.owner, provider=provider.name, account=provider.account, tell=self.tell
         )
-        machines = Machines(provider, self.processes, books)
+        machines = Machines(provider, self.processes, books, prompt_places=self._prompt_places)
         manager = DevServerStateManager(folder / "dev_server_state.json", copies=settings.files.state_copies)
         return machines, DevServer(machines, PublishedDevServer(manager), self.comfyui)
 
@@ -221,6 +221,44 @@ class App:
         account = RunComfyAPIClient(cloud, clock=self.clock).account  # known without asking anybody
         limiter = StoreLimiter(store, account, cloud, self.clock)
         return await self._stack.enter_async_context(RunComfyAPIClient(cloud, clock=self.clock, limiter=limiter))
+
+    async def _prompt_places(self) -> Collection[str] | None:
+        """Return where prompts of the queue may still run; None if that cannot be found out."""
+        from runcomfy.adapters.stores.job_places import prompt_places
+
+        try:
+            if not self.queue_exists:
+                return None  # a machine of a queue belongs to a queue that is somewhere else
+            await self.job_store()
+            return await prompt_places(self._jobs_database) if self._jobs_database is not None else None
+        except RunComfyError as error:
+            self._say(f"the queue cannot be read ({error.message}): machines of queues are left alone for now")
+            return None
+
+    async def start_guard(self) -> bool:
+        """Start the process that ends what outlives everything else, unless there is one; whether one was started.
+
+        A guard that cannot be started is said, not raised: the machines' own leases stand before it. None is started
+        in a story with a clock of its own: the guard goes by the computer's.
+        """
+        from runcomfy.adapters.guard_process import start_guard
+
+        if not self.settings.pool.guard or not isinstance(self.clock, SystemClock):
+            return False
+        machines, _ = await self.cloud()
+        account = machines.provider.account
+        try:
+            pid = await asyncio.to_thread(start_guard, self.settings, account, database_url=self._database_url)
+        except LocalError as error:
+            self._say(f"no guard was started: {error.message}")
+            return False
+        return pid is not None
+
+    async def _keep_guard(self) -> None:
+        """See to it that there is a guard, for as long as this process serves."""
+        while True:
+            await self.start_guard()
+            await asyncio.sleep(self.settings.pool.reconcile_every.total_seconds())
 
     def held(self) -> list[Machine]:
         """Return what this process has rented and not ended, as far as it knows."""
@@ -485,7 +523,9 @@ class App:
             reconciler = Reconciler(machines, spare=takes_over)
             if options.monitor and self._monitor is None:  # the folder is ours from the first term on
                 self._monitor = await self.monitor(hold=True)
-            yield Crew(executor, fleet, loops=(pool.run, reconciler.run), monitor=self._monitor)
+            guards = (self._keep_guard,) if options.guard and self.settings.pool.guard else ()
+            loops = (pool.run, reconciler.run, *guards)
+            yield Crew(executor, fleet, loops=loops, monitor=self._monitor)
         finally:
             await finish(pool.close(keep=not role.holds()))
 

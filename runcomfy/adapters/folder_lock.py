@@ -34,8 +34,9 @@ _TRIES: Final = 5
 class FolderLock:
     """The lock of one folder. Every method blocks."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK_NAME
+    def __init__(self, folder: Path, *, name: str = LOCK_NAME) -> None:
+        """`name`: of the lock's file; a folder may have several locks."""
+        self._path = folder / name
         self._fd: int | None = None
 
     def take(self) -> bool:
