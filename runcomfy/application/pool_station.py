@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from decimal import Decimal
 from typing import Final
@@ -55,6 +55,8 @@ LATE_S: Final = 15.0
 GAIN_S: Final = 2.0
 """A job is moved to an idle machine only if that begins it so much earlier: taking it back and sending it again is six
 requests."""
+LINE_UP_S: Final = 3.0
+"""How long a machine may have nothing to compute because one that comes first is still being prepared."""
 MACHINE_FAILS: Final = (MachineLost, MachineFailed, ServerRestarted, WorkerDead)
 """After these the prompts of everybody on the machine are in doubt."""
 REMEMBERED: Final = 400
@@ -104,13 +106,59 @@ class Experience:
 class PoolSeat(Seat):
     """A seat that was taken at a machine of the pool."""
 
-    def __init__(self, pool: Pool, lease: MachineLease, learn: Callable[[MachineLease], None]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        lease: MachineLease,
+        *,
+        others: Callable[[], Iterable[PoolSeat]],
+        learn: Callable[[MachineLease], None],
+    ) -> None:
+        """`others`: every seat of this station. `learn` hears of a prompt that has ended."""
         self.lease = lease
-        self._pool, self._learn = pool, learn
+        self.sent = False
+        self._pool, self._others, self._learn = pool, others, learn
+        self._moved = asyncio.Event()
         self._at_turn: list[Callable[[], None]] = []
         self.cut: Callable[[], None] | None = None
         """Breaks off what its job does; None while there is nothing to break off."""
         self._had_turn = self._spared = False
+
+    async def line_up(self) -> None:
+        """See `Seat`: prompts run in the order in which they are sent, and priority is to decide on that.
+
+        A machine that has nothing to compute does not wait for long for somebody's uploads.
+        """
+        loop = asyncio.get_running_loop()
+        idle_since = loop.time()
+        while any(not seat.sent for seat in self._ahead()):
+            now = loop.time()
+            if any(lease.computing_at is not None and lease.computed_at is None for lease in self.lease.machine.leases):
+                idle_since = now
+            left = idle_since + LINE_UP_S - now
+            if left <= 0:
+                return
+            self._moved.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._moved.wait()
+
+    def _ahead(self) -> list[PoolSeat]:
+        """Return the seats of those that came before and have not ended."""
+        seats = {id(seat.lease): seat for seat in self._others()}
+        ahead = []
+        for lease in self.lease.machine.leases:
+            if lease is self.lease:
+                break
+            if lease.computed_at is None and (seat := seats.get(id(lease))) is not None:
+                ahead.append(seat)
+        return ahead
+
+    def submitted(self) -> None:
+        """See `Seat`."""
+        self.sent = True
+        for seat in self._others():
+            seat._moved.set()
 
     def computing(self) -> None:
         """See `Seat`."""
@@ -179,6 +227,7 @@ class PoolSeat(Seat):
 
     def look(self) -> None:
         """Tell those who wait for its turn, if that has come."""
+        self._moved.set()
         self._had_turn = self._had_turn or not self.behind
         if self._at_turn and self._had_turn:
             listeners, self._at_turn = self._at_turn, []
@@ -337,7 +386,7 @@ class PoolStation:
             expected_s=expected,
             attach=attach,
         )
-        seat = self._seats[job_id] = PoolSeat(self._pool, lease, self._learn)
+        seat = self._seats[job_id] = PoolSeat(self._pool, lease, others=self._seats.values, learn=self._learn)
         return seat
 
     def release(self, job_id: JobId) -> None:

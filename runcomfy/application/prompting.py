@@ -132,6 +132,7 @@ class Prompting:
 
     async def attach(self, found: Polled, prompt_id: PromptId, labels: Mapping[str, NodeLabel]) -> Ended:
         """Watch a prompt that was found again until it has ended; raises what `Watcher.watch` raises."""
+        self.place.seat.submitted()
         try:
             async with self.place.server.listen(prompt_id) as events:
                 return await self.watcher.watch(
@@ -155,6 +156,7 @@ class Prompting:
         back, unless the journal says that somebody else goes on with it.
         """
         prompt_id = self.journal.prompt_id
+        await self.place.seat.line_up()
         await self._write_ahead(prompt_id)
         self.named(prompt_id)
         faultpoint("prompt.written")
@@ -163,6 +165,7 @@ class Prompting:
                 answer = await self.place.server.submit(graph, prompt_id=prompt_id)
                 prompt_id = answer.prompt_id
                 self.named(prompt_id)
+                self.place.seat.submitted()
                 faultpoint("prompt.sent")
                 await self.journal.accepted(prompt_id)
                 submitted()

@@ -13,6 +13,12 @@ from collections.abc import Callable
 class Seat:
     """A seat where nobody waits for anybody."""
 
+    async def line_up(self) -> None:
+        """Return when the prompt may be sent: those who came before have sent theirs, or take too long."""
+
+    def submitted(self) -> None:
+        """Say that the server has the prompt."""
+
     def computing(self) -> None:
         """Say that the server computes the prompt now. Harmless when repeated."""
 

@@ -60,8 +60,8 @@ DEAF_PACE: Final = 0.25
 poll period: a prompt that runs for 50 ms is not noticed 5 s later."""
 DEAF_FIRST_SECONDS: Final = 0.05
 
-_OVER: Final = frozenset({Ending.SUCCESS, Ending.ERROR, Ending.INTERRUPTED, Ending.REMOVED, Ending.RESTARTED})
-"""Endings after which the server computes the prompt no more; after any other one it still may."""
+_OVER: Final = frozenset({Ending.SUCCESS, Ending.ERROR, Ending.INTERRUPTED, Ending.REMOVED})
+"""Endings after which the server goes on with the next prompt; after any other one that is not known."""
 
 _GPU_TROUBLE: Final = re.compile(
     r"out of memory on device|(cuda|hip|mps backend|xpu)[\w ]* out of memory|allocation on device|"
