@@ -81,6 +81,15 @@ class Presence:
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """A signal as it was really told: somebody is there, until then at the latest, or left (`until` is `at`)."""
+
+    at: float
+    source: str
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
 class World:
     """What surrounds a policy."""
 
@@ -91,7 +100,9 @@ class World:
     min_machines: int = 0
     keep_alive_s: float | None = None
     presence: Presence | None = None
-    """None: no signals."""
+    """Signals made up from the stream's sessions; None: none are."""
+    told: tuple[Told, ...] = ()
+    """Signals that were really told, in order of time."""
     load_ahead: bool = True
 
     def at_wait_price(self, times: float) -> World:
@@ -235,7 +246,7 @@ class _Predictions:
 
 
 # What happens, in the order in which it counts at one and the same moment: what ends, before what comes.
-_ENDED, _LOADED, _READY, _OPENED, _ARRIVED, _LOOK = range(6)
+_ENDED, _LOADED, _READY, _TOLD, _RAN_OUT, _OPENED, _ARRIVED, _LOOK = range(8)
 
 
 class _Replay:
@@ -253,8 +264,8 @@ class _Replay:
         self._demand, self._scores, self._predictions = Demand(), SignalScore(), _Predictions()
         self._sessions, self._session_of = sessions_of(stream, (world.presence or Presence()).gap_s)
         self._left_of_session = [session.jobs for session in self._sessions]
-        self._heard: dict[int, float] = {}
-        """Sessions that were announced and are not over, and since when."""
+        self._heard: dict[int | str, float] = {}
+        """Announced sessions and sources that are there, and until when at the latest."""
         self._there_since: float | None = None
         self._left_at: float | None = None
         self._heeded = True
@@ -303,6 +314,10 @@ class _Replay:
 
     def _announce(self) -> None:
         presence = self._world.presence
+        for number, told in enumerate(self._world.told):
+            self._at(told.at, _TOLD, number)
+            if told.until > told.at:
+                self._at(told.until, _RAN_OUT, number)
         if presence is None:
             return
         chance = random.Random(presence.seed)  # noqa: S311 - a share of the sessions, not a secret
@@ -316,7 +331,17 @@ class _Replay:
         if kind == _ARRIVED:
             self._on_arrival(now, which)
         elif kind == _OPENED:
-            self._on_opened(now, which)
+            self._opened(now, which, math.inf)
+        elif kind == _TOLD:
+            told = self._world.told[which]
+            if told.until > now:
+                self._opened(now, told.source, told.until)
+            else:
+                self._left(now, told.source)
+        elif kind == _RAN_OUT:
+            source = self._world.told[which].source
+            if self._heard.get(source, math.inf) <= now:
+                self._left(now, source)
         elif kind == _LOOK:
             pass  # planning follows whatever happened
         elif not self._all[which].gone:
@@ -335,12 +360,17 @@ class _Replay:
             self._scores.work_came(now, after_silence=silent)
         self._queue.append(_Job(arrival, session, predicted))
 
-    def _on_opened(self, now: float, number: int) -> None:
+    def _opened(self, now: float, who: int | str, until: float) -> None:
         if not self._heard:
             self._there_since = now
             self._heeded = self._scores.pays(_SOURCE, self._worth_s())
-        self._heard[number] = now
+        self._heard[who] = max(until, self._heard.get(who, until))
         self._scores.said(_SOURCE, now)
+
+    def _left(self, now: float, who: int | str) -> None:
+        if self._heard.pop(who, None) is not None and not self._heard:
+            self._scores.left(_SOURCE, now)
+            self._left_at, self._there_since = now, None
 
     def _worth_s(self) -> float:
         """Return how long an idle machine costs as much as one cold start."""
@@ -370,10 +400,8 @@ class _Replay:
         self._predictions.add(job.arrival.workflow, job.arrival.service_s)
         self._demand.served(job.arrival.service_s)
         self._left_of_session[job.session] -= 1
-        was_there = not self._left_of_session[job.session] and self._heard.pop(job.session, None) is not None
-        if was_there and not self._heard:
-            self._scores.left(_SOURCE, now)
-            self._left_at, self._there_since = now, None
+        if not self._left_of_session[job.session]:
+            self._left(now, job.session)
 
     # -- what the world does ----------------------------------------------------------------------------------
 
@@ -492,13 +520,16 @@ class _Replay:
         )
 
     def _presence(self) -> PresenceView:
-        presence = self._world.presence
-        if presence is None:
+        world = self._world
+        if world.presence is None and not world.told:
             return PresenceView()
-        present = len({self._sessions[number].user for number in self._heard})
+        score = self._scores.score(_SOURCE)
+        names = {who if isinstance(who, str) else self._sessions[who].user for who in self._heard}
+        present = len(names) if self._heeded else 0
         return PresenceView(
             present=present,
             left_at=None if present else self._left_at,
-            lead_s=self._scores.lead_s(presence.lead_s),
-            since=self._since if present else None,
+            lead_s=self._scores.lead_s((world.presence or Presence()).lead_s),
+            since=self._there_since if present else None,
+            recall=score.recall if score.said else 1.0,
         )

@@ -1,6 +1,7 @@
 """
-One's own last days as a stream that can be replayed: when jobs came, from the queue, and how long they ran, from the
-books. A job that never computed, or still does, is left out: nobody knows how long it would have run.
+One's own last days as a stream that can be replayed: when jobs came, from the queue, how long they ran, from the books,
+and what clients told before. A job that was run without the queue came when it took its seat at a machine. A job that
+never computed, or still does, is left out: nobody knows how long it would have run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from runcomfy.application.replay import Arrival
+from runcomfy.application.replay import Arrival, Told
+from runcomfy.domain.signal import PRESENCE_FOR, Signal, SignalKind
 from runcomfy.domain.work import Work
 from runcomfy.ports.jobs import JobStore
 from runcomfy.ports.store import Store
@@ -24,6 +26,8 @@ class OwnHistory:
     """What came in the days looked back at. Times are seconds of the wall clock's epoch."""
 
     jobs: tuple[Arrival, ...]
+    told: tuple[Told, ...]
+    """Who was there, and when."""
     left_out: int
     """Jobs that came and did not compute."""
 
@@ -31,21 +35,41 @@ class OwnHistory:
 async def own_history(
     jobs: JobStore, store: Store, *, since: datetime, on_reference: Callable[[float, str], float]
 ) -> OwnHistory:
-    """Return the jobs that came since then, in order of time. Raises LocalError.
+    """Return what came since then, in order of time. Raises LocalError.
 
     `on_reference` says what a run of so many seconds on a machine type would have taken on the reference type
     (`FleetOffers.on_reference`).
     """
-    came = await jobs.arrivals(limit=MOST_JOBS)
+    came = [job for job in await jobs.arrivals(limit=MOST_JOBS) if job.at is not None and job.at >= since]
     ran = await store.works(since=since)
     seconds = _run_times(ran, on_reference)
+    queued = {str(job.uid) for job in came}
     stream = [
-        Arrival(arrival.at.timestamp(), seconds[arrival.uid], arrival.user, arrival.workflow_id)
-        for arrival in came
-        if arrival.at is not None and arrival.at >= since and arrival.uid in seconds
+        Arrival(job.at.timestamp(), seconds[job.uid], job.user, job.workflow_id)
+        for job in came
+        if job.at is not None and job.uid in seconds
     ]
-    total = sum(arrival.at is not None and arrival.at >= since for arrival in came)
-    return OwnHistory(tuple(sorted(stream, key=lambda job: job.at)), total - len(stream))
+    left_out = len(came) - len(stream)
+    alone = {str(work.job_id): work for work in reversed(ran) if work.attempt == 0 and work.job_id not in queued}
+    stream += [
+        Arrival(work.began_at.timestamp(), seconds[job], work.user, work.workflow)
+        for job, work in alone.items()
+        if job in seconds
+    ]
+    told = [one for signal in await store.signals(since=since) if (one := _told(signal)) is not None]
+    return OwnHistory(tuple(sorted(stream, key=lambda job: job.at)), tuple(told), left_out)
+
+
+def _told(signal: Signal) -> Told | None:
+    at = signal.at.timestamp()
+    match signal.kind:
+        case SignalKind.OPENED:
+            until = signal.until.timestamp() if signal.until is not None else at + PRESENCE_FOR.total_seconds()
+            return Told(at, signal.source, max(at, until))
+        case SignalKind.LEFT:
+            return Told(at, signal.source, at)
+        case _:  # an intent or a batch is about single jobs, which the stream has anyway
+            return None
 
 
 def _run_times(ran: Sequence[Work], on_reference: Callable[[float, str], float]) -> dict[str, float]:

@@ -229,6 +229,7 @@ async def _tune(
             max_machines=pool.max_machines,
             min_machines=min(pool.min_machines, pool.max_machines),
             keep_alive_s=pool.keep_alive.total_seconds() if pool.keep_alive is not None else None,
+            told=history.told,
         )
     if not history.jobs:
         return _nothing(days, history.left_out, as_json=as_json)
