@@ -44,5 +44,6 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("RUNCOMFY_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("RUNCOMFY_GUARD", "false")  # a process that outlives its test; stories about it start it
     yield
     unconfigure_logging()

@@ -155,6 +155,7 @@ class DevServer:
         while True:
             found = await self._there(on_boot, on_wait)
             if found is not None:
+                await self.used(found[0])
                 return *found, True
             try:
                 async with self._machines.launch_lock():
@@ -404,6 +405,7 @@ class DevServer:
         if report.stopping_at is not None and report.ready_at is not None:
             total = report.stopping_at - report.ready_at
         machine = await self._machines.extend(machine, total=total + by)
+        await self.used(machine)
         await self.publish(machine, report, health="unknown")
         return machine
 

@@ -105,6 +105,7 @@ async def _start(
         if interrupts is not None:
             display.attach(interrupts)
         _, dev = await app.cloud()
+        await app.start_guard()
 
         def on_boot(boot: Any) -> None:
             usual = f", usually {show_span(boot.expected)}" if boot.expected else ""
@@ -125,7 +126,8 @@ async def _start(
                 f"a {machine.server_type} dev server was there already; "
                 f"`comfyctl dev restart --server-type {server_type}` replaces it"
             )
-    _describe_start(machine, report, reused=reused, show_url=show_url)
+    idle_after = app.settings.app.idle_timeout if app.settings.pool.guard else None
+    _describe_start(machine, report, reused=reused, show_url=show_url, idle_after=idle_after)
     if warm_up:
         with Display() as display:
             app.tell = display.tell
@@ -133,8 +135,10 @@ async def _start(
         click.echo(f"  warm-up  {done}")
 
 
-def _describe_start(machine: Machine, report: MachineReport, *, reused: bool, show_url: bool) -> None:
-    from runcomfy.cli.words import show_time
+def _describe_start(
+    machine: Machine, report: MachineReport, *, reused: bool, show_url: bool, idle_after: timedelta | None
+) -> None:
+    from runcomfy.cli.words import show_span, show_time
 
     url = (report.url.reveal() if show_url else report.url.masked) if report.url else "-"
     click.echo(f"dev server {'reused' if reused else 'ready'}: {machine.server_type} machine {machine.server_id}")
@@ -142,6 +146,8 @@ def _describe_start(machine: Machine, report: MachineReport, *, reused: bool, sh
     click.echo(f"  address  {url}" + ("  (--show-url shows it whole)" if hidden else ""))
     click.echo(f"  price    ${machine.usd_per_hour} per hour ({machine.rate_source})")
     click.echo(f"  stops    {show_time(report.stopping_at or machine.planned_stop_at)} (planned)")
+    if idle_after is not None:
+        click.echo(f"  idle     ended when nothing runs on it for {show_span(idle_after)} (CONJURE_IDLE_TIMEOUT)")
 
 
 async def _warm_up(app: App, display: Any) -> str:
@@ -182,14 +188,14 @@ def status_command(*, show_url: bool = False, as_json: bool = False) -> int:
         async with _app(interrupts) as app:
             _, dev = await app.cloud()
             status = await dev.status()
-            idle_after = app.settings.app.idle_timeout
+            idle_after, warning = app.settings.app.idle_timeout, app.settings.pool.idle_warning
         facts = _facts(status, show_url=show_url) if status is not None else None
         if as_json:
             show_json(facts)
         elif status is None or facts is None:
             click.echo(NONE_RUNS)
         else:
-            _print_status(status, facts, idle_after)
+            _print_status(status, facts, idle_after, warning)
         return 0
 
     return run_async(work)
@@ -219,23 +225,30 @@ def _facts(status: DevServerStatus, *, show_url: bool) -> dict[str, Any]:
         "Jobs Running": status.jobs_running,
         "Idle For": show_span(status.idle) if status.idle is not None else None,
         "Idle Cost": f"${status.idle_cost_usd:.4f}",
+        "Monitored": status.monitored,
+        "Ends Idle In": show_span(status.ends_idle_in) if status.ends_idle_in is not None else None,
         "Health": [{"layer": layer.name, "ok": layer.ok, "detail": layer.detail} for layer in status.layers],
         "Usable": status.usable,
     }
 
 
-def _print_status(status: DevServerStatus, facts: dict[str, Any], idle_after: timedelta) -> None:
+def _print_status(status: DevServerStatus, facts: dict[str, Any], idle_after: timedelta, warning: timedelta) -> None:
     from runcomfy.domain.exceptions import foreign_text
 
     click.echo("development server")
     for name, value in facts.items():
-        if name in ("Health", "Usable") or value is None:
+        if name in ("Health", "Usable", "Monitored") or value is None:
             continue
         click.echo(f"  {name + ':':<15} {value}")
     for layer in status.layers:
         click.echo(f"  {'ok ' if layer.ok else 'BAD'} {layer.name}: {foreign_text(layer.detail)}")
     click.echo("healthy" if status.usable else "not reachable or not usable")
-    if status.idle is not None and status.idle > idle_after:
+    if status.ends_idle_in is not None and status.ends_idle_in <= warning:
+        click.echo(
+            f"WARNING: it is idle, and ended in {facts['Ends Idle In']} unless a job uses it or `comfyctl dev monitor` "
+            "looks at it (CONJURE_IDLE_TIMEOUT)"
+        )
+    elif status.idle is not None and status.idle > idle_after:
         click.echo(
             f"nothing ran on it for {facts['Idle For']}, which cost {facts['Idle Cost']}: "
             "`comfyctl dev shutdown` ends that"

@@ -24,14 +24,18 @@ SIGN_OF_LIFE_EVERY = 30.0
 async def watch_dev_server(
     machines: Machines, dev: DevServer, comfyui: Callable[[SecretUrl], ComfyUI], stop: asyncio.Event
 ) -> bool:
-    """Print what changes until `stop` is set (False) or there is no dev server any more (True)."""
+    """Print what changes until `stop` is set (False) or there is no dev server any more (True).
+
+    As long as somebody looks, the dev server is not ended for being idle.
+    """
     found = await dev.find()
     if found is None or found[1].url is None:
         click.echo("there is no active development server")
         return True
     server = comfyui(found[1].url)
     try:
-        return await _watch(machines, dev, server, found, stop)
+        async with dev.monitored(found[0]):
+            return await _watch(machines, dev, server, found, stop)
     finally:
         await server.close()
 
