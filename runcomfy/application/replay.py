@@ -269,7 +269,8 @@ class _Replay:
         self._there_since: float | None = None
         self._left_at: float | None = None
         self._heeded = True
-        self._since: float | None = None
+        self._announced = self._unannounced = 0
+        """Works that came after a silence: while somebody was there, and while nobody was."""
         """Since when somebody announced is there without a break."""
         self._computing = 0
         self._look_at: float | None = None
@@ -353,6 +354,10 @@ class _Replay:
         silent = not self._queue and not self._computing
         predicted = self._predictions.of(arrival.workflow, self._demand.view(now).service_s)
         self._demand.work_came(now)
+        if silent and self._heard:
+            self._announced += 1
+        elif silent:
+            self._unannounced += 1
         if not self._machines:
             self._demand.cold_start(now)
         self._demand.arrived(now, 1, predicted)
@@ -523,7 +528,7 @@ class _Replay:
         world = self._world
         if world.presence is None and not world.told:
             return PresenceView()
-        score = self._scores.score(_SOURCE)
+        works = self._announced + self._unannounced
         names = {who if isinstance(who, str) else self._sessions[who].user for who in self._heard}
         present = len(names) if self._heeded else 0
         return PresenceView(
@@ -531,5 +536,5 @@ class _Replay:
             left_at=None if present else self._left_at,
             lead_s=self._scores.lead_s((world.presence or Presence()).lead_s),
             since=self._there_since if present else None,
-            recall=score.recall if score.said else 1.0,
+            recall=self._announced / works if works else 1.0,
         )
