@@ -524,7 +524,15 @@ class App:
             if options.monitor and self._monitor is None:  # the folder is ours from the first term on
                 self._monitor = await self.monitor(hold=True)
             guards = (self._keep_guard,) if options.guard and self.settings.pool.guard else ()
-            loops = (pool.run, reconciler.run, *guards)
+
+            async def adopt() -> None:
+                """Take over, later, too: what an executor that has just died leaves behind."""
+                while True:
+                    await asyncio.sleep(machines.settings.pool.reconcile_every.total_seconds())
+                    with suppress(LocalError):  # asked again
+                        await pool.adopt()
+
+            loops = (pool.run, reconciler.run, adopt, *guards)
             yield Crew(executor, fleet, loops=loops, monitor=self._monitor)
         finally:
             await finish(pool.close(keep=not role.holds()))

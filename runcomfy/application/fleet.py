@@ -24,10 +24,12 @@ from typing import Any, Final
 from runcomfy.application.axis import Axis
 from runcomfy.application.fleet_demand import FleetDemand, FleetSignals
 from runcomfy.application.fleet_offers import FleetOffers
+from runcomfy.application.latency import price_for
 from runcomfy.application.pooled import Pool, PooledMachine
 from runcomfy.application.purse import Purse
 from runcomfy.application.role import Role
 from runcomfy.domain.decision import Decision
+from runcomfy.domain.durations import show_duration
 from runcomfy.domain.exceptions import (
     AuthRejected,
     BudgetExceeded,
@@ -156,6 +158,26 @@ class Fleet:
         served = {(work.user, work.project) for work in with_.offers.works}
         await with_.purse.refresh(served | {(each.user, each.project) for each in self._waiting})
         await with_.jobs.resume(scope=FLEET_SCOPE, by=with_.role.owner.id)  # what another one said
+        if self.settings.latency_target is not None:
+            await self._price_waiting(self.settings.latency_target)
+
+    async def _price_waiting(self, target: timedelta) -> None:
+        """Find the price of waiting that would have kept the target."""
+        with_ = self._with
+        found = await price_for(target, with_.jobs, with_.offers, self.settings, axis=with_.jobs_axis)
+        wanted = f"that 95 of 100 jobs wait no longer than {show_duration(target)}"
+        if found is None:
+            with_.tell(
+                f"too few jobs came yet to say what it takes {wanted}; waiting costs {self._price_shown} until then"
+            )
+            return
+        with_.wait_usd_per_hour = found.usd_per_hour
+        how = "takes" if found.met else "cannot be kept by any price; the best is"
+        with_.tell(f"by the jobs of the last days, {wanted} {how} {self._price_shown}")
+
+    @property
+    def _price_shown(self) -> str:
+        return f"${self._with.wait_usd_per_hour:.2f} per job and hour"
 
     async def end(self) -> None:
         """Take back what is said of machines that are not launched: nobody plans any more."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
@@ -37,6 +38,7 @@ from runcomfy.ports.comfyui import ComfyUI
 from runcomfy.ports.provider import Provider
 from runcomfy.ports.store import Store
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.comfyui.process import RunRecord
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import EmulatedProcesses, Killed, Mortal, settings_for
 from runcomfy.testing.queue_programs import drawing
@@ -273,14 +275,15 @@ class Services:
 
     # -- oracles -------------------------------------------------------------------------------------------
 
+    def ran(self) -> list[RunRecord]:
+        """Return every execution on every machine there ever was, by the servers' own logs."""
+        servers = [machine.comfyui or machine.comfyui_was for machine in self.cloud.machines.values()]
+        return [record for server in servers if isinstance(server, ComfyUIEmulator) for record in server.run_log]
+
     async def complaints(self) -> list[str]:
         """Return everything in which jobs, files, servers and bills contradict what is promised (I9, I11, I15)."""
         found = []
-        runs: dict[str, int] = {}
-        for machine in self.cloud.machines.values():
-            if isinstance(machine.comfyui, ComfyUIEmulator):
-                for record in machine.comfyui.run_log:
-                    runs[record.prompt_id] = runs.get(record.prompt_id, 0) + 1
+        runs = Counter(record.prompt_id for record in self.ran())
         for job in await self.queue.list():
             if job.status is not QueueStatus.DONE:
                 found.append(f"{job.config_name} is {job.status}: {job.error_trace or job.message}")

@@ -112,6 +112,7 @@ async def take_down(machine: EmulatedMachine) -> None:
     server, machine.comfyui = machine.comfyui, None
     if server is None:
         return
+    machine.comfyui_was = server
     kill = getattr(server, "kill", None)
     if kill is not None:
         await call(kill())

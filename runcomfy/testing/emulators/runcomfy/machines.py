@@ -129,6 +129,8 @@ class EmulatedMachine:
     url: str | None = None
     comfyui: ComfyServer | None = None
     """What listens at `url`, if anything does."""
+    comfyui_was: ComfyServer | None = None
+    """What listened there last, when it does no more: what ran there can still be asked."""
     port: int = 0
     """The port that ComfyUI will take, when something else has it before."""
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
