@@ -20,11 +20,11 @@ from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.exceptions import ProviderBusy, ValueInvalid
 from runcomfy.domain.forecast import Method
 from runcomfy.domain.job import JobId, JobRequest, JobStatus
-from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineState, OwnerId, Purpose, ServerId
+from runcomfy.domain.machine import MachineState
 from runcomfy.domain.money import LedgerEntry, meter
-from runcomfy.domain.work import Work
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.past import Past
 
 pytestmark = pytest.mark.cloud(boot_time=180)
 CENT = Decimal("0.01")
@@ -174,69 +174,20 @@ async def test_an_empty_account_has_spent_nothing(money: CostOptimizer, clock: L
 # --- budgets, forecasts, advice -------------------------------------------------------------------------------
 
 
-class Books:
-    """Writes machines and jobs into the books as if they had run: weeks of history in no time."""
-
-    def __init__(self, app: App) -> None:
-        self.app = app
-        self.numbers = iter(range(10_000))
-
-    async def machine(
-        self, ready: datetime, ran: timedelta, *, server_type: str = "medium", posts: bool = True
-    ) -> Machine:
-        machines, _ = await self.app.cloud()
-        books, number = machines.books, next(self.numbers)
-        rate = self.app.settings.rates.rates[server_type].usd_per_hour
-        asked = ready - timedelta(minutes=3)
-        machine = Machine(
-            MachineId(f"machine-{number}"), books.provider, books.account, Purpose.POOL, server_type, ran, rate,
-            "table", asked, asked, owner_id=books.owner.id,
-        )  # fmt: skip
-        await books.store.add_machine(machine, at=asked)
-        by, end = OwnerId(books.owner.id), ready + ran
-        server = {"server_id": ServerId(f"srv-{number}")}
-        await books.store.record(machine.id, MachineEvent.LISTED, at=asked, by=by, changes=server)
-        await books.store.record(machine.id, MachineEvent.ANSWERED, at=ready, by=by, changes={"ready_at": ready})
-        await books.store.record(machine.id, MachineEvent.STOP_ASKED, at=end, by=by, changes={"stop_accepted_at": end})
-        machine = await books.store.record(machine.id, MachineEvent.GONE, at=end, by=by)
-        if posts:
-            await books.store.close_bill(machine.id, end=end, recorded_at=end, note="")
-        return machine
-
-    async def job(
-        self,
-        machine: Machine,
-        second: float,
-        seconds: float,
-        *,
-        workflow: str = "portrait",
-        user: str = "",
-        cold: bool = False,
-    ) -> None:
-        machines, _ = await self.app.cloud()
-        assert machine.ready_at is not None
-        begin = machine.ready_at + timedelta(seconds=second)
-        end = begin + timedelta(seconds=seconds)
-        work = Work(
-            machine.id, JobId(f"job-{next(self.numbers)}"), 1, workflow, machine.server_type, begin, user, "",
-            begin, end, end + timedelta(seconds=2), "done", cold,
-        )  # fmt: skip
-        await machines.store.put_work(work)
-
-
-@pytest.fixture
-def books(app: App) -> Books:
-    return Books(app)
+@pytest_asyncio.fixture
+async def past(app: App) -> Past:
+    machines, _ = await app.cloud()
+    return Past(machines.books)
 
 
 async def test_forecasts_come_from_the_same_hours_of_past_weeks(
-    money: CostOptimizer, books: Books, clock: LoopClock
+    money: CostOptimizer, past: Past, clock: LoopClock
 ) -> None:
     now = clock.now()  # Friday, 10:00 UTC
     for weeks, hours in ((1, 2), (2, 4)):
-        await books.machine(now - timedelta(weeks=weeks) + timedelta(hours=3), timedelta(hours=hours))
-    await books.machine(now - timedelta(weeks=3), timedelta(minutes=1))
-    await books.machine(now - timedelta(hours=1), timedelta(minutes=30))
+        await past.machine(now - timedelta(weeks=weeks) + timedelta(hours=3), timedelta(hours=hours))
+    await past.machine(now - timedelta(weeks=3), timedelta(minutes=1))
+    await past.machine(now - timedelta(hours=1), timedelta(minutes=30))
     day, month = await money.forecast()
     assert (day.method, day.samples) == (Method.WEEKS, 3)
     rate = Decimal("0.99")
@@ -250,10 +201,10 @@ async def test_forecasts_come_from_the_same_hours_of_past_weeks(
 
 
 async def test_young_history_forecasts_by_its_average_and_says_so(
-    money: CostOptimizer, books: Books, clock: LoopClock
+    money: CostOptimizer, past: Past, clock: LoopClock
 ) -> None:
     now = clock.now()
-    await books.machine(now - timedelta(hours=4), timedelta(hours=2))
+    await past.machine(now - timedelta(hours=4), timedelta(hours=2))
     day, _ = await money.forecast()
     assert (day.method, day.samples) == (Method.AVERAGE, 4)
     assert day.spent == Decimal("1.98")
@@ -276,11 +227,11 @@ async def test_what_is_committed_is_in_every_forecast(
     assert abs(day.expected - cloud.total_usd) < CENT
 
 
-async def test_budgets_are_shown_with_what_is_committed_and_left(app: App, clock: LoopClock, books: Books) -> None:
+async def test_budgets_are_shown_with_what_is_committed_and_left(app: App, clock: LoopClock, past: Past) -> None:
     machines, _ = await app.cloud()
-    machine = await books.machine(clock.now() - timedelta(hours=2), timedelta(hours=1))
-    await books.job(machine, 0, 600, user="ann")
-    await books.job(machine, 700, 200, user="bob")
+    machine = await past.machine(clock.now() - timedelta(hours=2), timedelta(hours=1))
+    await past.job(machine, 0, 600, user="ann")
+    await past.job(machine, 700, 200, user="bob")
     machines.books.settings = replace(
         app.settings,
         budgets=(
@@ -301,13 +252,13 @@ async def test_budgets_are_shown_with_what_is_committed_and_left(app: App, clock
     assert len(states) == 4
 
 
-async def test_advice_says_where_money_goes_and_what_is_cheaper(app: App, books: Books, clock: LoopClock) -> None:
+async def test_advice_says_where_money_goes_and_what_is_cheaper(app: App, past: Past, clock: LoopClock) -> None:
     machines, _ = await app.cloud()
     now = clock.now()
     for number, (server_type, seconds) in enumerate((("medium", 600), ("large", 300))):
-        machine = await books.machine(now - timedelta(days=2 + number), timedelta(hours=5), server_type=server_type)
+        machine = await past.machine(now - timedelta(days=2 + number), timedelta(hours=5), server_type=server_type)
         for second in range(0, 4 * 600, 600):
-            await books.job(machine, second, seconds)
+            await past.job(machine, second, seconds)
     machines.books.settings = replace(app.settings, budgets=(Budget(Period.MONTH, Decimal(14)),))
     found = {advice.what.split(":")[0]: advice for advice in await CostOptimizer(machines.books).advice()}
     assert "end machines earlier when nobody uses them" in found
@@ -318,12 +269,12 @@ async def test_advice_says_where_money_goes_and_what_is_cheaper(app: App, books:
     assert any("set a hard budget" in one.what for one in await CostOptimizer(machines.books).advice())
 
 
-async def test_advice_names_a_type_on_which_a_run_costs_less(app: App, books: Books, clock: LoopClock) -> None:
+async def test_advice_names_a_type_on_which_a_run_costs_less(app: App, past: Past, clock: LoopClock) -> None:
     machines, _ = await app.cloud()
     for server_type, seconds in (("medium", 3_000), ("2x-large", 900)):
-        machine = await books.machine(clock.now() - timedelta(days=1), timedelta(hours=4), server_type=server_type)
+        machine = await past.machine(clock.now() - timedelta(days=1), timedelta(hours=4), server_type=server_type)
         for second in range(0, 4 * 3_000, 3_000):
-            await books.job(machine, second, seconds)
+            await past.job(machine, second, seconds)
     found = [one for one in await CostOptimizer(machines.books).advice() if one.what == "run portrait on medium"]
     (advice,) = found
     assert advice.why == "a run of portrait computes for $0.8250 there and for $1.2475 on 2x-large"
@@ -361,13 +312,13 @@ async def test_an_estimate_holds_against_what_the_run_then_costs(
 
 
 async def test_many_runs_cost_less_each_than_one_and_more_in_all(
-    money: CostOptimizer, books: Books, clock: LoopClock
+    money: CostOptimizer, past: Past, clock: LoopClock
 ) -> None:
     for hours in (20, 10):
-        machine = await books.machine(clock.now() - timedelta(hours=hours), timedelta(hours=1))
-        await books.job(machine, 20, 90, cold=True)
+        machine = await past.machine(clock.now() - timedelta(hours=hours), timedelta(hours=1))
+        await past.job(machine, 20, 90, cold=True)
         for number in range(8):
-            await books.job(machine, 120 + 40 * number, 30 + number % 2)
+            await past.job(machine, 120 + 40 * number, 30 + number % 2)
     one, many = await money.estimate("portrait"), await money.estimate("portrait", count=100)
     four = await money.estimate("portrait", count=100, machines=4)
     assert one.usd is not None
@@ -453,15 +404,15 @@ async def test_times_that_differ_are_a_gap(app: App, money: CostOptimizer, cloud
 
 
 async def test_a_ledger_that_does_not_cover_the_bill_is_a_gap(
-    app: App, money: CostOptimizer, books: Books, clock: LoopClock
+    app: App, money: CostOptimizer, past: Past, clock: LoopClock
 ) -> None:
     machines, _ = await app.cloud()
     at = clock.now() - timedelta(hours=10)
-    right = await books.machine(at, timedelta(hours=1))
-    await books.machine(at, timedelta(seconds=50), posts=False)  # within a minute
-    missing = await books.machine(at, timedelta(hours=2), posts=False)
-    twice = await books.machine(at, timedelta(hours=1))
-    dear = await books.machine(at, timedelta(hours=1), posts=False)
+    right = await past.machine(at, timedelta(hours=1))
+    await past.machine(at, timedelta(seconds=50), posts=False)  # within a minute
+    missing = await past.machine(at, timedelta(hours=2), posts=False)
+    twice = await past.machine(at, timedelta(hours=1))
+    dear = await past.machine(at, timedelta(hours=1), posts=False)
     entry = LedgerEntry(twice.id, at, at + timedelta(minutes=30), twice.usd_per_hour, Decimal("0.495"), at)
     wrong = replace(entry, machine_id=dear.id, ended_at=at + timedelta(hours=1), amount_usd=Decimal(7))
     await machines.store.post([entry, wrong])

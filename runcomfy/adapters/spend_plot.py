@@ -74,13 +74,19 @@ def draw(bars: Sequence[Bar], path: Path, *, title: str, what: str, days: bool) 
         ) from error
     raw = BytesIO()
     with rc_context({"font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "costs", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT if days else _tall(len(bars))), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, _HEIGHT if days else _tall(len(bars))))
+        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
         axes = figure.add_subplot()
         (_upright if days else _lying)(axes, bars, what)
         _dress(figure, axes, title, days=days)
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
         figure.savefig(raw, format=path.suffix.lower()[1:], dpi=_DPI, facecolor="white", metadata=metadata)
     write_atomically(path, raw.getvalue(), mode=0o644)
+
+
+def _plain(text: str) -> str:
+    """Return a text that is drawn as it is: between two dollar signs matplotlib sees mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _tall(count: int) -> float:
@@ -94,8 +100,9 @@ def _upright(axes: Axes, bars: Sequence[Bar], what: str) -> None:
         axes.bar(places, values, bottom=bottom, color=colour, label=name, width=0.8 if len(bars) > 1 else 0.3)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     every = max(1, -(-len(bars) // 12))  # more labels than these run into each other at half the size
-    axes.set_xticks(list(places)[::every], [bar.label for bar in bars][::every])
-    axes.set_xlim(-0.7, max(len(bars), 3) - 0.3)
+    axes.set_xticks(list(places)[::every], [_plain(bar.label) for bar in bars][::every])
+    middle, half = (len(bars) - 1) / 2, max(len(bars), 4) / 2
+    axes.set_xlim(middle - half - 0.2, middle + half + 0.2)
     axes.set_xlabel(what)
     axes.set_ylabel("USD")
     axes.set_ylim(0, max([*bottom, 0.01]) * 1.12)
@@ -110,8 +117,8 @@ def _lying(axes: Axes, bars: Sequence[Bar], what: str) -> None:
         left = [low + value for low, value in zip(left, values, strict=True)]
     most = max([*left, 0.01])
     for place, bar, end in zip(places, bars, left, strict=True):
-        axes.text(end + most * 0.01, place, show_usd(bar.usd).replace("$", r"\$"), va="center", color=_INK)
-    axes.set_yticks(list(places), [bar.label for bar in bars])
+        axes.text(end + most * 0.01, place, _plain(show_usd(bar.usd)), va="center", color=_INK)
+    axes.set_yticks(list(places), [_plain(bar.label) for bar in bars])
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_ylabel(what)
     axes.set_xlabel("USD")
@@ -128,11 +135,18 @@ def _layers(bars: Sequence[Bar]) -> list[tuple[str, str, list[float]]]:
 
 
 def _dress(figure: Figure, axes: Axes, title: str, *, days: bool) -> None:
+    from matplotlib.patches import Patch
+
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
     axes.tick_params(colors=_INK)
     money = axes.yaxis if days else axes.xaxis
-    money.set_major_formatter(lambda value, _: f"{value:,.2f}")
-    axes.set_title(title, loc="left", color=_INK, fontsize=13, pad=10)
-    figure.legend(loc="outside lower left", ncols=3, frameon=False)
+    digits = 2 if money.get_view_interval()[1] >= 0.1 else 4
+    money.set_major_formatter(lambda value, _: f"{value:,.{digits}f}")
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.set_title(_plain(title), loc="left", color=_INK, fontsize=13, pad=10)
+    # By hand: where there are no bars at all matplotlib knows no colours.
+    parts = [Patch(color=colour, label=name) for name, colour, _ in _layers(())]
+    figure.legend(handles=parts, loc="outside lower left", ncols=3, frameon=False, labelcolor=_INK)

@@ -55,20 +55,22 @@ async def _money(interrupts: Interrupts, *, quiet: bool = False) -> AsyncIterato
 def moment(text: str, *, now: datetime, whole_days: bool = False) -> datetime:
     """Return the time that `text` names: so long ago (`7d`), a day, or a time (UTC if it names no zone).
 
-    `whole_days`: so long ago counts from the midnight before. Raises ValueInvalid.
+    `whole_days`: days ago count from the midnight before. Raises ValueInvalid.
     """
     words = text.strip()
     try:
         at = datetime.fromisoformat(words)
     except ValueError:
         try:
-            at = now - parse_duration(words)
+            ago = parse_duration(words)
+            at = now - ago
         except (ValueInvalid, OverflowError):
             raise ValueInvalid(
                 f"{foreign_text(text, 40)!r} is no time",
                 hint="write how long ago (7d, 12h, 90m), a day (2026-05-01), or a time (2026-05-01T12:00)",
             ) from None
-        return at.replace(hour=0, minute=0, second=0, microsecond=0) if whole_days else at
+        whole = whole_days and ago >= timedelta(days=1)
+        return at.replace(hour=0, minute=0, second=0, microsecond=0) if whole else at
     return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
 
 
@@ -362,7 +364,7 @@ async def draw_report(interrupts: Interrupts, file: str, since: str, until: str 
     total = report.total
     title = (
         f"Spent {report.since.astimezone(UTC):%Y-%m-%d} to {report.until.astimezone(UTC):%Y-%m-%d}: "
-        f"{show_usd(total.usd)}, {show_usd(total.busy_usd)} of it computing".replace("$", r"\$")
+        f"{show_usd(total.usd)}, {show_usd(total.busy_usd)} of it computing"
     )
     what = "day (UTC)" if report.by is By.DAY else str(report.by)
     await asyncio.to_thread(draw, bars, path, title=title, what=what, days=report.by is By.DAY)
