@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -61,6 +62,8 @@ def make_middlewares(process: ServerProcess, requests: list[RequestRecord]) -> l
         if path.startswith("/api/") and not path.startswith(("/api/jobs", "/api/assets", "/api/tags")):
             path = path.removeprefix("/api")
         requests.append(RequestRecord(request.method, path, request.query_string, process.boot))
+        if options.round_trip:
+            await asyncio.sleep(options.round_trip / 2)
         await process.awake()
         found = process.faults.next_http(request.method, path)
         if found is None:
@@ -69,6 +72,8 @@ def make_middlewares(process: ServerProcess, requests: list[RequestRecord]) -> l
             with struck_by(found[0]):
                 response = await misbehave(process, request, handler, *found)
         await process.awake()
+        if options.round_trip:
+            await asyncio.sleep(options.round_trip / 2)
         return response
 
     @web.middleware

@@ -37,6 +37,8 @@ class Options:
     compress: bool = False
     save_metadata: bool = True
     speed: float = 1.0
+    round_trip: float = 0.0
+    """Seconds."""
 
 
 @dataclass(slots=True)
@@ -96,6 +98,7 @@ class ServerProcess:
             features=self.features if self.capabilities.modern_progress else None,
             awake=self.awake,
             over=self.over,
+            latency=options.round_trip / 2,
         )
         self._worker: asyncio.Task[None] | None = None
         self._publisher: asyncio.Task[None] | None = None

@@ -50,6 +50,7 @@ class ComfyUIEmulator:
         compress: bool = False,
         save_metadata: bool = True,
         speed: float = 1.0,
+        round_trip: float = 0.0,
         now: Callable[[], float] = time.time,
         nodes: Mapping[str, NodeClass] | None = None,
     ) -> None:
@@ -67,6 +68,7 @@ class ComfyUIEmulator:
             compress: `--enable-compress-response-body`.
             save_metadata: False for `--disable-metadata`.
             speed: how many times faster than told nodes work.
+            round_trip: seconds that every HTTP call takes on the way, there and back; a frame of a socket takes half.
             now: wall clock in seconds, for stamps only.
             nodes: node classes by name; the shipped ones by default.
         """
@@ -92,6 +94,7 @@ class ComfyUIEmulator:
             compress=compress,
             save_metadata=save_metadata,
             speed=speed,
+            round_trip=round_trip,
         )
         self.faults = FaultPlan()
         self.run_log: list[RunRecord] = []

@@ -63,6 +63,7 @@ class SocketHub:
         features: Callable[[], dict[str, Any]] | None,
         awake: Callable[[], Awaitable[object]],
         over: asyncio.Event,
+        latency: float = 0.0,
     ) -> None:
         self.sockets: dict[str, ClientSocket] = {}
         """By client id: the socket that gets its messages, which is not every socket that is open."""
@@ -72,21 +73,23 @@ class SocketHub:
         self._features = features
         self._awake = awake
         self._over = over
-        self._frames: asyncio.Queue[Frame] = asyncio.Queue()
+        self._latency = latency
+        self._frames: asyncio.Queue[tuple[float, Frame]] = asyncio.Queue()
+        """Frames, and when (loop) they arrive."""
 
     def send(self, event: str, data: Any, sid: Any) -> None:
         """Queue a message for a client id, or for everybody if it is None."""
         if self.sockets or not isinstance(sid, str | None):
-            self._frames.put_nowait(Frame(sid, event, data))
+            self.inject(Frame(sid, event, data))
 
     def send_bytes(self, data: bytes, sid: Any) -> None:
         """Queue a binary frame."""
         if self.sockets:
-            self._frames.put_nowait(Frame(sid, raw=data))
+            self.inject(Frame(sid, raw=data))
 
     def inject(self, frame: Frame) -> None:
-        """Queue a frame the server itself would never send."""
-        self._frames.put_nowait(frame)
+        """Queue a frame, also one the server itself would never send."""
+        self._frames.put_nowait((asyncio.get_running_loop().time() + self._latency, frame))
 
     def declared(self, sid: Any, feature: str) -> bool:
         """Whether the client said that it supports something."""
@@ -95,7 +98,9 @@ class SocketHub:
     async def publish(self) -> None:
         """Send what is queued, for ever. Raises TypeError for a client id that cannot be a key."""
         while True:
-            frame = await self._frames.get()
+            arrives, frame = await self._frames.get()
+            if self._latency:
+                await asyncio.sleep(max(0.0, arrives - asyncio.get_running_loop().time()))
             await self._awake()
             if frame.sid is None:
                 for socket in list(self.sockets.values()):
