@@ -26,13 +26,12 @@ from runcomfy.cli.runner import run_async
 @click.option("--latency-target", metavar="TIME", help="In place of a price: 95 of 100 jobs should wait no longer.")
 @click.option("--server-type", "server_types", metavar="TYPE", multiple=True, help="May be rented; repeatable.")
 @click.option("--keep-alive", metavar="TIME", help="Keep an idle machine for so long (default: learned).")
-@click.option("--monitor/--no-monitor", default=True, help="Also take up job files (default: if this is a project).")
+@click.option("--monitor/--no-monitor", default=None, help="Also take up job files (default: if this is a project).")
 @click.option("--once", is_flag=True, help="Work off what is there, end all machines, leave.")
 @click.option("--no-guard", is_flag=True, help="Start no guard process.")
 @queue_options
 @Lines
-@click.pass_context
-def serve(ctx: click.Context, as_json: bool, **options: Any) -> int:
+def serve(as_json: bool, **options: Any) -> int:
     """Work off the queue over rented machines: launched when that pays, shared, replaced when ill, ended when not.
 
     The first Ctrl+C (or SIGTERM) begins nothing more, lets what runs go on for a while, and ends the machines; the
@@ -42,7 +41,5 @@ def serve(ctx: click.Context, as_json: bool, **options: Any) -> int:
     from runcomfy.cli.serve_work import Asked, work
 
     where = {"database": options.pop("database"), "config": options.pop("config")}
-    said = ctx.get_parameter_source("monitor") is click.core.ParameterSource.COMMANDLINE
-    monitor = options.pop("monitor")
-    asked = Asked(**options, monitor=monitor if said else None, as_json=as_json)
+    asked = Asked(**options, as_json=as_json)
     return run_async(lambda interrupts: work(interrupts, asked, where))
