@@ -10,15 +10,20 @@ import pytest
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.sql import SqlStore
 from runcomfy.testing.clock import LoopClock
-from runcomfy.testing.contracts.store import StoreContract
+from runcomfy.testing.contracts.store import RacesContract, StoreContract
 from runcomfy.testing.postgres import PostgresForTests
 
 
-class TestSqliteFile(StoreContract):
+class TestSqliteFile(StoreContract, RacesContract):
     @pytest.fixture
     async def store(self, tmp_path: Path) -> AsyncIterator[SqlStore]:
         async with SqlStore(tmp_path / "state" / "store.sqlite3", clock=LoopClock(), durable=False) as store:
             yield store
+
+    @pytest.fixture
+    async def rival(self, store: SqlStore, tmp_path: Path) -> AsyncIterator[SqlStore]:
+        async with SqlStore(tmp_path / "state" / "store.sqlite3", clock=LoopClock(), durable=False) as rival:
+            yield rival
 
 
 class TestSqliteInMemory(StoreContract):
@@ -36,8 +41,13 @@ def dsn(postgres_server: PostgresForTests) -> Iterator[str]:
     postgres_server.drop(dsn)
 
 
-class TestPostgres(StoreContract):
+class TestPostgres(StoreContract, RacesContract):
     @pytest.fixture
     async def store(self, dsn: str) -> AsyncIterator[SqlStore]:
         async with SqlStore.over(store_from(dsn, clock=LoopClock())) as store:
             yield store
+
+    @pytest.fixture
+    async def rival(self, store: SqlStore, dsn: str) -> AsyncIterator[SqlStore]:
+        async with SqlStore.over(store_from(dsn, clock=LoopClock())) as rival:
+            yield rival

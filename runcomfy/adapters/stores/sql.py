@@ -23,6 +23,7 @@ from runcomfy.adapters.stores import tables
 from runcomfy.adapters.stores.database import Database
 from runcomfy.adapters.stores.sql_money import MoneyPart
 from runcomfy.adapters.stores.sql_parts import (
+    batches,
     find_machine,
     held_account,
     held_machine,
@@ -130,10 +131,11 @@ class SqlStore(MoneyPart, SignalsPart):
 
     async def owners(self, ids: Collection[OwnerId] | None = None) -> Mapping[OwnerId, Owner]:
         """Return the owners with these ids, or all that have not signed off."""
-        which = _owners.c.ended_at.is_(None) if ids is None else _owners.c.id.in_(set(ids))
+        named = [_owners.c.id.in_(some) for some in batches(sorted(set(ids or ())))]
+        which = [_owners.c.ended_at.is_(None)] if ids is None else named
 
         def work(connection: Connection) -> Mapping[OwnerId, Owner]:
-            found = [Owner(*row) for row in connection.execute(select(_owners).where(which))]
+            found = [Owner(*row) for some in which for row in connection.execute(select(_owners).where(some))]
             return {owner.id: owner for owner in found}
 
         return await self._read(work)
@@ -302,8 +304,15 @@ class SqlStore(MoneyPart, SignalsPart):
 
     async def uses(self, machine_ids: Collection[MachineId] | None = None) -> Sequence[Use]:
         """Return the uses that have not ended."""
-        query = _USES if machine_ids is None else _USES.where(_uses.c.machine_id.in_(set(machine_ids)))
-        return await self._read(lambda connection: [Use(*row) for row in connection.execute(query)])
+
+        def work(connection: Connection) -> Sequence[Use]:
+            if machine_ids is None:
+                return [Use(*row) for row in connection.execute(_USES)]
+            queries = [_USES.where(_uses.c.machine_id.in_(some)) for some in batches(sorted(set(machine_ids)))]
+            found = [Use(*row) for query in queries for row in connection.execute(query)]
+            return sorted(found, key=lambda use: (use.started_at, use.job_id))
+
+        return await self._read(work)
 
     # -- what the processes of one account share -----------------------------------------------------------
 

@@ -105,7 +105,8 @@ class MoneyPart(parts.SqlPart):
         """Return whether nobody has said this before, and remember that it is said."""
 
         def work(connection: Connection) -> bool:
-            return connection.execute(parts.insert_or_leave(connection, _alerts), {"key": key, "at": at}).rowcount == 1
+            said = parts.insert_or_leave(connection, _alerts).returning(_alerts.c.key)
+            return connection.execute(said, {"key": key, "at": at}).one_or_none() is not None
 
         return await self._write(work)
 

@@ -1,16 +1,18 @@
 """
 What every store must do, as tests: `class TestMine(StoreContract)` with a fixture `store` that gives an open one.
 
-Each test writes rows of its own and looks at nothing else, so a store may be shared between them. Needs pytest.
+Each test writes rows of its own and looks at nothing else, so a store may be shared between them. `RacesContract` is
+for databases that two processes can use: it wants a second open store, the fixture `rival`, over the same database.
+Needs pytest.
 """
 
-# ruff: noqa: D102, S101 - the names of the tests say what is shown, and asserts show it
+# ruff: noqa: S101 - the names of the tests say what is shown, and asserts show it
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 from uuid import uuid4
@@ -18,82 +20,25 @@ from uuid import uuid4
 import pytest
 
 from runcomfy.domain.exceptions import LeaseLost, LocalError
-from runcomfy.domain.lease import Owner, Use
-from runcomfy.domain.machine import (
-    IllegalTransition,
-    Machine,
-    MachineEvent,
-    MachineId,
-    MachineState,
-    OwnerId,
-    Purpose,
-    ServerId,
-)
-from runcomfy.domain.money import LedgerEntry
+from runcomfy.domain.lease import Use
+from runcomfy.domain.machine import IllegalTransition, MachineEvent, MachineId, MachineState, OwnerId, Purpose, ServerId
 from runcomfy.ports.store import Store
+from runcomfy.testing.contracts.store_money import BudgetsContract, LedgerContract, RacesContract
+from runcomfy.testing.contracts.store_signals import DecisionsContract, RolesContract, SignalsContract, WorkContract
+from runcomfy.testing.contracts.store_words import ALICE, BOB, NOW, a_machine, after, an_entry, an_owner, ready
 
-NOW = datetime(2026, 3, 29, 0, 59, 59, 123456, tzinfo=UTC)
-ALICE, BOB = OwnerId("alice"), OwnerId("bob")
-
-
-def after(seconds: float) -> datetime:
-    """Return the moment so many seconds after the tests' now."""
-    return NOW + timedelta(seconds=seconds)
-
-
-def a_machine(**fields: Any) -> Machine:
-    """Return an intent of a machine that no other test knows."""
-    words: dict[str, Any] = {
-        "id": MachineId(str(uuid4())),
-        "provider": "runcomfy",
-        "account": f"account-{uuid4()}",
-        "purpose": Purpose.RUN,
-        "server_type": "medium",
-        "duration": timedelta(minutes=10),
-        "usd_per_hour": Decimal("0.99"),
-        "rate_source": "payg, table of 2026-01-01",
-        "requested_at": NOW,
-        "since": NOW,
-        "owner_id": ALICE,
-    }
-    return Machine(**{**words, **fields})
-
-
-def an_owner(**fields: Any) -> Owner:
-    """Return an owner that no other test knows."""
-    words: dict[str, Any] = {
-        "id": OwnerId(str(uuid4())),
-        "host": "here",
-        "pid": 4711,
-        "process_started": 1234.56,
-        "command": "comfyctl run",
-        "started_at": NOW,
-        "heartbeat_at": NOW,
-    }
-    return Owner(**{**words, **fields})
-
-
-def an_entry(machine: Machine, **fields: Any) -> LedgerEntry:
-    """Return a minute on the bill of a machine."""
-    words: dict[str, Any] = {
-        "machine_id": machine.id,
-        "started_at": NOW,
-        "ended_at": after(60),
-        "usd_per_hour": Decimal("0.99"),
-        "amount_usd": Decimal("0.016500"),
-        "recorded_at": after(61),
-    }
-    return LedgerEntry(**{**words, **fields})
-
-
-async def ready(store: Store, **fields: Any) -> Machine:
-    """Write down a machine that became ready."""
-    machine = a_machine(**fields)
-    await store.add_machine(machine, at=NOW)
-    await store.record(machine.id, MachineEvent.LISTED, at=NOW, by=ALICE, changes={"server_id": ServerId("srv-1")})
-    return await store.record(
-        machine.id, MachineEvent.ANSWERED, at=after(40), by=ALICE, changes={"ready_at": after(40)}
-    )
+__all__ = [
+    "ALICE",
+    "BOB",
+    "NOW",
+    "RacesContract",
+    "StoreContract",
+    "a_machine",
+    "after",
+    "an_entry",
+    "an_owner",
+    "ready",
+]
 
 
 class OwnersContract:
@@ -149,6 +94,11 @@ class MachinesContract:
             gone_at=after(5),
             last_used_at=after(6),
             epoch=5,
+            run_id="run '--",
+            for_project="a project",
+            for_user="ann",
+            asked_duration=timedelta(hours=2),
+            draining="it is slow",
         )
         await store.add_machine(machine, at=NOW)
         assert await store.machine(machine.id) == machine
@@ -180,6 +130,39 @@ class MachinesContract:
         everything = await store.machines(provider="runcomfy", account=machine.account, open_only=False)
         assert [m.id for m in open_ones] == [machine.id]
         assert {m.id for m in everything} == {machine.id, never.id}
+
+    async def test_since_shows_what_was_open_then_or_later(self, store: Store) -> None:
+        account = f"account-{uuid4()}"
+        living = await ready(store, account=account)
+        for end in (60, 120):
+            machine = await ready(store, account=account)
+            await store.record(
+                machine.id, MachineEvent.GONE, at=after(end), by=ALICE, changes={"stop_reason": f"{end}"}
+            )
+        never = a_machine(account=account)
+        await store.add_machine(never, at=NOW)
+        await store.record(never.id, MachineEvent.REFUSED, at=after(1), by=ALICE)
+
+        async def reasons(since: float) -> set[str]:
+            found = await store.machines(provider="runcomfy", account=account, since=after(since))
+            assert living.id in {machine.id for machine in found}
+            return {str(machine.stop_reason or machine.state) for machine in found}
+
+        assert await reasons(0) == {"ready", "60", "120", "never"}
+        assert await reasons(60) == {"ready", "60", "120"}
+        assert await reasons(61) == {"ready", "120"}
+        assert await reasons(121) == {"ready"}
+
+    async def test_what_a_pool_says_of_its_machines_changes_like_any_fact(self, store: Store) -> None:
+        machine = await ready(store)
+        fields: dict[str, Any] = {"run_id": "r", "for_project": "p", "for_user": "u", "draining": "sick"}
+        told = await store.change(machine.id, at=after(50), by=ALICE, asked_duration=timedelta(hours=1), **fields)
+        assert told == replace(machine, asked_duration=timedelta(hours=1), **fields)
+        seen = await store.record(
+            machine.id, MachineEvent.SILENT, at=after(51), by=ALICE, changes={"asked_duration": None, "draining": ""}
+        )
+        assert (seen.asked_duration, seen.draining, seen.for_user) == (None, "", "u")
+        assert await store.machine(machine.id) == seen
 
     async def test_an_event_and_its_facts_are_written_together(self, store: Store) -> None:
         machine = a_machine()
@@ -339,29 +322,6 @@ class UsesContract:
         assert seen.last_used_at == after(70)
 
 
-class LedgerContract:
-    """Money."""
-
-    async def test_entries_come_back_in_the_order_of_writing(self, store: Store) -> None:
-        machine = await ready(store)
-        entries = [
-            an_entry(machine, started_at=after(60), amount_usd=Decimal("0.000001")),
-            an_entry(machine, job_id="job", note="a note", amount_usd=Decimal("12345678901234.567890")),
-            an_entry(machine, started_at=after(30), usd_per_hour=Decimal("2.5")),
-        ]
-        await store.post(entries[:2])
-        await store.post([])
-        await store.post(entries[2:])
-        assert list(await store.ledger(machine_id=machine.id)) == entries
-        assert [entry for entry in await store.ledger() if entry.machine_id == machine.id] == entries
-
-    async def test_a_posting_is_written_whole_or_not_at_all(self, store: Store) -> None:
-        machine = await ready(store)
-        with pytest.raises(LocalError):
-            await store.post([an_entry(machine), an_entry(a_machine())])
-        assert list(await store.ledger(machine_id=machine.id)) == []
-
-
 class SharedByProcessesContract:
     """The account's rate limit and launch lock."""
 
@@ -438,5 +398,16 @@ class SharedByProcessesContract:
         assert await store.take_launch_lock(account, owner_id=BOB, now=NOW) == BOB
 
 
-class StoreContract(OwnersContract, MachinesContract, UsesContract, LedgerContract, SharedByProcessesContract):
+class StoreContract(
+    OwnersContract,
+    MachinesContract,
+    UsesContract,
+    WorkContract,
+    SignalsContract,
+    DecisionsContract,
+    RolesContract,
+    BudgetsContract,
+    LedgerContract,
+    SharedByProcessesContract,
+):
     """Everything `runcomfy.ports.store.Store` promises."""
