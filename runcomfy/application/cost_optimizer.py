@@ -7,6 +7,7 @@ budgets' (`budget`), kept where launches are written down.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -84,7 +85,9 @@ class CostOptimizer:
                 hint="let `until` be later than `since`",
             )
         bills = await self._bills(min(since, _looked_back(now)), now=now)
-        rows, total = grouped(bills, since=since, until=end, by=by, silence=self._settings.pool.silence)
+        silence = self._settings.pool.silence
+        # In a thread: tens of thousands of jobs take seconds, and this may be a program that renews leases.
+        rows, total = await asyncio.to_thread(grouped, bills, since=since, until=end, by=by, silence=silence)
         return Report(since, end, by, rows, total, self._forecasts(bills, now=now))
 
     async def forecast(self) -> tuple[Forecast, Forecast]:

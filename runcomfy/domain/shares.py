@@ -27,12 +27,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
-from math import floor
 from typing import Final
 
 from runcomfy.domain.job import JobId
@@ -47,6 +46,9 @@ _DIGITS: Final = 6
 
 Stretch = tuple[int, int]
 """From and to, in microseconds since 1970."""
+
+Cover = tuple[int, ...]
+"""Which billed intervals an instant lies in: one, unless the ledger has something twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,22 @@ class _Episode:
     jobs: list[JobId]
 
 
+@dataclass(slots=True)
+class _Tally:
+    """Microseconds, by whose they are. Where jobs share an interval, by how many share it."""
+
+    busy: dict[tuple[int, JobId, int, int, Cover], int] = field(default_factory=lambda: defaultdict(int))
+    """Episode, job, slot, sharers, cover."""
+    seated: dict[int, dict[tuple[JobId, int], int]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(int))
+    )
+    """Episode; job, sharers."""
+    idle: dict[tuple[int, int, Cover], int] = field(default_factory=lambda: defaultdict(int))
+    """Episode, slot, cover."""
+    nobody: dict[tuple[int, Cover], int] = field(default_factory=lambda: defaultdict(int))
+    """Slot, cover."""
+
+
 class _Timeline:
     """One machine's time, walked through once."""
 
@@ -138,6 +156,7 @@ class _Timeline:
         self.nobody: dict[int, Fraction] = defaultdict(Fraction)
         self.computed: dict[tuple[JobId, int], Fraction] = defaultdict(Fraction)
         """Microseconds."""
+        self._rates: dict[Cover, Fraction] = {}
         self._there: set[tuple[JobId, int]] = set()
         self._seats: dict[JobId, list[Stretch]] = {}
         self._computing: dict[JobId, list[Stretch]] = {}
@@ -189,57 +208,67 @@ class _Timeline:
     def run(self) -> None:
         """Put all money where it belongs."""
         episodes = self._episodes()
-        edges = self._edges(episodes)
-        idle: dict[int, dict[int, Fraction]] = defaultdict(lambda: defaultdict(Fraction))
-        computed: dict[int, dict[JobId, Fraction]] = defaultdict(lambda: defaultdict(Fraction))
-        seated: dict[int, dict[JobId, Fraction]] = defaultdict(lambda: defaultdict(Fraction))
+        tally = self._tally(episodes)
+        weights: dict[int, dict[JobId, Fraction]] = defaultdict(lambda: defaultdict(Fraction))
+        for (number, job, slot, sharers, cover), ticks in tally.busy.items():
+            own = Fraction(ticks, sharers)
+            self.computed[job, slot] += own
+            self.busy[job, slot] += own * self._rate(cover)
+            weights[number][job] += own
+        idle: dict[tuple[int, int], Fraction] = defaultdict(Fraction)
+        for (number, slot, cover), ticks in tally.idle.items():
+            idle[number, slot] += ticks * self._rate(cover)
+        for (slot, cover), ticks in tally.nobody.items():
+            self.nobody[slot] += ticks * self._rate(cover)
+        parts: dict[int, dict[JobId, Fraction]] = {}
+        for number in {number for number, _ in idle}:
+            own_ticks = weights[number] or _seated(tally.seated[number])
+            parts[number] = _parts({job: own_ticks.get(job, Fraction(0)) for job in episodes[number].jobs})
+        for (number, slot), usd in idle.items():
+            for job, part in parts[number].items():
+                self.idle[job, slot] += usd * part
+
+    def _tally(self, episodes: Sequence[_Episode]) -> _Tally:
+        """Count microseconds by whose they are. Money and parts of them come after, where they are far fewer."""
+        tally = _Tally()
         seats, computing = _Walk(self._seats), _Walk(self._computing)
         at, last = 0, len(episodes)
-        for start, end in pairwise(edges):
-            length, usd = end - start, self._money(start, end)
-            if usd is None:
+        for start, end in pairwise(self._edges(episodes)):
+            cover = tuple(index for index, span in enumerate(self._spans) if span[0] <= start and end <= span[1])
+            if not cover:
+                seats.during(start, end)
+                computing.during(start, end)
                 continue
             while at < last and episodes[at].end <= start:
                 at += 1
-            slot = self.slot_of(start)
+            slot, length = self.slot_of(start), end - start
             here, busy = seats.during(start, end), computing.during(start, end)
             self._there.update((job, slot) for job in here)
             if at == last or episodes[at].start > start:
-                self.nobody[slot] += usd
+                tally.nobody[slot, cover] += length
                 continue
             for job in here:
-                seated[at][job] += Fraction(length, len(here))
+                tally.seated[at][job, len(here)] += length
             for job in busy:
-                part = Fraction(length, len(busy))
-                computed[at][job] += part
-                self.computed[job, slot] += part
-                self.busy[job, slot] += usd / len(busy)
+                tally.busy[at, job, slot, len(busy), cover] += length
             if not busy:
-                idle[at][slot] += usd
-        for number, by_slot in idle.items():
-            jobs = episodes[number].jobs
-            weights = (
-                _weights(jobs, computed[number]) or _weights(jobs, seated[number]) or dict.fromkeys(jobs, Fraction(1))
-            )
-            weight = sum(weights.values())
-            for slot, usd in by_slot.items():
-                for job, own in weights.items():
-                    self.idle[job, slot] += usd * own / weight
+                tally.idle[at, slot, cover] += length
+        return tally
 
-    def _edges(self, episodes: list[_Episode]) -> list[int]:
+    def _rate(self, cover: Cover) -> Fraction:
+        """Return USD per microsecond while these spans are billed."""
+        if cover not in self._rates:
+            found = [self._spans[index] for index in cover]
+            self._rates[cover] = sum((Fraction(usd) / (end - start) for start, end, usd in found), Fraction(0))
+        return self._rates[cover]
+
+    def _edges(self, episodes: Sequence[_Episode]) -> list[int]:
         """Return every moment at which anything changes, in order."""
         edges = {tick for start, end, _ in self._spans for tick in (start, end)} | set(self._cuts)
         edges |= {tick for episode in episodes for tick in (episode.start, episode.end)}
         for stretches in (*self._seats.values(), *self._computing.values()):
             edges.update(tick for stretch in stretches for tick in stretch)
         return sorted(edges)
-
-    def _money(self, start: int, end: int) -> Fraction | None:
-        """Return what is billed for a stretch that no edge divides; None if nothing is."""
-        found = [span for span in self._spans if span[0] <= start and end <= span[1]]
-        if not found:
-            return None
-        return sum((Fraction(usd) * (end - start) / (to - since) for since, to, usd in found), Fraction(0))
 
     def rounded(self, machine_id: MachineId, total: Decimal) -> list[Share]:
         """Return the parts in whole units of money; what rounding down leaves goes to the largest remainders."""
@@ -296,18 +325,32 @@ def apportion(parts: Sequence[Fraction], total: Decimal, *, exponent: int = -_DI
 
     Each is rounded down; the units left over go one by one to those that lost most, earlier ones first.
     """
-    unit = Fraction(10) ** exponent
-    units = [floor(part / unit) for part in parts]
-    left = floor(Fraction(total) / unit) - sum(units)
-    order = sorted(range(len(parts)), key=lambda index: (units[index] - parts[index] / unit, index))
-    for index in order[:left]:
+    scale = 10**-exponent
+    units, lost = [], []
+    for part in parts:
+        whole, rest = divmod(part.numerator * scale, part.denominator)
+        units.append(whole)
+        lost.append(rest / part.denominator)
+    left = int(Fraction(total) * scale) - sum(units)
+    for index in sorted(range(len(parts)), key=lambda index: (-lost[index], index))[:left]:
         units[index] += 1
     return [Decimal(count).scaleb(exponent) for count in units]
 
 
-def _weights(jobs: Iterable[JobId], seconds: Mapping[JobId, Fraction]) -> dict[JobId, Fraction]:
-    """Return the jobs that have any, with theirs; empty if none has."""
-    return {job: seconds[job] for job in jobs if seconds.get(job, 0) > 0}
+def _seated(ticks: Mapping[tuple[JobId, int], int]) -> dict[JobId, Fraction]:
+    """Return each job's time at the machine, where several were there in equal parts."""
+    found: dict[JobId, Fraction] = defaultdict(Fraction)
+    for (job, sharers), length in ticks.items():
+        found[job] += Fraction(length, sharers)
+    return found
+
+
+def _parts(weights: Mapping[JobId, Fraction]) -> dict[JobId, Fraction]:
+    """Return which part of the whole is whose; equal parts if nobody has any weight. Those without are left out."""
+    whole = sum(weights.values())
+    if not whole:
+        return dict.fromkeys(weights, Fraction(1, len(weights)))
+    return {job: own / whole for job, own in weights.items() if own}
 
 
 def _clip(start: int, end: int, first: int, last: int) -> Stretch:
