@@ -50,7 +50,7 @@ class End:
     why: str
 
 
-def end_of(machine: Machine, *, owner_lives: bool, boot_timeout: timedelta, now: datetime) -> End | None:
+def end_of(machine: Machine, *, owner_lives: bool, boot_timeout: timedelta) -> End | None:
     """Return when a machine must be gone by our books; None: its launch is still to be resolved, or ends by itself.
 
     Pure, so that the rule can be read and tested alone.
@@ -59,7 +59,7 @@ def end_of(machine: Machine, *, owner_lives: bool, boot_timeout: timedelta, now:
         case MachineState.REQUESTED:
             return None
         case MachineState.STOPPING if not owner_lives:
-            return End(now, "its stop was asked for and never seen through")
+            return End(machine.since, "its stop was asked for and never seen through")
         case MachineState.STOPPING if machine.stop_accepted_at is not None:
             return None  # it bills no longer, and its owner looks until it is gone
     ends = lease_ends(machine)
@@ -89,6 +89,8 @@ class Guard:
         self._blind = False
         self._ending: dict[str, asyncio.Task[None]] = {}
         self._warned: dict[str, datetime] = {}
+        self._unwritten: dict[str, datetime] = {}
+        """Until when machines billed that were ended while our books could not be written."""
         self._drift = Drift(self._clock)
         self._moved_at: float | None = None
 
@@ -108,11 +110,10 @@ class Guard:
     async def needed(self) -> bool:
         """Whether a machine of ours is open, or a process of ours on this computer could launch one."""
         try:
-            self._rows = await self._books.rows()
-            owners = await self._machines.store.owners()
+            rows, owners = await self._books.rows(), await self._machines.store.owners()
         except LocalError:
             return bool(self._rows) or not self._read_once
-        if self._rows:
+        if rows:
             return True
         me, now = self._books.owner, self._clock.now()
         return any(
@@ -195,7 +196,7 @@ class Guard:
     def _end_of(self, machine: Machine) -> End | None:
         lives = self._owner_lives(machine)
         boot = self._machines.settings.cloud.boot_timeout
-        return end_of(machine, owner_lives=lives, boot_timeout=boot, now=self._now(owner_lives=lives))
+        return end_of(machine, owner_lives=lives, boot_timeout=boot)
 
     async def _came_up_unseen(self, machine: Machine) -> str:
         """A machine whose owner died before it was Ready bills from Ready on, and nobody has written that down."""
@@ -204,8 +205,13 @@ class Guard:
         report = await self._machines.provider.get_machine_status(machine.server_id)
         if report is None or report.ready_at is None:
             return ""
-        seen = replace(machine, ready_at=report.ready_at, planned_stop_at=report.stopping_at, state=MachineState.READY)
-        # For this round and the next: when to wake is told from it.
+        try:
+            seen = await self._machines.ready(machine, report)
+        except LeaseLost:
+            return ""  # somebody has it in hand now
+        except LocalError:
+            stops_at = report.stopping_at
+            seen = replace(machine, ready_at=report.ready_at, planned_stop_at=stops_at, state=MachineState.READY)
         self._rows = [seen if row.id == machine.id else row for row in self._rows]
         end = self._end_of(seen)
         return end.why if end is not None and end.at + self._grace <= self._now(owner_lives=False) else ""
@@ -270,12 +276,26 @@ class Guard:
                 return
             self._machines.tell(f"ending {taken.server_type} machine {taken.server_id}: {why}")
             log.warning("guard_ends", extra={"fields": {**self._books.facts(taken), "why": why}})
+            if (billed_until := self._unwritten.get(taken.id)) is not None:
+                note = "ended while our books could not be written"
+                taken = await self._books.change(taken, note=note, stop_accepted_at=billed_until)
             if await self._machines.gone_unasked(taken, note=f"guard: {why}; it was gone already") is None:
                 taken = await self._machines.stop(taken, reason=f"guard: {why}")
             self._machines.tell(f"machine {taken.server_id} is ended")
+            await self._remember(taken)
         except RunComfyError as error:
             self._machines.tell(f"{error.message}; {error.hint}")
             log.error("guard_end_failed", extra={"fields": {"machine": machine.id, "error": error.code}})
+
+    async def _remember(self, ended: Machine) -> None:
+        """Keep until when a machine billed, if our books do not have it: they are completed when they can be."""
+        self._unwritten.pop(ended.id, None)
+        until = ended.stop_accepted_at or ended.gone_at
+        row: Machine | None = None
+        with suppress(LocalError):
+            row = await self._machines.store.machine(ended.id)
+        if until is not None and (row is None or row.is_open):
+            self._unwritten[ended.id] = until
 
     async def _taken(self, machine: Machine, why: str) -> Machine | None:
         """Become the owner of a machine that is still to be ended, as far as everybody can tell; None if it is not."""
