@@ -14,6 +14,7 @@ import gc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,7 +55,7 @@ def share(machines: Sequence[ComfyUIEmulator]) -> dict[str, float]:
     runs = [[(run.started, run.ended or run.started) for run in machine.run_log] for machine in machines]
     begun, ended = min(one[0][0] for one in runs), max(one[-1][1] for one in runs)
     computing = sum(end - start for one in runs for start, end in one)
-    gaps = [after[0] - before[1] for one in runs for before, after in zip(one, one[1:], strict=False)]
+    gaps = [after[0] - before[1] for one in runs for before, after in pairwise(one)]
     return {
         "share": round(computing / (len(machines) * (ended - begun)), 4),
         "wall_s": round(ended - begun, 2),

@@ -244,8 +244,8 @@ class JobRun:
         return self.why is not Why.DRAIN and place.key in self._bench.places()
 
     def _leaves(self, error: BaseException) -> bool:
-        if self._withdrawn or (self._place is not None and self._place.seat.server_gone):
-            return True  # there is nothing that could be taken back
+        if self._withdrawn or (self._place is not None and self._place.seat.void):
+            return True  # there is nothing to take back, or the station does it when the machine answers again
         if isinstance(error, RunComfyError) and retry.kind_of(error) is not retry.Kind.OURS:
             return self._bench.policy.keeps_prompt(error, server_stays=self._server_stays)
         if self.why is Why.DRAIN:

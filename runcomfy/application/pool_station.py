@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from decimal import Decimal
-from typing import Final
+from typing import Any, Final
 
 from runcomfy.application.dispatch import Choice
 from runcomfy.application.placing import POOL_MACHINE, JobFacts, Place, Show, TellBill, TimeStep
+from runcomfy.application.pool_seat import PRESUMED_S, Experience, PoolSeat
 from runcomfy.application.pooled import MachineLease, Pool, PooledMachine
-from runcomfy.application.seat import Seat
+from runcomfy.application.prompting import end_prompt
 from runcomfy.application.work_book import outcome_of
-from runcomfy.domain.estimate import History
 from runcomfy.domain.exceptions import (
     AnswerUnreadable,
     MachineFailed,
@@ -37,7 +36,8 @@ from runcomfy.domain.exceptions import (
     ServerUnreachable,
     WorkerDead,
 )
-from runcomfy.domain.job import BillLine, JobId
+from runcomfy.domain.job import BillLine, JobId, PromptId
+from runcomfy.domain.machine import MachineId
 from runcomfy.domain.placement import BackWhy, Pending, Second, Spot, place, take_back
 from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.progress import Progress, Step
@@ -48,201 +48,15 @@ from runcomfy.ports.clock import Clock
 
 log = logging.getLogger("runcomfy.station")
 
-PRESUMED_S: Final = 30.0
-"""How long a job is taken to compute of which nothing at all is known."""
 LATE_S: Final = 15.0
 """How much longer a machine that is late is expected to start at least; it grows with the delay."""
 GAIN_S: Final = 2.0
 """A job is moved to an idle machine only if that begins it so much earlier: taking it back and sending it again is six
 requests."""
-LINE_UP_S: Final = 3.0
-"""How long a machine may have nothing to compute because one that comes first is still being prepared."""
+END_WITHIN: Final = timedelta(seconds=60)
+"""How long it may take to end what was left on a machine."""
 MACHINE_FAILS: Final = (MachineLost, MachineFailed, ServerRestarted, WorkerDead)
 """After these the prompts of everybody on the machine are in doubt."""
-REMEMBERED: Final = 400
-"""Finished runs that are looked at for how long the next one takes."""
-
-
-class Experience:
-    """What is expected of workflows, from runs that were seen; keeps `domain.placement.Foresight`."""
-
-    def __init__(self, works: Iterable[Work] = ()) -> None:
-        """`works`: runs of earlier days, oldest first."""
-        self._works: deque[Work] = deque(works, maxlen=REMEMBERED)
-        self._history: History | None = None
-        self._runs: dict[tuple[str, str], float] = {}
-        self._loads: dict[tuple[str, str], float] = {}
-
-    def learn(self, work: Work) -> None:
-        """Take a run that has ended."""
-        self._works.append(work)
-        self._history = None
-        self._runs.clear()
-        self._loads.clear()
-
-    def run_s(self, workflow: str, server_type: str) -> float:
-        """See `Foresight`."""
-        key = workflow, server_type
-        if key not in self._runs:
-            prediction = self._known().predict(workflow, server_type)
-            self._runs[key] = prediction.p50_s if prediction is not None else PRESUMED_S
-        return self._runs[key]
-
-    def load_s(self, workflow: str, server_type: str) -> float:
-        """See `Foresight`."""
-        key = workflow, server_type
-        if key not in self._loads:
-            known = self._known()
-            extra = known.cold_extra_s(server_type, workflow)
-            self._loads[key] = (known.cold_extra_s(server_type) or 0.0) if extra is None else extra
-        return self._loads[key]
-
-    def _known(self) -> History:
-        if self._history is None:
-            self._history = History(self._works)
-        return self._history
-
-
-class PoolSeat(Seat):
-    """A seat that was taken at a machine of the pool."""
-
-    def __init__(
-        self,
-        pool: Pool,
-        lease: MachineLease,
-        *,
-        others: Callable[[], Iterable[PoolSeat]],
-        learn: Callable[[MachineLease], None],
-    ) -> None:
-        """`others`: every seat of this station. `learn` hears of a prompt that has ended."""
-        self.lease = lease
-        self.sent = False
-        self._pool, self._others, self._learn = pool, others, learn
-        self._moved = asyncio.Event()
-        self._at_turn: list[Callable[[], None]] = []
-        self.cut: Callable[[], None] | None = None
-        """Breaks off what its job does; None while there is nothing to break off."""
-        self._had_turn = self._spared = False
-
-    async def line_up(self) -> None:
-        """See `Seat`: prompts run in the order in which they are sent, and priority is to decide on that.
-
-        A machine that has nothing to compute does not wait for long for somebody's uploads.
-        """
-        loop = asyncio.get_running_loop()
-        idle_since = loop.time()
-        while any(not seat.sent for seat in self._ahead()):
-            now = loop.time()
-            if any(lease.computing_at is not None and lease.computed_at is None for lease in self.lease.machine.leases):
-                idle_since = now
-            left = idle_since + LINE_UP_S - now
-            if left <= 0:
-                return
-            self._moved.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._moved.wait()
-
-    def _ahead(self) -> list[PoolSeat]:
-        """Return the seats of those that came before and have not ended."""
-        seats = {id(seat.lease): seat for seat in self._others()}
-        ahead = []
-        for lease in self.lease.machine.leases:
-            if lease is self.lease:
-                break
-            if lease.computed_at is None and (seat := seats.get(id(lease))) is not None:
-                ahead.append(seat)
-        return ahead
-
-    def submitted(self) -> None:
-        """See `Seat`."""
-        self.sent = True
-        for seat in self._others():
-            seat._moved.set()
-
-    def computing(self) -> None:
-        """See `Seat`."""
-        if self.lease.computing_at is None and self.lease.computed_at is None:
-            self._pool.computing(self.lease)
-            self.look()
-
-    def computed(self, seconds: float | None = None) -> None:
-        """See `Seat`."""
-        if self.lease.computed_at is not None:
-            return
-        if seconds is not None:
-            self.computing()
-        self._pool.computed(self.lease)
-        if self.lease.computing_at is not None:
-            self._learn(self.lease)
-
-    @property
-    def began(self) -> bool:
-        """Whether its prompt was seen to compute, or to have ended."""
-        return self.lease.computing_at is not None or self.lease.computed_at is not None
-
-    @property
-    def behind(self) -> bool:
-        """See `Seat`: somebody else computes there, or came before and has not ended yet."""
-        if self.began:
-            return False
-        came_before = True
-        for other in self.lease.machine.leases:
-            if other is self.lease:
-                came_before = False
-            elif other.computed_at is None and (came_before or other.computing_at is not None):
-                return True
-        return False
-
-    @property
-    def waited(self) -> bool:
-        """See `Seat`."""
-        return self._spared and not self.began
-
-    def spare(self) -> None:
-        """Hear that the machine fails: if the job's turn has not come it was not its doing."""
-        self._spared = self._spared or not self._had_turn
-
-    @property
-    def server_gone(self) -> bool:
-        """See `Seat`."""
-        machine = self.lease.machine
-        return machine.server is None or all(known is not machine for known in self._pool.machines)
-
-    @property
-    def server_stays(self) -> bool:
-        """See `Seat`."""
-        machine = self.lease.machine
-        return machine.stage is not Stage.DRAINING and not machine.draining and not self.server_gone
-
-    @property
-    def void(self) -> bool:
-        """Whether the machine went away, or was not Ready in between."""
-        return self.lease.void or self.lease.given_back or self.server_gone
-
-    def at_turn(self, listener: Callable[[], None]) -> None:
-        """See `Seat`."""
-        self._at_turn.append(listener)
-        self.look()
-
-    def look(self) -> None:
-        """Tell those who wait for its turn, if that has come."""
-        self._moved.set()
-        self._had_turn = self._had_turn or not self.behind
-        if self._at_turn and self._had_turn:
-            listeners, self._at_turn = self._at_turn, []
-            for listener in listeners:
-                listener()
-
-    def lost(self) -> MachineLost:
-        """Return the error of a job whose seat is void."""
-        machine = self.lease.machine
-        why = "it went away" if self.server_gone or not self.lease.void else "it was not Ready for a while"
-        return MachineLost(
-            f"machine {machine.machine.server_id} of the pool was lost during the job: {why}",
-            hint="nothing is to be done: the job runs on another machine; `comfyctl machines ls` shows them",
-            details={"machine": machine.id, "server_id": machine.machine.server_id},
-        )
 
 
 class PoolStation:
@@ -268,6 +82,9 @@ class PoolStation:
         self._delayed: dict[RowId, float] = {}
         """Since when (loop) others have passed a job, or it was held for a machine that starts."""
         self._listeners: list[Callable[[], None]] = []
+        self._orphans: dict[MachineId, set[PromptId]] = {}
+        """Prompts that were left on machines whose seats became void."""
+        self._background: set[asyncio.Task[None]] = set()
         pool.on_change(self._changed)
 
     # -- what there is -------------------------------------------------------------------------------------
@@ -284,8 +101,28 @@ class PoolStation:
             seat.spare()
             if seat.cut is not None:
                 seat.cut()
+        for machine in self._pool.machines if self._orphans else ():
+            if machine.takes_jobs and (prompts := self._orphans.pop(machine.id, None)):
+                self._spawn(self._end_orphans(machine, prompts))
         for listener in self._listeners:
             listener()
+
+    async def _end_orphans(self, machine: PooledMachine, prompts: Collection[PromptId]) -> None:
+        """End what was left on a machine that was not Ready in between: its jobs run elsewhere by now."""
+        server = machine.server
+        if server is None:
+            return
+        try:
+            async with asyncio.timeout(END_WITHIN.total_seconds()):
+                for prompt_id in prompts:
+                    await end_prompt(server, prompt_id, alone=False)
+        except (RunComfyError, TimeoutError) as error:
+            log.warning("prompt_not_ended", extra={"fields": {"machine": machine.id, "error": repr(error)}})
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="pool station")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def places(self) -> Collection[str]:
         """Return the keys of the machines that answer: those that drain, too, for prompts that are there already."""
@@ -303,7 +140,11 @@ class PoolStation:
         """The plan ends machines."""
 
     async def close(self) -> None:
-        """The pool's keeper ends machines."""
+        """The pool's keeper ends machines; here only what is done in the background is broken off."""
+        tasks = list(self._background)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # -- choosing ------------------------------------------------------------------------------------------
 
@@ -339,6 +180,7 @@ class PoolStation:
 
     def _spot(self, machine: PooledMachine, now: float) -> Spot:
         seated = [lease for lease in machine.leases if lease.computed_at is None]
+        foreign = self._foreign(machine, now)
         starts = machine.stage is Stage.BOOTING
         late = now - machine.expected_ready_at
         ready_s = (-late if late < 0 else max(LATE_S, late)) if starts else 0.0
@@ -348,12 +190,16 @@ class PoolStation:
             server_type=machine.machine.server_type,
             usd_per_hour=float(machine.machine.usd_per_hour),
             seats=max(0, seats),
-            taken=len(seated),
-            free_s=sum(_left(lease, now) for lease in seated),
+            taken=len(seated) + foreign,
+            free_s=sum(_left(lease, now) for lease in seated) + foreign * PRESUMED_S,
             ready_s=ready_s,
-            warm=frozenset(machine.warm).union(lease.workflow for lease in seated),
+            warm=frozenset(machine.warm).union(lease.workflow for lease in machine.leases),
             usable=machine.stage is not Stage.DRAINING and not machine.draining,
         )
+
+    def _foreign(self, machine: PooledMachine, now: float) -> int:
+        """Return how many prompts of a user's own are in a server's queue, as far as anybody has looked (fault 69)."""
+        return max((seat.foreign(now) for seat in self._seats.values() if seat.lease.machine is machine), default=0)
 
     def seat(self, job: QueuedJob, place: str | None = None) -> bool:
         """See `Chooser`."""
@@ -398,15 +244,18 @@ class PoolStation:
     def reconsider(self, priorities: Mapping[JobId, int], unplaced: Sequence[QueuedJob]) -> Mapping[JobId, BackWhy]:
         """See `Chooser`."""
         now = asyncio.get_running_loop().time()
-        numbered = dict(
-            enumerate(job_id for job_id, seat in self._seats.items() if job_id in priorities and seat.behind)
-        )
+        waits = {
+            job_id: seat
+            for job_id, seat in self._seats.items()
+            if job_id in priorities and not seat.began and (seat.behind or seat.foreign(now))
+        }
+        numbered = dict(enumerate(waits))
         if not numbered:
             return {}
         seconds = []
         for number, job_id in numbered.items():
-            lease = self._seats[job_id].lease
-            begins = _begins(lease, now)
+            lease = waits[job_id].lease
+            begins = _begins(lease, now) + PRESUMED_S * waits[job_id].foreign(now)
             machine = lease.machine.key
             seconds.append(Second(RowId(number), priorities[job_id], lease.workflow, machine, begins))
         pending = [self._pending(row, now) for row in unplaced]
@@ -485,12 +334,15 @@ class PoolStation:
             raise
         finally:
             here.bill, here.share = self._bill(lease), None
-            self._leave(job_id, seat, outcome_of(error, here.outcome), error)
+            outcome = outcome_of(error, here.outcome)
+            self._leave(job_id, seat, "put-back" if outcome == "failed" and seat.waited else outcome, error)
             on_bill(here.bill)
 
     def _leave(self, job_id: JobId, seat: PoolSeat, outcome: str, error: BaseException | None) -> None:
         if self._seats.get(job_id) is seat:
             del self._seats[job_id]
+        if seat.void and not seat.server_gone and seat.sent is not None and error is not None:
+            self._orphans.setdefault(seat.lease.machine.id, set()).add(seat.sent)
         failed = error if isinstance(error, RunComfyError) and outcome == "failed" else None
         if isinstance(error, MACHINE_FAILS):
             for other in [seat, *self._seats.values()]:

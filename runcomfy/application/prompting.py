@@ -132,7 +132,7 @@ class Prompting:
 
     async def attach(self, found: Polled, prompt_id: PromptId, labels: Mapping[str, NodeLabel]) -> Ended:
         """Watch a prompt that was found again until it has ended; raises what `Watcher.watch` raises."""
-        self.place.seat.submitted()
+        self.place.seat.submitted(prompt_id)
         try:
             async with self.place.server.listen(prompt_id) as events:
                 return await self.watcher.watch(
@@ -165,7 +165,7 @@ class Prompting:
                 answer = await self.place.server.submit(graph, prompt_id=prompt_id)
                 prompt_id = answer.prompt_id
                 self.named(prompt_id)
-                self.place.seat.submitted()
+                self.place.seat.submitted(prompt_id)
                 faultpoint("prompt.sent")
                 await self.journal.accepted(prompt_id)
                 submitted()

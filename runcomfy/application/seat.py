@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from runcomfy.domain.job import PromptId
+from runcomfy.domain.progress import QueueView
+
 
 class Seat:
     """A seat where nobody waits for anybody."""
@@ -16,8 +19,11 @@ class Seat:
     async def line_up(self) -> None:
         """Return when the prompt may be sent: those who came before have sent theirs, or take too long."""
 
-    def submitted(self) -> None:
+    def submitted(self, prompt_id: PromptId) -> None:
         """Say that the server has the prompt."""
+
+    def saw(self, queue: QueueView) -> None:
+        """Say what was in the server's queue just now."""
 
     def computing(self) -> None:
         """Say that the server computes the prompt now. Harmless when repeated."""
@@ -33,6 +39,11 @@ class Seat:
     @property
     def waited(self) -> bool:
         """Whether the seat was lost before its turn came: what ended there was not this job's doing."""
+        return False
+
+    @property
+    def void(self) -> bool:
+        """Whether the seat is lost: nothing that is on the server can be relied on."""
         return False
 
     @property

@@ -283,6 +283,8 @@ class _Watch:
         self._fold(answer)
         if isinstance(answer, Polled):
             self._doubt_the_socket(before)
+            if answer.queue is not None:
+                self._seat.saw(answer.queue)
 
     def _doubt_the_socket(self, before: WatchState) -> None:
         """An open socket that kept to itself what polling found out has been forgotten by the server."""

@@ -6,9 +6,10 @@ between them; and it is taken back when its place in the line has become a bad o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from itertools import pairwise
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,13 @@ class Farm:
 
 
 @pytest_asyncio.fixture
-async def farm(empty_queue: Path, tmp_path: Path, clock: LoopClock) -> AsyncIterator[Farm]:
+async def farm(tmp_path: Path, clock: LoopClock) -> AsyncIterator[Farm]:
     settings = load_settings(overrides={})
-    settings = replace(settings, files=replace(settings.files, durable=False))
-    (tmp_path / "queue.sqlite3").write_bytes(empty_queue.read_bytes())
-    (tmp_path / "queue.sqlite3").chmod(0o600)
+    settings = replace(
+        settings,
+        files=replace(settings.files, durable=False),
+        comfy=replace(settings.comfy, stall_timeout=timedelta(seconds=60)),
+    )
     queue = queue_settings_for("http://127.0.0.1:1", tmp_path, job_timeout=timedelta(hours=1))
     workers = Workers(settings, queue, clock)
     async with AsyncExitStack() as stack:
@@ -112,11 +115,15 @@ async def when(condition: Callable[[], Any], what: str, *, within: float = 600, 
     pytest.fail(f"did not happen: {what}")
 
 
+def pictures(worker: Worker) -> list[Path]:
+    return list(Path(worker.executor.settings.jobs_finished).rglob("*.png"))
+
+
 async def outcomes(worker: Worker, job: QueuedJob) -> list[Outcome | None]:
     return [attempt.outcome for attempt in (await worker.queue.show(job)).attempts]
 
 
-async def all_done(worker: Worker, jobs: list[QueuedJob] | tuple[QueuedJob, ...]) -> list[QueuedJob]:
+async def all_done(worker: Worker, jobs: Sequence[QueuedJob]) -> list[QueuedJob]:
     ended = [await worker.queue.wait(job) for job in jobs]
     assert [job.status for job in ended] == [QueueStatus.DONE] * len(ended), [job.error_trace for job in ended]
     return ended
@@ -130,7 +137,7 @@ async def test_a_machine_with_work_is_never_idle_between_jobs(farm: Farm) -> Non
     jobs = await worker.queue.enqueue_many([job(10, n) for n in range(6)])
     await all_done(worker, jobs)
     runs = farm.comfyuis[0].run_log
-    gaps = [after.started - before.ended for before, after in zip(runs, runs[1:], strict=False) if before.ended]
+    gaps = [after.started - before.ended for before, after in pairwise(runs) if before.ended]
     assert len(gaps) == 5
     assert max(gaps) < 0.2
     assert farm.ran() == list("012345")
@@ -265,7 +272,7 @@ async def test_a_machine_dies_with_one_computing_and_one_waiting(farm: Farm) -> 
     assert waited.retries_attempted == 0
     kills = [[e.data.get("code") for e in (await worker.queue.show(job)).events if e.data] for job in jobs]
     assert "machine-lost" in kills[0]
-    assert len(list(Path(worker.executor.settings.jobs_finished).rglob("*.png"))) == 2
+    assert len(pictures(worker)) == 2
 
 
 @pytest.mark.fault(16)
@@ -297,7 +304,7 @@ async def test_a_comfyui_that_restarts_costs_only_the_one_that_computed(farm: Fa
 
 async def test_the_timeout_of_one_that_waits_begins_with_its_turn(farm: Farm) -> None:
     worker = await farm.work()
-    jobs = await worker.queue.enqueue_many([job(400, "computes"), job(100, "waits", timeout=timedelta(seconds=150))])
+    jobs = await worker.queue.enqueue_many([job(80, "computes"), job(20, "waits", timeout=timedelta(seconds=40))])
     ended = await all_done(worker, jobs)
     assert [job.retries_attempted for job in ended] == [0, 0]
 
@@ -305,20 +312,20 @@ async def test_the_timeout_of_one_that_waits_begins_with_its_turn(farm: Farm) ->
 async def test_its_timeout_counts_from_then_on(farm: Farm) -> None:
     worker = await farm.work()
     first, second = await worker.queue.enqueue_many(
-        [job(100, "computes"), job(400, "waits", timeout=timedelta(seconds=150), retry_limit=0)]
+        [job(60, "computes"), job(80, "waits", timeout=timedelta(seconds=30), retry_limit=0)]
     )
     failed = await worker.queue.wait(second)
     assert failed.reason == "job-timeout"
     runs = farm.comfyuis[0].run_log
     assert [run.outcome for run in runs] == ["success", "interrupted"]
     assert runs[1].ended is not None
-    assert 149 < runs[1].ended - runs[1].started < 155
+    assert 29 < runs[1].ended - runs[1].started < 35
     await all_done(worker, [first])
 
 
 async def test_waiting_behind_a_long_one_is_not_taken_for_stuck(farm: Farm) -> None:
     worker = await farm.work()
-    jobs = await worker.queue.enqueue_many([job(3_000, "computes"), job(10, "waits")])
+    jobs = await worker.queue.enqueue_many([job(200, "computes"), job(10, "waits")])
     await all_done(worker, jobs)
     assert farm.outcomes() == ["success"] * 2
     assert await outcomes(worker, jobs[1]) == [Outcome.DONE]
@@ -335,10 +342,11 @@ async def test_a_prompt_that_somebody_started_by_hand_is_waited_for_and_never_to
     await client.submit(picture(120, name="by hand"), prompt_id=PromptId(str(uuid4())))
     jobs = await worker.queue.enqueue_many([job(10, n) for n in range(2)])
     await asyncio.sleep(30)
+    assert sorted(farm.waiting()) == ["0", "1"]
     await farm.machine()
+    await when(lambda: sorted(farm.ran(1)) == ["0", "1"], "both are moved to a machine that is free", within=60)
     await all_done(worker, jobs)
-    assert farm.ran(0)[0] == "by hand"
-    await when(lambda: farm.outcomes(0)[0] == "success", "the user's prompt ends well")
+    await when(lambda: farm.outcomes(0) == ["success"], "the user's prompt ends well")
 
 
 async def test_cancelling_one_that_waits_leaves_the_other_alone(farm: Farm) -> None:
