@@ -29,6 +29,7 @@ TESTED_BELOW = {
     "queue_a_job.py",
     "test_with_emulators.py",
     "make_render.py",
+    "what_it_cost.py",
 }
 EMULATOR_TESTS = runpy.run_path(str(EXAMPLES / "test_with_emulators.py"))
 
@@ -94,6 +95,22 @@ def test_a_job_is_watched_and_taken_back(
     assert running == sorted(running)
     assert 50 < max(running) < 100
     assert lines[-1].startswith("cancelled interrupted $0.")
+
+
+def test_what_it_cost_is_told_after_a_job(
+    account: InThread[RunComfyEmulator], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("quickstart_sync.py")
+    capsys.readouterr()
+    run("what_it_cost.py")
+    lines = capsys.readouterr().out.splitlines()
+    cost = float(account.call(lambda c: c.total_usd))
+    told = re.fullmatch(r"generate_flux_mesh: \$(0\.\d{4}), \$(0\.\d{4}) of it computing; 1 jobs", lines[0])
+    assert told is not None, lines
+    assert float(told[1]) == pytest.approx(cost, abs=0.0002)
+    assert 0 < float(told[2]) < float(told[1])
+    assert re.fullmatch(r"today: \$0\.\d{4} so far, \$0\.\d{4} expected", lines[1])
+    assert lines[2].startswith("set a hard budget")
 
 
 @contextmanager
