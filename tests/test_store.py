@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -25,6 +26,8 @@ from sqlalchemy import Table, create_engine
 
 from runcomfy.adapters.stores import migrate, tables
 from runcomfy.adapters.stores.sql import SqlStore
+from runcomfy.domain.budget import Budget, Period
+from runcomfy.domain.decision import Decision
 from runcomfy.domain.exceptions import (
     DiskFull,
     LeaseLost,
@@ -44,9 +47,12 @@ from runcomfy.domain.machine import (
     Transition,
 )
 from runcomfy.domain.money import LedgerEntry
+from runcomfy.domain.signal import Signal, SignalKind
+from runcomfy.domain.work import Work
 from runcomfy.ports.store import Store
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.contracts.store import ALICE, BOB, NOW, a_machine, after, an_entry, an_owner, ready
+from runcomfy.testing.contracts.store_words import a_work
 
 IMPATIENT: Final = timedelta(seconds=0.2)
 
@@ -127,10 +133,12 @@ def test_a_row_is_the_domain_object_field_by_field() -> None:
         (tables.machines, Machine),
         (tables.owners, Owner),
         (tables.machine_uses, Use),
+        (tables.machine_work, Work),
     ]
     for table, kind in whole:
         assert [column.name for column in table.columns] == [field.name for field in fields(kind)]
     with_more: list[tuple[Table, type[Any]]] = [(tables.ledger, LedgerEntry), (tables.machine_transitions, Transition)]
+    with_more += [(tables.signals, Signal), (tables.decisions, Decision)]
     for table, kind in with_more:
         assert {field.name for field in fields(kind)} <= {column.name for column in table.columns}
 
@@ -246,6 +254,7 @@ async def test_whatever_bytes_are_flipped_only_our_errors_come_out(path: Path, f
         ("state", "confused"),
         ("before_ids", '"one"'),
         ("duration", "long"),
+        ("asked_duration", "longer"),
     ],
 )
 async def test_a_row_with_nonsense_in_it_is_called_damaged(
@@ -258,12 +267,13 @@ async def test_a_row_with_nonsense_in_it_is_called_damaged(
         await store.machine(machine.id)
 
 
+BUDGETS: Final = [Budget(period, Decimal(100)) for period in Period] + [Budget(Period.DAY, Decimal(100), user="ann")]
 ANYTHING: Final[dict[str, Callable[[Store, MachineId], Awaitable[object]]]] = {
     "register_owner": lambda store, _: store.register_owner(an_owner()),
     "heartbeat": lambda store, _: store.heartbeat(ALICE, at=NOW),
     "sign_off": lambda store, _: store.sign_off(ALICE, at=NOW),
     "owners": lambda store, _: store.owners(),
-    "add_machine": lambda store, _: store.add_machine(a_machine(), at=NOW),
+    "add_machine": lambda store, _: store.add_machine(a_machine(), at=NOW, budgets=BUDGETS),
     "machine": lambda store, key: store.machine(key),
     "machines": lambda store, _: store.machines(provider="runcomfy", account="a"),
     "record": lambda store, key: store.record(key, MachineEvent.SILENT, at=NOW, by=ALICE),
@@ -274,6 +284,20 @@ ANYTHING: Final[dict[str, Callable[[Store, MachineId], Awaitable[object]]]] = {
     "begin_use": lambda store, key: store.begin_use(Use(key, ALICE, "job", started_at=NOW)),
     "end_use": lambda store, key: store.end_use(key, "job", at=NOW),
     "uses": lambda store, _: store.uses(),
+    "ask_duration": lambda store, key: store.ask_duration(
+        key, total=timedelta(hours=1), at=NOW, by=ALICE, epoch=1, budgets=BUDGETS
+    ),
+    "budgets": lambda store, _: store.budgets(BUDGETS, now=NOW, run_id="r"),
+    "first_alert": lambda store, _: store.first_alert("day", at=NOW),
+    "put_work": lambda store, key: store.put_work(a_work(a_machine(id=key))),
+    "works": lambda store, key: store.works(machine_ids=[key]),
+    "signal": lambda store, _: store.signal(Signal(SignalKind.OPENED, "conjure", NOW)),
+    "signals": lambda store, _: store.signals(since=NOW),
+    "decide": lambda store, _: store.decide([Decision(NOW, "stop", "m", "idle")]),
+    "decisions": lambda store, _: store.decisions(),
+    "take_role": lambda store, _: store.take_role("fleet", ALICE, now=NOW, lease=timedelta(seconds=60)),
+    "drop_role": lambda store, _: store.drop_role("fleet", ALICE),
+    "close_bill": lambda store, key: store.close_bill(key, end=after(99), recorded_at=NOW, note=""),
     "post": lambda store, key: store.post([an_entry(a_machine(id=key))]),
     "ledger": lambda store, _: store.ledger(),
     "reserve_request": lambda store, _: store.reserve_request(
@@ -283,7 +307,9 @@ ANYTHING: Final[dict[str, Callable[[Store, MachineId], Awaitable[object]]]] = {
     "take_launch_lock": lambda store, _: store.take_launch_lock("a", owner_id=ALICE, now=NOW),
     "break_launch_lock": lambda store, _: store.break_launch_lock("a", holder=ALICE),
 }
-WRITING: Final = set(ANYTHING) - {"owners", "machine", "machines", "story", "boot_times", "uses", "ledger"}
+READING: Final = {"owners", "machine", "machines", "story", "boot_times", "uses", "ledger"}
+READING_OF_POOLS: Final = {"budgets", "works", "signals", "decisions"}
+WRITING: Final = set(ANYTHING) - READING - READING_OF_POOLS
 
 
 def test_the_list_of_calls_is_whole() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import cache
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, func, insert, select
@@ -28,7 +29,7 @@ from runcomfy.domain.money import LedgerEntry, meter
 
 _machines, _ledger, _alerts = tables.machines, tables.ledger, tables.budget_alerts
 
-_ENTRIES: Final = select(*(_ledger.c[name] for name in tables.ENTRY_FIELDS)).order_by(_ledger.c.number)
+_ENTRIES: Final = select(_ledger.c.number, *(_ledger.c[name] for name in tables.ENTRY_FIELDS))
 
 
 class MoneyPart(parts.SqlPart):
@@ -92,10 +93,11 @@ class MoneyPart(parts.SqlPart):
         """Return how budgets stand in their windows of `now`; by itself for all accounts of the database."""
 
         def work(connection: Connection) -> Sequence[BudgetState]:
-            charges, busy = _charges(connection, budgets, Which(provider, account), now=now, run_id=run_id)
+            stored, run = [_as_stored(budget) for budget in budgets], safe(run_id)
+            charges, busy = _charges(connection, stored, Which(provider, account), now=now, run_id=run)
             return [
-                BudgetState(budget, window, committed(budget, window, charges, busy, run_id=run_id))
-                for budget in budgets
+                BudgetState(budget, window, committed(budget, window, charges, busy, run_id=run))
+                for budget in stored
                 for window in [budget.window(now)]
             ]
 
@@ -143,8 +145,10 @@ class MoneyPart(parts.SqlPart):
         """Return the entries in the order in which they were written; `since`: those that end after it."""
         query = _ENTRIES if machine_id is None else _ENTRIES.where(_ledger.c.machine_id == machine_id)
         if since is not None:
+            # Put in order here: asked to do it, SQLite reads the whole ledger in its order to find the last of it.
             query = query.where(_ledger.c.ended_at > since)
-        return await self._read(lambda connection: [LedgerEntry(*row) for row in connection.execute(query)])
+        rows = await self._read(lambda connection: connection.execute(query).all())
+        return [LedgerEntry(*row[1:]) for row in sorted(rows, key=itemgetter(0))]
 
 
 # -- inside a transaction --------------------------------------------------------------------------------------
@@ -187,11 +191,24 @@ def _allowed(
     if not budgets:
         return []
     which = Which(candidate.provider, candidate.account)
-    charges, busy = _charges(connection, budgets, which, now=now, run_id=candidate.run_id)
-    refused, states = refusal(budgets, charges, busy, candidate, now=now)
+    candidate = replace(
+        candidate,
+        run_id=safe(candidate.run_id),
+        for_project=safe(candidate.for_project),
+        for_user=safe(candidate.for_user),
+    )
+    stored = [_as_stored(budget) for budget in budgets]
+    charges, busy = _charges(connection, stored, which, now=now, run_id=candidate.run_id)
+    refused, states = refusal(stored, charges, busy, candidate, now=now)
     if refused is not None:
         raise refused
     return states
+
+
+def _as_stored(budget: Budget) -> Budget:
+    """Return the budget with names as they lie in the database, or who has a strange one would have no cap."""
+    project, user = (name if name is None else safe(name) for name in (budget.project, budget.user))
+    return budget if (project, user) == (budget.project, budget.user) else replace(budget, project=project, user=user)
 
 
 def _charges(
@@ -206,7 +223,7 @@ def _charges(
         since = stamps(connection).exact(min(starts))
         rows += _CLOSED_SINCE[which.one].run(connection, {"since": since, **given}).fetchall()
     if run_id and any(budget.period is Period.RUN for budget in budgets):
-        rows += _CLOSED_IN_RUN[which.one].run(connection, {"run_id": safe(run_id), **given}).fetchall()
+        rows += _CLOSED_IN_RUN[which.one].run(connection, {"run_id": run_id, **given}).fetchall()
     amount = cache(read_amount)
     for key, price, run, project, user, ready, gone in rows:
         start = read_time(ready)
