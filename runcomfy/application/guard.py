@@ -66,6 +66,8 @@ def end_of(machine: Machine, *, owner_lives: bool, boot_timeout: timedelta) -> E
     if ends is not None:
         if owner_lives and machine.asked_duration is not None and machine.ready_at is not None:
             ends = max(ends, machine.ready_at + machine.asked_duration)
+        if owner_lives and machine.kept_until is not None:
+            ends = max(ends, machine.kept_until)  # its owner looks what the provider does: the canary
         return End(ends, "it outlived its lease")
     never_up = machine.requested_at + boot_timeout
     if owner_lives:

@@ -10,8 +10,8 @@ from runcomfy.cli.runner import Interrupts, run_async
 
 if TYPE_CHECKING:
     from runcomfy.application.machines import Machines
-    from runcomfy.application.reaper import Reaped, Verdict
-    from runcomfy.domain.machine import Machine, MachineReport
+    from runcomfy.application.reaper import Reaped
+    from runcomfy.domain.machine import Machine
 
 
 @click.group()
@@ -20,34 +20,13 @@ def machines() -> None:
 
 
 @machines.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def ls(as_json: bool) -> int:
-    """List every machine of the account, which of it is ours, and why. Only reads."""
-    return run_async(lambda interrupts: _ls(interrupts, as_json=as_json))
+@click.option("--watch", is_flag=True, help="Keep it live until Ctrl+C.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch a line for each change.")
+def ls(watch: bool, as_json: bool) -> int:
+    """List every machine of the account: what it does, what it costs, which of it is ours, and why. Only reads."""
+    from runcomfy.cli.machines_show import list_machines
 
-
-async def _ls(interrupts: Interrupts, *, as_json: bool) -> int:
-    from runcomfy.application.reaper import Reaper
-    from runcomfy.cli.app import open_app
-    from runcomfy.cli.output import show_json
-
-    async with open_app(interrupts, require_cloud=True, launches=False, quiet=as_json) as app:
-        cloud, has_books = await cloud_or_memory(app)
-        reports = {report.server_id: report for report in await cloud.provider.list_machines()}
-        verdicts = await Reaper(cloud).verdicts(list(reports.values()))
-        rows = [_row(verdict, reports, cloud) for verdict in verdicts]
-        shown = {verdict.machine.server_id for verdict in verdicts}
-        closed = {row.server_id: row for row in await cloud.books.rows(open_only=False) if not row.is_open}
-        for server_id, report in reports.items():
-            if server_id in closed and server_id not in shown:
-                rows.append(_row(_ended(closed[server_id], report), reports, cloud))
-            elif server_id not in shown:
-                rows.append(_foreign(report, has_books=has_books))
-    if as_json:
-        show_json(rows)
-    else:
-        _print(rows)
-    return 0
+    return run_async(lambda interrupts: list_machines(interrupts, as_json=as_json, watch=watch))
 
 
 async def cloud_or_memory(app: Any) -> tuple[Machines, bool]:
@@ -63,78 +42,6 @@ async def cloud_or_memory(app: Any) -> tuple[Machines, bool]:
         cloud, _ = await app.cloud(in_memory=True)
         return cloud, False
     return cloud, True
-
-
-def _ended(machine: Machine, report: MachineReport) -> Verdict:
-    """Return what is to be said of a machine that our books have ended and the account still lists."""
-    from runcomfy.application.reaper import Verdict
-    from runcomfy.domain.machine import Phase
-
-    back = report.phase in (Phase.READY, Phase.STARTING)
-    return Verdict(machine, end=back, why="it was gone and runs again" if back else "ended; not yet off the list")
-
-
-def _row(verdict: Verdict, reports: dict[Any, MachineReport], cloud: Machines) -> dict[str, Any]:
-    from runcomfy.domain.money import cost_of
-
-    machine = verdict.machine
-    report = reports.get(machine.server_id)
-    return {
-        "server_id": machine.server_id or "(not answered yet)",
-        "type": machine.server_type,
-        "status": report.status if report else "not listed",
-        "ours": True,
-        "state": str(machine.state),
-        "purpose": str(machine.purpose),
-        "why": verdict.why + ("; `comfyctl machines reap` would end it" if verdict.end else ""),
-        "usd_per_hour": str(machine.usd_per_hour),
-        "spent_usd": format(cost_of(machine, now=cloud.clock.now()), "f"),
-        "stops_at": (report.stopping_at if report else None) or machine.planned_stop_at,
-        "reason": machine.reason,
-    }
-
-
-def _foreign(report: MachineReport, *, has_books: bool) -> dict[str, Any]:
-    """Return the row of a machine that our books do not have; `ours` is None where they cannot be read."""
-    why = "not in our books: never touched; `comfyctl machines adopt ID` takes it over"
-    return {
-        "server_id": report.server_id,
-        "type": report.server_type or "?",
-        "status": report.status,
-        "ours": False if has_books else None,
-        "state": "",
-        "purpose": "",
-        "why": why if has_books else "our books cannot be read; `comfyctl machines stop ID` stops it all the same",
-        "usd_per_hour": None,
-        "spent_usd": None,
-        "stops_at": report.stopping_at,
-        "reason": "",
-    }
-
-
-def _print(rows: list[dict[str, Any]]) -> None:
-    from decimal import Decimal
-
-    from runcomfy.cli.output import table
-    from runcomfy.cli.words import show_time
-    from runcomfy.domain.money import show_usd
-
-    if not rows:
-        click.echo("the account runs no machine, and our books have none open")
-        return
-    shown = [
-        (
-            str(row["server_id"]),
-            row["type"],
-            row["status"],
-            {True: "ours", False: "not ours"}.get(row["ours"], "unknown"),
-            show_usd(Decimal(row["spent_usd"])) if row["spent_usd"] is not None else "-",
-            show_time(row["stops_at"]),
-            row["why"],
-        )
-        for row in rows
-    ]
-    click.echo(table(("machine", "type", "status", "whose", "spent", "stops at", "why"), shown))
 
 
 @machines.command()
@@ -304,33 +211,9 @@ def _say_reaped(done: Reaped, cloud: Machines) -> None:
 
 @machines.command()
 @click.argument("server_id", metavar="ID")
-def show(server_id: str) -> int:
-    """Show everything that happened to a machine, in order. Only reads our books."""
-    return run_async(lambda interrupts: _show(interrupts, server_id))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(server_id: str, as_json: bool) -> int:
+    """Show everything that happened to a machine: its steps, its jobs, its ledger. Only reads our books."""
+    from runcomfy.cli.machines_show import show_machine
 
-
-async def _show(interrupts: Interrupts, server_id: str) -> int:
-    from runcomfy.cli.app import open_app
-    from runcomfy.cli.output import table
-    from runcomfy.cli.words import show_time
-    from runcomfy.domain.exceptions import MachineNotFound, foreign_text
-
-    async with open_app(interrupts, require_cloud=True, launches=False) as app:
-        cloud, _ = await app.cloud()
-        rows = [m for m in await cloud.books.rows(open_only=False) if server_id in (m.server_id, m.id)]
-        if not rows:
-            raise MachineNotFound(
-                f"our books have no machine {foreign_text(server_id, 60)}",
-                hint="`comfyctl machines ls` lists what the account runs",
-            )
-        for machine in rows:
-            story = await cloud.store.story(machine.id)
-            click.echo(f"{machine.server_type} machine {machine.server_id} ({machine.reason})")
-            click.echo(
-                table(("at", "event", "state", "note"), [(show_time(t.at), t.event, t.state, t.note) for t in story])
-            )
-            for entry in await cloud.store.ledger(machine_id=machine.id):
-                click.echo(
-                    f"{show_time(entry.started_at)} to {show_time(entry.ended_at)}: ${entry.amount_usd} {entry.note}"
-                )
-    return 0
+    return run_async(lambda interrupts: show_machine(interrupts, server_id, as_json=as_json))

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 @click.option("--server-type", metavar="TYPE", help="Machine type, if one has to be launched.")
 @click.option("--timeout", metavar="TIME", help="Seconds or 90s, 10m, 1h; counted from when the machine is ready.")
 @click.option("--convert", type=click.Choice(list(PICTURE_FORMATS)), help="Convert picture results.")
+@click.option("--budget", metavar="USD", help="The most this run may cost; what would cost more is not begun.")
+@click.option("--user", metavar="NAME", help="Whose budgets it counts against, and who is shown in the costs.")
+@click.option("--project", metavar="NAME", help="For which project it is, likewise.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 @click.option("--dry-run", is_flag=True, help="Check and show everything, send nothing.")
 @click.option("--queue", "queued", is_flag=True, help="Put it into the queue and follow it; Ctrl+C leaves it there.")
@@ -45,6 +48,9 @@ def run(workflow: str, as_json: bool, dry_run: bool, queued: bool, **options: An
     for name in ("priority", "key"):
         if options[name] is not None and not queued:
             raise click.UsageError(f"--{name} is for jobs in the queue: add --queue", click.get_current_context())
+    if queued and options["budget"] is not None:
+        words = "--budget is for a run of its own; what the queue may cost is said to `comfyctl serve`"
+        raise click.UsageError(words, click.get_current_context())
     if dry_run:
         from runcomfy.cli.dry_run import dry_run as show
 
@@ -115,6 +121,8 @@ def request_of(workflow: str, options: dict[str, Any]) -> JobRequest:
         server_type=options["server_type"],
         timeout=timeout,
         convert=options["convert"],
+        user=options["user"] or "",
+        project=options["project"] or "",
     )
 
 
@@ -126,7 +134,8 @@ async def _run(interrupts: Interrupts, workflow: str, options: dict[str, Any], *
 
     request = request_of(workflow, options)
     interrupts.listens = True
-    async with open_app(interrupts, quiet=as_json) as app:
+    overrides = {"RUNCOMFY_BUDGET_RUN": options["budget"]} if options["budget"] is not None else None
+    async with open_app(interrupts, overrides, quiet=as_json) as app:
         with Display(silent=as_json) as display:
             app.tell = display.tell
             display.attach(interrupts)
