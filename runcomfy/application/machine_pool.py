@@ -329,7 +329,7 @@ class MachinePool:
     def _ours(self) -> None:
         """Raise if this process may not launch."""
         if not self._in_charge():
-            raise LeaseLost("another process keeps the pool of this account now; nothing was launched")
+            raise LeaseLost("another process keeps the pool of this account now")
 
     def want(self, machine_id: MachineId, *, until: float) -> None:
         """See the protocol."""
@@ -381,6 +381,7 @@ class MachinePool:
 
         Before anything is reaped: prompts may still run there. Raises LocalError.
         """
+        self._ours()
         rows = [row for row in await self._books.rows() if takes_over(row) and self._members.get(row.id) is None]
         owners = await self._machines.store.owners([row.owner_id for row in rows if row.owner_id is not None])
         now = self._clock.now()

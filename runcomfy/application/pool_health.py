@@ -127,6 +127,11 @@ class PoolHealth:
             self._said("breaker", "the account", f"nothing is launched: {error.message}")
         self._refused = error.message
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the provider refuses the account."""
+        return bool(self._refused)
+
     def answered(self) -> None:
         """Remember that the provider takes the account's credentials (again)."""
         self._refused = ""

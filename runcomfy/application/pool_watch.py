@@ -19,7 +19,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Final
 
-from runcomfy.application.ending import HOPELESS
+from runcomfy.application.ending import HOPELESS, believable
 from runcomfy.application.health import wait_until_usable
 from runcomfy.application.machines import EXACT_ENOUGH
 from runcomfy.application.pool_members import Member, Members
@@ -40,6 +40,8 @@ log = logging.getLogger("runcomfy.pool")
 
 ASKED_PER_ROUND: Final = 8
 """Machines that are asked for by their id in one round: a list that is empty by mistake must not cost hundreds."""
+LIST_AGAIN_MOST: Final = 30.0
+"""Seconds between two lists, at most, while the provider cannot be asked."""
 PROBE_EVERY: Final = 70.0
 """Seconds after which the ComfyUI of a machine that has nothing to do is asked whether it still answers."""
 PROBES_AT_ONCE: Final = 8
@@ -59,6 +61,8 @@ class Watch:
         self._machines, self._health = members.machines, members.health
         self._cloud, self._pool = members.settings.cloud, members.settings.pool
         self._complained = ""
+        self._failures = 0
+        """Lists in a row that could not be read."""
         self.listed_at = float("-inf")
         """By the loop's time: when the last list that could be read was asked for."""
 
@@ -73,14 +77,16 @@ class Watch:
     def _pause(self) -> float:
         """Return the seconds to the next round: a machine that starts bills as soon as it is Ready."""
         boots = any(not member.usable and not member.ended and member.machine.server_id for member in self._members)
-        every = self._pool.status_every
-        return (min(self._cloud.poll_interval, every) if boots else every).total_seconds()
+        every = self._pool.status_every.total_seconds()
+        if self._failures:
+            return max(every, min(every * 2 ** min(self._failures - 1, 8), LIST_AGAIN_MOST))
+        return min(self._cloud.poll_interval.total_seconds(), every) if boots else every
 
     async def round(self) -> None:
         """Read the list once, and do what follows from it."""
         self._members.look_now.clear()
         watched = [m for m in self._members if m.machine.server_id is not None and not m.ended]
-        if not watched:
+        if not watched and not self._health.is_refused:
             return
         began = _now()
         listed = await self._list()
@@ -103,6 +109,7 @@ class Watch:
         try:
             reports = await self._machines.provider.list_machines()
         except (ProviderError, LocalError) as error:
+            self._failures += 1
             if isinstance(error, HOPELESS):
                 self._health.refused(error)
             if self._complained != error.code:
@@ -110,6 +117,7 @@ class Watch:
                 self._members.books.tell(f"the machines cannot be looked at now: {error.message}")
             log.warning("pool_list_failed", extra={"fields": {"error": error.code}})
             return None
+        self._failures = 0
         if self._complained:
             self._complained = ""
             self._members.books.tell("the machines can be looked at again")
@@ -133,7 +141,7 @@ class Watch:
             case Phase.STOPPING:
                 await self._stopping(member)
             case _:
-                self._limit(member)  # an unknown word: alive, and billed
+                await self._unknown(member, report, began)
         if member.pooled.suspect.startswith(MISSING):
             self._members.suspect(member, "")
 
@@ -216,6 +224,20 @@ class Watch:
         await self._members.write(member, note, event=MachineEvent.SILENT)
         if illness := member.health.illness(now, self._health.rules):
             self._members.ill(member, illness, dead=True)  # nothing runs there that could be relied on
+
+    async def _unknown(self, member: Member, report: MachineReport, began: float) -> None:
+        """A word that nobody knows: alive, and billed as soon as it has a ready time (fault 13)."""
+        if member.billed_since is None and report.ready_at is not None:
+            now = self._members.clock.now()
+            ready_at = believable(report.ready_at, member.machine, now=now)
+            member.billed_since = _now() - max(0.0, (now - ready_at).total_seconds())
+            member.confirmed_s = member.machine.duration.total_seconds()
+            member.down_since = _now()
+            note = f"it bills, though RunComfy says {report.status!r} and not Ready"
+            await self._members.write(member, note, ready_at=ready_at, planned_stop_at=report.stopping_at)
+        if member.billed_since is not None:
+            await self._note_time(member, report, began)
+        self._limit(member)
 
     async def _failed(self, member: Member, report: MachineReport) -> None:
         self._members.ill(member, f"RunComfy says {foreign_text(report.status, 40)!r} of it", dead=True)

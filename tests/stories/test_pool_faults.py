@@ -1,0 +1,581 @@
+"""A pool of machines on a cloud that misbehaves; after each story its own bill is compared with our ledger."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runcomfy.application.machine_pool import MachinePool
+from runcomfy.domain.exceptions import (
+    BudgetExceeded,
+    MachineLost,
+    NoCapacity,
+    OutOfCredit,
+    ProviderBusy,
+    ServerUnreachable,
+    StopUnconfirmed,
+)
+from runcomfy.domain.machine import MachineId, MachineState
+from runcomfy.domain.plan_view import Stage
+from runcomfy.domain.secret import Secret
+from runcomfy.domain.settings import CloudSettings, PoolSettings
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Programs, settings_for
+from runcomfy.testing.rented_pools import RunningPool, gaps, running_pool, story, until
+
+NOTICED_WITHIN = 15
+"""Seconds: one round of the status loop, and what it takes to ask twice at one request a second."""
+
+
+@pytest.fixture
+def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
+    settings = settings_for(cloud_settings, tmp_path / "state")
+    return Programs(cloud, replace(settings, pool=PoolSettings(max_machines=4)), clock)
+
+
+@asynccontextmanager
+async def told(cloud: RunComfyEmulator, programs: Programs) -> AsyncIterator[RunningPool]:
+    """Run a pool for a story; at its end nothing runs, and the ledger is the bill to the second."""
+    async with programs.start() as program:
+        async with running_pool(program) as pool:
+            yield pool
+        assert cloud.alive == []
+        assert await gaps(cloud, program) == {}
+        assert program.books.held == {}
+        assert await program.books.rows() == []
+
+
+async def words(pool: RunningPool, machine_id: MachineId) -> str:
+    return "\n".join(await story(pool.program, machine_id))
+
+
+# -- launches and lists ------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(8)
+async def test_a_launch_that_is_answered_with_an_id_that_never_shows_is_found_in_the_list(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(answers_as="00000000-0000-4000-8000-000000000000")
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable(within=400)
+        assert machine.machine.server_id == cloud.launched[0]
+        await pool.run(machine, 10)
+        assert len(cloud.launched) == 1
+
+
+@pytest.mark.fault(8)
+async def test_a_launch_that_is_answered_and_started_nothing_is_given_up_and_counted_once(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_call("POST servers", works=False)
+    async with told(cloud, programs) as pool:
+        machine = await pool.launch()
+        assert pool.pool.room("medium") == 3
+        await pool.empty(within=400)
+        assert pool.pool.room("medium") == 4
+        assert cloud.launched == []
+        assert "gone" in await words(pool, machine.id)
+
+
+@pytest.mark.fault(9)
+@pytest.mark.cloud(boot_time=70)
+@pytest.mark.parametrize("traits", [{"unlisted_for": 115}, {"unlisted_for": 115, "hidden_for": 115}])
+async def test_a_machine_that_is_listed_late_is_waited_for_and_billed_since_it_was_ready(
+    cloud: RunComfyEmulator, programs: Programs, traits: dict[str, Any]
+) -> None:
+    cloud.next_machine(**traits)
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        assert machine.machine.server_id == cloud.launched[0]
+        assert machine.machine.ready_at == cloud.machines[cloud.launched[0]].ready_at
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize(
+    "fault",
+    [{"status": 500}, {"change": lambda page: {**page, "servers": page["servers"][:0]}}, {"body": []}],
+    ids=["fails", "empty", "bare"],
+)
+async def test_a_list_of_which_a_page_is_missing_decides_nothing(
+    cloud: RunComfyEmulator, programs: Programs, fault: dict[str, Any]
+) -> None:
+    cloud.page_size = 1
+    async with told(cloud, programs) as pool:
+        first, second = await pool.usable(), await pool.usable()
+        lease, other = pool.lease(first), pool.lease(second)
+        cloud.next_call("GET servers?page=2", times=None, lasts=120, **fault)
+        await asyncio.sleep(200)
+        assert not lease.void
+        assert not other.void
+        assert [machine.takes_jobs for machine in pool.machines] == [True, True]
+        pool.done(lease)
+        pool.done(other)
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("lists", [1, 2, 6])
+async def test_an_empty_list_by_mistake_ends_nothing_and_voids_no_job(
+    cloud: RunComfyEmulator, programs: Programs, lists: int
+) -> None:
+    async with told(cloud, programs) as pool:
+        machines = [await pool.usable() for _ in range(3)]
+        leases = [pool.lease(machine) for machine in machines]
+        cloud.next_call("GET servers", body=[], times=lists)
+        await asyncio.sleep(120)
+        assert [lease.void for lease in leases] == [False] * 3
+        assert [machine.takes_jobs for machine in machines] == [True] * 3
+        assert len(cloud.billing) == 3
+        for lease in leases:
+            pool.done(lease)
+
+
+@pytest.mark.fault(13)
+async def test_a_word_nobody_knows_means_alive_and_billed_and_its_jobs_go_on(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        cloud.machines[cloud.launched[0]].traits.status = "Humming"
+        await asyncio.sleep(1300)
+        assert not lease.void
+        assert machine.takes_jobs
+        assert cloud.billing == cloud.launched
+        cloud.machines[cloud.launched[0]].traits.status = None
+        pool.done(lease)
+
+
+@pytest.mark.fault(13)
+async def test_a_machine_that_never_says_a_word_that_is_known_is_replaced_and_what_it_billed_is_booked(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(status="Humming")
+    async with told(cloud, programs) as pool:
+        machine = await pool.launch()
+        await pool.empty(within=3000)
+        assert 300 <= cloud.books[cloud.launched[0]].seconds <= 330
+        assert "it bills, though RunComfy says 'Humming'" in await words(pool, machine.id)
+
+
+@pytest.mark.fault(13)
+async def test_a_ready_machine_that_shows_no_times_is_never_thought_to_be_paid_longer_than_at_its_launch(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(fields={"service_ready_at": None, "estimated_stopping_at": 17, "estimated_duration": "ten"})
+    async with programs.start() as program, running_pool(program) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        await asyncio.sleep(900)
+        assert not lease.void  # RunComfy did prolong it, and does not say so
+        assert not machine.takes_jobs
+        pool.done(lease)
+        await pool.empty(within=200)
+        assert cloud.alive == []
+        assert all(-6 <= gap <= 0 for gap in (await gaps(cloud, program)).values())  # ready is when we saw it
+
+
+# -- starts that fail --------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(14)
+async def test_a_machine_that_starts_for_ever_is_ended_at_the_boot_limit_and_its_type_rests_after_three(
+    cloud: RunComfyEmulator, programs: Programs, looptime: float
+) -> None:
+    for _ in range(3):
+        cloud.next_machine(stuck=True)
+    async with told(cloud, programs) as pool:
+        machines = [await pool.launch() for _ in range(3)]
+        await asyncio.sleep(1700)
+        assert len(cloud.alive) == 3
+        healthy = await pool.usable("large")  # a start that fails never holds up the others
+        await until(lambda: len(cloud.alive) == 1, within=300, what="the stuck ones to be ended")
+        assert pool.pool.room("medium") == 0
+        assert "was not Ready after" in pool.pool.why_no_room("medium")
+        with pytest.raises(NoCapacity, match="was not Ready after"):
+            await pool.launch()
+        assert pool.pool.room("large") > 0
+        assert "ill: it was not Ready after 18" in await words(pool, machines[0].id)
+        await pool.run(healthy, 30)
+        await asyncio.sleep(600)
+        assert pool.pool.room("medium") == 1  # one finds out whether it works again
+        again = await pool.launch()
+        assert pool.pool.room("medium") == 0
+        await until(lambda: again.takes_jobs, within=300, what="the trial")
+        assert pool.pool.room("medium") == 2
+
+
+@pytest.mark.fault(15)
+@pytest.mark.parametrize("manner", ["refused", "502", "html"])
+async def test_a_ready_machine_whose_comfyui_never_answers_gets_no_job_and_is_replaced(
+    cloud: RunComfyEmulator, programs: Programs, manner: str
+) -> None:
+    cloud.next_machine(comfyui=manner)
+    async with told(cloud, programs) as pool:
+        machine = await pool.launch()
+        await until(lambda: bool(cloud.billing), within=200, what="Ready")
+        await asyncio.sleep(100)
+        assert (machine.stage, machine.takes_jobs) == (Stage.BOOTING, False)
+        with pytest.raises(MachineLost):
+            pool.lease(machine)
+        await pool.empty(within=400)
+        assert 300 <= cloud.books[cloud.launched[0]].seconds <= 315
+        assert "ill: the machine is Ready but its ComfyUI is not" in await words(pool, machine.id)
+        assert pool.pool.room("medium") == 4
+
+
+@pytest.mark.fault(15)
+async def test_a_comfyui_that_is_late_is_waited_for(cloud: RunComfyEmulator, programs: Programs) -> None:
+    cloud.next_machine(comfyui="html", comfyui_for=90)
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        assert 90 <= cloud.books[cloud.launched[0]].seconds <= 96
+        await pool.run(machine, 5)
+        assert "usable: ComfyUI" in await words(pool, machine.id)
+
+
+@pytest.mark.fault(16)
+async def test_a_machine_that_flaps_loses_its_leases_each_time_and_is_replaced_when_it_does_so_too_often(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(flaps=45)
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        first = pool.lease(machine)
+        epoch = machine.epoch
+        await until(lambda: first.void, within=45 + NOTICED_WITHIN, what="the flip to be seen")
+        assert not machine.takes_jobs
+        pool.failed(first, MachineLost("it was not Ready"))
+        await until(lambda: machine.takes_jobs, within=45 + NOTICED_WITHIN, what="it to be usable again")
+        assert machine.epoch > epoch
+        second = pool.lease(machine)
+        assert not second.void
+        await until(lambda: second.void, within=45 + NOTICED_WITHIN, what="the second flip")
+        pool.failed(second, MachineLost("it was not Ready"))
+        await pool.empty(within=300)
+        told_ = await words(pool, machine.id)
+        assert told_.count("silent: not Ready any more (RunComfy says Starting)") == 3
+        assert "stopped being Ready 3 times within 300 s" in told_
+
+
+@pytest.mark.fault(16)
+async def test_flips_that_lie_far_apart_are_borne(cloud: RunComfyEmulator, programs: Programs) -> None:
+    cloud.next_machine(flaps=170)
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        await asyncio.sleep(170 * 7)
+        assert machine.epoch >= 6
+        assert cloud.billing == cloud.launched
+        assert await until(lambda: machine.takes_jobs, within=200, what="it to be usable") is None
+
+
+@pytest.mark.fault(17)
+@pytest.mark.cloud(boot_time=60)
+async def test_a_machine_that_gets_ready_after_its_stop_is_stopped_until_it_is_gone(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(ignores_delete=True)
+    async with told(cloud, programs) as pool:
+        machine = await pool.launch()
+        await asyncio.sleep(30)
+        pool.pool.drain(machine.id, why="no job waits any more")
+        await asyncio.sleep(400)
+        assert cloud.billing == cloud.launched
+        assert pool.pool.room("medium") == 3  # it still counts
+        cloud.machines[cloud.launched[0]].traits.ignores_delete = False
+        await pool.empty(within=200)
+        assert cloud.books[cloud.launched[0]].seconds > 300
+
+
+# -- machines that go away ---------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(22)
+async def test_a_machine_that_vanishes_mid_job_is_noticed_at_once_and_the_others_work_on(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(vanishes_after=400)
+    async with programs.start() as program, running_pool(program) as pool:
+        doomed, healthy = await pool.usable(), await pool.usable()
+        lost, good = pool.lease(doomed), pool.lease(healthy)
+        await until(lambda: len(cloud.billing) == 1, within=400, what="it to vanish", every=0.1)
+        await until(lambda: lost.void, within=NOTICED_WITHIN, what="that to be noticed")
+        assert not good.void
+        pool.failed(lost, MachineLost("it went away"))
+        await until(lambda: len(pool.machines) == 1, within=10, what="it to be let go")
+        pool.done(good)
+        assert pool.pool.room("medium") == 3
+        await pool.close()
+        assert cloud.alive == []
+        [gap] = (await gaps(cloud, program)).values()
+        assert 0 <= gap <= NOTICED_WITHIN  # nobody tells when it went: billed until it was missed
+
+
+@pytest.mark.fault(68)
+@pytest.mark.fault(22)
+async def test_a_machine_that_the_user_deletes_on_the_website_is_let_go_and_not_asked_for_for_ever(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as program, running_pool(program) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        await asyncio.sleep(47)
+        cloud._end(cloud.machines[cloud.launched[0]])
+        await until(lambda: lease.void, within=NOTICED_WITHIN, what="that to be noticed")
+        pool.failed(lease, MachineLost("it went away"))
+        await pool.empty(within=30)
+        calls = len(cloud.calls)
+        await asyncio.sleep(300)
+        assert len(cloud.calls) == calls
+        [gap] = (await gaps(cloud, program)).values()
+        assert 0 <= gap <= NOTICED_WITHIN
+        assert await program.books.rows() == []
+        assert pool.pool.room("medium") == 4
+
+
+@pytest.mark.fault(68)
+async def test_a_machine_that_is_deleted_while_it_starts_is_let_go(cloud: RunComfyEmulator, programs: Programs) -> None:
+    async with told(cloud, programs) as pool:
+        machine = await pool.launch()
+        await asyncio.sleep(30)
+        cloud._end(cloud.machines[cloud.launched[0]])
+        await pool.empty(within=30)
+        assert machine.epoch > 0
+
+
+# -- paying ahead ------------------------------------------------------------------------------------------
+
+
+RENEW = "POST servers/*/update-estimated-duration"
+
+
+@pytest.mark.fault(24)
+async def test_renewals_that_are_granted_and_not_answered_are_read_in_the_list(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        cloud.next_call(RENEW, reply="lost", works=True, times=None)
+        await asyncio.sleep(3000)
+        assert not lease.void
+        assert machine.takes_jobs
+        pool.done(lease)
+
+
+@pytest.mark.fault(24)
+async def test_renewals_that_fail_for_a_while_are_tried_again_before_the_lease_is_over(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        await asyncio.sleep(250)
+        cloud.next_call(RENEW, status=500, times=None, lasts=200)
+        await asyncio.sleep(900)
+        assert not lease.void
+        pool.done(lease)
+
+
+@pytest.mark.fault(24)
+async def test_a_yes_that_was_not_done_is_not_believed_and_the_bill_ends_with_what_was_confirmed(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_call(RENEW, works=False, times=None)
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        for _ in range(28):
+            await asyncio.sleep(20)
+            stops_at, shown = cloud.machines[cloud.launched[0]].stops_at, pool.pool.rows()[0].stops_at
+            assert stops_at is not None
+            assert shown is not None
+            assert shown <= stops_at + timedelta(seconds=1)
+        await until(lambda: lease.void, within=60, what="the machine to stop")
+        pool.failed(lease, MachineLost("it went away"))
+        await pool.empty(within=30)
+        assert cloud.books[cloud.launched[0]].seconds == 600
+
+
+# -- the account -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(26)
+async def test_a_token_that_is_revoked_mid_run_stops_launches_and_no_job(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        cloud.revoke(1)
+        await asyncio.sleep(30)
+        assert not lease.void
+        assert pool.pool.room("medium") == 0
+        assert "token" in pool.pool.why_no_room("medium")
+        with pytest.raises(NoCapacity, match="token"):
+            await pool.launch()
+        pool.done(lease)  # its results are kept
+        await asyncio.sleep(700)
+        assert cloud.billing == []  # by its lease
+        assert cloud.books[cloud.launched[0]].seconds == 600
+        cloud.behave()  # the user has put in the new one
+        await pool.empty(within=120)
+        assert pool.pool.room("medium") == 4
+
+
+@pytest.mark.fault(26)
+async def test_the_second_token_goes_on_where_the_first_is_refused(
+    cloud: RunComfyEmulator, cloud_settings: CloudSettings, programs: Programs
+) -> None:
+    cloud.second_token = "emulated-token-2"
+    settings = replace(programs.settings.cloud, tokens=(*programs.settings.cloud.tokens, Secret(cloud.second_token)))
+    programs.settings = replace(programs.settings, cloud=settings)
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        cloud.revoke(1)
+        await asyncio.sleep(900)
+        assert machine.takes_jobs
+        assert pool.pool.room("medium") == 3
+
+
+@pytest.mark.fault(26)
+async def test_a_pool_that_may_not_end_its_machines_says_so_and_they_end_by_their_lease(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as program:
+        pool = RunningPool(program, MachinePool(program.machines, program.placer.comfyui))
+        await pool.usable()
+        cloud.revoke(1)
+        with pytest.raises(StopUnconfirmed, match="could not be stopped"):
+            await pool.close()
+        assert len(cloud.billing) == 1
+        await asyncio.sleep(600)
+        assert cloud.billing == []
+        assert cloud.books[cloud.launched[0]].seconds == 600
+
+
+@pytest.mark.fault(27)
+async def test_a_type_that_is_sold_out_rests_and_another_one_may_be_launched(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with told(cloud, programs) as pool:
+        cloud.next_call("POST servers", status=409, body={"message": "InsufficientInstanceCapacity"})
+        with pytest.raises(NoCapacity):
+            await pool.launch()
+        assert list(pool.machines) == []
+        assert pool.pool.room("medium") == 0
+        assert "tried again in" in pool.pool.why_no_room("medium")
+        assert pool.pool.room("large") == 4
+        await pool.usable("large")
+        assert pool.pool.room("medium") == 1  # stock comes back sooner than a defect is mended
+        await pool.usable("medium")
+        assert pool.pool.room("medium") == 2
+
+
+@pytest.mark.fault(27)
+async def test_an_account_without_money_launches_nothing_of_any_type_until_it_has_some(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        cloud.balance_usd = Decimal(0)
+        with pytest.raises(OutOfCredit):
+            await pool.launch()
+        assert pool.pool.room("large") == pool.pool.room("medium") == 0
+        assert "nothing is launched" in pool.pool.why_no_room("large")
+        calls = len([call for call in cloud.calls if call.method == "POST" and call.path == "servers"])
+        with pytest.raises(NoCapacity):
+            await pool.launch("large")
+        assert len([call for call in cloud.calls if call.method == "POST" and call.path == "servers"]) == calls
+        cloud.balance_usd = Decimal(25)
+        await asyncio.sleep(600)
+        assert pool.pool.room("large") == 1
+        await pool.usable("large")
+        assert not lease.void
+        pool.done(lease)
+
+
+@pytest.mark.fault(25)
+async def test_a_cloud_that_says_too_many_requests_is_left_alone_for_a_while(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        cloud.next_call("*", status=429, headers={"Retry-After": "20"}, times=None, lasts=150)
+        await asyncio.sleep(900)
+        assert not lease.void
+        assert machine.takes_jobs
+        pool.done(lease)
+
+
+@pytest.mark.fault(28)
+@pytest.mark.fault(27)
+async def test_a_price_above_the_cap_is_refused_and_a_cheaper_type_is_launched(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud_settings = replace(programs.settings.cloud, max_usd_per_hour=Decimal("1.00"))
+    programs.settings = replace(programs.settings, cloud=cloud_settings)
+    async with told(cloud, programs) as pool:
+        with pytest.raises(BudgetExceeded, match=r"\$1.75 per hour, more than the limit of \$1.00"):
+            await pool.launch("large")
+        assert cloud.launched == []
+        await pool.usable("medium")
+
+
+@pytest.mark.fault(29)
+async def test_a_cloud_that_is_down_for_two_hours_costs_no_more_than_what_was_paid_ahead(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    programs.settings = replace(programs.settings, cloud=replace(programs.settings.cloud, max_retries=1))
+    async with told(cloud, programs) as pool:
+        machine, idle = await pool.usable(), await pool.usable("large")
+        lease = pool.lease(machine)
+        await asyncio.sleep(250)
+        cloud.next_call("*", status=503, times=None, lasts=7200)
+        await asyncio.sleep(60)
+        assert not lease.void
+        pool.done(lease)  # what runs there finishes
+        with pytest.raises(ProviderBusy):
+            await pool.launch()
+        assert pool.pool.room("large") == 0
+        await asyncio.sleep(1200)
+        assert cloud.billing == []
+        assert {bill.seconds for bill in cloud.books.values()} <= {Decimal(600), Decimal(945)}
+        assert idle.machine.state is not MachineState.STOPPED  # nobody has told us
+        await asyncio.sleep(6500)
+        await pool.empty(within=600)
+        said = [sentence for sentence in pool.program.said if "cannot be looked at now" in sentence]
+        assert len(said) == 1  # and not with every try
+
+
+@pytest.mark.fault(29)
+async def test_a_network_of_our_own_that_is_down_is_not_held_against_the_machines(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        emulated = cloud.machines[cloud.launched[0]]
+        assert emulated.comfyui is not None
+        server: Any = emulated.comfyui
+        await server.kill()
+        cloud.next_call("*", status=503, times=None, lasts=150)
+        await asyncio.sleep(20)
+        pool.failed(lease, ServerUnreachable("no answer for two minutes"))
+        await asyncio.sleep(60)
+        assert machine.suspect
+        assert not machine.draining
+        await server.start(port=server.port)
+        await until(lambda: machine.takes_jobs, within=300, what="it to be trusted again")
+        assert len(cloud.launched) == 1

@@ -1,0 +1,299 @@
+"""Machines that are ill are replaced, healthy ones are not: what the pool concludes from how jobs end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runcomfy.application.machine_pool import MachinePool
+from runcomfy.domain.exceptions import (
+    GpuOutOfMemory,
+    MachineFailed,
+    MachineLost,
+    NodeFailed,
+    RunComfyError,
+    ServerRestarted,
+    ServerUnreachable,
+    WorkerDead,
+)
+from runcomfy.domain.job import JobId
+from runcomfy.domain.machine import MachineId
+from runcomfy.domain.settings import CloudSettings, PoolSettings
+from runcomfy.domain.work import Work
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Program, Programs, settings_for
+from runcomfy.testing.rented_pools import RunningPool, gaps, running_pool, story, until
+
+
+@pytest.fixture
+def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
+    settings = settings_for(cloud_settings, tmp_path / "state")
+    return Programs(cloud, replace(settings, pool=PoolSettings(max_machines=8)), clock)
+
+
+@pytest.fixture
+async def program(programs: Programs) -> AsyncIterator[Program]:
+    async with programs.start() as program:
+        yield program
+
+
+@pytest.fixture
+async def pool(program: Program) -> AsyncIterator[RunningPool]:
+    """Tests close it themselves, in virtual time."""
+    async with running_pool(program) as pool:
+        yield pool
+
+
+def comfyui_of(cloud: RunComfyEmulator, number: int = -1) -> ComfyUIEmulator:
+    server: Any = cloud.machines[cloud.launched[number]].comfyui
+    assert isinstance(server, ComfyUIEmulator)
+    return server
+
+
+async def ended(cloud: RunComfyEmulator, program: Program, pool: RunningPool) -> None:
+    """End the pool; nothing runs then, and the ledger is the bill."""
+    await pool.close()
+    assert cloud.alive == []
+    assert await gaps(cloud, program) == {}
+
+
+async def works_of(program: Program, seconds: float, *, runs: int, workflow: str = "mesh", cold: bool = False) -> None:
+    """Put runs of earlier days into the books."""
+    now = program.machines.clock.now()
+    for number in range(runs):
+        began = now - timedelta(days=1, minutes=number)
+        await program.store.put_work(
+            Work(
+                MachineId("an-older-machine"),
+                JobId(f"older-{workflow}-{seconds}-{number}"),
+                1,
+                workflow,
+                "medium",
+                began,
+                computing_at=began,
+                computed_at=began + timedelta(seconds=seconds),
+                ended_at=began + timedelta(seconds=seconds),
+                outcome="done",
+                cold=cold,
+            )
+        )
+
+
+# -- what makes a machine ill ------------------------------------------------------------------------------
+
+
+async def test_a_worker_that_is_dead_ends_its_machine_at_once(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    machine = await pool.usable()
+    lease, other = pool.lease(machine), pool.lease(machine, compute=False)
+    pool.failed(lease, WorkerDead("ComfyUI answers but runs nothing"))
+    assert other.void
+    pool.failed(other, MachineLost("it is replaced"))
+    await pool.empty(within=60)
+    assert "ill: ComfyUI answers but runs nothing" in "\n".join(await story(program, machine.id))
+    [decision] = [each for each in await program.store.decisions() if each.action == "replace"]
+    assert (decision.what, decision.why) == (machine.id, "ComfyUI answers but runs nothing")
+    await ended(cloud, program, pool)
+
+
+@pytest.mark.parametrize("error", [ServerUnreachable("silence"), MachineFailed("its ComfyUI does not answer")])
+async def test_a_server_that_a_job_gave_up_on_gets_nothing_more_and_is_replaced_when_it_stays_silent(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool, error: RunComfyError
+) -> None:
+    machine = await pool.usable()
+    lease = pool.lease(machine)
+    await comfyui_of(cloud).kill()
+    pool.failed(lease, error)
+    assert machine.suspect
+    with pytest.raises(MachineLost):
+        pool.lease(machine)
+    await pool.empty(within=60)
+    assert "Ready but its ComfyUI is not" in "\n".join(await story(program, machine.id))
+    await ended(cloud, program, pool)
+
+
+async def test_a_server_that_answers_again_is_trusted_again(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    machine = await pool.usable()
+    lease = pool.lease(machine)
+    pool.failed(lease, ServerUnreachable("a hiccup"))
+    assert not machine.takes_jobs
+    await until(lambda: machine.takes_jobs, within=30, what="it to be trusted again")
+    assert len(cloud.launched) == 1
+    await ended(cloud, program, pool)
+
+
+async def test_an_idle_machine_whose_comfyui_dies_is_found_out_before_a_job_comes(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    machine = await pool.usable()
+    await pool.run(machine, 5)
+    await comfyui_of(cloud).kill()
+    await until(lambda: not machine.takes_jobs, within=100, what="that to be noticed")
+    await pool.empty(within=300)
+    await ended(cloud, program, pool)
+
+
+async def test_a_comfyui_that_restarts_between_jobs_keeps_its_machine(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    machine = await pool.usable()
+    server = comfyui_of(cloud)
+    await server.kill()
+    await asyncio.sleep(90)
+    await server.start(port=server.port)
+    await until(lambda: machine.takes_jobs, within=60, what="it to be trusted again")
+    await pool.run(machine, 5)
+    assert len(cloud.launched) == 1
+    await ended(cloud, program, pool)
+
+
+async def test_two_jobs_killed_on_it_make_a_machine_ill_but_what_runs_there_may_finish(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    machine = await pool.usable()
+    pool.failed(pool.lease(machine), ServerRestarted())
+    pool.failed(pool.lease(machine), ServerRestarted())  # of the same crash
+    assert machine.takes_jobs
+    await asyncio.sleep(60)
+    last, running = pool.lease(machine), pool.lease(machine)
+    pool.failed(last, ServerRestarted())
+    assert machine.draining == "ill: jobs died on it 2 times"
+    assert not running.void
+    await asyncio.sleep(500)
+    assert cloud.billing == cloud.launched
+    pool.done(running)
+    await pool.empty(within=60)
+    await ended(cloud, program, pool)
+
+
+async def test_two_failures_of_the_gpu_in_a_row_make_a_machine_ill(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    machine = await pool.usable()
+    pool.failed(pool.lease(machine), GpuOutOfMemory())
+    await pool.run(machine, 5)
+    pool.failed(pool.lease(machine), GpuOutOfMemory())
+    assert machine.takes_jobs
+    pool.failed(pool.lease(machine), GpuOutOfMemory())
+    assert "GPU failed 2 times" in machine.draining
+    await pool.empty(within=60)
+    await ended(cloud, program, pool)
+
+
+async def test_what_jobs_do_wrong_themselves_is_never_held_against_a_machine(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    machine = await pool.usable()
+    for _ in range(10):
+        pool.failed(pool.lease(machine), NodeFailed("a node of the workflow"))
+        pool.pool.give_back(pool.lease(machine), outcome="put-back")
+    assert machine.takes_jobs
+    await ended(cloud, program, pool)
+
+
+# -- speed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(73)
+async def test_a_machine_that_is_five_times_slower_than_usual_twice_in_a_row_is_replaced(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    await works_of(program, 20.0, runs=8)
+    await works_of(program, 300.0, runs=20, cold=True)  # what loads models is another matter
+    machine = await pool.usable()
+    await pool.run(machine, 300, workflow="mesh")  # cold
+    await pool.run(machine, 110, workflow="mesh")
+    assert machine.takes_jobs
+    await pool.run(machine, 110, workflow="mesh")
+    assert machine.draining == "ill: it was too slow 2 times in a row (mesh took 110 s, usually 20 s)"
+    await pool.empty(within=60)
+    await ended(cloud, program, pool)
+
+
+async def test_jobs_that_have_become_longer_everywhere_are_not_held_against_the_machines(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    await works_of(program, 20.0, runs=8)
+    first, second = await pool.usable(), await pool.usable()
+    for machine in (first, second) * 4:
+        await pool.run(machine, 130, workflow="mesh")
+    assert first.takes_jobs
+    assert second.takes_jobs
+    await ended(cloud, program, pool)
+
+
+async def test_a_workflow_that_nobody_has_run_often_is_not_judged(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    await works_of(program, 20.0, runs=3)
+    machine = await pool.usable()
+    await pool.run(machine, 10, workflow="mesh")
+    await pool.run(machine, 500, workflow="mesh")
+    assert machine.takes_jobs
+    await ended(cloud, program, pool)
+
+
+# -- types -------------------------------------------------------------------------------------------------
+
+
+async def test_a_type_whose_machines_fall_ill_one_after_the_other_rests_and_is_tried_again(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    for _ in range(3):
+        machine = await pool.usable()
+        pool.failed(pool.lease(machine), WorkerDead("nothing runs"))
+        await pool.empty(within=60)
+    assert pool.pool.room("medium") == 0
+    assert pool.pool.room("large") == 8
+    assert "nothing runs; tried again in" in pool.pool.why_no_room("medium")
+    breakers = [each for each in await program.store.decisions() if each.action == "breaker"]
+    assert [each.what for each in breakers] == ["medium"]
+    await asyncio.sleep(601)
+    assert pool.pool.room("medium") == 1
+    machine = await pool.usable()
+    pool.failed(pool.lease(machine), WorkerDead("nothing runs"))
+    assert pool.pool.room("medium") == 0
+    await asyncio.sleep(1000)
+    assert pool.pool.room("medium") == 0  # twice as long
+    await asyncio.sleep(250)
+    machine = await pool.usable()
+    await pool.run(machine, 10)
+    assert pool.pool.room("medium") == 7
+    await ended(cloud, program, pool)
+
+
+async def test_jobs_that_go_well_in_between_make_failures_count_anew(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool
+) -> None:
+    for _ in range(4):
+        machine = await pool.usable()
+        await pool.run(machine, 5)
+        pool.failed(pool.lease(machine), WorkerDead("nothing runs"))
+        await pool.empty(within=60)
+    assert pool.pool.room("medium") == 8
+    await ended(cloud, program, pool)
+
+
+async def test_a_database_that_refuses_keeps_no_machine_from_being_ended(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as program:
+        pool = RunningPool(program, MachinePool(program.machines, program.placer.comfyui))
+        machine = await pool.usable()
+        pool.lease(machine)
+        database = program.store._port  # type: ignore[attr-defined]  # what the program's death is played on
+        await database.close()
+        pool.pool.drain(machine.id, why="nothing is to do")
+        await pool.close()
+        assert cloud.alive == []
