@@ -7,7 +7,8 @@ nothing links the types; runs of other workflows. Without any runs there is no p
 than a number that somebody made up.
 
 Few runs give a wide range: up to `_ENOUGH` of them, the spread is taken together with that of two imagined runs that
-differ as runs usually do. What a machine costs before and between the runs is not told here.
+differ as runs usually do. A range is to hold for four of five runs to come. What a machine costs before and between the
+runs is not told here.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _UNLINKED: Final = 3.0
 A choice of ours, wider than what lies between neighbours in a list of types."""
 _SHORTEST: Final = 0.001
 _NORMAL_90: Final = 1.2815515655446004
+_WIDEST: Final = 12.0
+"""Logarithm of the widest factor of a range: beyond it a few odd runs say nothing at all."""
 
 
 class Basis(StrEnum):
@@ -209,17 +212,31 @@ def quantile(values: Sequence[float], part: float) -> float:
 
 def _prediction(runs: Sequence[float], basis: Basis, *, cold: bool) -> Prediction:
     mean, p50, count = fmean(runs), quantile(runs, 0.5), len(runs)
-    p10, p90 = quantile(runs, 0.1), quantile(runs, 0.9)
+    p10, p90 = _expected_quantile(runs, 0.1), _expected_quantile(runs, 0.9)
     cv2 = fmean((value - mean) ** 2 for value in runs) / mean**2
     if count < _ENOUGH:
         logs = [math.log(value) for value in runs]
         middle = fmean(logs)
         seen = sum((value - middle) ** 2 for value in logs)
-        spread2 = (_PRIOR_RUNS * _PRIOR_SPREAD**2 + seen) / (_PRIOR_RUNS + count - 1)
-        factor = math.exp(_NORMAL_90 * math.sqrt(spread2 * (1 + 1 / count)))
+        known = _PRIOR_RUNS + count - 1
+        spread2 = (_PRIOR_RUNS * _PRIOR_SPREAD**2 + seen) / known
+        factor = math.exp(min(_student_90(known) * math.sqrt(spread2 * (1 + 1 / count)), _WIDEST))
         p10, p90 = min(p10, p50 / factor), max(p90, p50 * factor)
         cv2 = max(cv2, math.expm1(min(spread2, 10.0)))
     return Prediction(p50, p90, mean, cv2, count, p10, basis, cold)
+
+
+def _expected_quantile(runs: Sequence[float], part: float) -> float:
+    """Return what the next run stays below with that probability: of n runs the k-th lies at k/(n + 1) on average."""
+    place = part * (len(runs) + 1) - 1
+    return quantile(runs, min(1.0, max(0.0, place / max(1, len(runs) - 1))))
+
+
+def _student_90(freedom: int) -> float:
+    """Return the 90 % quantile of Student's t distribution (Abramowitz and Stegun 26.7.5)."""
+    z = _NORMAL_90
+    first = (z**3 + z) / (4 * freedom)
+    return z + first + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _widened(prediction: Prediction, factor: float) -> Prediction:
