@@ -100,6 +100,11 @@ class ProviderContract:
     async def test_an_empty_account_lists_nothing(self, provider: Provider) -> None:
         assert list(await provider.list_machines()) == []
 
+    async def test_the_balance_is_a_courtesy(self, provider: Provider) -> None:
+        told = await provider.balance()
+        assert told is None or (told.usd.is_finite() and told.at.tzinfo is not None)
+        assert await provider.balance() == told  # asked again within the minute
+
     async def test_a_launch_returns_at_once_and_the_machine_is_listed(
         self, provider: Provider, cloud: EmulatedCloud
     ) -> None:
