@@ -111,8 +111,7 @@ async def test_a_launch_that_is_under_way_is_a_machine_of_the_pool_already(
     launch = asyncio.create_task(pool.launch())
     await asyncio.sleep(5)
     [machine] = pool.machines
-    assert machine.stage is Stage.BOOTING
-    assert machine.machine.server_id is None
+    assert [(m.stage, m.machine.server_id) for m in pool.machines] == [(Stage.BOOTING, None)]
     assert pool.pool.room("medium") == 3
     with pytest.raises(MachineLost):
         pool.lease(machine)
@@ -183,7 +182,7 @@ async def test_a_machine_has_as_many_seats_as_it_is_deep_and_fetching_needs_none
     pool.pool.computed(first)
     third = pool.lease(machine, compute=False)
     assert (machine.seated, len(machine.leases)) == (2, 3)
-    assert machine.idle_since is None
+    assert [row.idle_s for row in pool.pool.rows()] == [None]
     for lease in (first, second, third):
         pool.done(lease)
         pool.done(lease)  # harmless
@@ -306,7 +305,7 @@ async def test_every_machine_is_paid_ahead_by_no_more_than_a_lease_for_as_long_a
 ) -> None:
     machines = [await pool.usable() for _ in range(3)]
     busy = pool.lease(machines[0])
-    for _ in range(120):
+    for _ in range(60):
         await asyncio.sleep(30)
         for server_id in cloud.launched:
             emulated = cloud.machines[server_id]
@@ -323,11 +322,11 @@ async def test_every_machine_is_paid_ahead_by_no_more_than_a_lease_for_as_long_a
 async def test_one_list_reads_back_many_renewals(cloud: RunComfyEmulator, pool: RunningPool) -> None:
     for _ in range(4):
         await pool.usable()
-    await asyncio.sleep(1800)
+    await asyncio.sleep(1000)
     asked = [call.path for call in cloud.calls if call.method == "GET" and call.path.startswith("servers/")]
     renewals = [call for call in cloud.calls if call.path.endswith("update-estimated-duration")]
     assert asked == []
-    assert 4 * 5 <= len(renewals) <= 4 * 8
+    assert 4 * 3 <= len(renewals) <= 4 * 5
     await pool.close()
 
 

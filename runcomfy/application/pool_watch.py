@@ -79,7 +79,7 @@ class Watch:
         boots = any(not member.usable and not member.ended and member.machine.server_id for member in self._members)
         every = self._pool.status_every.total_seconds()
         if self._failures:
-            return max(every, min(every * 2 ** min(self._failures - 1, 8), LIST_AGAIN_MOST))
+            return max(every, min(every * 2.0 ** min(self._failures - 1, 8), LIST_AGAIN_MOST))
         return min(self._cloud.poll_interval.total_seconds(), every) if boots else every
 
     async def round(self) -> None:

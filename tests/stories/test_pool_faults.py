@@ -275,7 +275,7 @@ async def test_flips_that_lie_far_apart_are_borne(cloud: RunComfyEmulator, progr
         await asyncio.sleep(170 * 7)
         assert machine.epoch >= 6
         assert cloud.billing == cloud.launched
-        assert await until(lambda: machine.takes_jobs, within=200, what="it to be usable") is None
+        await until(lambda: machine.takes_jobs, within=200, what="it to be usable")
 
 
 @pytest.mark.fault(17)
@@ -539,7 +539,7 @@ async def test_a_cloud_that_is_down_for_two_hours_costs_no_more_than_what_was_pa
 ) -> None:
     programs.settings = replace(programs.settings, cloud=replace(programs.settings.cloud, max_retries=1))
     async with told(cloud, programs) as pool:
-        machine, idle = await pool.usable(), await pool.usable("large")
+        machine = await pool.usable()
         lease = pool.lease(machine)
         await asyncio.sleep(250)
         cloud.next_call("*", status=503, times=None, lasts=7200)
@@ -551,8 +551,8 @@ async def test_a_cloud_that_is_down_for_two_hours_costs_no_more_than_what_was_pa
         assert pool.pool.room("large") == 0
         await asyncio.sleep(1200)
         assert cloud.billing == []
-        assert {bill.seconds for bill in cloud.books.values()} <= {Decimal(600), Decimal(945)}
-        assert idle.machine.state is not MachineState.STOPPED  # nobody has told us
+        assert cloud.books[cloud.launched[0]].seconds == 600
+        assert machine.machine.state is not MachineState.STOPPED  # nobody has told us
         await asyncio.sleep(6500)
         await pool.empty(within=600)
         said = [sentence for sentence in pool.program.said if "cannot be looked at now" in sentence]
