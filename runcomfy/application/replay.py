@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from runcomfy.domain.demand import Demand, SignalScore
+from runcomfy.domain.exceptions import ValueInvalid
 from runcomfy.domain.plan_view import (
     Backlog,
     Extend,
@@ -48,7 +49,7 @@ STANDARD: Final = OfferView("standard", 1.75)
 BRIDGE: Final = OfferView("bridge", 1.5 * 1.75, boot_s=30.0, boot_p90_s=30.0, load_s=0.0, boot_billed=True)
 """A start as serverless offers have it: within 30 s, which are billed, at 1.5 times the price."""
 PATIENCE_S: Final = 6 * HOUR
-"""How long after the last job a policy may still keep machines; what is there then is ended."""
+"""How long after the last thing that happened a policy may still keep machines; what is there then is ended."""
 _SOURCE: Final = "clients"
 """Signals come from one application that speaks for all of its users: they are scored together."""
 _SOONEST_S: Final = 0.05
@@ -153,7 +154,10 @@ class Outcome:
 
 
 def replay(policy: Policy, stream: Sequence[Arrival], world: World | None = None) -> Outcome:
-    """Return what `policy` would have done over `stream`, which must be in order of time."""
+    """Return what `policy` would have done over `stream`, which must be in order of time.
+
+    Raises ValueInvalid if the policy leaves jobs without a machine for good.
+    """
     return _Replay(policy, stream, world or World()).run()
 
 
@@ -255,6 +259,7 @@ class _Replay:
     def __init__(self, policy: Policy, stream: Sequence[Arrival], world: World) -> None:
         self._policy, self._stream, self._world = policy, stream, world
         self._offers = {offer.name: offer for offer in world.offers}
+        self._views: dict[int, tuple[OfferView, ...]] = {}
         self._events: list[tuple[float, int, int, int]] = []
         """When, what, the number of the event, and which (job, session or machine)."""
         self._numbers = 0
@@ -273,6 +278,7 @@ class _Replay:
         """Works that came after a silence: while somebody was there, and while nobody was."""
         """Since when somebody announced is there without a break."""
         self._computing = 0
+        self._to_come = len(stream)
         self._look_at: float | None = None
         self._waits: list[float] = []
         self._usd = self._billed = self._busy = 0.0
@@ -282,18 +288,23 @@ class _Replay:
         for number, job in enumerate(self._stream):
             self._at(job.at, _ARRIVED, number)
         self._announce()
-        end, latest = 0.0, math.inf
+        latest = math.inf
         while self._events and self._events[0][0] <= latest:
-            now = end = self._events[0][0]
+            now = self._events[0][0]
             while self._events and self._events[0][0] <= now:
                 _, kind, _, which = heapq.heappop(self._events)
                 self._happen(now, kind, which)
+                if kind != _LOOK:
+                    latest = now + PATIENCE_S if not self._to_come else math.inf
             self._dispatch(now)
             self._plan(now)
-            if len(self._waits) == len(self._stream) and not self._computing and latest == math.inf:
-                latest = now + PATIENCE_S
+        if len(self._waits) < len(self._stream):
+            raise ValueInvalid(
+                f"{self._policy.name} never ran {len(self._stream) - len(self._waits)} of {len(self._stream)} jobs",
+                hint="a policy must rent a machine for whatever waits",
+            )
         for machine in list(self._machines):
-            self._end(machine, max(end, latest if latest < math.inf else end))
+            self._end(machine, latest)
         return Outcome(
             policy=self._policy.name,
             jobs=len(self._stream),
@@ -353,6 +364,7 @@ class _Replay:
         arrival, session = self._stream[number], self._session_of[number]
         silent = not self._queue and not self._computing
         predicted = self._predictions.of(arrival.workflow, self._demand.view(now).service_s)
+        self._to_come -= 1
         self._demand.work_came(now)
         if silent and self._heard:
             self._announced += 1
@@ -488,7 +500,7 @@ class _Replay:
         world = self._world
         return PlanView(
             now=now,
-            offers=tuple(replace(o, room=max(0, world.max_machines - len(self._machines))) for o in world.offers),
+            offers=self._offers_with(max(0, world.max_machines - len(self._machines))),
             machines=tuple(self._seen(machine, now) for machine in self._machines),
             backlog=self._backlog(),
             demand=self._demand.view(now),
@@ -497,6 +509,11 @@ class _Replay:
             wait_usd_per_hour=world.wait_usd_per_hour,
             keep_alive_s=world.keep_alive_s,
         )
+
+    def _offers_with(self, room: int) -> tuple[OfferView, ...]:
+        if room not in self._views:
+            self._views[room] = tuple(replace(offer, room=room) for offer in self._world.offers)
+        return self._views[room]
 
     def _seen(self, machine: _Machine, now: float) -> MachineView:
         return MachineView(

@@ -156,6 +156,11 @@ class _Average:
             end = max(at, start)
         return total / self._window
 
+    def steady(self, now: float) -> bool:
+        """Whether it did not change within the window."""
+        changed = (at for at, value in self._since if value != self._since[0][1])
+        return self._since[0][0] <= now - self._window and next(changed, None) is None
+
     @property
     def silent(self) -> bool:
         return not any(value for _, value in self._since)
@@ -198,7 +203,10 @@ class Knative:
         if not jobs and self._stable.silent:
             return self._to_zero(view)
         self._silent_at = None
-        return Plan(tuple(self._steer(view)), self._tick_at)
+        actions = self._steer(view)
+        # Where the whole window was as it is now and nothing is to be done, only something that happens changes that.
+        rests = not actions and self._stable.steady(now) and self._panicked_at is None
+        return Plan(tuple(actions), None if rests else self._tick_at)
 
     def _steer(self, view: PlanView) -> list[Action]:
         now = view.now
