@@ -17,9 +17,10 @@ nobody has measured is to count as nothing, or no machine but the first one woul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from heapq import heappop, heappush
 from itertools import groupby
 from typing import Protocol
 
@@ -107,7 +108,7 @@ class Placed:
 
 def place(jobs: Sequence[Pending], machines: Iterable[Spot], foresight: Foresight, *, patience_s: float) -> Placed:
     """Return what goes where now. `jobs` are in the order of the queue: priority, then age."""
-    round_ = _Round({spot.id: spot for spot in machines}, foresight, patience_s)
+    round_ = _Round(_Machines(machines), foresight, patience_s)
     for job in jobs:
         if job.bound is not None:
             round_.put(job, job.bound)
@@ -118,11 +119,46 @@ def place(jobs: Sequence[Pending], machines: Iterable[Spot], foresight: Foresigh
     return Placed(tuple(round_.placements), frozenset(round_.delayed))
 
 
+class _Machines:
+    """Machines of one round. Those that differ only in when they are free are asked as one: there may be thousands."""
+
+    def __init__(self, spots: Iterable[Spot]) -> None:
+        self._spots: dict[str, Spot] = {}
+        self._alike: dict[tuple[object, ...], list[tuple[float, str, int, Spot]]] = {}
+        self._count = 0
+        for spot in spots:
+            self.put(spot)
+
+    def get(self, name: str) -> Spot | None:
+        """Return a machine as it is now."""
+        return self._spots.get(name)
+
+    def put(self, spot: Spot) -> None:
+        """Take a machine in, or what became of it."""
+        self._spots[spot.id] = spot
+        if spot.usable and spot.seats > 0:
+            kind = (spot.ready_s > 0, spot.taken > 0, spot.server_type, spot.usd_per_hour, spot.warm)
+            self._count += 1  # two that are equal are not to be compared any further
+            free_s = max(spot.ready_s, spot.free_s)
+            heappush(self._alike.setdefault(kind, []), (free_s, spot.id, self._count, spot))
+
+    def firsts(self) -> Iterator[Spot]:
+        """Give the machine that is free first of each kind, of those that have a seat or will have one."""
+        for kind in list(self._alike):
+            alike = self._alike[kind]
+            while alike and self._spots[alike[0][1]] is not alike[0][-1]:
+                heappop(alike)
+            if alike:
+                yield alike[0][-1]
+            else:
+                del self._alike[kind]
+
+
 @dataclass(slots=True)
 class _Round:
     """One look at the queue."""
 
-    spots: dict[str, Spot]
+    machines: _Machines
     foresight: Foresight
     patience_s: float
     placements: list[Placement] = field(default_factory=list)
@@ -141,7 +177,7 @@ class _Round:
             if job.delayed_s < self.patience_s:
                 if (starting := self._earlier(job, best)) is not None:
                     # Whoever comes next is to find it taken, or all would wait for the same one.
-                    self.spots[starting.id] = starting.with_job(job, self.foresight)
+                    self.machines.put(starting.with_job(job, self.foresight))
                     self.delayed.add(job.id)
                     left_over = True
                     waiting.pop(0)
@@ -157,13 +193,13 @@ class _Round:
 
     def put(self, job: Pending, machine: str) -> None:
         """Place a job."""
-        if (spot := self.spots.get(machine)) is not None:
-            self.spots[machine] = spot.with_job(job, self.foresight)
+        if (spot := self.machines.get(machine)) is not None:
+            self.machines.put(spot.with_job(job, self.foresight))
             self.placements.append(Placement(job.id, machine))
 
     def _best(self, job: Pending) -> Spot | None:
         """Return where a job goes if it goes anywhere now."""
-        opened = [spot for spot in self.spots.values() if spot.open]
+        opened = [spot for spot in self.machines.firsts() if spot.open]
         idle = [spot for spot in opened if spot.taken == 0]
         behind = [spot for spot in opened if spot.taken > 0]
 
@@ -182,7 +218,7 @@ class _Round:
         if best.taken == 0:
             return None
         begins = _begins(job, best, self.foresight)
-        starting = [spot for spot in self.spots.values() if spot.usable and spot.ready_s > 0 and spot.seats > 0]
+        starting = [spot for spot in self.machines.firsts() if spot.ready_s > 0]
         soonest = min(starting, key=lambda spot: _begins(job, spot, self.foresight), default=None)
         return soonest if soonest is not None and _begins(job, soonest, self.foresight) < begins else None
 
