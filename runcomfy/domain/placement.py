@@ -116,7 +116,8 @@ def place(jobs: Sequence[Pending], machines: Iterable[Spot], foresight: Foresigh
     for _, equals in groupby(free, key=lambda job: job.priority):
         if not round_.place(list(equals)):
             break
-    return Placed(tuple(round_.placements), frozenset(round_.delayed))
+    placed = {placement.job for placement in round_.placements}
+    return Placed(tuple(round_.placements), frozenset(round_.delayed - placed))
 
 
 class _Machines:
