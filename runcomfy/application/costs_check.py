@@ -52,7 +52,7 @@ class Finding:
     gap: bool
     """Whether money is at stake; else it is a note."""
     what: str
-    """The machine's id at the provider, or ours."""
+    """The machine's id at the provider, or ours; `account` if it is none's."""
     words: str
     usd: Decimal | None = None
     """How much, where that can be told."""
@@ -191,4 +191,4 @@ def _span(span: timedelta) -> str:
 
 def balance_finding(check: BalanceCheck) -> Finding:
     """Return what balance and ledger say, as a note: other products are paid from the same money."""
-    return Finding(Kind.BALANCE, False, "balance", check.words, None if check.agrees else check.elsewhere)
+    return Finding(Kind.BALANCE, False, "account", check.words, None if check.agrees else check.elsewhere)

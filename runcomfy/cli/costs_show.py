@@ -79,7 +79,7 @@ def moment(text: str, *, now: datetime, whole_days: bool = False) -> datetime:
 
 async def _report(money: CostOptimizer, app: App, since: str, until: str | None, by: str) -> Report:
     now = app.clock.now()
-    begin = moment(since, now=now, whole_days=by == By.DAY)
+    begin = moment(since, now=now, whole_days=True)  # by whatever: tables of the same days show the same total
     return await money.report(begin, moment(until, now=now) if until else now, by)
 
 
