@@ -68,7 +68,31 @@ QUEUE_PREFIX = "COMFYUI_AGENT_"
 SERVE_PARTS = "runcomfy.serve"
 """The group of entry points whose parts join `comfyctl serve`: each a callable that takes the `App` and the
 `ServeOptions` and returns an async context manager, entered before the first job and left after the last."""
+SERVE_SETTINGS: Mapping[str, str] = {
+    "max_machines": "RUNCOMFY_POOL_MAX_MACHINES",
+    "min_machines": "RUNCOMFY_POOL_MIN_MACHINES",
+    "budget_run": "RUNCOMFY_BUDGET_RUN",
+    "budget_hour": "RUNCOMFY_BUDGET_HOUR",
+    "budget_day": "RUNCOMFY_BUDGET_DAY",
+    "budget_month": "RUNCOMFY_BUDGET_MONTH",
+    "wait_price": "RUNCOMFY_WAIT_PRICE",
+    "latency_target": "RUNCOMFY_LATENCY_TARGET",
+    "server_types": "RUNCOMFY_POOL_SERVER_TYPES",
+    "keep_alive": "RUNCOMFY_KEEP_ALIVE",
+}
+"""What command lines and programs call the settings of a pool -> the variable."""
 Tell = Callable[[str], None]
+
+
+def pool_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a pool, by the names of `SERVE_SETTINGS`, as variables; None counts as not given."""
+    found = {SERVE_SETTINGS[name]: value for name, value in given.items() if value is not None}
+    types = found.get("RUNCOMFY_POOL_SERVER_TYPES")
+    if isinstance(types, (list, tuple)):
+        found["RUNCOMFY_POOL_SERVER_TYPES"] = ",".join(types)
+    return {
+        name: str(value) if isinstance(value, (int, float)) else value for name, value in found.items() if value != ""
+    }
 
 
 class App:
@@ -415,6 +439,12 @@ class App:
         from runcomfy.application.station import CloudStation, GivenStation
 
         settings = self.queue_settings
+        if settings.where == "pool":
+            raise SettingInvalid(
+                "the queue's jobs are to run over a pool of rented machines, which one process keeps for all",
+                hint="run `comfyctl serve`; or give --server or --cloud",
+                details={"setting": "where"},
+            )
         if settings.where == "cloud":
             return CloudStation(self._placer(), server_type=settings.server_type, idle_after=settings.idle_after)
         return GivenStation(self._placer(), settings.api_base_url)
@@ -474,7 +504,7 @@ class App:
             wait_usd_per_hour=wait_usd_per_hour(settings.pool.wait_price, offers.price(offers.reference)),
             tell=self._say,
         )
-        return Fleet(pool, policy or CostPlan(), settings.pool, backdrop)
+        return Fleet(pool, policy or CostPlan(), settings.pool, backdrop, lease=settings.cloud.run_lease)
 
     async def serve(
         self,
@@ -517,7 +547,7 @@ class App:
             fleet = await self.fleet(pool, role)
             await fleet.begin()
             station = PoolStation(
-                pool, machines.settings.pool, clock=self.clock, works=fleet.works, outlives=lambda: False
+                pool, machines.settings.pool, clock=self.clock, works=fleet.works, outlives=lambda: not role.holds()
             )
             executor = await self.executor(observed=observed, station=station, barred=fleet.barred)
             reconciler = Reconciler(machines, spare=takes_over)

@@ -47,10 +47,14 @@ LOOK_EVERY: Final = 5.0
 
 
 class _Sleeper:
-    """Holds every call of a program through the port behind this while it sleeps."""
+    """Holds every call of a program through the port behind this while it sleeps.
 
-    def __init__(self, port: Any, awake: asyncio.Event) -> None:
-        self._port, self._awake = port, awake
+    Timers of this process go on meanwhile, those of one that sleeps would not: so a call that was held says the time at
+    which its program woke.
+    """
+
+    def __init__(self, port: Any, awake: asyncio.Event, clock: Clock) -> None:
+        self._port, self._awake, self._clock = port, awake, clock
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._port, name)
@@ -58,7 +62,9 @@ class _Sleeper:
             return found
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            await self._awake.wait()
+            if not self._awake.is_set():
+                await self._awake.wait()
+                kwargs |= {name: self._clock.now() for name in ("now", "at") if name in kwargs}
             answer = await found(*args, **kwargs)
             await self._awake.wait()
             return answer
@@ -100,7 +106,7 @@ class _ServedApp(App):
             self.said.append(sentence)
 
     def _held(self, port: Any) -> Any:
-        return _Sleeper(Mortal(port, self.killed), self.awake)
+        return _Sleeper(Mortal(port, self.killed), self.awake, self.clock)
 
     async def _open_books(self) -> Any:
         if self._books_held is None:
@@ -117,7 +123,9 @@ class _ServedApp(App):
         return self._jobs_held
 
     def _client(self, url: SecretUrl) -> ComfyUI:
-        client: ComfyUI = self._held(super()._client(url))
+        real = super()._client(url)
+        self._stack.push_async_callback(real.close)  # a dead program closes nothing
+        client: ComfyUI = self._held(real)
         return client
 
     def _heart(self, store: SqlJobs, owner: Owner, settings: QueueSettings) -> Pulse | None:
