@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from runcomfy.application.health import check_comfyui
+from runcomfy.domain.canary import Outcome
 from runcomfy.domain.exceptions import AccessDenied, AuthRejected, RunComfyError, SettingInvalid, WrongUrl
 from runcomfy.domain.settings import Settings
 from runcomfy.ports.comfyui import ComfyUI
@@ -102,6 +103,14 @@ async def examine_cloud(
 
     found.append(await _test("machine list", machines))
     return found
+
+
+def lease_finding(outcome: Outcome | None) -> Finding:
+    """Return what is known of whether machines are ended by themselves: what the last canary has found out."""
+    layer = "leases"
+    if outcome is None:
+        return _skipped(layer, "it costs money: `comfyctl doctor --canary` says how much, and asks")
+    return Finding(layer, ok=outcome.ended_by_itself, detail=f"{outcome.sentence} (tried {outcome.at:%Y-%m-%d})")
 
 
 async def examine_server(server: ComfyUI) -> list[Finding]:

@@ -15,12 +15,23 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--server", metavar="URL", help="Test a ComfyUI instead of the account.")
+@click.option("--canary", is_flag=True, help="Rent the cheapest machine for minutes: is it ended by itself? Costs.")
+@click.option("--yes", is_flag=True, help="With --canary: do not ask.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(server: str | None, as_json: bool) -> int:
-    """Test each layer alone and say which one is wrong. Launches and changes nothing.
+def doctor(server: str | None, canary: bool, yes: bool, as_json: bool) -> int:
+    """Test each layer alone and say which one is wrong. Launches and changes nothing, but with --canary.
 
     The account; where there is a queue, its database, who holds it up, and the ComfyUI its jobs run on.
     """
+    if canary:
+        from runcomfy.cli.doctor_canary import run_canary
+
+        if server:
+            words = "--canary tests the account, --server a ComfyUI: one of them"
+            raise click.UsageError(words, click.get_current_context())
+        return run_async(lambda interrupts: run_canary(interrupts, yes=yes, as_json=as_json))
+    if yes:
+        raise click.UsageError("--yes is the answer to --canary's question", click.get_current_context())
     return run_async(lambda interrupts: _doctor(interrupts, server, as_json=as_json))
 
 
@@ -50,10 +61,11 @@ def _needed(found: list[Finding], app: App) -> list[Finding]:
 
 
 async def _examine_account() -> list[Finding]:
+    from runcomfy.adapters.canary_file import last_outcome
     from runcomfy.adapters.clock import SystemClock
     from runcomfy.adapters.config import load_settings
     from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
-    from runcomfy.application.doctor import Finding, examine_cloud
+    from runcomfy.application.doctor import Finding, examine_cloud, lease_finding
     from runcomfy.domain.exceptions import CredentialsMissing
 
     try:
@@ -62,7 +74,8 @@ async def _examine_account() -> list[Finding]:
         return [Finding("credentials", ok=False, detail=error.message, error=error)]
     found = [Finding("credentials", ok=True, detail=f"from {loaded.credentials_file or 'the environment'}")]
     async with RunComfyAPIClient(loaded.cloud, clock=SystemClock()) as provider:
-        return [*found, *await examine_cloud(loaded, provider, provider.probe_host)]
+        examined = await examine_cloud(loaded, provider, provider.probe_host)
+        return [*found, *examined, lease_finding(last_outcome(loaded.files.state_dir, provider.account))]
 
 
 def _report(found: list[Finding], *, as_json: bool) -> int:
