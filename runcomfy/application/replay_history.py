@@ -40,17 +40,18 @@ async def own_history(
     `on_reference` says what a run of so many seconds on a machine type would have taken on the reference type
     (`FleetOffers.on_reference`).
     """
-    came = [job for job in await jobs.arrivals(limit=MOST_JOBS) if job.at is not None and job.at >= since]
+    known = await jobs.arrivals(limit=MOST_JOBS)
+    came = [job for job in known if job.at is not None and job.at >= since]
     ran = await store.works(since=since)
     seconds = _run_times(ran, on_reference)
-    queued = {str(job.uid) for job in came}
+    queued = {job.uid for job in known}
     stream = [
         Arrival(job.at.timestamp(), seconds[job.uid], job.user, job.workflow_id)
         for job in came
         if job.at is not None and job.uid in seconds
     ]
     left_out = len(came) - len(stream)
-    alone = {str(work.job_id): work for work in reversed(ran) if work.attempt == 0 and work.job_id not in queued}
+    alone = {str(work.job_id): work for work in reversed(ran) if work.job_id not in queued}
     stream += [
         Arrival(work.began_at.timestamp(), seconds[job], work.user, work.workflow)
         for job, work in alone.items()
