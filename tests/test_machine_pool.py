@@ -239,6 +239,23 @@ async def test_each_job_is_written_down_as_work(program: Program, pool: RunningP
     await pool.close()
 
 
+async def test_a_job_that_waits_behind_one_of_its_workflow_finds_the_machine_warm(
+    program: Program, pool: RunningPool
+) -> None:
+    machine = await pool.usable()
+    first, second = pool.lease(machine), pool.lease(machine, compute=False)
+    assert (first.cold, second.cold) == (True, True)
+    await asyncio.sleep(30)
+    pool.pool.computed(first)
+    assert machine.warm == {"portrait"}
+    pool.pool.computing(second)
+    pool.done(first)
+    pool.done(second)
+    await asyncio.sleep(1)
+    assert [work.cold for work in await program.store.works()] == [True, False]
+    await pool.close()
+
+
 async def test_a_draining_machine_takes_no_job_lets_those_there_finish_and_goes(
     cloud: RunComfyEmulator, pool: RunningPool
 ) -> None:

@@ -202,7 +202,9 @@ class MachinePool:
         """See the protocol."""
         if lease.computing_at is None and not lease.given_back:
             lease.computing_at = _now()
-            self._note(lease, computing_at=self._clock.now())
+            # Said when the seat was taken, it may have changed while the job waited its turn behind another.
+            lease.cold = lease.workflow not in lease.machine.warm
+            self._note(lease, computing_at=self._clock.now(), cold=lease.cold)
             self._members.changed()
 
     def computed(self, lease: MachineLease) -> None:
@@ -211,6 +213,8 @@ class MachinePool:
             lease.computed_at = lease.machine.last_used = _now()
             if lease.computing_at is not None:
                 self._note(lease, computed_at=self._clock.now())
+                if not lease.void:
+                    lease.machine.warm.add(lease.workflow)
             self._members.changed()
 
     def give_back(self, lease: MachineLease, *, outcome: str, error: RunComfyError | None = None) -> None:
@@ -230,6 +234,7 @@ class MachinePool:
             if not lease.void:
                 self._judge(member, lease, outcome, error)
             self._members.end_if_unused(member)
+            self._renewal.end_what_is_over([member])
         self._members.changed()
 
     def _judge(self, member: Member, lease: MachineLease, outcome: str, error: RunComfyError | None) -> None:
@@ -248,7 +253,6 @@ class MachinePool:
 
     def _went_well(self, member: Member, lease: MachineLease) -> None:
         kind, workflow, health = member.machine.server_type, lease.workflow, self._members.health
-        member.pooled.warm.add(workflow)
         health.worked(kind)
         if lease.cold or lease.computing_at is None or lease.computed_at is None:
             member.health = replace(member.health, gpu_failures=0)
@@ -258,7 +262,7 @@ class MachinePool:
         health.observed(workflow, kind, member.machine.id, seconds)
         member.health = member.health.worked(workflow, seconds, usual, health.rules)
 
-    def _note(self, lease: MachineLease, **changes: datetime | str) -> None:
+    def _note(self, lease: MachineLease, **changes: datetime | str | bool) -> None:
         if lease.work is not None:
             lease.work = replace(lease.work, **changes)  # type: ignore[arg-type]
             self._works.put(lease.work)

@@ -343,20 +343,27 @@ class Members:
         current = await self.books.latest(member.machine.id) or member.machine
         return await finish(self.machines.stop(current, reason=reason)) if current.is_open else current
 
-    async def vanished(self, member: Member, note: str) -> None:
-        """Close the books of a machine that its status and two full lists say is gone."""
+    def vanished(self, member: Member, note: str) -> None:
+        """Let go of a machine that its status and two full lists say is gone. Harmless when repeated."""
+        if member.ended:
+            return
+        facts = {**self.books.facts(member.machine), "jobs": len(member.pooled.leases)}
+        log.warning("machine_vanished", extra={"fields": facts})
+        member.pooled.draining = member.pooled.draining or "it is not there any more"
         self.void(member, note)
-        fields = self.books.facts(member.machine)
-        log.warning("machine_vanished", extra={"fields": {**fields, "jobs": len(member.pooled.leases)}})
-        async with member.writing:
-            try:
+        member.ending = self.spawn(self._gone(member, note), name=f"gone {member.machine.id}")
+
+    async def _gone(self, member: Member, note: str) -> None:
+        """Close the books of a machine that is gone."""
+        try:
+            async with member.writing:
                 member.pooled.machine = await finish(self.machines.seen_gone(member.machine, note=note))
-                if member.intent is not None:
-                    await self.machines.settle(member.intent, reason=note)
-            except LeaseLost:
-                self.taken(member)
-                return
-        self.remove(member)
+            if member.intent is not None:
+                await self.machines.settle(member.intent, reason=note)
+        except LeaseLost:
+            self.taken(member)
+        finally:
+            self.remove(member)
 
     # -- its ComfyUI ---------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Final
@@ -50,10 +50,13 @@ class Renewal:
             await asyncio.sleep(min(look_every(self._cloud.run_lease), self._next_end()))
 
     def _next_end(self) -> float:
-        """Return the seconds until a machine that is not paid for any longer must be ended."""
-        now, before = _now(), self._before
-        ends = [left - before for m in self._members if m.refused and not m.ended and (left := m.left(now)) is not None]
-        return max(0.1, min(ends, default=float("inf")))
+        """Return the seconds until the time of a machine is over that was not prolonged until then."""
+        now, ends = _now(), [float("inf")]
+        for member in self._members:
+            left = member.left(now)
+            if left is not None and left > 0 and not member.ended:
+                ends.append(left - self._before if member.refused else left)
+        return max(0.1, min(ends))
 
     @property
     def _before(self) -> float:
@@ -63,7 +66,7 @@ class Renewal:
     async def round(self) -> None:
         """Renew what is due, the most urgent first."""
         lease, now = self.lease(), _now()
-        self._end_what_is_over()
+        self.end_what_is_over(self._members)
         due = [
             (left, member)
             for member in self._members
@@ -76,7 +79,7 @@ class Renewal:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(AT_ONCE, len(waiting))):
                 group.create_task(self._work_off(waiting))
-        self._end_what_is_over()
+        self.end_what_is_over(self._members)
         if any(member.asked is not None for _, member in due):
             self._members.look_now.set()
 
@@ -120,10 +123,10 @@ class Renewal:
         member.refused = error.message
         self._members.drain(member, f"a budget does not pay longer: {error.message}")
 
-    def _end_what_is_over(self) -> None:
+    def end_what_is_over(self, members: Iterable[Member]) -> None:
         """End what is not paid for any longer, and send nothing to what may end at any moment."""
         now = _now()
-        for member in self._members:
+        for member in members:
             left = member.left(now)
             if left is None or member.ended:
                 continue

@@ -296,9 +296,7 @@ class Watch:
             if report is not None and report.phase is not Phase.GONE:
                 await self._seen(member, report, self.listed_at)
             else:
-                self._members.void(member, "it is not there any more")
-                work = self._members.vanished(member, "not listed any more, and unknown by its id")
-                self._members.spawn(work, name=f"gone {member.machine.id}")
+                self._members.vanished(member, "not listed any more, and unknown by its id")
 
     async def _is_unknown(self, member: Member) -> bool:
         """Ask for a machine by its id; True if the provider knows none, or says that it is gone."""

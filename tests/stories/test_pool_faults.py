@@ -406,6 +406,25 @@ async def test_a_yes_that_was_not_done_is_not_believed_and_the_bill_ends_with_wh
         assert cloud.books[cloud.launched[0]].seconds == 600
 
 
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
+async def test_a_machine_that_outlives_its_time_and_cannot_be_prolonged_is_ended_by_us_not_under_a_job(
+    cloud: RunComfyEmulator, programs: Programs, busy: bool
+) -> None:
+    cloud.next_machine(ignores_stop_time=True)
+    cloud.next_call(RENEW, works=False, times=None)
+    async with told(cloud, programs) as pool:
+        machine = await pool.usable()
+        lease = pool.lease(machine) if busy else None
+        await until(lambda: not machine.takes_jobs, within=700, what="its time to be over")
+        if lease is not None:
+            await asyncio.sleep(300)
+            assert not lease.void
+            pool.done(lease)
+        await pool.empty(within=120)
+        assert cloud.books[cloud.launched[0]].seconds <= (910 if busy else 605)
+
+
 # -- the account -------------------------------------------------------------------------------------------
 
 
