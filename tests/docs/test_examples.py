@@ -30,6 +30,7 @@ TESTED_BELOW = {
     "test_with_emulators.py",
     "make_render.py",
     "what_it_cost.py",
+    "serve_a_queue.py",
 }
 EMULATOR_TESTS = runpy.run_path(str(EXAMPLES / "test_with_emulators.py"))
 
@@ -111,6 +112,22 @@ def test_what_it_cost_is_told_after_a_job(
     assert 0 < float(told[2]) < float(told[1])
     assert re.fullmatch(r"today: \$0\.\d{4} so far, \$0\.\d{4} expected", lines[1])
     assert lines[2].startswith("set a hard budget")
+
+
+def test_serving_a_queue_rents_works_and_ends(
+    account: InThread[RunComfyEmulator],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RUNCOMFY_GUARD", "false")
+    for name, value in (("DATABASE", "queue.db"), ("JOBS_PROCESSING", "in"), ("JOBS_FINISHED", "out")):
+        monkeypatch.setenv(f"COMFYUI_AGENT_{name}", str(tmp_path / value))
+    run("serve_a_queue.py")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("done")] == ["done"] * 3
+    assert any(line.startswith("launching a ") for line in lines)
+    assert account.call(lambda c: list(c.alive)) == []
 
 
 @contextmanager
