@@ -186,7 +186,9 @@ class Ending:
         faultpoint("stop.answered")
         if accepted and machine.stop_accepted_at is None:
             machine = await self._books.change_softly(machine, note="stop accepted", stop_accepted_at=self._clock.now())
+            faultpoint("stop.accepted")
             await self._books.post(machine, note="ready until the stop was accepted")
+            faultpoint("stop.posted")
         return machine, accepted
 
     async def look(self, machine: Machine) -> Look:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from runcomfy.domain.exceptions import RunComfyError
@@ -32,10 +34,25 @@ def plan_of(text: str) -> dict[str, tuple[int, str]]:
 _plan: Final = plan_of(os.environ.get("FAULT", ""))
 
 
+_listeners: Final[list[Callable[[str], None]]] = []
+
+
 def faultpoint(name: str) -> None:
     """Do what the environment asks for at this point: nothing, unless a test does."""
     if _plan and name in _plan:
         _visit(name)
+    for listener in _listeners:
+        listener(name)
+
+
+@contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """Tell `listener` of every point that this process reaches, for the block: it may raise what ends the story."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def _visit(name: str) -> None:

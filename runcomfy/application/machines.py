@@ -212,7 +212,9 @@ class Machines:
                 return await self.books.change(machine, note="planned stop", planned_stop_at=planned)
             return machine
         changes = {"ready_at": ready_at, "planned_stop_at": planned}
-        return await self.books.record(machine, MachineEvent.ANSWERED, note=report.status, changes=changes)
+        machine = await self.books.record(machine, MachineEvent.ANSWERED, note=report.status, changes=changes)
+        faultpoint("launch.ready")
+        return machine
 
     async def extend(self, machine: Machine, *, total: timedelta) -> Machine:
         """Set the machine's running time, counted from ready, and read back that the provider moved its stop.

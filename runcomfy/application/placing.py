@@ -18,6 +18,7 @@ from functools import partial
 from typing import Final, Protocol
 
 from runcomfy.application.dev_server import DevServer
+from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.health import check_comfyui
 from runcomfy.application.job_queue import workflow_id_of
@@ -225,6 +226,7 @@ class Placer:
             _, error = await check_comfyui(server)
             if error is None:
                 await machines.store.begin_use(Use(machine.id, machines.books.owner.id, job_id, machines.clock.now()))
+                faultpoint("use.begun")
                 return machine, report, server
             why = error.message
         except LeaseLost:
@@ -287,6 +289,7 @@ class Placer:
     async def _end_use(self, machines: Machines, machine: Machine, job_id: JobId) -> None:
         try:
             await machines.store.end_use(machine.id, job_id, at=machines.clock.now())
+            faultpoint("use.ended")
         except LocalError as error:
             self.tell(f"could not write down that the job has left the dev server: {error.message}")
 

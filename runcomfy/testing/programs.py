@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -69,14 +69,24 @@ class Killed(BaseException):
     """Raised in a program that was killed when it tries to have an effect; nothing of the product catches it."""
 
 
+Visit = Callable[[str], None]
+"""Told of a place in a program: `before store.add_machine`, `after provider.launch_machine`."""
+
+
+def _nothing(_: str) -> None:
+    pass
+
+
 class Mortal:
     """Lets a program have no effect any more, through the port behind this, once it was killed.
 
     A call that is under way then has left already: what it asked for may be done, and nobody hears the answer.
     """
 
-    def __init__(self, port: Any, killed: asyncio.Event) -> None:
+    def __init__(self, port: Any, killed: asyncio.Event, visit: Visit = _nothing, name: str = "") -> None:
+        """`visit` is told before and after every call, and may have the program killed there."""
         self._port, self._killed = port, killed
+        self._visit, self._name = visit, name
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._port, name)
@@ -84,6 +94,7 @@ class Mortal:
             return found  # connections of a dead process are closed, too
 
         async def call(*args: Any, **kwargs: Any) -> Any:
+            self._visit(f"before {self._name}{name}")
             if self._killed.is_set():
                 raise Killed
             work, end = asyncio.ensure_future(found(*args, **kwargs)), asyncio.ensure_future(self._killed.wait())
@@ -91,7 +102,11 @@ class Mortal:
                 await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
                     raise Killed
-                return work.result()
+                answer = work.result()
+                self._visit(f"after {self._name}{name}")
+                if self._killed.is_set():
+                    raise Killed
+                return answer
             finally:
                 for task in (work, end):
                     task.cancel()
@@ -130,6 +145,11 @@ class Program:
     def die(self) -> None:
         """Be dead for everybody else, though not silent: for tests that look at what the others do."""
         self._processes.dead.add(self.owner.id)
+
+    def drop_dead(self) -> None:
+        """Die here and now, as by `kill -9`: nothing that runs in its name has an effect any more."""
+        self.die()
+        self._killed.set()
 
     async def kill(self, *tasks: asyncio.Task[Any]) -> None:
         """Die as by `kill -9`: whatever runs in its name, `tasks` among it, has no effect any more."""
@@ -204,20 +224,28 @@ class Programs:
 
     @asynccontextmanager
     async def start(
-        self, *, busy_timeout: timedelta = timedelta(seconds=5), in_memory: bool = False, **changes: Any
+        self,
+        *,
+        busy_timeout: timedelta = timedelta(seconds=5),
+        in_memory: bool = False,
+        visit: Visit = _nothing,
+        **changes: Any,
     ) -> AsyncIterator[Program]:
-        """Run a program for the block; `changes` are laid over its cloud settings."""
+        """Run a program for the block; `changes` are laid over its cloud settings.
+
+        `visit` is told of every call of the store and the provider, before and after.
+        """
         settings = replace(self.settings, cloud=replace(self.settings.cloud, **changes))
         path = Path(":memory:") if in_memory else self.database
         killed = asyncio.Event()
         with suppress(Killed):  # what it would do at its end, it does not do any more
             async with AsyncExitStack() as stack:
                 disk = SqlStore(path, clock=self.clock, durable=False, busy_timeout=busy_timeout)
-                store: Any = Mortal(await stack.enter_async_context(disk), killed)
+                store: Any = Mortal(await stack.enter_async_context(disk), killed, visit, "store.")
                 account = RunComfyAPIClient(settings.cloud, clock=self.clock).account
                 limiter = StoreLimiter(store, account, settings.cloud, self.clock)
                 client = RunComfyAPIClient(settings.cloud, clock=self.clock, limiter=limiter)
-                provider: Any = Mortal(await stack.enter_async_context(client), killed)
+                provider: Any = Mortal(await stack.enter_async_context(client), killed, visit, "provider.")
                 session = await stack.enter_async_context(OwnerSession(store, self.processes, self.clock))
                 yield self._program(stack, settings, store, provider, session.owner, killed)
 
