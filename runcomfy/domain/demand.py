@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from runcomfy.domain.plan_view import DemandView
@@ -24,7 +23,12 @@ SLOW_S: Final = 600.0
 """Averaging time of the rate that outlives the pauses of a session."""
 SILENCES_KEPT: Final = 600
 """Two half-lives of what `keep_alive` weighs: older silences would count less than a quarter."""
+TOGETHER_S: Final = 2.0
+"""Jobs that come so close together were sent together: three pictures of one prompt."""
+SESSION_GAP_S: Final = 300.0
+"""Gaps below this are pauses within a session; they tell how quickly somebody works who works."""
 _SERVICE_HALF_LIFE: Final = 100
+_GROUP_HALF_LIFE: Final = 50
 _COLD_HALF_LIFE: Final = 50
 _SIGNAL_HALF_LIFE: Final = 50
 _DEFAULT_SERVICE_S: Final = 30.0
@@ -83,6 +87,7 @@ class Demand:
         self._seen = 0
         self._last: float | None = None
         self._fast, self._slow = _Rate(FAST_S), _Rate(SLOW_S)
+        self._groups, self._group, self._gaps = _Mean(_GROUP_HALF_LIFE), 0, _Mean(_SERVICE_HALF_LIFE)
         self._served, self._predicted = _Mean(_SERVICE_HALF_LIFE), _Mean(_SERVICE_HALF_LIFE)
         self._silences: deque[float] = deque(maxlen=SILENCES_KEPT)
         self._silences_view: tuple[float, ...] | None = ()
@@ -100,13 +105,24 @@ class Demand:
             return
         self._only_batches = batch and (self._only_batches or self._fresh)
         self._fresh = False
-        self._last = at if self._last is None else max(self._last, at)
         if not batch:
             self._seen += count
             self._fast.add(at, count)
             self._slow.add(at, count)
+            self._gap(at if self._last is None else at - self._last, count)
+        self._last = at if self._last is None else max(self._last, at)
         if service_s is not None and service_s > 0:
             self._predicted.add(service_s)
+
+    def _gap(self, gap_s: float, count: int) -> None:
+        if gap_s <= TOGETHER_S:
+            self._group += count
+            return
+        if self._group:
+            self._groups.add(self._group)
+            if gap_s < SESSION_GAP_S:
+                self._gaps.add(gap_s)
+        self._group = count
 
     def served(self, service_s: float) -> None:
         """Say how long a job ran, in seconds on the reference type."""
@@ -152,6 +168,8 @@ class Demand:
             last_arrival=self._last,
             silent_since=self._silent_since,
             only_batches=self._only_batches,
+            group=self._groups.squares / self._groups.total if self._groups.weight else 1.0,
+            rate_session=self._groups.mean / self._gaps.mean if self._gaps.weight else 0.0,
         )
 
 
@@ -172,6 +190,9 @@ class Score:
     """Seconds that signals of this source held before work came or they ran out, per signal."""
 
 
+_KEEP_SIGNAL: Final = 0.5 ** (1 / _SIGNAL_HALF_LIFE)
+
+
 @dataclass(slots=True)
 class _Source:
     since: float | None = None
@@ -181,77 +202,97 @@ class _Source:
     leads: float = 0.0
     vain: float = 0.0
     announced: float = 0.0
-    works: float = 0.0
+    counted: int = 0
+    """At which work of all `announced` was brought up to date."""
+    born: int = 0
+    """How many works had come when this source was first heard of."""
 
-    def close(self, at: float, *, hit: bool) -> None:
+    def close(self, at: float, *, hit: bool) -> float | None:
+        """End the signal; return how long it held, None if there was none."""
         if self.since is None:
-            return
-        keep, held = 0.5 ** (1 / _SIGNAL_HALF_LIFE), max(0.0, min(at, self.until) - self.since)
-        self.over = self.over * keep + 1
-        self.hits = self.hits * keep + hit
-        self.leads = self.leads * keep + (held if hit else 0.0)
-        self.vain = self.vain * keep + held
+            return None
+        held = max(0.0, min(at, self.until) - self.since)
+        self.over = self.over * _KEEP_SIGNAL + 1
+        self.hits = self.hits * _KEEP_SIGNAL + hit
+        self.leads = self.leads * _KEEP_SIGNAL + (held if hit else 0.0)
+        self.vain = self.vain * _KEEP_SIGNAL + held
         self.since, self.until = None, math.inf
+        return held
 
-    def expire(self, now: float) -> None:
-        if self.since is not None and self.until <= now:
-            self.close(self.until, hit=False)
+    def announced_at(self, work: int) -> float:
+        return self.announced * _KEEP_SIGNAL ** (work - self.counted)
 
 
-@dataclass(slots=True)
 class SignalScore:
     """
     Precision and recall of each source of signals, and which sources pay.
 
     A signal is right if work comes before it runs out. One that is right spares a cold start; every one costs the
     machine that waits for the work it announces. So a source pays while `hits * worth` exceeds the seconds held.
+    An event costs as much as there are signals that hold.
     """
 
-    trust: float = 3.0
-    """Signals of a new source that are believed before it is judged by its own."""
-    _sources: dict[str, _Source] = field(default_factory=dict)
+    def __init__(self, *, trust: float = 3.0) -> None:
+        """`trust`: signals of a new source that are believed before it is judged by its own."""
+        self._trust = trust
+        self._sources: dict[str, _Source] = {}
+        self._active: dict[str, _Source] = {}
+        self._works = 0
+        self._leads = _Mean(_SIGNAL_HALF_LIFE)
 
     def said(self, source: str, at: float, until: float = math.inf) -> None:
         """Say that a source announced work; `until` is when it no longer holds. Saying it again only prolongs it."""
-        known = self._sources.setdefault(source, _Source())
-        known.expire(at)
+        known = self._sources.get(source)
+        if known is None:
+            known = self._sources[source] = _Source(counted=self._works, born=self._works)
+        self._expire(source, known, at)
         if known.since is None:
             known.since, known.until = at, until
+            self._active[source] = known
         else:
             known.until = max(known.until, until)
 
     def left(self, source: str, at: float) -> None:
         """Say that a source took its announcement back (somebody left)."""
-        known = self._sources.get(source)
+        known = self._active.get(source)
         if known is not None:
-            known.expire(at)
+            self._expire(source, known, at)
             known.close(at, hit=False)
+            self._active.pop(source, None)
 
     def work_came(self, at: float, source: str | None = None, *, after_silence: bool = True) -> None:
         """Say that work came: from anybody, or known to be from whom `source` speaks for."""
-        keep = 0.5 ** (1 / _SIGNAL_HALF_LIFE)
-        for name, known in self._sources.items():
-            known.expire(at)
-            mine = source is None or source == name
+        self._works += after_silence
+        for name, known in list(self._active.items()):
+            self._expire(name, known, at)
+            if known.since is None or source not in (None, name):
+                continue
             if after_silence:
-                known.works = known.works * keep + 1
-                known.announced = known.announced * keep + (known.since is not None and mine)
-            if mine:
-                known.close(at, hit=True)
+                known.announced, known.counted = known.announced_at(self._works) + 1, self._works
+            held = known.close(at, hit=True)
+            if held is not None:
+                self._leads.add(held)
+            del self._active[name]
+
+    def _expire(self, name: str, known: _Source, now: float) -> None:
+        if known.since is not None and known.until <= now:
+            known.close(known.until, hit=False)
+            self._active.pop(name, None)
 
     def score(self, source: str) -> Score:
         """Return how good a source was so far; one never heard of has no signals and full trust."""
-        known = self._sources.get(source, _Source())
+        known = self._sources.get(source) or _Source(counted=self._works, born=self._works)
+        works = (1 - _KEEP_SIGNAL ** (self._works - known.born)) / (1 - _KEEP_SIGNAL)
         return Score(
             source=source,
             said=known.over,
-            precision=(known.hits + self.trust) / (known.over + self.trust),
-            recall=known.announced / known.works if known.works else 0.0,
+            precision=(known.hits + self._trust) / (known.over + self._trust),
+            recall=known.announced_at(self._works) / works if works else 0.0,
             lead_s=known.leads / known.hits if known.hits else 0.0,
             vain_s=known.vain / known.over if known.over else 0.0,
         )
 
-    def scores(self) -> Iterable[Score]:
+    def scores(self) -> list[Score]:
         """Return the scores of all sources that ever said something, by name."""
         return [self.score(name) for name in sorted(self._sources)]
 
@@ -260,9 +301,8 @@ class SignalScore:
         known = self._sources.get(source)
         if known is None:
             return True
-        return (known.hits + self.trust) * worth_s >= known.vain
+        return (known.hits + self._trust) * worth_s >= known.vain
 
     def lead_s(self, otherwise: float) -> float:
         """Return how long before work signals come, over all sources; `otherwise` counts as one signal, in seconds."""
-        hits = sum(known.hits for known in self._sources.values())
-        return (sum(known.leads for known in self._sources.values()) + otherwise) / (hits + 1)
+        return (self._leads.total + otherwise) / (self._leads.weight + 1)

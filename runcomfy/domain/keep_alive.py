@@ -48,21 +48,31 @@ def keep_alive(silences: tuple[float, ...], worth_s: float) -> float:
     """
     if worth_s <= 0:
         return 0.0
-    fade = 0.5 ** (1 / HALF_LIFE)
-    weighed = [(length, fade ** (len(silences) - 1 - index)) for index, length in enumerate(silences)]
+    weighed = list(zip(silences, _fading(len(silences)), strict=True))
     weighed += [(length * worth_s, 1.0) for length in _prior()]
     weighed.sort()
     low, high = LEAST * worth_s, MOST * worth_s
-    over = sum(weight for _, weight in weighed)
-    best, least, waited, at = low, float("inf"), 0.0, 0
-    for until in [low, *(length for length, _ in weighed if low < length < high), high]:
-        while at < len(weighed) and weighed[at][0] <= until:
-            length, weight = weighed[at]
-            waited, over, at = waited + length * weight, over - weight, at + 1
-        cost = waited + over * (until + worth_s)
-        if cost < least - 1e-9 * worth_s:
-            best, least = until, cost
-    return best
+    over = sum([weight for _, weight in weighed])
+    best, least, waited, until = low, float("inf"), 0.0, low
+    for length, weight in weighed:
+        if length > low:
+            # The best time is just behind a silence, or an end of the range.
+            cost = waited + over * (until + worth_s)
+            if cost < least - 1e-9 * worth_s:
+                best, least = until, cost
+            if length > high:
+                break
+            until = length
+        waited += length * weight
+        over -= weight
+    return high if waited + over * (high + worth_s) < least - 1e-9 * worth_s else best
+
+
+@lru_cache(maxsize=1024)
+def _fading(count: int) -> tuple[float, ...]:
+    """Return the weights of so many silences, oldest first."""
+    fade = 0.5 ** (1 / HALF_LIFE)
+    return tuple(fade ** (count - 1 - index) for index in range(count))
 
 
 @lru_cache(maxsize=1)

@@ -104,6 +104,10 @@ class DemandView:
     last_arrival: float | None = None
     silent_since: float | None = None
     """Since when no machine has work and nothing waits; None while there is work, or before anything was seen."""
+    group: float = 1.0
+    """How many jobs come together (three pictures of one prompt), as a job sees it: the mean square over the mean."""
+    rate_session: float = 0.0
+    """Arrivals per second while somebody works: over gaps below five minutes."""
     only_batches: bool = False
     """Whether all that came since the last silence came as known batches: nobody waits for more."""
 

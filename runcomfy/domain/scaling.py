@@ -32,6 +32,12 @@ from runcomfy.domain.plan_view import Action, Launch, MachineView, OfferView, Pl
 from runcomfy.domain.staffing import Staffing, normal_quantile
 
 _HOUR: Final = 3600.0
+_LOOK_AGAIN_S: Final = 10.0
+"""How soon a falling rate is looked at again."""
+_HELD: Final = 2.0
+"""A machine is held about twice as long as it computes (replays with learned keep-alive, by streams 1.6 to 4)."""
+_JOBS_A_START: Final = 10
+"""Jobs that share a load of models."""
 _FAST_SHARE: Final = 0.6
 """Weight of the 90 s rate beside the 600 s one."""
 
@@ -54,6 +60,7 @@ class Knobs:
     """A stop is asked for so long before a paid step ends: asked at its very end, another one would be billed."""
     present_keep: float = 1.0
     """While somebody is there, the machine is kept so many times as long as after a silence without signals."""
+    present_rate: float = 0.0
     extra_keep: float = 0.0
     """How much of the wait that a machine beside others spares is spent on keeping it."""
     cancel_s: float = 20.0
@@ -91,9 +98,13 @@ class _Planning:
         self._offers = {offer.name: offer for offer in view.offers}
         self._waiting = sum(group.count for group in view.backlog)
         self._there = [machine for machine in view.machines if machine.stage is not Stage.DRAINING]
+        self._coming = any(not machine.jobs and machine.idle_since is None for machine in self._there)
         self._rented = sum(1 for machine in view.machines if not self._is_own(machine))
         self._rate = _FAST_SHARE * view.demand.rate_fast + (1 - _FAST_SHARE) * view.demand.rate_slow
+        if view.presence.present:
+            self._rate = max(self._rate, knobs.present_rate * view.demand.rate_session)
         self._looks: list[float] = []
+        self._fewest: int | None = None
         self._main = self._choose(self._fitting(()))
 
     def plan(self) -> Plan:
@@ -131,8 +142,9 @@ class _Planning:
         to_have = [offer for offer in offers if offer.room > 0]
 
         def cost(offer: OfferView) -> tuple[bool, float, float]:
-            usd = (offer.usd_per_hour + self._lam) * (self._run_s(offer) + offer.load_s)
-            return not offer.own, usd, offer.boot_s
+            run = self._run_s(offer)
+            held = _HELD * run + offer.load_s / _JOBS_A_START
+            return not offer.own, offer.usd_per_hour * held + self._lam * run, offer.boot_s
 
         return min(to_have, key=cost, default=None)
 
@@ -179,6 +191,7 @@ class _Planning:
             service_cv2=demand.service_cv2,
             usd_per_hour=main.usd_per_hour,
             wait_usd_per_hour=self._lam,
+            group=demand.group,
         )
 
     # -- launching -------------------------------------------------------------------------------------------
@@ -414,19 +427,23 @@ class _Planning:
                 self._look(machine.ready_at - self._knobs.cancel_s)
                 return ""
         else:
-            if any(m.jobs == 0 and m.idle_since is None for m in self._there):
-                return ""
+            if self._coming:
+                return ""  # which of them is one too many is known when it is there
             since = machine.idle_since if machine.idle_since is not None else self._now
             ends = since + self._extra_keep(offer, have)
             if self._now < ends - 1e-6:
                 self._look(ends)
                 return ""
-        staffing = self._staffing(self._knobs.stop_rate)
-        more, fewer = staffing.cost(have), staffing.cost(have - 1)
-        if fewer >= more:
-            self._look(self._now + 10)
+        if have - 1 < self._enough(have):
+            self._look(self._now + _LOOK_AGAIN_S)
             return ""
-        return f"{have - 1} machines are enough: ${fewer:.2f} an hour instead of ${more:.2f}, waiting included"
+        return f"{self._enough(have)} of {have} machines are enough for {self._rate * 60:.1f} jobs a minute"
+
+    def _enough(self, have: int) -> int:
+        """Return how many machines the rate deserves at least, somewhat pessimistically."""
+        if self._fewest is None:
+            self._fewest = self._staffing(self._knobs.stop_rate).fewest(have)
+        return self._fewest
 
     def _extra_keep(self, offer: OfferView, have: int) -> float:
         """Return how long an idle machine beside others is kept at least.
@@ -449,7 +466,6 @@ class _Planning:
         if view.demand.only_batches and not presence.present:
             return idle, "the batch is done"
         worth = self._worth(offer)
-        learned = keep_alive(view.demand.silences, _rounded(worth))
         last = view.demand.last_arrival
         if presence.present:
             return idle + self._present_keep(offer), "somebody is there, but silent for long"
@@ -458,6 +474,7 @@ class _Planning:
             unannounced = load + max(0.0, worth - load) * (1 - presence.recall)
             kept = keep_alive(view.demand.silences, _rounded(unannounced)) if presence.recall < 1 else 0.0
             return max(presence.left_at + knobs.linger_s, idle + kept), "everybody has left"
+        learned = keep_alive(view.demand.silences, _rounded(worth))
         return idle + learned, f"silent for {learned:.0f} s; a cold start is worth {worth:.0f} s of it"
 
     def _present_keep(self, offer: OfferView) -> float:

@@ -12,6 +12,7 @@ The few special functions live here, because a library of them would be the larg
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -22,6 +23,8 @@ OVERLOAD_S: Final = 420.0
 """How long a queue is thought to grow before help is there: a start (three to four minutes) and as long again."""
 _CRITICAL: Final = 0.4
 """Mean of the largest excursion of a random walk over its end's spread, halved for the way there."""
+_LARGE_LOAD: Final = 200.0
+"""From here on the law of Halfin and Whitt is within two per cent of Erlang's, and needs no sum over all machines."""
 _LARGE_SHAPE: Final = 60.0
 """From here on the cube-root law of Wilson and Hilferty is within 1e-4 of the Gamma law."""
 _PRECISION: Final = 1e-12
@@ -33,6 +36,10 @@ def erlang_c(machines: int, load: float) -> float:
         return 0.0
     if load >= machines:
         return 1.0
+    if load > _LARGE_LOAD:
+        spare = (machines - load) / math.sqrt(load)
+        below, density = math.erfc(-spare / math.sqrt(2)) / 2, math.exp(-spare * spare / 2) / math.sqrt(2 * math.pi)
+        return density / (density + spare * below)
     blocked = 1.0
     for number in range(1, machines + 1):
         blocked = load * blocked / (number + load * blocked)
@@ -118,6 +125,8 @@ class Staffing:
     service_cv2: float
     usd_per_hour: float
     wait_usd_per_hour: float
+    group: float = 1.0
+    """How many jobs come together, as a job sees it."""
 
     def queue(self, machines: int) -> float:
         """Return the mean number of waiting jobs, averaged over what the rate may be."""
@@ -135,28 +144,36 @@ class Staffing:
             return rate * OVERLOAD_S / 2
         # Out of balance, or nearly: chance alone makes no queue longer than the spread of what comes in that time.
         waiting = _CRITICAL * math.sqrt(rate * OVERLOAD_S * (1 + self.service_cv2))
+        # Of jobs that come together, those that find no machine of their own wait for the run time of others.
+        together = load * max(0.0, self.group / machines - 1) / 2
         if load < machines:
             balanced = erlang_c(machines, load) * load / (machines - load) * (1 + self.service_cv2) / 2
-            return min(balanced, waiting)
-        return waiting + (load - machines) / self.service_s * OVERLOAD_S / 2
+            return min(balanced, waiting) + together
+        return waiting + together + (load - machines) / self.service_s * OVERLOAD_S / 2
 
     def cost(self, machines: int) -> float:
         """Return what an hour with so many machines costs, waiting included, in USD."""
         return self.usd_per_hour * machines + self.wait_usd_per_hour * self.queue(machines)
 
     def best(self, near: int, cap: int) -> int:
-        """Return the cheapest number of machines from `near` to `cap`; `near` if a smaller one would be cheaper.
+        """Return the cheapest number of machines from `near` to `cap`; `near` if a smaller one would be cheaper."""
+        return near + _far(lambda more: self.cost(near + more) < self.cost(near + more - 1), cap - near)
 
-        The cost is convex, so steps double until the next machine no longer pays.
-        """
-        step, low = 1, near
-        while low + step <= cap and self.cost(low + step) < self.cost(low + step - 1):
-            low, step = low + step, step * 2
-        high = min(cap, low + step - 1) if step > 1 else low
-        while low < high:
-            middle = (low + high) // 2
-            if self.cost(middle + 1) < self.cost(middle):
-                low = middle + 1
-            else:
-                high = middle
-        return low
+    def fewest(self, near: int) -> int:
+        """Return the cheapest number of machines from 1 to `near`; `near` if a larger one would be cheaper."""
+        return near - _far(lambda fewer: self.cost(near - fewer) < self.cost(near - fewer + 1), near - 1)
+
+
+def _far(pays: Callable[[int], bool], most: int) -> int:
+    """Return how many steps in a row pay, at most so many; steps double, since a cost that is convex turns once."""
+    low, step = 0, 1
+    while low + step <= most and pays(low + step):
+        low, step = low + step, step * 2
+    high = max(low, min(most, low + step - 1))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if pays(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
