@@ -41,7 +41,7 @@ def wait_usd_per_hour(wait_price: str, reference_usd_per_hour: float) -> float:
     if words in WAIT_PRICES:
         return WAIT_PRICES[words] * reference_usd_per_hour
     try:
-        price = float(words.removeprefix("$"))
+        price = float(wait_price.strip().removeprefix("$"))
     except ValueError:
         price = -1.0
     if not 0 <= price < 1e6:  # also what is no number

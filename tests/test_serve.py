@@ -1,0 +1,252 @@
+"""`comfyctl serve` as people meet it: its options, its words, its end; and what installed packages add to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from runcomfy.application.fleet_offers import wait_usd_per_hour
+from runcomfy.application.service import ServeOptions, first_of
+from runcomfy.bootstrap import App, pool_overrides
+from runcomfy.cli.main import COMMANDS, call, comfyctl
+from runcomfy.cli.serve_work import Asked
+from runcomfy.domain.budget import Period
+from runcomfy.domain.exceptions import RunComfyError, SettingInvalid, ValueInvalid
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.in_thread import InThread, served
+
+ROOT = Path(__file__).resolve().parents[1]
+JOINED: list[str] = []
+"""What the part of the fake package did."""
+
+
+@asynccontextmanager
+async def part(app: App, options: ServeOptions) -> AsyncIterator[None]:
+    JOINED.append(f"joined {isinstance(app, App)} {options.once}")
+    yield
+    JOINED.append("left")
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package that was installed beside ours: a command, one that would replace ours, one that is broken, a part."""
+    folder = tmp_path / "installed"
+    info = folder / "our_friend-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: our-friend\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[runcomfy.commands]\nhello = our_friend:hello\nrun = our_friend:hello\nbroken = our_friend:nothing\n"
+        "strange = our_friend:number\n[runcomfy.serve]\nfriend = our_friend:part\n"
+    )
+    (folder / "our_friend.py").write_text(
+        "import click, sys\nnumber = 7\n"
+        "@click.command()\ndef hello():\n    click.echo('hello from a friend')\n"
+        "def part(app, options):\n    return sys.modules['our_friend_part'].part(app, options)\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setitem(sys.modules, "our_friend_part", sys.modules[__name__])
+    JOINED.clear()
+    yield folder
+    sys.modules.pop("our_friend", None)
+
+
+@pytest.fixture
+def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[InThread[RunComfyEmulator]]:
+    """A user with an account at an emulated cloud, in a folder of the test's; nothing may be left on."""
+    with served(
+        lambda: RunComfyEmulator(boot_time=0.2, delete_takes=0.2, comfyui_speed=20.0, rate_limit=False)
+    ) as cloud:
+        for name, value in cloud.emulator.environment().items():
+            monkeypatch.setenv(name, value)
+        for name, value in (("POLL_INTERVAL", "0.1"), ("REQUESTS_PER_SECOND", "1000"), ("BURST", "1000")):
+            monkeypatch.setenv(f"RUNCOMFY_{name}", value)
+        monkeypatch.chdir(tmp_path)
+        yield cloud
+        assert cloud.call(lambda c: list(c.alive)) == []
+
+
+# -- options -------------------------------------------------------------------------------------------------
+
+
+def test_options_win_over_settings() -> None:
+    asked = Asked(max_machines=4, budget_day="20", server_types=("medium", "large"), keep_alive="0")
+    assert asked.overrides() == {
+        "RUNCOMFY_POOL_MAX_MACHINES": "4",
+        "RUNCOMFY_BUDGET_DAY": "20",
+        "RUNCOMFY_POOL_SERVER_TYPES": "medium,large",
+        "RUNCOMFY_KEEP_ALIVE": "0",
+    }
+    app = App(overrides=asked.overrides())
+    assert app.settings.pool.max_machines == 4
+    assert app.pool_types() == ("medium", "large")
+    [budget] = app.settings.budgets
+    assert (budget.period, budget.hard) == (Period.DAY, Decimal(20))
+    assert pool_overrides({"budget_day": 2.5, "max_machines": None}) == {"RUNCOMFY_BUDGET_DAY": "2.5"}
+
+
+@pytest.mark.parametrize(
+    ("words", "usd"),
+    [("batch", 2.0), ("normal", 10.0), ("person waiting", 40.0), ("Person-Waiting", 40.0), ("8.75", 8.75), ("$3", 3.0)],
+)
+def test_the_price_of_waiting_in_words(words: str, usd: float) -> None:
+    assert wait_usd_per_hour(words, 2.0) == usd
+
+
+@pytest.mark.parametrize("words", ["", "cheap", "-1", "nan", "inf", "1e9"])
+def test_what_is_no_price_of_waiting(words: str) -> None:
+    with pytest.raises(ValueInvalid):
+        wait_usd_per_hour(words, 2.0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--max-machines", "0"], ["--budget-day", "nothing"], ["--wait-price", "cheap"], ["--server-type", "a b"]],
+)
+def test_options_that_make_no_sense_are_refused(
+    account: InThread[RunComfyEmulator], capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert call(comfyctl, ["serve", *arguments]) in (2, 3)
+    assert "error: " in capsys.readouterr().err
+    assert account.call(lambda c: list(c.launched)) == []
+
+
+async def test_an_executor_of_its_own_does_not_take_the_pools_place(tmp_path: Path) -> None:
+    app = App(queue={"where": "pool", "database": str(tmp_path / "queue.db")})
+    async with app:
+        with pytest.raises(SettingInvalid, match="one process keeps"):
+            await app.executor()
+
+
+def test_the_first_error_of_ours_is_the_one_that_is_told() -> None:
+    ours = RunComfyError("ours")
+    group = BaseExceptionGroup("", [ExceptionGroup("", [OSError("other")]), ExceptionGroup("", [ours])])
+    assert first_of(group) is ours
+
+
+# -- what packages add ---------------------------------------------------------------------------------------
+
+
+def test_a_package_adds_commands_and_replaces_none(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(comfyctl, ["hello"]) == 0
+    assert capsys.readouterr().out == "hello from a friend\n"
+    assert call(comfyctl, ["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Added by installed packages" in shown
+    assert "our-friend" in shown
+    assert call(comfyctl, ["run", "--help"]) == 0
+    assert "hello" not in capsys.readouterr().out
+    assert call(comfyctl, ["broken"]) == 1
+    assert call(comfyctl, ["strange"]) == 1
+    assert call(comfyctl, ["nobody"]) == 2
+
+
+def test_help_loads_no_package(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (package / "our_friend.py").write_text("raise RuntimeError('loaded')\n")
+    assert call(comfyctl, ["--help"]) == 0
+    assert "hello" in capsys.readouterr().out
+    assert "our_friend" not in sys.modules
+
+
+def test_every_command_of_the_table_is_one() -> None:
+    for name in COMMANDS:
+        assert comfyctl.get_command(None, name) is not None  # type: ignore[arg-type]
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("package")
+def test_once_with_a_part_that_joins(
+    account: InThread[RunComfyEmulator], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _put(tmp_path, 2)
+    assert call(comfyctl, ["serve", "--once", "--no-guard", "--no-monitor", "--budget-day", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "budgets: $5.00 per day" in said
+    assert "launching a medium machine ($0.99/h)" in said
+    assert said.count(": done in ") == 2
+    assert JOINED == ["joined True True", "left"]
+    assert len(account.call(lambda c: list(c.launched))) == 1
+
+
+@pytest.mark.processes
+def test_a_budget_that_allows_nothing_is_an_exit_code_of_its_own(
+    account: InThread[RunComfyEmulator], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _put(tmp_path, 1)
+    assert call(comfyctl, ["serve", "--once", "--no-guard", "--budget-run", "0.01"]) == 8
+    shown = capsys.readouterr()
+    assert "no machine is launched: the budget per run is $0.0100" in shown.out
+    assert "the budget per run" in shown.err
+    assert account.call(lambda c: list(c.launched)) == []
+
+
+def _put(folder: Path, count: int, *, seconds: float = 1.0) -> None:
+    from runcomfy.domain.job import JobRequest
+    from runcomfy.testing.queue_programs import drawing
+
+    async def put() -> None:
+        async with App(launches=False) as app:
+            queue = await app.job_queue()
+            for number in range(count):
+                await queue.enqueue(
+                    JobRequest(drawing(seconds, number), out_file=str(folder / "jobs" / "finished" / f"{number}.png"))
+                )
+
+    asyncio.run(put())
+
+
+# -- signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.processes
+@pytest.mark.fault(61)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends processes without asking")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_ends_the_machines(
+    account: InThread[RunComfyEmulator], tmp_path: Path, number: signal.Signals
+) -> None:
+    _put(tmp_path, 3, seconds=2_000)
+    command = [sys.executable, "-m", "runcomfy.cli.main", "serve", "--no-guard", "--json", "--max-machines", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COMFYUI_AGENT_DRAIN": "1s"}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            _wait(lambda: bool(account.call(lambda c: list(c.billing))), process)
+            time.sleep(1)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, err.decode()
+    lines = [json.loads(line)["message"] for line in out.decode().splitlines()]
+    assert any("stopped: the machines are ended" in line for line in lines), lines
+    assert account.call(lambda c: list(c.alive)) == []
+    assert _counts(tmp_path) == {"pending": 3}
+
+
+def _wait(condition: object, process: subprocess.Popen[bytes]) -> None:
+    assert callable(condition)
+    for _ in range(600):
+        if condition():
+            return
+        assert process.poll() is None, "it left"
+        time.sleep(0.1)
+    pytest.fail("it did not begin")
+
+
+def _counts(folder: Path) -> dict[str, int]:
+    async def counts() -> dict[str, int]:
+        async with App(launches=False) as app:
+            found = await (await app.job_queue()).counts()
+            return {str(status): count for status, count in found.items() if count}
+
+    return asyncio.run(counts())
