@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.common import report
@@ -48,6 +48,7 @@ class Task:
     number: int
     wait_price: float
     jobs: tuple[Arrival, ...] = field(repr=False)
+    gap_s: float
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,12 @@ class Done:
 
 def work(task: Task) -> Done:
     began = time.perf_counter()
+    told = Presence(gap_s=task.gap_s)
     outcomes = {
-        name: replay(CostPlan(), task.jobs, world.at_wait_price(task.wait_price)) for name, world in CELLS.items()
+        name: replay(
+            CostPlan(), task.jobs, replace(world, presence=world.presence and told).at_wait_price(task.wait_price)
+        )
+        for name, world in CELLS.items()
     }
     for name, policy in BASELINES.items():
         outcomes[name] = replay(policy(), task.jobs, World().at_wait_price(task.wait_price))
@@ -79,9 +84,9 @@ def work(task: Task) -> Done:
     return Done(task, limits, outcomes, seconds)
 
 
-def tasks(trace: Trace, *, seed: int, draws: int) -> list[Task]:
+def tasks(trace: Trace, *, seed: int, draws: int, gap_s: float) -> list[Task]:
     return [
-        Task(stream, number, price, jobs)
+        Task(stream, number, price, jobs, gap_s)
         for stream in reversed(STREAMS)  # the long ones first, so that no core waits at the end
         for number, jobs in enumerate(draw(trace, stream, seed=seed, count=draws))
         for price in WAIT_PRICES
@@ -153,13 +158,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument(
+        "--presence-gap", type=float, default=Presence().gap_s, help="seconds; who is silent longer left"
+    )
     parser.add_argument("--brief", action="store_true", help="only the summary")
     chosen = parser.parse_args(arguments)
     with chosen.trace.open(newline="", encoding="utf-8") as lines:
         trace = read_trace(lines)
     with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, 8)) as pool:
         everything: list[Done] = []
-        for done in pool.imap(work, tasks(trace, seed=chosen.seed, draws=chosen.draws)):
+        for done in pool.imap(work, tasks(trace, seed=chosen.seed, draws=chosen.draws, gap_s=chosen.presence_gap)):
             everything.append(done)
             if not chosen.brief:
                 say(done)

@@ -6,12 +6,16 @@ never computed, or still does, is left out: nobody knows how long it would have 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from runcomfy.application.replay import Arrival, Told
+from runcomfy.application.fleet_offers import LOOK_BACK, FleetOffers, wait_usd_per_hour
+from runcomfy.application.replay import Arrival, Told, World
+from runcomfy.application.replay_report import WaitPrice, solve_wait_price
+from runcomfy.domain.settings import PoolSettings
 from runcomfy.domain.signal import PRESENCE_FOR, Signal, SignalKind
 from runcomfy.domain.work import Work
 from runcomfy.ports.jobs import JobStore
@@ -19,6 +23,8 @@ from runcomfy.ports.store import Store
 
 MOST_JOBS: Final = 20_000
 """Of a history; a replay of more takes minutes."""
+ENOUGH_JOBS: Final = 20
+"""With fewer, the slowest of 20 jobs, which a latency target is about, is none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,38 @@ async def own_history(
     ]
     told = [one for signal in await store.signals(since=since) if (one := _told(signal)) is not None]
     return OwnHistory(tuple(sorted(stream, key=lambda job: job.at)), tuple(told), left_out)
+
+
+def own_world(offers: FleetOffers, pool: PoolSettings, history: OwnHistory, *, wait_price: str = "") -> World:
+    """Return one's own settings, machine types and signals as the world of a replay; `offers` were refreshed.
+
+    `wait_price` wins over the one of the settings. Raises ValueInvalid if it is none.
+    """
+    return World(
+        offers=offers.views(lambda _: pool.max_machines),
+        wait_usd_per_hour=wait_usd_per_hour(wait_price or pool.wait_price, offers.price(offers.reference)),
+        max_machines=pool.max_machines,
+        min_machines=min(pool.min_machines, pool.max_machines),
+        keep_alive_s=pool.keep_alive.total_seconds() if pool.keep_alive is not None else None,
+        told=history.told,
+    )
+
+
+async def own_wait_price(
+    jobs: JobStore, store: Store, offers: FleetOffers, pool: PoolSettings, *, now: datetime
+) -> WaitPrice | None:
+    """Return the price of waiting that would have kept the settings' latency target over the last days.
+
+    None without a target, or while there are fewer than `ENOUGH_JOBS` to learn from: then the price of the settings
+    holds. `offers` were refreshed. Takes seconds, in a thread. Raises LocalError.
+    """
+    if pool.latency_target is None:
+        return None
+    history = await own_history(jobs, store, since=now - LOOK_BACK, on_reference=offers.on_reference)
+    if len(history.jobs) < ENOUGH_JOBS:
+        return None
+    world = own_world(offers, pool, history)
+    return await asyncio.to_thread(solve_wait_price, history.jobs, pool.latency_target.total_seconds(), world)
 
 
 def _told(signal: Signal) -> Told | None:

@@ -204,9 +204,8 @@ async def _tune(
     from datetime import timedelta
 
     from runcomfy.application import replay_report
-    from runcomfy.application.fleet_offers import FleetOffers, wait_usd_per_hour
-    from runcomfy.application.replay import World
-    from runcomfy.application.replay_history import own_history
+    from runcomfy.application.fleet_offers import FleetOffers
+    from runcomfy.application.replay_history import own_history, own_world
     from runcomfy.cli.app import open_app
     from runcomfy.domain.durations import parse_duration
 
@@ -223,14 +222,7 @@ async def _tune(
             on_reference=offers.on_reference,
         )
         target = target or pool.latency_target
-        world = World(
-            offers=offers.views(lambda _: pool.max_machines),
-            wait_usd_per_hour=wait_usd_per_hour(wait_price or pool.wait_price, offers.price(offers.reference)),
-            max_machines=pool.max_machines,
-            min_machines=min(pool.min_machines, pool.max_machines),
-            keep_alive_s=pool.keep_alive.total_seconds() if pool.keep_alive is not None else None,
-            told=history.told,
-        )
+        world = own_world(offers, pool, history, wait_price=wait_price or "")
     if not history.jobs:
         return _nothing(days, history.left_out, as_json=as_json)
     seconds = target.total_seconds() if target is not None else None
