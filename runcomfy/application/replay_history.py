@@ -6,15 +6,13 @@ never computed, or still does, is left out: nobody knows how long it would have 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from runcomfy.application.fleet_offers import LOOK_BACK, FleetOffers, wait_usd_per_hour
+from runcomfy.application.fleet_offers import FleetOffers, wait_usd_per_hour
 from runcomfy.application.replay import Arrival, Told, World
-from runcomfy.application.replay_report import WaitPrice, solve_wait_price
 from runcomfy.domain.settings import PoolSettings
 from runcomfy.domain.signal import PRESENCE_FOR, Signal, SignalKind
 from runcomfy.domain.work import Work
@@ -23,8 +21,6 @@ from runcomfy.ports.store import Store
 
 MOST_JOBS: Final = 20_000
 """Of a history; a replay of more takes minutes."""
-ENOUGH_JOBS: Final = 20
-"""With fewer, the slowest of 20 jobs, which a latency target is about, is none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +76,6 @@ def own_world(offers: FleetOffers, pool: PoolSettings, history: OwnHistory, *, w
         keep_alive_s=pool.keep_alive.total_seconds() if pool.keep_alive is not None else None,
         told=history.told,
     )
-
-
-async def own_wait_price(
-    jobs: JobStore, store: Store, offers: FleetOffers, pool: PoolSettings, *, now: datetime
-) -> WaitPrice | None:
-    """Return the price of waiting that would have kept the settings' latency target over the last days.
-
-    None without a target, or while there are fewer than `ENOUGH_JOBS` to learn from: then the price of the settings
-    holds. `offers` were refreshed. Takes seconds, in a thread. Raises LocalError.
-    """
-    if pool.latency_target is None:
-        return None
-    history = await own_history(jobs, store, since=now - LOOK_BACK, on_reference=offers.on_reference)
-    if len(history.jobs) < ENOUGH_JOBS:
-        return None
-    world = own_world(offers, pool, history)
-    return await asyncio.to_thread(solve_wait_price, history.jobs, pool.latency_target.total_seconds(), world)
 
 
 def _told(signal: Signal) -> Told | None:
