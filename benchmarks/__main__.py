@@ -1,10 +1,10 @@
-"""`python -m benchmarks [startup|overhead|watching|queue|killing|two_deep]…`: all of them unless named."""
+"""`python -m benchmarks [startup|overhead|watching|queue|killing|leaks|two_deep]…`: all of them unless named."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import killing, overhead, queue, startup, two_deep, watching
+from benchmarks import killing, leaks, overhead, queue, startup, two_deep, watching
 
 ALL = {
     "startup": startup.main,
@@ -12,6 +12,7 @@ ALL = {
     "watching": watching.main,
     "queue": queue.main,
     "killing": killing.main,
+    "leaks": leaks.main,
     "two_deep": two_deep.main,
 }
 
