@@ -198,13 +198,14 @@ class MachinePool:
         self._members.changed()
         return lease
 
-    def computing(self, lease: MachineLease) -> None:
+    def computing(self, lease: MachineLease, *, ago_s: float = 0.0) -> None:
         """See the protocol."""
         if lease.computing_at is None and not lease.given_back:
-            lease.computing_at = _now()
+            lease.computing_at = _now() - ago_s
             # Said when the seat was taken, it may have changed while the job waited its turn behind another.
             lease.cold = lease.workflow not in lease.machine.warm
-            self._note(lease, computing_at=self._clock.now(), cold=lease.cold)
+            since = max(lease.began_at, self._clock.now() - timedelta(seconds=ago_s))
+            self._note(lease, computing_at=since, cold=lease.cold)
             self._members.changed()
 
     def computed(self, lease: MachineLease) -> None:

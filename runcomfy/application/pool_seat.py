@@ -135,16 +135,19 @@ class PoolSeat(Seat):
 
     def computing(self) -> None:
         """See `Seat`."""
+        self._compute(0.0)
+
+    def _compute(self, ago_s: float) -> None:
         if self.lease.computing_at is None and self.lease.computed_at is None:
-            self._pool.computing(self.lease)
+            self._pool.computing(self.lease, ago_s=ago_s)
             self.look()
 
     def computed(self, seconds: float | None = None) -> None:
         """See `Seat`."""
         if self.lease.computed_at is not None:
             return
-        if seconds is not None:
-            self.computing()
+        if seconds is not None:  # perhaps nobody has heard it begin
+            self._compute(max(0.0, seconds))
         self._pool.computed(self.lease)
         if self.lease.computing_at is not None:
             self._learn(self.lease)

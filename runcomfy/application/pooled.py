@@ -154,8 +154,8 @@ class Pool(Protocol):
         """
         ...
 
-    def computing(self, lease: MachineLease) -> None:
-        """Say that the lease's prompt computes now."""
+    def computing(self, lease: MachineLease, *, ago_s: float = 0.0) -> None:
+        """Say that the lease's prompt computes, and since when. `lease.cold` is right from now on."""
         ...
 
     def computed(self, lease: MachineLease) -> None:

@@ -129,9 +129,10 @@ class StandingPool:
         self._changed()
         return lease
 
-    def computing(self, lease: MachineLease) -> None:
+    def computing(self, lease: MachineLease, *, ago_s: float = 0.0) -> None:
         """See `Pool`."""
-        lease.computing_at = asyncio.get_running_loop().time()
+        lease.computing_at = asyncio.get_running_loop().time() - ago_s
+        lease.cold = lease.workflow not in lease.machine.warm
         self._changed()
 
     def computed(self, lease: MachineLease) -> None:
