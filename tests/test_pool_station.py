@@ -382,7 +382,7 @@ async def test_a_prompt_whose_beginning_nobody_heard_counts_with_the_servers_own
     assert station.experience.run_s("portrait", "medium") == pytest.approx(12)
 
 
-def test_experience_begins_with_what_the_books_say(clock: LoopClock) -> None:
+async def test_experience_begins_with_what_the_books_say(clock: LoopClock) -> None:
     at = clock.now()
     works = [
         Work(

@@ -1,0 +1,148 @@
+"""Who was on a rented machine and when, as it is written down for jobs that run without a pool."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runcomfy.application.placing import JobFacts
+from runcomfy.application.station import CloudStation
+from runcomfy.application.work_book import WorkBook, outcome_of
+from runcomfy.domain.exceptions import Interrupted, NodeFailed, PromptInterrupted, StoreUnavailable
+from runcomfy.domain.job import JobId
+from runcomfy.domain.settings import CloudSettings
+from runcomfy.domain.work import Work
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Program, Programs, settings_for
+
+FACTS = JobFacts("portrait", 3, "ann", "film")
+
+
+@pytest.fixture
+def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
+    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
+
+
+@pytest.fixture
+async def program(programs: Programs) -> AsyncIterator[Program]:
+    async with programs.start() as program:
+        yield program
+
+
+def at(program: Program, **options: Any) -> Any:
+    return program.placer.at(
+        server_url=None,
+        server_type="medium",
+        show=lambda _: None,
+        step=lambda _: None,
+        **{"facts": FACTS, "job_id": JobId("job-1"), **options},
+    )
+
+
+async def compute(place: Any, seconds: float = 10) -> None:
+    await asyncio.sleep(5)
+    place.seat.computing()
+    await asyncio.sleep(seconds)
+    place.seat.computed()
+    await asyncio.sleep(5)
+
+
+async def test_a_machine_of_ones_own(program: Program) -> None:
+    async with at(program) as place:
+        await compute(place)
+    [work] = await program.store.works()
+    assert (work.workflow, work.attempt, work.user, work.project) == ("portrait", 3, "ann", "film")
+    assert (work.job_id, work.server_type, work.outcome, work.cold) == ("job-1", "medium", "done", True)
+    assert work.computing_at is not None
+    assert work.computed_at is not None
+    assert work.ended_at is not None
+    assert work.computed_at - work.computing_at == timedelta(seconds=10)
+    assert 5 <= (work.computing_at - work.began_at).total_seconds() < 6
+    assert 5 <= (work.ended_at - work.computed_at).total_seconds() < 6
+
+
+async def test_the_dev_server_is_warm_for_what_another_process_has_computed(
+    program: Program, programs: Programs
+) -> None:
+    await program.dev.start(server_type="medium", duration=timedelta(hours=1))
+    async with at(program) as place:
+        await compute(place)
+    async with programs.start() as another:
+        for workflow in ("portrait", "video"):
+            async with at(another, facts=JobFacts(workflow), job_id=JobId(f"a {workflow}")) as place:
+                await compute(place)
+    works = await program.store.works()
+    assert [(work.workflow, work.cold) for work in works] == [("portrait", True), ("portrait", False), ("video", True)]
+    await program.dev.shutdown()
+
+
+async def test_the_machine_of_an_executor(program: Program) -> None:
+    station = CloudStation(program.placer, server_type=None, idle_after=timedelta(minutes=2))
+
+    async def burst(facts: JobFacts | None) -> None:
+        async with station.at(
+            job_id=JobId("job-1"),
+            show=lambda _: None,
+            step=lambda _: None,
+            on_bill=lambda _: None,
+            facts=facts,
+        ) as place:
+            await compute(place)
+            raise NodeFailed("it burst")
+
+    for facts in (FACTS, None):
+        with pytest.raises(NodeFailed):
+            await burst(facts)
+    await station.close()
+    assert [(work.outcome, work.cold) for work in await program.store.works()] == [("failed", True)]
+
+
+async def test_a_database_that_refuses_breaks_no_job(program: Program, clock: LoopClock) -> None:
+    class Refusing:
+        written: list[Work] = []
+        refuses = True
+
+        async def works(self, **_: Any) -> list[Work]:
+            raise StoreUnavailable("locked")
+
+        async def put_work(self, work: Work) -> None:
+            if self.refuses:
+                raise StoreUnavailable("locked")
+            self.written.append(work)
+
+    store = Refusing()
+    machine = program.intent()
+    stay = WorkBook(store, clock).begin(machine, JobId("job-1"), FACTS)  # type: ignore[arg-type]
+    stay.computing()
+    await asyncio.sleep(1)
+    store.refuses = False
+    stay.computed()
+    stay.leave("done")
+    await stay.settled()
+    assert store.written[-1].outcome == "done"
+    assert store.written[-1].busy(clock.now()) == timedelta(seconds=1)
+
+
+async def test_a_prompt_that_nobody_heard_begin_began_when_the_server_says(program: Program, clock: LoopClock) -> None:
+    stay = WorkBook(program.store, clock).begin(program.intent(), JobId("job-1"), FACTS)
+    await asyncio.sleep(30)
+    stay.computed(12.0)
+    stay.leave("done")
+    await stay.settled()
+    [work] = await program.store.works()
+    assert work.busy(clock.now()) == timedelta(seconds=12)
+
+
+def test_the_word_for_how_a_job_leaves() -> None:
+    assert outcome_of(None) == "done"
+    assert outcome_of(None, "put-back") == "done"
+    assert outcome_of(NodeFailed("it burst")) == "failed"
+    assert outcome_of(Interrupted("stopped")) == outcome_of(PromptInterrupted("stopped")) == "cancelled"
+    assert outcome_of(asyncio.CancelledError()) == "cancelled"
+    assert outcome_of(asyncio.CancelledError(), "put-back") == "put-back"
