@@ -261,7 +261,7 @@ class _Part:
         """Return the best bound and the best schedule found, in machine-seconds without the work."""
         charges = self._first
         best, step, stuck = 0.0, 1.0, 0
-        for _ in range(max(20, min(ROUNDS, EFFORT // max(1, self._count)))):
+        for _ in range(max(8, min(ROUNDS, EFFORT // max(1, self._count)))):
             value, slope, before = self._relaxed(charges)
             upper = min(upper, self._schedule(before))
             if value > best + 1e-9:
