@@ -53,6 +53,8 @@ LATE_S: Final = 15.0
 GAIN_S: Final = 2.0
 """A job is moved to an idle machine only if that begins it so much earlier: taking it back and sending it again is six
 requests."""
+ALL_LEFT_S: Final = 0.5
+"""After so long all jobs have left a machine whose seats became void."""
 END_WITHIN: Final = timedelta(seconds=60)
 """How long it may take to end what was left on a machine."""
 MACHINE_FAILS: Final = (MachineLost, MachineFailed, ServerRestarted, WorkerDead)
@@ -82,8 +84,9 @@ class PoolStation:
         self._delayed: dict[RowId, float] = {}
         """Since when (loop) others have passed a job, or it was held for a machine that starts."""
         self._listeners: list[Callable[[], None]] = []
-        self._orphans: dict[MachineId, set[PromptId]] = {}
-        """Prompts that were left on machines whose seats became void."""
+        self._orphans: dict[MachineId, list[tuple[bool, PromptId]]] = {}
+        """Prompts that were left on machines whose seats became void, and whether each had begun."""
+        self._tidying: set[MachineId] = set()
         self._background: set[asyncio.Task[None]] = set()
         pool.on_change(self._changed)
 
@@ -102,22 +105,26 @@ class PoolStation:
             if seat.cut is not None:
                 seat.cut()
         for machine in self._pool.machines if self._orphans else ():
-            if machine.takes_jobs and (prompts := self._orphans.pop(machine.id, None)):
-                self._spawn(self._end_orphans(machine, prompts))
+            if machine.takes_jobs and machine.id in self._orphans and machine.id not in self._tidying:
+                self._spawn(self._end_orphans(machine))
         for listener in self._listeners:
             listener()
 
-    async def _end_orphans(self, machine: PooledMachine, prompts: Collection[PromptId]) -> None:
+    async def _end_orphans(self, machine: PooledMachine) -> None:
         """End what was left on a machine that was not Ready in between: its jobs run elsewhere by now."""
-        server = machine.server
-        if server is None:
-            return
+        self._tidying.add(machine.id)
         try:
+            await asyncio.sleep(ALL_LEFT_S)
+            server, prompts = machine.server, self._orphans.pop(machine.id, [])
+            if server is None:
+                return
             async with asyncio.timeout(END_WITHIN.total_seconds()):
-                for prompt_id in prompts:
+                for _, prompt_id in sorted(prompts):  # those that wait first, or ending one would begin the next
                     await end_prompt(server, prompt_id, alone=False)
         except (RunComfyError, TimeoutError) as error:
             log.warning("prompt_not_ended", extra={"fields": {"machine": machine.id, "error": repr(error)}})
+        finally:
+            self._tidying.discard(machine.id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="pool station")
@@ -342,7 +349,7 @@ class PoolStation:
         if self._seats.get(job_id) is seat:
             del self._seats[job_id]
         if seat.void and not seat.server_gone and seat.sent is not None and error is not None:
-            self._orphans.setdefault(seat.lease.machine.id, set()).add(seat.sent)
+            self._orphans.setdefault(seat.lease.machine.id, []).append((seat.began, seat.sent))
         failed = error if isinstance(error, RunComfyError) and outcome == "failed" else None
         if isinstance(error, MACHINE_FAILS):
             for other in [seat, *self._seats.values()]:

@@ -26,9 +26,12 @@ from runcomfy.application.pooled import PooledMachine
 from runcomfy.domain.exceptions import CredentialsMissing
 from runcomfy.domain.job import JobRequest, PromptId
 from runcomfy.domain.queued import EventKind, NewJob, Outcome, QueuedJob, QueueStatus
-from runcomfy.domain.settings import PoolSettings, Settings
+from runcomfy.domain.settings import CloudSettings, PoolSettings, Settings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Programs, settings_for
+from runcomfy.testing.rented_pools import running_pool
 from runcomfy.testing.standing_pool import StandingPool
 from runcomfy.testing.workers import Worker, Workers, queue_settings_for
 
@@ -376,3 +379,39 @@ async def test_limits_hold_and_what_they_hold_back_keeps_nobody_else_waiting(far
     for one in jobs[1:70]:
         await worker.queue.cancel(one)
     await all_done(worker, [jobs[0], jobs[70]])
+
+
+# -- on machines that are really rented --------------------------------------------------------------------
+
+
+@pytest.mark.fault(22)
+@pytest.mark.fault(68)
+async def test_on_a_rented_pool_a_machine_vanishes_under_its_jobs_and_the_other_one_does_them(
+    cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path
+) -> None:
+    programs = Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
+    programs.settings = replace(programs.settings, pool=PoolSettings(max_machines=2))
+    queue = queue_settings_for("http://127.0.0.1:1", tmp_path, job_timeout=timedelta(hours=1))
+    workers = Workers(programs.settings, queue, clock)
+    workers.processes = programs.processes
+    async with programs.start() as program, running_pool(program) as running:
+        machines = [await running.usable() for _ in range(2)]
+        station = PoolStation(running.pool, programs.settings.pool, clock=clock)
+        async with workers.start(at=(program.placer, station)) as worker:
+            jobs = await worker.queue.enqueue_many([job(60, n) for n in range(4)])
+            await when(lambda: [machine.seated for machine in machines] == [2, 2], "both have two")
+            await when(lambda: all(machine.leases[0].computing_at for machine in machines), "the first ones compute")
+            doomed = machines[0]
+            cloud._end(cloud.machines[str(doomed.machine.server_id)])
+            await all_done(worker, jobs)
+            assert len(pictures(worker)) == 4
+        works = await program.store.works()
+        assert sorted((work.machine_id == doomed.id, work.outcome) for work in works) == [
+            *[(False, "done")] * 4,
+            (True, "failed"),
+            (True, "put-back"),
+        ]
+        done = [work for work in works if work.outcome == "done"]
+        assert all(59 < work.busy(clock.now()).total_seconds() < 62 for work in done)
+        await running.close()
+    assert cloud.alive == []
