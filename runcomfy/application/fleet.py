@@ -113,8 +113,11 @@ class Backdrop:
 class Fleet:
     """Plans for one pool. `await run()` plans until it is cancelled."""
 
-    def __init__(self, pool: Pool, policy: Policy, settings: PoolSettings, backdrop: Backdrop) -> None:
-        """Nothing is read yet."""
+    def __init__(
+        self, pool: Pool, policy: Policy, settings: PoolSettings, backdrop: Backdrop, *, lease: timedelta
+    ) -> None:
+        """Nothing is read yet. `lease` is how long a machine is paid ahead."""
+        self._lease_s = lease.total_seconds()
         self.pool, self.policy, self.settings = pool, policy, settings
         self._with = backdrop
         self._wake = asyncio.Event()
@@ -221,10 +224,13 @@ class Fleet:
         mark = 0
         while True:
             try:
-                mark = await self._with.jobs.changed(timeout=self.settings.plan_every, seen=mark)
+                seen = await self._with.jobs.changed(timeout=self.settings.plan_every, seen=mark)
             except LocalError:
                 await asyncio.sleep(self.settings.plan_every.total_seconds())
-            self._wake.set()
+                continue
+            if seen != mark:
+                mark = seen
+                self._wake.set()
 
     def _troubled(self, error: LocalError) -> None:
         log.warning("fleet_cannot_plan", extra={"fields": {"error": error.code, "message": error.message}})
@@ -248,7 +254,7 @@ class Fleet:
             return purse.used_up(waiting[0].user, waiting[0].project)
         if self.pool.machines or self._coming:
             return None
-        return purse.refusal or purse.spent()
+        return purse.forbids(self._least_usd)
 
     async def _backlog_now(self) -> Sequence[Waiting]:
         return await self._with.jobs.backlog(places=[machine.key for machine in self.pool.machines])
@@ -289,7 +295,9 @@ class Fleet:
         demand = with_.demand.view(now)
         worth_s = _worth_s(offers[0], with_.wait_usd_per_hour, demand.waits_per_cold)
         cheapest = min(offer.usd_per_hour for offer in offers)
-        keep = self.settings.keep_alive
+        keep, forbidden = self.settings.keep_alive, with_.purse.forbids(self._least_usd)
+        if forbidden is not None and backlog:
+            await self._refused(offers[0].name, forbidden)
         return PlanView(
             now=now,
             offers=offers,
@@ -301,7 +309,7 @@ class Fleet:
                 max_machines=self.settings.max_machines,
                 min_machines=min(self.settings.min_machines, self.settings.max_machines),
                 budget_s=with_.purse.seconds(cheapest),
-                why_not=self._why_not(offers),
+                why_not=self._why_not(offers, forbidden),
             ),
             wait_usd_per_hour=with_.wait_usd_per_hour,
             keep_alive_s=None if keep is None else keep.total_seconds(),
@@ -384,9 +392,15 @@ class Fleet:
             return 0
         return min(self.pool.room(offer), self.settings.max_machines - self._rented())
 
-    def _why_not(self, offers: Sequence[OfferView]) -> str:
-        if why := self._with.purse.why_not():
-            return why
+    @property
+    def _least_usd(self) -> Decimal:
+        """What a launch commits at least: the cheapest type, paid ahead for a lease."""
+        price = min(self._with.offers.price(name) for name in self._with.offers.types)
+        return Decimal(repr(round(price * self._lease_s / 3600, 6)))
+
+    def _why_not(self, offers: Sequence[OfferView], forbidden: BudgetExceeded | None) -> str:
+        if forbidden is not None:
+            return forbidden.message
         if any(offer.room > 0 for offer in offers) or self._rented() >= self.settings.max_machines:
             return ""
         failing = [known.why for name, known in self._failing.items() if known.why]
@@ -433,6 +447,7 @@ class Fleet:
                 action.offer, why=action.why, hold_s=action.hold_s, for_user=who, for_project=project
             )
         except BudgetExceeded as error:
+            self._with.purse.refused(error)
             await self._refused(action.offer, error)
         except RunComfyError as error:
             await self._failed(action.offer, error)
@@ -449,7 +464,7 @@ class Fleet:
 
     async def _refused(self, offer: str, error: BudgetExceeded) -> None:
         """A hard limit said no. That is said and written down once, not with every plan."""
-        if self._with.purse.refused(error):
+        if self._with.purse.news(error):
             self._with.tell(f"no machine is launched: {error.message}; {error.hint}")
             await self._write([self._decided("refused", offer, f"{error.message}; {error.hint}", 0.0)])
 
@@ -535,7 +550,7 @@ class Fleet:
         self._stands = stands
 
     def _retry_in(self) -> timedelta | None:
-        refusal = self._with.purse.refusal
+        refusal = self._with.purse.forbids(self._least_usd)
         resets = refusal.details.get("resets_at") if refusal is not None else None
         if isinstance(resets, str):
             return max(timedelta(seconds=1), datetime.fromisoformat(resets) - self._with.clock.now())

@@ -44,6 +44,12 @@ from runcomfy.testing.programs import EmulatedProcesses, Killed, Mortal, setting
 from runcomfy.testing.queue_programs import drawing
 
 LOOK_EVERY: Final = 5.0
+QUIET: Final[dict[str, Any]] = {
+    "guard": False,
+    "plan_every": timedelta(seconds=20),
+    "status_every": timedelta(seconds=20),
+}
+"""Loops that look less often than usual: what happens wakes them all the same."""
 
 
 class _Sleeper:
@@ -195,7 +201,8 @@ class Services:
                 database=self._database(folder),
                 where="pool",
                 # Each look into the file is real work, in a story of hours too much.
-                wake_interval=timedelta(seconds=1),
+                wake_interval=timedelta(seconds=2),
+                poll_interval=timedelta(seconds=15),
                 job_timeout=timedelta(hours=1),
             ),
             **queue,
@@ -241,7 +248,7 @@ class Services:
             self.settings,
             budgets=tuple(budgets),
             cloud=replace(self.settings.cloud, **(cloud or {})),
-            pool=replace(self.settings.pool, guard=False, **pool),
+            pool=replace(self.settings.pool, **{**QUIET, **pool}),
         )
         served = Served(_ServedApp(settings, self.queue_settings, self.processes, self.clock), self.processes)
         self._running.append(served)
