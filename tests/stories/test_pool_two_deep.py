@@ -23,7 +23,7 @@ from runcomfy.adapters.config import load_settings
 from runcomfy.application.placing import Placer
 from runcomfy.application.pool_station import PoolStation
 from runcomfy.application.pooled import PooledMachine
-from runcomfy.domain.exceptions import CredentialsMissing
+from runcomfy.domain.exceptions import CredentialsMissing, JobBusy
 from runcomfy.domain.job import JobRequest, PromptId
 from runcomfy.domain.queued import EventKind, NewJob, Outcome, QueuedJob, QueueStatus
 from runcomfy.domain.settings import CloudSettings, PoolSettings, Settings
@@ -379,6 +379,31 @@ async def test_limits_hold_and_what_they_hold_back_keeps_nobody_else_waiting(far
     for one in jobs[1:70]:
         await worker.queue.cancel(one)
     await all_done(worker, [jobs[0], jobs[70]])
+
+
+async def test_a_fair_order_is_the_stores_business(farm: Farm) -> None:
+    farm._workers.queue_settings = replace(farm._workers.queue_settings, fair_users=True)
+    worker = await farm.work(2, depth=1)
+    farm.pool._depth = 1
+    await worker.queue.pause()
+    many = [job(20, f"ann{n}", user="ann") for n in range(3)]
+    jobs = await worker.queue.enqueue_many([*many, job(20, "bob", user="bob")])
+    await worker.queue.resume()
+    await when(lambda: sorted([*farm.ran(0), *farm.ran(1)]) == ["ann0", "bob"], "each has one", within=30)
+    await all_done(worker, jobs)
+    assert len(farm.ran(0)) == len(farm.ran(1)) == 2
+
+
+async def test_asked_for_one_job_it_needs_a_seat(farm: Farm) -> None:
+    worker = await farm.work(0)
+    await worker.end()
+    [one] = await worker.queue.enqueue_many([job(5, "one")])
+    with pytest.raises(JobBusy, match="seat"):
+        await worker.executor.run_job(one.id)
+    assert (await worker.queue.job(one)).status is QueueStatus.PENDING
+    await farm.machine()
+    await asyncio.sleep(2)
+    assert (await worker.executor.run_job(one.id)).status is QueueStatus.DONE
 
 
 # -- on machines that are really rented --------------------------------------------------------------------
