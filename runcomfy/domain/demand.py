@@ -187,7 +187,7 @@ class Score:
     lead_s: float
     """How long before its first work such a signal came, mean, in seconds; 0 if none was followed."""
     vain_s: float
-    """Seconds that signals of this source held before work came or they ran out, per signal."""
+    """Seconds that a machine idled for signals of this source before work came or they ran out, per signal."""
 
 
 _KEEP_SIGNAL: Final = 0.5 ** (1 / _SIGNAL_HALF_LIFE)
@@ -207,7 +207,7 @@ class _Source:
     born: int = 0
     """How many works had come when this source was first heard of."""
 
-    def close(self, at: float, *, hit: bool) -> float | None:
+    def close(self, at: float, *, hit: bool, free_s: float) -> float | None:
         """End the signal; return how long it held, None if there was none."""
         if self.since is None:
             return None
@@ -215,7 +215,7 @@ class _Source:
         self.over = self.over * _KEEP_SIGNAL + 1
         self.hits = self.hits * _KEEP_SIGNAL + hit
         self.leads = self.leads * _KEEP_SIGNAL + (held if hit else 0.0)
-        self.vain = self.vain * _KEEP_SIGNAL + held
+        self.vain = self.vain * _KEEP_SIGNAL + max(0.0, held - free_s)
         self.since, self.until = None, math.inf
         return held
 
@@ -232,9 +232,12 @@ class SignalScore:
     An event costs as much as there are signals that hold.
     """
 
-    def __init__(self, *, trust: float = 3.0) -> None:
-        """`trust`: signals of a new source that are believed before it is judged by its own."""
-        self._trust = trust
+    def __init__(self, *, trust: float = 3.0, free_s: float = 180.0) -> None:
+        """`trust`: signals of a new source that are believed before it is judged by its own.
+
+        `free_s`: how long a signal costs nothing, in seconds, because the machine it asked for boots.
+        """
+        self._trust, self._free_s = trust, free_s
         self._sources: dict[str, _Source] = {}
         self._active: dict[str, _Source] = {}
         self._works = 0
@@ -257,7 +260,7 @@ class SignalScore:
         known = self._active.get(source)
         if known is not None:
             self._expire(source, known, at)
-            known.close(at, hit=False)
+            known.close(at, hit=False, free_s=self._free_s)
             self._active.pop(source, None)
 
     def work_came(self, at: float, source: str | None = None, *, after_silence: bool = True) -> None:
@@ -269,14 +272,14 @@ class SignalScore:
                 continue
             if after_silence:
                 known.announced, known.counted = known.announced_at(self._works) + 1, self._works
-            held = known.close(at, hit=True)
+            held = known.close(at, hit=True, free_s=self._free_s)
             if held is not None:
                 self._leads.add(held)
             del self._active[name]
 
     def _expire(self, name: str, known: _Source, now: float) -> None:
         if known.since is not None and known.until <= now:
-            known.close(known.until, hit=False)
+            known.close(known.until, hit=False, free_s=self._free_s)
             self._active.pop(name, None)
 
     def score(self, source: str) -> Score:

@@ -60,9 +60,8 @@ class Knobs:
     """A stop is asked for so long before a paid step ends: asked at its very end, another one would be billed."""
     present_keep: float = 1.0
     """While somebody is there, the machine is kept so many times as long as after a silence without signals."""
-    present_rate: float = 0.0
-    extra_keep: float = 0.0
-    """How much of the wait that a machine beside others spares is spent on keeping it."""
+    present_rate: float = 0.4
+    """While somebody is there, arrivals are believed in at this share of the rate at which people work."""
     cancel_s: float = 20.0
     """A machine that is not needed any more is taken back so long before it would be ready, since until then it is
     free; not earlier, because the need may return."""
@@ -99,6 +98,7 @@ class _Planning:
         self._waiting = sum(group.count for group in view.backlog)
         self._there = [machine for machine in view.machines if machine.stage is not Stage.DRAINING]
         self._coming = any(not machine.jobs and machine.idle_since is None for machine in self._there)
+        self._ready = sum(1 for machine in self._there if machine.jobs or machine.idle_since is not None)
         self._rented = sum(1 for machine in view.machines if not self._is_own(machine))
         self._rate = _FAST_SHARE * view.demand.rate_fast + (1 - _FAST_SHARE) * view.demand.rate_slow
         if view.presence.present:
@@ -167,20 +167,26 @@ class _Planning:
 
     def _worth(self, offer: OfferView) -> float:
         """Return R of a machine of this type: what a cold start costs that keeping it spares, in seconds of it."""
-        price = max(offer.usd_per_hour, 1e-9)
         usable = [o for o in self._view.offers if o.room > 0 or o.name == offer.name] or [offer]
-        return min(
-            worth_of_start(
-                load_s=other.load_s,
-                billed_boot_s=other.boot_s if other.boot_billed else 0.0,
-                usd_per_hour=other.usd_per_hour,
-                wait_usd_per_hour=self._lam,
-                waits_s=self._waits_per_cold(other),
-            )
-            * other.usd_per_hour
-            / price
-            for other in usable
+        usd = min(self._cold_start_usd(other) for other in usable)
+        return usd / max(offer.usd_per_hour, 1e-9) * _HOUR
+
+    def _cold_start_usd(self, offer: OfferView) -> float:
+        """Return what a cold start costs in USD that is answered with this type."""
+        seconds = worth_of_start(
+            load_s=offer.load_s,
+            billed_boot_s=offer.boot_s if offer.boot_billed else 0.0,
+            usd_per_hour=max(offer.usd_per_hour, 1e-9),
+            wait_usd_per_hour=self._lam,
+            waits_s=self._waits_per_cold(offer),
         )
+        usd = seconds * max(offer.usd_per_hour, 1e-9) / _HOUR
+        main = self._main
+        if main is not None and offer.usd_per_hour > main.usd_per_hour:
+            # A bridge: its premium until the cheaper machine takes over, and that one's load.
+            premium = (offer.usd_per_hour - main.usd_per_hour) / _HOUR
+            usd += premium * (main.boot_s + main.load_s) + 2 * self._start_cost(main)
+        return usd
 
     def _staffing(self, share: float = 1.0) -> Staffing:
         demand, main = self._view.demand, self._main or self._view.offers[0]
@@ -296,6 +302,7 @@ class _Planning:
             asks.append(Launch(main.name, limits.min_machines - have, why, start * (limits.min_machines - have)))
         if have and self._rate > 0:
             asks += self._for_rate(have)
+        asks += self._instead_of_bridge()
         return max(asks, key=lambda launch: launch.count, default=None)
 
     def _for_rate(self, have: int) -> list[Launch]:
@@ -314,6 +321,29 @@ class _Planning:
             f"${staffing.cost(best):.2f} an hour instead of ${staffing.cost(have):.2f}, waiting included"
         )
         return [Launch(main.name, best - have, why, start - saved * self._knobs.pays_within_s / _HOUR)]
+
+    def _instead_of_bridge(self) -> list[Launch]:
+        """Return the launch of the cheaper machine that takes over from a bridge.
+
+        Taking over costs a load. As with skis, one changes when the premium paid so far is as much; at once if somebody
+        is there, since they will go on.
+        """
+        main = self._main
+        if main is None or not self._there:
+            return []
+        dearest = [self._offer_of(machine) for machine in self._there]
+        if any(offer.own or offer.usd_per_hour <= main.usd_per_hour for offer in dearest):
+            return []
+        if not any(machine.idle_since is None or self._now < self._keep(machine)[0] for machine in self._there):
+            return []  # all of it is on its way out
+        premium = min(offer.usd_per_hour for offer in dearest) - main.usd_per_hour
+        begun = min((m.billed_since for m in self._there if m.billed_since is not None), default=self._now)
+        change = begun + self._start_cost(main) * _HOUR / premium
+        if self._now < change and not self._view.presence.present:
+            self._look(change)
+            return []
+        why = f"{main.name} is ${premium:.2f} an hour cheaper than what works now"
+        return [Launch(main.name, 1, why, self._start_cost(main))]
 
     def _for_batches(self, have: int) -> list[Launch]:
         main, found = self._main, []
@@ -350,7 +380,8 @@ class _Planning:
         if begin > self._now:
             self._look(begin)
             return []
-        idle = max(0.0, presence.lead_s - main.boot_s)
+        ahead = presence.lead_s if presence.since is None else min(presence.lead_s, self._start_s(main))
+        idle = max(0.0, ahead - main.boot_s - main.load_s)
         usd = start + main.usd_per_hour * idle / _HOUR
         spared = self._worth(main) * main.usd_per_hour / _HOUR
         if spared <= usd:
@@ -388,6 +419,7 @@ class _Planning:
             if why:
                 found.append(Stop(machine.id, why, -self._start_cost(self._offer_of(machine))))
                 have -= 1
+                self._ready -= machine.idle_since is not None
         return found
 
     def _may_stop(self, machine: MachineView) -> bool:
@@ -426,12 +458,20 @@ class _Planning:
             if machine.ready_at - self._now > self._knobs.cancel_s:
                 self._look(machine.ready_at - self._knobs.cancel_s)
                 return ""
+            if not self._useless(machine):
+                return ""
         else:
-            if self._coming:
-                return ""  # which of them is one too many is known when it is there
+            if self._coming and self._ready - 1 < self._enough(have):
+                # Another one is on its way: this one stays until that is there, or until nobody needs either.
+                until, why = self._keep(machine)
+                self._look(until)
+                return why if self._now >= until - 1e-6 else ""
             since = machine.idle_since if machine.idle_since is not None else self._now
-            ends = since + self._extra_keep(offer, have)
-            if self._now < ends - 1e-6:
+            ends = since + offer.load_s + (offer.boot_s if offer.boot_billed else 0.0)
+            replaced = any(
+                m.idle_since is not None and self._offer_of(m).usd_per_hour < offer.usd_per_hour for m in self._there
+            )
+            if self._now < ends - 1e-6 and not replaced:
                 self._look(ends)
                 return ""
         if have - 1 < self._enough(have):
@@ -445,22 +485,22 @@ class _Planning:
             self._fewest = self._staffing(self._knobs.stop_rate).fewest(have)
         return self._fewest
 
-    def _extra_keep(self, offer: OfferView, have: int) -> float:
-        """Return how long an idle machine beside others is kept at least.
-
-        Let go too early it is missed by a job that then waits for the rest of another one's run: a cold start of its
-        own level, which is worth less the more others there are.
-        """
-        demand = self._view.demand
-        billed = offer.load_s + (offer.boot_s if offer.boot_billed else 0.0)
-        rest = self._run_s(offer) * (1 + demand.service_cv2) / 2 / max(1, have - 1)
-        return billed + self._knobs.extra_keep * self._lam / max(offer.usd_per_hour, 1e-9) * rest
+    def _useless(self, machine: MachineView) -> bool:
+        """Return whether a machine that boots is not even needed to take over from a dearer one."""
+        price = self._offer_of(machine).usd_per_hour
+        for other in self._there:
+            if self._offer_of(other).usd_per_hour > price and (
+                other.idle_since is None or self._now < self._keep(other)[0]
+            ):
+                return False
+        return True
 
     def _keep(self, machine: MachineView) -> tuple[float, str]:
         """Return until when the last machine is kept, and why."""
         view, knobs = self._view, self._knobs
         offer, presence = self._offer_of(machine), view.presence
-        idle = machine.idle_since if machine.idle_since is not None else self._now
+        silent = view.demand.silent_since
+        idle = machine.idle_since if machine.idle_since is not None else max(machine.launched_at, silent or 0.0)
         if view.keep_alive_s is not None:
             return idle + view.keep_alive_s, f"kept for the {view.keep_alive_s:.0f} s that are set"
         if view.demand.only_batches and not presence.present:
@@ -481,11 +521,16 @@ class _Planning:
         return max(self._knobs.present_keep * self._worth(offer), 60.0)
 
     def _why_last(self, machine: MachineView) -> str:
-        if self._boots(machine) or self._waiting:
+        if self._waiting:
+            return ""
+        if self._boots(machine) and machine.ready_at - self._now > self._knobs.cancel_s:
+            self._look(machine.ready_at - self._knobs.cancel_s)
             return ""
         presence = self._view.presence
         if presence.expected_until is not None and presence.expected_until > self._now:
             self._look(presence.expected_until)
+            return ""
+        if self._boots(machine) and presence.present:
             return ""
         until, why = self._keep(machine)
         if self._now < until - 1e-6:
