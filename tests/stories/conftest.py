@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import pytest_asyncio
 
 from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.stores.choose import store_from
+from runcomfy.domain.settings import CloudSettings, PoolSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Programs, settings_for
 from runcomfy.testing.queue_programs import QueuePrograms
 
 
@@ -55,3 +59,10 @@ async def programs(
     """Executors over that database and that server."""
     async with QueuePrograms(queue_database, comfyui, clock, tmp_path) as programs:
         yield programs
+
+
+@pytest.fixture
+def keepers(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
+    """Programs that may keep a pool of up to four machines of one account, one after the other."""
+    settings = settings_for(cloud_settings, tmp_path / "state")
+    return Programs(cloud, replace(settings, pool=PoolSettings(max_machines=4)), clock)
