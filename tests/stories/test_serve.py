@@ -166,10 +166,10 @@ def _ended_on(cloud: RunComfyEmulator, day: int) -> list[Bill]:
 async def test_whose_own_budget_is_used_up_waits_and_others_go_on(
     services: Services, cloud: RunComfyEmulator, evening: float
 ) -> None:
-    budgets = [Budget(Period.DAY, hard=Decimal("0.05"), user="ann")]
+    budgets = [Budget(Period.DAY, hard=Decimal("0.20"), user="ann")]
     async with services.start(max_machines=1, budgets=budgets, keep_alive=timedelta(minutes=2)) as served:
         for number in range(8):
-            await services.put(number, seconds=60, user="ann", priority=1)
+            await services.put(number, seconds=200, user="ann", priority=1)
         for number in range(8, 12):
             await services.put(number, seconds=60, user="ben", priority=99)
         await services.when(lambda: _is_done(services, "ben", 4), "ben's jobs are done", within=2_400)
