@@ -181,3 +181,23 @@ async def test_a_restart_of_what_has_no_price_stops_nothing(cloud: RunComfyEmula
     assert "no price is known" in err
     assert stranger.bills
     await comfy("machines", "stop", stranger.server_id)
+
+
+async def test_every_machine_is_listed_with_what_it_does_and_costs(cloud: RunComfyEmulator, comfy: Command) -> None:
+    stranger = cloud.foreign("large")
+    await comfy("machines", "adopt", stranger.server_id)
+    code, out, err = await comfy("machines", "ls")
+    assert code == 0, err
+    header, line, total = out.splitlines()
+    assert header.split("  ")[0] == "machine"
+    assert "idle 0s" in line
+    assert "$1.75/h" in line
+    assert "kept until" in line
+    assert total.startswith("1 of ours, 1 bill $1.75 per hour; spent $")
+    code, out, _ = await comfy("machines", "show", stranger.server_id, "--json")
+    [story] = json.loads(out)
+    assert [step["event"] for step in story["steps"]][:2] == ["added", "answered"]
+    assert story["works"] == []
+    await comfy("machines", "stop", stranger.server_id)
+    code, out, _ = await comfy("machines", "show", stranger.server_id)
+    assert "it cost $" in out

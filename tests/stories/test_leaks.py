@@ -1,4 +1,4 @@
-"""Nothing of ours lives on: what is billed then is the lease at most; the benchmark `leaks` tells it for every point."""
+"""Nothing of ours lives on: then the lease at most is billed. The benchmark `leaks` tells it for every kill point."""
 
 from __future__ import annotations
 
