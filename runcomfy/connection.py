@@ -11,12 +11,15 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runcomfy.application.books import quiet
-from runcomfy.bootstrap import App
+from runcomfy.application.service import first_of
+from runcomfy.bootstrap import App, pool_overrides
 from runcomfy.domain.durations import parse_duration
 from runcomfy.domain.job import JobRequest, JobResult
 from runcomfy.domain.progress import Progress
@@ -24,6 +27,7 @@ from runcomfy.domain.queued import JobEvent, NewJob, Pause, QueuedJob, QueueStat
 
 if TYPE_CHECKING:
     from runcomfy.application.job_queue import JobQueue, JobStory, Which
+    from runcomfy.application.presence import Presence
 
 T = TypeVar("T")
 PathText = str | os.PathLike[str]
@@ -34,15 +38,45 @@ PLACE_OPTIONS = frozenset({"server_url", "server_type"})
 """What says where: in the queue that is its executors' business."""
 
 
-def connect(*, server_url: str | None = None, tell: Callable[[str], None] | None = None, **overrides: Any) -> Connector:
+def connect(
+    *,
+    server_url: str | None = None,
+    tell: Callable[[str], None] | None = None,
+    max_machines: int | None = None,
+    min_machines: int | None = None,
+    server_types: Sequence[str] | None = None,
+    budget_run: Decimal | float | str | None = None,
+    budget_hour: Decimal | float | str | None = None,
+    budget_day: Decimal | float | str | None = None,
+    budget_month: Decimal | float | str | None = None,
+    wait_price: str | float | None = None,
+    latency_target: timedelta | str | None = None,
+    keep_alive: timedelta | str | None = None,
+    **overrides: Any,
+) -> Connector:
     """Return a connection to be entered with `async with` or `with`.
 
     Settings come from the environment and credentials.txt, as for the command line; `overrides` win over both, by
     their variable names (`RUNCOMFY_OUTPUT_DIR="out"`, `COMFYUI_AGENT_DATABASE="queue.db"`). `server_url` makes every
     job run on that ComfyUI: nothing is launched and nothing billed. `tell` takes sentences meant for the user (default:
     they are only logged).
+
+    The others are the settings of a pool (`Connection.serve`) and the budgets in USD, which hold for everything that is
+    launched over this connection: `comfyctl serve --help` explains each.
     """
-    return Connector(server_url, tell, overrides)
+    pool = {
+        "max_machines": max_machines,
+        "min_machines": min_machines,
+        "server_types": server_types,
+        "budget_run": budget_run,
+        "budget_hour": budget_hour,
+        "budget_day": budget_day,
+        "budget_month": budget_month,
+        "wait_price": wait_price,
+        "latency_target": latency_target,
+        "keep_alive": keep_alive,
+    }
+    return Connector(server_url, tell, {**overrides, **pool_overrides(pool)})
 
 
 class Connector:
@@ -110,6 +144,39 @@ class Connection:
         self._server_url = server_url
         self._orchestrator = app.orchestrator()
         self.queue = Queue(app, self._request)
+        self.presence: Presence = app.presence()
+        """Say that somebody is there, or that work comes: whoever serves the queue has a machine warm by then."""
+
+    async def serve(
+        self, stop: asyncio.Event | None = None, *, once: bool = False, monitor: bool = False, guard: bool = True
+    ) -> None:
+        """Work off the queue over a pool of rented machines, as `comfyctl serve` does, until `stop` is set.
+
+        `once`: until everything is worked off. `monitor`: take up job files, too. `guard`: start the small process
+        that ends machines if this one dies. Machines are ended before this returns, also when it is cancelled.
+
+        Raises BudgetExceeded (with `once`: what waits gets no machine), ConfigurationError, LocalError.
+        """
+        from runcomfy.application.service import ServeOptions
+
+        await self.app.serve(ServeOptions(monitor=monitor, once=once, guard=guard), stop or asyncio.Event())
+
+    @asynccontextmanager
+    async def serving(self, *, monitor: bool = False, guard: bool = True) -> AsyncIterator[None]:
+        """Serve beside the block; at its end running jobs go on for a while, and the machines are ended.
+
+        If serving breaks, the block is cancelled and the error raised.
+        """
+        stop = asyncio.Event()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.serve(stop, monitor=monitor, guard=guard), name="serving")
+                try:
+                    yield
+                finally:
+                    stop.set()
+        except BaseExceptionGroup as errors:
+            raise first_of(errors) from errors
 
     async def close(self) -> None:
         """Close every connection; a dev server stays, what was rented for a job is long gone."""

@@ -131,6 +131,8 @@ class Fleet:
         self._budgets_at = float("-inf")
         self._stands: tuple[str, str] | None = None
         """The pause that says why nothing is launched, as it was last written."""
+        self._forbidden: BudgetExceeded | None = None
+        """Why nothing could be launched at the last plan, though jobs waited."""
         self._busy = False
         self._trouble = False
         pool.on_change(self._wake.set)
@@ -254,7 +256,7 @@ class Fleet:
             return purse.used_up(waiting[0].user, waiting[0].project)
         if self.pool.machines or self._coming:
             return None
-        return purse.forbids(self._least_usd)
+        return self._forbidden
 
     async def _backlog_now(self) -> Sequence[Waiting]:
         return await self._with.jobs.backlog(places=[machine.key for machine in self.pool.machines])
@@ -298,6 +300,7 @@ class Fleet:
         keep, forbidden = self.settings.keep_alive, with_.purse.forbids(self._least_usd)
         if forbidden is not None and backlog:
             await self._refused(offers[0].name, forbidden)
+        self._forbidden = forbidden if backlog else None
         return PlanView(
             now=now,
             offers=offers,

@@ -131,13 +131,9 @@ class Purse:
 
     # -- machines ------------------------------------------------------------------------------------------
 
-    def refused(self, error: BudgetExceeded) -> bool:
-        """Hear that a launch was refused; return whether that is news to the user."""
+    def refused(self, error: BudgetExceeded) -> None:
+        """Hear that a launch was refused."""
         self._refused = error, asyncio.get_running_loop().time() + ASK_AGAIN
-        key = str(error.details.get("budget", error.message)), _reset(error)
-        news = key not in self._said
-        self._said.add(key)
-        return news
 
     def allowed(self) -> None:
         """Hear that a launch was not refused."""
@@ -154,10 +150,12 @@ class Purse:
             return None
         return error
 
-    def spent(self) -> BudgetExceeded | None:
-        """Return the budget of everybody that is used up, if one is."""
-        spent = next((state for state in self._general if _used_up(state)), None)
-        return exceeded(spent, wanted=Decimal(0)) if spent is not None else None
+    def short_of(self, usd: Decimal) -> BudgetExceeded | None:
+        """Return the budget of everybody that does not allow to commit so much more, if there is one."""
+        for state in self._general:
+            if state.left is not None and state.left < usd:
+                return exceeded(state, wanted=usd)
+        return None
 
     def seconds(self, usd_per_hour: float) -> float | None:
         """Return how many machine-seconds at a price the budgets of everybody still allow; None: any number."""
@@ -166,12 +164,17 @@ class Purse:
             return None
         return float(min(left)) * 3600 / usd_per_hour
 
-    def why_not(self) -> str:
-        """Return why nothing may be launched now; empty if something may."""
-        if (refusal := self.refusal) is not None:
-            return refusal.message
-        spent = next((state for state in self._general if _used_up(state)), None)
-        return used_up_words(spent) if spent is not None else ""
+    def forbids(self, usd: Decimal) -> BudgetExceeded | None:
+        """Return why nothing that commits so much may be launched now; None if something may."""
+        return self.refusal or self.short_of(usd)
+
+    def news(self, error: BudgetExceeded) -> bool:
+        """Return whether this was not said yet, of this budget in its window; and remember that it is said."""
+        key = str(error.details.get("budget", error.message)), _reset(error)
+        if key in self._said:
+            return False
+        self._said.add(key)
+        return True
 
 
 def _used_up(state: BudgetState) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from runcomfy.cli.agent_voice import Narrated, Voice
 from runcomfy.cli.agent_work import last_words
@@ -14,20 +14,6 @@ from runcomfy.domain.money import show_usd
 if TYPE_CHECKING:
     from runcomfy.bootstrap import App
     from runcomfy.cli.runner import Interrupts
-
-VARIABLES: Final[Mapping[str, str]] = {
-    "max_machines": "RUNCOMFY_POOL_MAX_MACHINES",
-    "min_machines": "RUNCOMFY_POOL_MIN_MACHINES",
-    "budget_run": "RUNCOMFY_BUDGET_RUN",
-    "budget_hour": "RUNCOMFY_BUDGET_HOUR",
-    "budget_day": "RUNCOMFY_BUDGET_DAY",
-    "budget_month": "RUNCOMFY_BUDGET_MONTH",
-    "wait_price": "RUNCOMFY_WAIT_PRICE",
-    "latency_target": "RUNCOMFY_LATENCY_TARGET",
-    "server_types": "RUNCOMFY_POOL_SERVER_TYPES",
-    "keep_alive": "RUNCOMFY_KEEP_ALIVE",
-}
-"""Option -> the setting that it wins over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +38,9 @@ class Asked:
 
     def overrides(self) -> dict[str, Any]:
         """Return the settings that the options give."""
-        given = {name: getattr(self, field) for field, name in VARIABLES.items()}
-        given["RUNCOMFY_POOL_SERVER_TYPES"] = ",".join(self.server_types) or None
-        return {name: str(value) for name, value in given.items() if value is not None}
+        from runcomfy.bootstrap import SERVE_SETTINGS, pool_overrides
+
+        return pool_overrides({name: getattr(self, name) for name in SERVE_SETTINGS})
 
 
 async def work(interrupts: Interrupts, asked: Asked, where: Mapping[str, Any]) -> int:
