@@ -105,7 +105,10 @@ class _Planning:
             self._rate = max(self._rate, knobs.present_rate * view.demand.rate_session)
         self._looks: list[float] = []
         self._fewest: int | None = None
-        self._main = self._choose(self._fitting(()))
+        # What no waiting job can use is not launched for those to come, either.
+        names = {name for group in view.backlog for name in group.offers}
+        choosy = bool(view.backlog) and all(group.offers for group in view.backlog)
+        self._main = self._choose(self._fitting(tuple(names) if choosy else ()))
 
     def plan(self) -> Plan:
         actions: list[Action] = []
@@ -220,17 +223,19 @@ class _Planning:
     def _launches(self) -> list[Launch]:
         free = [(self._free_in(machine), machine.offer) for machine in self._there]
         found: list[Launch] = []
-        taken, spent_s, have = 0, 0.0, len(self._there)
+        taken, spent_s, have, of_type = 0, 0.0, len(self._there), dict.fromkeys(self._offers, 0)
         for launch in self._for_waiting(free):
             offer = self._offers[launch.offer]
-            count = min(launch.count, self._room(offer, taken, spent_s))
-            if count:
+            count = min(launch.count, self._room(offer, taken, spent_s), offer.room - of_type[offer.name])
+            if count > 0:
+                of_type[offer.name] += count
                 found.append(replace(launch, count=count, expected_usd=launch.expected_usd * count / launch.count))
                 taken, spent_s = taken + (0 if offer.own else count), spent_s + count * self._least_s(offer)
                 have += count
         wanted = self._ahead(have)
         if wanted is not None and self._main is not None:
-            count = min(wanted.count, self._room(self._main, taken, spent_s))
+            left = self._main.room - of_type[self._main.name]
+            count = min(wanted.count, self._room(self._main, taken, spent_s), left)
             if count > 0:
                 found.append(replace(wanted, count=count, expected_usd=wanted.expected_usd * count / wanted.count))
         return found
@@ -332,7 +337,8 @@ class _Planning:
         if main is None or not self._there:
             return []
         dearest = [self._offer_of(machine) for machine in self._there]
-        if any(offer.own or offer.usd_per_hour <= main.usd_per_hour for offer in dearest):
+        start = main.boot_s + main.load_s
+        if any(o.own or o.usd_per_hour <= main.usd_per_hour or o.boot_s + o.load_s >= start for o in dearest):
             return []
         if not any(machine.idle_since is None or self._now < self._keep(machine)[0] for machine in self._there):
             return []  # all of it is on its way out
@@ -345,25 +351,31 @@ class _Planning:
         why = f"{main.name} is ${premium:.2f} an hour cheaper than what works now"
         return [Launch(main.name, 1, why, self._start_cost(main))]
 
-    def _for_batches(self, have: int) -> list[Launch]:
-        main, found = self._main, []
-        if main is None:
-            return []
+    def _due(self, most: int) -> tuple[int, str]:
+        """Return how many machines (at most so many) the known batches deserve whose time to launch has come."""
+        main = self._main or self._view.offers[0]
+        number, why = 0, ""
         for batch in self._view.presence.batches:
             begin = batch.at - self._start_s(main)
             if batch.count <= 0 or self._now < begin:
                 self._look(begin)
-                continue
-            if self._now > batch.at + self._knobs.hold_s:
-                continue  # it did not come
-            work = batch.work_s if batch.work_s > 0 else batch.count * self._run_s(main)
-            number = batch_machines(batch.count, work, main, self._lam, cap=have + self._room(main, 0, 0.0))
-            if number > have:
-                why = f"{batch.count} jobs come in {max(0.0, batch.at - self._now):.0f} s, {work:.0f} s of work"
-                usd = (number - have) * self._start_cost(main)
-                hold = max(0.0, batch.at - self._now) + self._knobs.hold_s
-                found.append(Launch(main.name, number - have, why, usd, hold))
-        return found
+            elif self._now <= batch.at + self._knobs.hold_s:  # after that, it did not come
+                self._look(batch.at + self._knobs.hold_s)
+                work = batch.work_s if batch.work_s > 0 else batch.count * self._run_s(main)
+                wanted = batch_machines(batch.count, work, main, self._lam, cap=most)
+                if wanted > number:
+                    seconds = max(0.0, batch.at - self._now)
+                    number, why = wanted, f"{batch.count} jobs come in {seconds:.0f} s, {work:.0f} s of work"
+        return number, why
+
+    def _for_batches(self, have: int) -> list[Launch]:
+        main = self._main
+        if main is None:
+            return []
+        number, why = self._due(have + self._room(main, 0, 0.0))
+        if number <= have:
+            return []
+        return [Launch(main.name, number - have, why, (number - have) * self._start_cost(main))]
 
     def _for_people(self, have: int) -> list[Launch]:
         main, presence = self._main, self._view.presence
@@ -411,9 +423,10 @@ class _Planning:
         have = len(self._there)
         found: list[Stop] = []
         idle = [m for m in self._there if self._may_stop(m)]
+        least = max(self._view.limits.min_machines, self._due(have)[0])
         for machine in sorted(idle, key=self._first_to_go):
             left = have - 1
-            if self._is_own(machine) or left < self._view.limits.min_machines:
+            if self._is_own(machine) or left < least:
                 continue
             why = self._why_extra(machine, have) if left else self._why_last(machine)
             if why:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,11 +48,11 @@ def test_it_stays_within_a_factor_of_break_even(silences: tuple[float, ...], wor
 def test_no_other_time_would_have_cost_less(silences: tuple[float, ...], worth: float) -> None:
     # Repeated so often that the prior silences hardly count.
     repeated = silences * 40
-    weights = [0.5 ** ((len(repeated) - 1 - index) / HALF_LIFE) for index in range(len(repeated))]
+    weights = [math.pow(0.5, (len(repeated) - 1 - index) / HALF_LIFE) for index in range(len(repeated))]
 
     def cost(until: float) -> float:
-        over = sum(w * (g if g <= until else until + worth) for g, w in zip(repeated, weights, strict=True))
-        return over / sum(weights)
+        paid = [w * (g if g <= until else until + worth) for g, w in zip(repeated, weights, strict=True)]
+        return math.fsum(paid) / math.fsum(weights)
 
     kept = keep_alive(repeated, worth)
     others = [LEAST * worth, MOST * worth, *(g for g in silences if LEAST * worth <= g <= MOST * worth)]
