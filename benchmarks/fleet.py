@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -44,6 +44,7 @@ from runcomfy.application.role import Role
 from runcomfy.application.service import ServeOptions
 from runcomfy.bootstrap import App
 from runcomfy.domain.job import JobRequest
+from runcomfy.domain.machine import MachineId, ServerId
 from runcomfy.domain.money import seconds_between
 from runcomfy.domain.plan_view import Plan, PlanView, Policy
 from runcomfy.domain.queued import NewJob, QueueStatus
@@ -146,7 +147,15 @@ def _timed_async(work: Callable[..., Awaitable[Any]], took: list[float]) -> Call
 
 class _TimedPolicy:
     def __init__(self, policy: Policy, took: list[float]) -> None:
-        self.plan: Callable[[PlanView], Plan] = _timed(policy.plan, took)
+        self._policy, self._took = policy, took
+
+    @property
+    def name(self) -> str:
+        return self._policy.name
+
+    def plan(self, view: PlanView) -> Plan:
+        plan: Plan = _timed(self._policy.plan, self._took)(view)
+        return plan
 
 
 class Controller(App):
@@ -172,8 +181,8 @@ class Controller(App):
     async def fleet(self, pool: Pool, role: Role, *, policy: Policy | None = None) -> Fleet:
         fleet, ticks = await super().fleet(pool, role, policy=policy), self.ticks
         fleet.policy = _TimedPolicy(fleet.policy, ticks.plan)
-        fleet.view = _timed_async(fleet.view, ticks.view)  # type: ignore[method-assign]
-        fleet.tick = _timed_async(fleet.tick, ticks.whole)  # type: ignore[method-assign]
+        fleet.view = _timed_async(fleet.view, ticks.view)  # type: ignore[method-assign, assignment]
+        fleet.tick = _timed_async(fleet.tick, ticks.whole)  # type: ignore[method-assign, assignment]
         fleet._apply = _timed(fleet._apply, ticks.apply)  # type: ignore[method-assign]
         return fleet
 
@@ -241,10 +250,11 @@ async def differences(cloud: Cloud, app: App) -> int:
     """Return for how many machines our ledger and the cloud's bill differ by a second or more."""
     machines, _ = await app.cloud()
     ids = {row.server_id: row.id for row in await machines.books.rows(open_only=False)}
-    ours: Counter[str] = Counter()
+    ours: defaultdict[MachineId | None, Decimal] = defaultdict(Decimal)
     for entry in await machines.store.ledger():
-        ours[entry.machine_id] += seconds_between(entry.started_at, entry.ended_at)  # type: ignore[assignment]
-    return sum(1 for known, bill in cloud.books.items() if abs(Decimal(ours[ids.get(known, "")]) - bill.seconds) >= 1)  # type: ignore[call-overload]
+        ours[entry.machine_id] += seconds_between(entry.started_at, entry.ended_at)
+    gaps = [abs(ours[ids.get(ServerId(known))] - bill.seconds) for known, bill in cloud.books.items()]
+    return sum(1 for gap in gaps if gap >= 1)
 
 
 def jobs(count: int) -> Sequence[NewJob]:
@@ -317,9 +327,8 @@ async def run(loop: SkippingLoop) -> None:
     servers = LightComfyUIs(clock)
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="comfyctl-bench-")))
-        cloud = await stack.enter_async_context(
-            Cloud(loop, now=clock.now, comfyui_factory=servers.factory, balance_usd=None)
-        )
+        cloud = Cloud(loop, now=clock.now, comfyui_factory=servers.factory, balance_usd=None)
+        await stack.enter_async_context(cloud)
         account = CloudSettings(
             base_url=cloud.url,
             user_id=cloud.user_id,
@@ -341,7 +350,8 @@ async def run(loop: SkippingLoop) -> None:
             wake_interval=timedelta(seconds=1),
             job_timeout=timedelta(hours=1),
         )
-        app = await stack.enter_async_context(Controller(settings, queue, clock, servers))
+        app = Controller(settings, queue, clock, servers)
+        await stack.enter_async_context(app)
         await story(Stand(loop, cloud, app, servers))
 
 

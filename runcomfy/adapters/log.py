@@ -73,6 +73,8 @@ _PATTERNS: Final = (
     ("=", re.compile(r"(?i)([?&](?:access_|api_)?(?:token|key|sig|signature|password)=)[^&\s\"']+"), r"\1***"),
 )
 """What must occur in a text, in lower case, for the pattern to be worth a search; the pattern; what it becomes."""
+_MACHINE_HOST: Final = re.compile(r"(?i)[a-z0-9][a-z0-9_-]{0,62}-comfyui\.[a-z0-9.-]+")
+"""A host name that is cut out by its looks. There may be thousands a day, each of which would cost every line."""
 _SECRET_KEY: Final = re.compile(r"(?i)token|secret|passw|authorization|api[-_]?key|cookie|^user_?id$")
 
 
@@ -82,19 +84,22 @@ class Redactor:
     def __init__(self) -> None:
         self._known: set[str] = set()
         self._pattern: re.Pattern[str] | None = None
+        self._made_of = 0
+        """Of how many texts the pattern was made: it is made again when it is needed, not with every text."""
 
     def add(self, secret: str) -> None:
         """Cut this text out from now on, also in its URL-quoted and JSON-escaped forms."""
         if len(secret) < _SHORTEST_SECRET:
             return
         forms = {secret, quote(secret, safe=""), json.dumps(secret)[1:-1]}
-        if not forms <= self._known:
-            self._known |= forms
-            alternatives = map(_as_pattern, sorted(self._known, key=len, reverse=True))
-            self._pattern = re.compile("|".join(alternatives), re.IGNORECASE)
+        self._known |= forms
 
     def clean(self, text: str) -> str:
         """Return the text without secrets."""
+        if self._made_of != len(self._known):
+            known = set(self._known)  # another thread may add to it
+            alternatives = map(_as_pattern, sorted(known, key=len, reverse=True))
+            self._pattern, self._made_of = re.compile("|".join(alternatives), re.IGNORECASE), len(known)
         if self._pattern is not None:
             text = self._pattern.sub("***", text)
         lower = text.lower()
@@ -123,7 +128,7 @@ def register_secret(secret: str | Secret | SecretUrl) -> None:
         return
     with contextlib.suppress(ValueError):  # an address that cannot be read names no host
         host = urlsplit(text).hostname or ""
-        if not is_loopback(host):
+        if not is_loopback(host) and _MACHINE_HOST.fullmatch(host) is None:
             _redactor.add(host)
 
 

@@ -123,7 +123,8 @@ class Dispatch:
         self._look_at = now + GLANCE_GAP
         size = WINDOW if limit > 0 else GLANCE
         rows = await self._store.jobs(status=QueueStatus.PENDING, limit=size, barred=self._barred())
-        waiting = [row for row in rows if may_start(row, self._store.now(), self._station.places())]
+        at, places = self._store.now(), self._station.places()
+        waiting = [row for row in rows if may_start(row, at, places)]
         begun, left = 0, waiting
         if limit > 0 and self._settings.fair_users:
             begun, left = await self._any(limit), []

@@ -195,7 +195,7 @@ class MachinePool:
             cold=lease.cold,
         )
         self._works.put(lease.work)
-        self._members.changed()
+        self._changed(pooled)
         return lease
 
     def computing(self, lease: MachineLease, *, ago_s: float = 0.0) -> None:
@@ -206,7 +206,7 @@ class MachinePool:
             lease.cold = lease.workflow not in lease.machine.warm
             since = max(lease.began_at, self._clock.now() - timedelta(seconds=ago_s))
             self._note(lease, computing_at=since, cold=lease.cold)
-            self._members.changed()
+            self._changed(lease.machine)
 
     def computed(self, lease: MachineLease) -> None:
         """See the protocol."""
@@ -216,7 +216,7 @@ class MachinePool:
                 self._note(lease, computed_at=self._clock.now())
                 if not lease.void:
                     lease.machine.warm.add(lease.workflow)
-            self._members.changed()
+            self._changed(lease.machine)
 
     def give_back(self, lease: MachineLease, *, outcome: str, error: RunComfyError | None = None) -> None:
         """See the protocol."""
@@ -236,7 +236,12 @@ class MachinePool:
                 self._judge(member, lease, outcome, error)
             self._members.end_if_unused(member)
             self._renewal.end_what_is_over([member])
-        self._members.changed()
+        self._changed(pooled)
+
+    def _changed(self, pooled: PooledMachine) -> None:
+        """Tell of a change to a lease; where the machine is gone, that is told."""
+        if (member := self._members.get(pooled.id)) is not None and member.pooled is pooled:
+            self._members.changed(member)
 
     def _judge(self, member: Member, lease: MachineLease, outcome: str, error: RunComfyError | None) -> None:
         """Count what the end of a job says about its machine."""

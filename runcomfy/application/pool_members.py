@@ -130,14 +130,16 @@ class Members:
     def add(self, member: Member) -> Member:
         """Take a machine in."""
         self._all[member.machine.id] = member
-        self.changed()
+        self._pooled = None
+        self.changed(member)
         return member
 
     def answered(self, member: Member, machine: Machine) -> None:
         """Remember what a launch became: repeated, it has another id than its intent."""
         self._all = {(machine.id if known is member else machine_id): known for machine_id, known in self._all.items()}
         member.pooled.machine = machine
-        self.changed()
+        self._pooled = None
+        self.changed(member)
 
     def remove(self, member: Member) -> None:
         """Let go of a machine."""
@@ -147,7 +149,8 @@ class Members:
             if not member.was_usable:
                 self.health.start_unclear(member.machine.server_type)
             self.let_go(member)
-            self.changed()
+            self._pooled = None
+            self.changed(member)
 
     # -- telling -------------------------------------------------------------------------------------------
 
@@ -155,9 +158,9 @@ class Members:
         """See `Pool.on_change`."""
         self._listeners.append(listener)
 
-    def changed(self) -> None:
+    def changed(self, member: Member) -> None:
         """Tell the listeners, once, when the loop comes to it."""
-        self._pooled = None
+        member.pooled.changes += 1
         if not self._telling:
             self._telling = True
             asyncio.get_running_loop().call_soon(self._tell)
@@ -240,7 +243,7 @@ class Members:
             member.attach_until = now + member.attach_s
         pooled.idle_since = None if pooled.leases else now
         self.health.usable(member.machine.server_type)
-        self.changed()
+        self.changed(member)
 
     def void(self, member: Member, why: str) -> None:
         """Make every lease void: what was on the machine cannot be relied on any more (fault 16)."""
@@ -255,13 +258,13 @@ class Members:
                 "pool_leases_void",
                 extra={"fields": {"machine": member.machine.id, "jobs": len(pooled.leases), "why": why}},
             )
-        self.changed()
+        self.changed(member)
 
     def suspect(self, member: Member, why: str) -> None:
         """Send nothing new there until it is known what is wrong; empty: nothing is."""
         if member.pooled.suspect != why:
             member.pooled.suspect = why
-            self.changed()
+            self.changed(member)
 
     def drain(self, member: Member, why: str) -> None:
         """Let no further job go there, and end the machine when the last one has left. The first reason is kept."""
@@ -272,7 +275,7 @@ class Members:
                 pooled.stage = Stage.DRAINING
             if member.machine.server_id is not None:
                 self.spawn(self.write(member, f"drained: {why}", draining=why), name=f"drain {member.machine.id}")
-            self.changed()
+            self.changed(member)
         self.end_if_unused(member)
 
     def end_if_unused(self, member: Member) -> None:
@@ -374,6 +377,7 @@ class Members:
                 task.cancel()
         client, member.client = member.client, None
         member.pooled.server = None
+        self.changed(member)
         if client is not None:
             self.spawn(client.close(), name="close a client")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
-from runcomfy.application.pooled import MachineLease, Pool
+from runcomfy.application.pooled import MachineLease, Pool, PooledMachine
 from runcomfy.application.seat import Seat
 from runcomfy.domain.estimate import History
 from runcomfy.domain.exceptions import MachineLost
@@ -82,15 +82,18 @@ class PoolSeat(Seat):
         lease: MachineLease,
         *,
         others: Callable[[], Iterable[PoolSeat]],
+        there: Callable[[PooledMachine], bool],
         learn: Callable[[MachineLease], None],
     ) -> None:
-        """`others`: every seat of this station. `learn` hears of a prompt that has ended."""
+        """`others`: every seat at this machine. `there`: whether a machine belongs to the pool. `learn` hears of a
+        prompt that has ended.
+        """
         self.lease = lease
         self.sent: PromptId | None = None
         """Its prompt, once the server has it."""
         self._foreign: tuple[float, int] = float("-inf"), 0
         """When (loop) the server's queue was read last, and how many prompts of others were in it."""
-        self._pool, self._others, self._learn = pool, others, learn
+        self._pool, self._others, self._there, self._learn = pool, others, there, learn
         self._moved = asyncio.Event()
         self._at_turn: list[Callable[[], None]] = []
         self.cut: Callable[[], None] | None = None
@@ -154,8 +157,8 @@ class PoolSeat(Seat):
 
     def saw(self, queue: QueueView) -> None:
         """See `Seat`: what is there and not ours, a user has started by hand."""
-        ours = {seat.sent for seat in self._others() if seat.lease.machine is self.lease.machine}
-        if not any(seat.sent is None for seat in self._others() if seat.lease.machine is self.lease.machine):
+        ours = {seat.sent for seat in self._others()}
+        if None not in ours:
             foreign = sum(1 for prompt_id in (*queue.running, *queue.pending) if prompt_id not in ours)
             self._foreign = asyncio.get_running_loop().time(), foreign
 
@@ -197,7 +200,7 @@ class PoolSeat(Seat):
         machine = self.lease.machine
         if machine.server is None or (self.lease.void and machine.draining):  # that one is ended, whatever runs there
             return True
-        return all(known is not machine for known in self._pool.machines)
+        return not self._there(machine)
 
     @property
     def server_stays(self) -> bool:

@@ -81,6 +81,13 @@ class PoolStation:
         self._outlives = outlives
         self.experience = Experience(works)
         self._seats: dict[JobId, PoolSeat] = {}
+        self._at: dict[PooledMachine, list[PoolSeat]] = {}
+        """The same seats by machine, in the order in which they were taken."""
+        self._looked: dict[PooledMachine, int] = {}
+        """The machine's `changes` when its seats were looked at last."""
+        self._listed: Sequence[PooledMachine] = ()
+        self._known: frozenset[PooledMachine] = frozenset()
+        """The pool's machines as of `_listed`."""
         self._delayed: dict[RowId, float] = {}
         """Since when (loop) others have passed a job, or it was held for a machine that starts."""
         self._listeners: list[Callable[[], None]] = []
@@ -97,13 +104,17 @@ class PoolStation:
         self._listeners.append(listener)
 
     def _changed(self) -> None:
-        for seat in list(self._seats.values()):
-            if not seat.void:
-                seat.look()
+        for machine, seats in list(self._at.items()):
+            if self._looked.get(machine) == machine.changes:
                 continue
-            seat.spare()
-            if seat.cut is not None:
-                seat.cut()
+            self._looked[machine] = machine.changes
+            for seat in list(seats):
+                if not seat.void:
+                    seat.look()
+                    continue
+                seat.spare()
+                if seat.cut is not None:
+                    seat.cut()
         for machine in self._pool.machines if self._orphans else ():
             if machine.takes_jobs and machine.id in self._orphans and machine.id not in self._tidying:
                 self._spawn(self._end_orphans(machine))
@@ -159,9 +170,10 @@ class PoolStation:
         """See `Chooser`."""
         now = asyncio.get_running_loop().time()
         jobs = {row.id: row for row in waiting}
+        pending = [self._pending(row, now) for row in waiting]
         placed = place(
-            [self._pending(row, now) for row in waiting],
-            self._spots(now),
+            pending,
+            self._spots(now, {job.bound for job in pending if job.bound is not None}),
             self.experience,
             patience_s=self._settings.affinity_wait.total_seconds(),
         )
@@ -182,8 +194,13 @@ class PoolStation:
         delayed = now - self._delayed[row.id] if row.id in self._delayed else 0.0
         return Pending(row.id, row.priority, row.workflow_id, row.place if there else None, delayed)
 
-    def _spots(self, now: float) -> list[Spot]:
-        return [self._spot(machine, now) for machine in self._pool.machines]
+    def _spots(self, now: float, bound: Collection[str] | None = None) -> list[Spot]:
+        """Return the machines as placement sees them; with `bound` only those with a seat, and those named there."""
+        machines = self._pool.machines
+        if bound is not None:
+            depth = self._settings.depth
+            machines = [machine for machine in machines if machine.seated < depth or machine.key in bound]
+        return [self._spot(machine, now) for machine in machines]
 
     def _spot(self, machine: PooledMachine, now: float) -> Spot:
         seated = [lease for lease in machine.leases if lease.computed_at is None]
@@ -206,7 +223,7 @@ class PoolStation:
 
     def _foreign(self, machine: PooledMachine, now: float) -> int:
         """Return how many prompts of a user's own are in a server's queue, as far as anybody has looked (fault 69)."""
-        return max((seat.foreign(now) for seat in self._seats.values() if seat.lease.machine is machine), default=0)
+        return max((seat.foreign(now) for seat in self._at.get(machine, ())), default=0)
 
     def seat(self, job: QueuedJob, place: str | None = None) -> bool:
         """See `Chooser`."""
@@ -239,17 +256,39 @@ class PoolStation:
             expected_s=expected,
             attach=attach,
         )
-        seat = self._seats[job_id] = PoolSeat(self._pool, lease, others=self._seats.values, learn=self._learn)
+        seat = PoolSeat(
+            self._pool, lease, others=lambda: self._at.get(machine, ()), there=self._there, learn=self._learn
+        )
+        self._seats[job_id] = seat
+        self._at.setdefault(machine, []).append(seat)
         return seat
+
+    def _forget_seat(self, job_id: JobId) -> None:
+        seat = self._seats.pop(job_id)
+        machine = seat.lease.machine
+        self._at[machine].remove(seat)
+        if not self._at[machine]:
+            del self._at[machine]
+            self._looked.pop(machine, None)
+
+    def _there(self, machine: PooledMachine) -> bool:
+        """Whether a machine belongs to the pool."""
+        machines = self._pool.machines
+        if machines is not self._listed or not isinstance(machines, tuple):
+            self._listed, self._known = machines, frozenset(machines)
+        return machine in self._known
 
     def release(self, job_id: JobId) -> None:
         """See `Chooser`."""
-        seat = self._seats.pop(job_id, None)
+        seat = self._seats.get(job_id)
         if seat is not None:
+            self._forget_seat(job_id)
             self._pool.give_back(seat.lease, outcome="put-back")
 
     def reconsider(self, priorities: Mapping[JobId, int], unplaced: Sequence[QueuedJob]) -> Mapping[JobId, BackWhy]:
         """See `Chooser`."""
+        if not self._may_move(priorities, unplaced):
+            return {}
         now = asyncio.get_running_loop().time()
         waits = {
             job_id: seat
@@ -268,6 +307,16 @@ class PoolStation:
         pending = [self._pending(row, now) for row in unplaced]
         back = take_back(seconds, pending, self._spots(now), self.experience, gain_s=GAIN_S)
         return {numbered[number]: why for number, why in back.items()}
+
+    def _may_move(self, priorities: Mapping[JobId, int], unplaced: Sequence[QueuedJob]) -> bool:
+        """Whether anything of what `take_back` asks for can be: with a thousand full machines it hardly ever is."""
+        least = max(priorities.values(), default=None)
+        if least is None or any(row.priority < least for row in unplaced):
+            return least is not None
+        depth = self._settings.depth
+        if len(self._at) < len(self._pool.machines):
+            return True
+        return any(not m.takes_jobs or m.seated < depth or not self._there(m) for m in self._at)
 
     def _learn(self, lease: MachineLease) -> None:
         """Remember how long a prompt has computed. Only the length matters; the stamps are made up from it."""
@@ -347,14 +396,13 @@ class PoolStation:
 
     def _leave(self, job_id: JobId, seat: PoolSeat, outcome: str, error: BaseException | None) -> None:
         if self._seats.get(job_id) is seat:
-            del self._seats[job_id]
+            self._forget_seat(job_id)
         if seat.void and not seat.server_gone and seat.sent is not None and error is not None:
             self._orphans.setdefault(seat.lease.machine.id, []).append((seat.began, seat.sent))
         failed = error if isinstance(error, RunComfyError) and outcome == "failed" else None
         if isinstance(error, MACHINE_FAILS):
-            for other in [seat, *self._seats.values()]:
-                if other.lease.machine is seat.lease.machine:
-                    other.spare()
+            for other in [seat, *self._at.get(seat.lease.machine, ())]:
+                other.spare()
         self._pool.give_back(seat.lease, outcome=outcome, error=failed)
 
     def _visited(self, key: str | None) -> Place:
@@ -369,7 +417,7 @@ class PoolStation:
         if wanted is None:
             now = asyncio.get_running_loop().time()
             asked = Pending(RowId(0), 0, facts.workflow, delayed_s=self._settings.affinity_wait.total_seconds())
-            placed = place([asked], self._spots(now), self.experience, patience_s=0.0)
+            placed = place([asked], self._spots(now, ()), self.experience, patience_s=0.0)
             wanted = self._machine(next((placement.machine for placement in placed.placements), None))
             if wanted is None:
                 raise MachineLost("no machine of the pool has a seat free", hint="the job is tried again")

@@ -179,7 +179,7 @@ class Watch:
             member.billed_since = now - max(0.0, (clock.now() - ready_at).total_seconds())
             member.confirmed_s = machine.duration.total_seconds()
         member.down_since = now
-        self._members.changed()
+        self._members.changed(member)
         return True
 
     async def _note_time(self, member: Member, report: MachineReport, began: float) -> None:

@@ -93,6 +93,8 @@ class PooledMachine:
     """Seconds that one lease that had been there all the time would have to pay for."""
     counted_at: float = 0.0
     """Loop: until when `shared_s` is counted."""
+    changes: int = 0
+    """Goes up with every change of the machine or of its leases, before the pool's listeners are called."""
 
     @property
     def id(self) -> MachineId:

@@ -74,6 +74,7 @@ class StandingPool:
     def lose(self, machine: PooledMachine) -> None:
         """Let a machine be gone."""
         self._machines.remove(machine)
+        machine.changes += 1
         self._changed()
 
     # -- the pool ------------------------------------------------------------------------------------------
@@ -88,6 +89,8 @@ class StandingPool:
         self._listeners.append(listener)
 
     def _changed(self) -> None:
+        for machine in self._machines:
+            machine.changes += 1
         if not self._pending:
             self._pending = True
             asyncio.get_running_loop().call_soon(self._tell)
