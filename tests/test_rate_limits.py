@@ -142,6 +142,25 @@ async def test_a_hold_holds_everybody(limiter: Limiter, looptime: float) -> None
     assert 19.9 <= looptime <= 21.1
 
 
+async def test_a_hold_also_holds_those_who_wait_for_their_turn_already(limiter: Limiter, looptime: float) -> None:
+    """I22: else a queue of requests runs on into a provider that has said that it is too much."""
+    gone: list[float] = []
+
+    async def goes(urgent: bool) -> None:
+        await limiter.wait_turn(urgent=urgent)
+        gone.append(asyncio.get_running_loop().time())
+
+    waiting = [asyncio.create_task(goes(urgent=number % 5 == 0)) for number in range(15)]
+    await asyncio.sleep(3)
+    before = len(gone)
+    await limiter.hold(timedelta(seconds=20))
+    await asyncio.gather(*waiting)
+    assert 5 <= before <= 9
+    assert all(at >= 22.9 for at in gone[before:])
+    later = sorted(gone)[before:]
+    assert later[-1] - later[0] >= len(later) - 1 - SETTINGS.burst  # and then at the account's rate again
+
+
 async def test_waiting_can_be_cancelled(looptime: float) -> None:
     limiter = LocalLimiter(per_second=1.0, burst=1, reserve=0)
     await limiter.wait_turn(urgent=False)

@@ -7,7 +7,7 @@ import logging
 from datetime import timedelta
 
 from runcomfy.domain.exceptions import LocalError
-from runcomfy.domain.pacing import TokenBucket
+from runcomfy.domain.pacing import SLACK, TokenBucket
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.store import Store
@@ -27,9 +27,20 @@ class StoreLimiter:
         self._bucket = TokenBucket(
             per_second=settings.requests_per_second, burst=max(1, settings.stop_reserve), reserve=0
         )
+        self._held_until = float("-inf")
+        """Until when the provider wants to hear nothing of us, by the loop's clock."""
 
     async def wait_turn(self, *, urgent: bool) -> None:
         """Return when the account's next request may be sent."""
+        loop = asyncio.get_running_loop()
+        while True:
+            wait = await self._next_turn(urgent=urgent)
+            await asyncio.sleep(max(wait, self._held_until - loop.time()))
+            if loop.time() >= self._held_until - SLACK:
+                return  # else the provider said meanwhile that it is too much: the turn is asked for anew
+
+    async def _next_turn(self, *, urgent: bool) -> float:
+        """Take the account's next free moment; return in how many seconds that is."""
         settings = self._settings
         try:
             wait = await self._store.reserve_request(
@@ -45,12 +56,14 @@ class StoreLimiter:
                 raise
             _log.warning("limiter_store_failed", extra={"fields": {"error": error.code}})
             await self._wait_alone()
-        else:
-            await asyncio.sleep(wait.total_seconds())
+            return 0.0
+        return wait.total_seconds()
 
     async def hold(self, wait: timedelta) -> None:
-        """Let no process of the account send before `wait` has passed."""
-        self._bucket.hold(asyncio.get_running_loop().time(), wait.total_seconds())
+        """Let no process of the account send before `wait` has passed, also not who waits for a turn in this one."""
+        now = asyncio.get_running_loop().time()
+        self._bucket.hold(now, wait.total_seconds())
+        self._held_until = max(self._held_until, now + wait.total_seconds())
         try:
             await self._store.hold_requests(self._account, now=self._clock.now(), wait=wait)
         except LocalError as error:

@@ -31,3 +31,16 @@ class LoopClock:
             if self._loop is None:
                 raise
         return self._start + timedelta(seconds=self._loop.time())
+
+
+class SettableClock(LoopClock):
+    """The loop's time, until somebody sets the clock: `off` is added from then on."""
+
+    def __init__(self, start: datetime = START) -> None:
+        """It is right until `off` is changed."""
+        super().__init__(start)
+        self.off = timedelta(0)
+
+    def now(self) -> datetime:
+        """Return what the clock on the wall shows."""
+        return super().now() + self.off

@@ -26,6 +26,12 @@ LIFE_OF_A_CALL: Final = 5.0
 Story = Callable[[RunningPool], Awaitable[None]]
 
 
+def expect(true: object, words: str) -> None:
+    """Raise AssertionError with the words if something is not so."""
+    if not true:
+        raise AssertionError(words)
+
+
 @asynccontextmanager
 async def keeping(program: Program) -> AsyncIterator[RunningPool]:
     """Keep the account's pool for the block, as the service does; what is rented is ended then."""
@@ -50,23 +56,28 @@ async def kept(cloud: RunComfyEmulator, programs: Programs, *, within: float = 1
     async with programs.start() as program:
         async with keeping(program) as pool:
             yield pool
-        assert cloud.alive == [], "machines are left"
-        assert {name: gap for name, gap in (await gaps(cloud, program)).items() if abs(gap) > within} == {}
-        assert await program.books.rows() == [], "the books are not closed"
+        expect(not cloud.alive, f"left running: {cloud.alive}")
+        wrong = {name: gap for name, gap in (await gaps(cloud, program)).items() if abs(gap) > within}
+        expect(not wrong, f"seconds that our ledger has beyond the cloud's bill: {wrong}")
+        expect(not await program.books.rows(), "the books are not closed")
 
 
-async def dies(programs: Programs, point: str, story: Story, *, within: float = 3_600.0) -> Program:
-    """Have a keeper tell a story that ends, as by `kill -9`, when it reaches a point for the first time.
+async def dies(programs: Programs, point: str, story: Story, *, time: int = 1, within: float = 3_600.0) -> Program:
+    """Have a keeper tell a story that ends, as by `kill -9`, when it reaches a point for the how-manieth time.
 
     `before provider.launch_machine` and `after store.add_machine` are points; `during provider.stop_machine` is while
     the cloud has done what it was asked for and has not answered yet. Raises TimeoutError if the point never comes.
     """
     when, _, call = point.partition(" ")
+    place = f"{'before' if when == 'during' else when} {call}"
     reached = asyncio.Event()
     died: list[Program] = []
+    visits = 0
 
     def visit(at: str) -> None:
-        if died and at == f"{'before' if when == 'during' else when} {call}" and not reached.is_set():
+        nonlocal visits
+        visits += at == place
+        if died and at == place and visits == time:
             reached.set()
             if when != "during":
                 died[0].drop_dead()
@@ -106,8 +117,8 @@ class Watching:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        assert self.looks > 0
-        assert self.complaints == []
+        expect(self.looks > 0, "nobody looked")
+        expect(not self.complaints, "\n".join(self.complaints))
 
     async def _watch(self) -> None:
         while True:

@@ -19,6 +19,7 @@ from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Programs, settings_for
 from runcomfy.testing.queue_programs import QueuePrograms
+from runcomfy.testing.serving import Services
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +67,12 @@ def keepers(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopC
     """Programs that may keep a pool of up to four machines of one account, one after the other."""
     settings = settings_for(cloud_settings, tmp_path / "state")
     return Programs(cloud, replace(settings, pool=PoolSettings(max_machines=4)), clock)
+
+
+@pytest_asyncio.fixture
+async def services(
+    cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path
+) -> AsyncIterator[Services]:
+    """Services that share an account, books and a queue."""
+    async with Services(cloud, cloud_settings, clock, tmp_path) as services:
+        yield services

@@ -1,4 +1,4 @@
-"""Faults of the catalogue on the path of the pool; those that `test_pool_faults` has no story of. The cloud's bill tells.
+"""Faults of the catalogue on the path of the pool: those that `test_pool_faults` has no story of.
 
 Each story keeps a pool as the service does (taking over, reconciling, watching, paying), lets the cloud or the computer
 misbehave, and ends with nothing running and our ledger equal to the cloud's own bill to the second.
@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import pytest
 
+from runcomfy.application.machine_pool import MachinePool
 from runcomfy.domain.exceptions import StopUnconfirmed
 from runcomfy.domain.machine import MachineState, Purpose
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
@@ -225,10 +226,12 @@ async def test_a_pool_that_ends_while_no_stop_is_allowed_says_what_may_bill_and_
 ) -> None:
     """I4: the wish to stop is durable."""
     cloud.next_machine(ignores_stop_time=True)
-    with pytest.raises(StopUnconfirmed):
-        async with kept(cloud, keepers) as pool:
-            await pool.usable()
-            cloud.revoke(1)
+    async with keepers.start() as program:
+        pool = RunningPool(program, MachinePool(program.machines, program.placer.comfyui))
+        await pool.usable()
+        cloud.revoke(1)
+        with pytest.raises(StopUnconfirmed):
+            await pool.close()
     assert cloud.billing == cloud.launched
     keepers.processes.dead.add(pool.program.owner.id)
     cloud.behave()
