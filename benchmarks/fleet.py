@@ -34,7 +34,6 @@ from typing import Any
 import psutil
 
 from benchmarks.common import high, middle, report
-from benchmarks.light_comfyui import LightClient, LightComfyUIs, graph
 from benchmarks.skipping import HOLD_MS, SkippingLoop
 from runcomfy.application.fleet import Fleet
 from runcomfy.application.heartbeat import Pulse
@@ -55,6 +54,7 @@ from runcomfy.ports.comfyui import ComfyUI
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.emulators.runcomfy.machines import EmulatedMachine
+from runcomfy.testing.light_comfyui import LightClient, LightComfyUIs, graph
 from runcomfy.testing.programs import settings_for
 
 MACHINES = int(os.environ.get("BENCHMARK_MACHINES", "1000"))

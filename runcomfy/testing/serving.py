@@ -44,6 +44,7 @@ from runcomfy.testing.programs import EmulatedProcesses, Killed, Mortal, setting
 from runcomfy.testing.queue_programs import drawing
 
 LOOK_EVERY: Final = 5.0
+MakeClient = Callable[[SecretUrl], ComfyUI]
 QUIET: Final[dict[str, Any]] = {
     "guard": False,
     "plan_every": timedelta(seconds=20),
@@ -102,6 +103,7 @@ class _ServedApp(App):
         super().__init__(settings, clock=clock, tell=self._hear, processes=self.own)
         self._queue_settings = queue
         self.said: list[str] = []
+        self.make_client: MakeClient | None = None
         self.killed, self.awake = asyncio.Event(), asyncio.Event()
         self.awake.set()
         self._books_held: Any = None
@@ -129,7 +131,7 @@ class _ServedApp(App):
         return self._jobs_held
 
     def _client(self, url: SecretUrl) -> ComfyUI:
-        real = super()._client(url)
+        real = super()._client(url) if self.make_client is None else self.make_client(url)
         self._stack.push_async_callback(real.close)  # a dead program closes nothing
         client: ComfyUI = self._held(real)
         return client
@@ -211,6 +213,8 @@ class Services:
         self._stack = AsyncExitStack()
         self._onlooker = _ServedApp(self.settings, self.queue_settings, self.processes, clock)
         self._running: list[Served] = []
+        self.make_client: MakeClient | None = None
+        """What services begun from now on reach ComfyUI servers with; None: over HTTP."""
 
     @staticmethod
     def _database(folder: Path) -> Any:
@@ -251,6 +255,7 @@ class Services:
             pool=replace(self.settings.pool, **{**QUIET, **pool}),
         )
         served = Served(_ServedApp(settings, self.queue_settings, self.processes, self.clock), self.processes)
+        served.app.make_client = self.make_client
         self._running.append(served)
         with suppress(Killed):
             async with served.app:

@@ -1,5 +1,5 @@
 """
-A ComfyUI server that costs nearly nothing, in this process: for measurements of what keeps a thousand of them.
+A ComfyUI server that costs nearly nothing, in this process: for what is told of whoever keeps hundreds.
 
 It keeps the port's contract as far as a well-behaved server needs it: one prompt computes at a time, the others wait
 in its queue, sockets say what happens, the history keeps what came of it. Every result is the same small picture.
@@ -72,16 +72,19 @@ class LightServer:
         self._end: asyncio.TimerHandle | None = None
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
+        """Answer from now on; return the address."""
         self.up = True
         self._park.by_url[self.url] = self
         return self.url
 
     async def stop(self) -> None:
+        """Answer no more."""
         self.up = False
         if self._end is not None:
             self._end.cancel()
 
     def add(self, prompt_id: PromptId, seconds: float) -> None:
+        """Queue a prompt that takes so long."""
         self.waiting[prompt_id] = seconds
         self._next()
 
@@ -111,6 +114,7 @@ class LightServer:
         self.say(prompt_id, "executing", node=None)
 
     def say(self, prompt_id: PromptId, kind: str, **data: Any) -> None:
+        """Send a message to whoever listens for a prompt."""
         if prompt_id in self.listeners:
             self.listeners[prompt_id].put_nowait(Said(kind, {"prompt_id": prompt_id, **data}))
 
@@ -126,12 +130,15 @@ class LightComfyUIs:
         self._clock = clock
 
     def factory(self, machine: EmulatedMachine) -> LightServer:
+        """Return the server of an emulated machine."""
         return LightServer(self, machine.server_id)
 
     def stamp(self) -> int:
+        """Return the time as servers write it: milliseconds since 1970."""
         return int(self._clock.now().timestamp() * 1000)
 
     def begun(self, prompt_id: PromptId) -> None:
+        """Count a prompt that begins to compute."""
         self.ran[prompt_id] = self.ran.get(prompt_id, 0) + 1
 
 
@@ -143,6 +150,7 @@ class LightClient:
 
     @property
     def masked_url(self) -> str:
+        """See the port."""
         return "https://…"
 
     def _server(self) -> LightServer:
@@ -153,22 +161,27 @@ class LightClient:
         return server
 
     async def probe(self, *, fresh: bool = False) -> ServerInfo:
+        """See the port."""
         self._server()
         return ServerInfo("0.27.0", interrupts_by_id=True, cancels_jobs=True)
 
     async def node_info(self, classes: Collection[str], *, fresh: bool = False) -> Mapping[str, Any]:
+        """See the port."""
         self._server()
         return {name: NODES[name] for name in classes if name in NODES}
 
     async def class_names(self) -> Collection[str]:
+        """See the port."""
         self._server()
         return list(NODES)
 
     async def upload(self, path: str, *, kind: str = "image") -> str:
-        raise NotImplementedError("graphs of the measurements have no inputs")
+        """See the port."""
+        raise NotImplementedError("graphs that run here have no inputs")
 
     @asynccontextmanager
     async def listen(self, prompt_id: PromptId) -> AsyncIterator[AsyncIterator[ServerEvent]]:
+        """See the port."""
         server = self._server()
         events: asyncio.Queue[ServerEvent] = asyncio.Queue()
         events.put_nowait(SocketUp())
@@ -187,20 +200,25 @@ class LightClient:
         """There is none."""
 
     async def submit(self, graph: Mapping[str, Any], *, prompt_id: PromptId) -> Submitted:
+        """See the port."""
         self._server().add(prompt_id, float(graph["1"]["inputs"]["seconds"]))
         return Submitted(prompt_id)
 
     async def queue(self) -> QueueView:
+        """See the port."""
         server = self._server()
         return QueueView((server.running,) if server.running is not None else (), tuple(server.waiting))
 
     async def history(self, prompt_id: PromptId) -> HistoryEntry | None:
+        """See the port."""
         return self._server().history.get(prompt_id)
 
     async def cancel(self, prompt_id: PromptId, *, alone: bool) -> bool:
+        """See the port."""
         return await self.withdraw(prompt_id)
 
     async def withdraw(self, prompt_id: PromptId) -> bool:
+        """See the port."""
         server = self._server()
         if server.running == prompt_id or prompt_id in server.history:
             return False
@@ -208,6 +226,7 @@ class LightClient:
         return True
 
     async def fetch(self, file: FileRef, destination: str) -> Fetched:
+        """See the port."""
         self._server()
         await asyncio.to_thread(Path(destination).write_bytes, PICTURE)
         return Fetched(len(PICTURE), SHA256)
