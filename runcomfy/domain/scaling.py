@@ -80,6 +80,8 @@ class CostPlan:
 
     def plan(self, view: PlanView) -> Plan:
         """Return what to launch and stop now, and when to look again."""
+        if not view.offers:
+            return Plan()
         return _Planning(view, self._knobs).plan()
 
 
@@ -99,6 +101,10 @@ class _Planning:
         self._there = [machine for machine in view.machines if machine.stage is not Stage.DRAINING]
         self._coming = any(not machine.jobs and machine.idle_since is None for machine in self._there)
         self._ready = sum(1 for machine in self._there if machine.jobs or machine.idle_since is not None)
+        self._cheapest_idle = min(
+            (self._offer_of(machine).usd_per_hour for machine in self._there if machine.idle_since is not None),
+            default=math.inf,
+        )
         self._rented = sum(1 for machine in view.machines if not self._is_own(machine))
         self._rate = _FAST_SHARE * view.demand.rate_fast + (1 - _FAST_SHARE) * view.demand.rate_slow
         if view.presence.present:
@@ -108,7 +114,11 @@ class _Planning:
         # What no waiting job can use is not launched for those to come, either.
         names = {name for group in view.backlog for name in group.offers}
         choosy = bool(view.backlog) and all(group.offers for group in view.backlog)
-        self._main = self._choose(self._fitting(tuple(names) if choosy else ()))
+        fitting = self._fitting(tuple(names) if choosy else ())
+        self._main = self._choose(fitting)
+        # What it would be if there were room: bridges are told by it.
+        self._usual = self._main or self._choose([replace(offer, room=1) for offer in fitting or view.offers])
+        self._bridges = [machine for machine in self._there if self._is_bridge(self._offer_of(machine))]
 
     def plan(self) -> Plan:
         actions: list[Action] = []
@@ -133,6 +143,14 @@ class _Planning:
 
     def _offer_of(self, machine: MachineView) -> OfferView:
         return self._offers.get(machine.offer) or self._view.offers[0]
+
+    def _is_bridge(self, offer: OfferView) -> bool:
+        """Return whether a type costs more than the usual one and starts faster."""
+        main = self._usual
+        if main is None:
+            return False
+        faster = offer.boot_s + offer.load_s < main.boot_s + main.load_s
+        return faster and not offer.own and offer.usd_per_hour > main.usd_per_hour
 
     def _run_s(self, offer: OfferView) -> float:
         return self._view.demand.service_s * offer.speed
@@ -184,15 +202,15 @@ class _Planning:
             waits_s=self._waits_per_cold(offer),
         )
         usd = seconds * max(offer.usd_per_hour, 1e-9) / _HOUR
-        main = self._main
-        if main is not None and offer.usd_per_hour > main.usd_per_hour:
+        main = self._usual
+        if main is not None and self._is_bridge(offer):
             # A bridge: its premium until the cheaper machine takes over, and that one's load.
             premium = (offer.usd_per_hour - main.usd_per_hour) / _HOUR
             usd += premium * (main.boot_s + main.load_s) + 2 * self._start_cost(main)
         return usd
 
     def _staffing(self, share: float = 1.0) -> Staffing:
-        demand, main = self._view.demand, self._main or self._view.offers[0]
+        demand, main = self._view.demand, self._usual or self._view.offers[0]
         return Staffing(
             rate=share * self._rate,
             seen=demand.seen,
@@ -337,8 +355,7 @@ class _Planning:
         if main is None or not self._there:
             return []
         dearest = [self._offer_of(machine) for machine in self._there]
-        start = main.boot_s + main.load_s
-        if any(o.own or o.usd_per_hour <= main.usd_per_hour or o.boot_s + o.load_s >= start for o in dearest):
+        if len(self._bridges) < len(self._there):
             return []
         if not any(machine.idle_since is None or self._now < self._keep(machine)[0] for machine in self._there):
             return []  # all of it is on its way out
@@ -353,7 +370,7 @@ class _Planning:
 
     def _due(self, most: int) -> tuple[int, str]:
         """Return how many machines (at most so many) the known batches deserve whose time to launch has come."""
-        main = self._main or self._view.offers[0]
+        main = self._usual or self._view.offers[0]
         number, why = 0, ""
         for batch in self._view.presence.batches:
             begin = batch.at - self._start_s(main)
@@ -402,14 +419,17 @@ class _Planning:
 
     def _given_up(self) -> bool:
         """Return whether who is there has been silent for so long that no machine is kept for them."""
-        silent = self._view.demand.silent_since
-        since = self._view.presence.since
         main = self._main
-        if main is None or silent is None:
-            return False
-        if since is None or since >= silent:
-            return False
-        return self._now - silent >= self._present_keep(main)
+        return main is not None and self._now >= self._given_up_at(main)
+
+    def _given_up_at(self, offer: OfferView) -> float:
+        """Return from when on no machine is kept for who is there, if no work comes."""
+        since, silent = self._view.presence.since, self._view.demand.silent_since
+        if since is None:
+            return math.inf
+        # Until then nobody was expected to send anything.
+        expected = since + self._view.presence.lead_s - self._start_s(offer)
+        return max(since, expected, silent if silent is not None else -math.inf) + self._present_keep(offer)
 
     def _start_s(self, offer: OfferView) -> float:
         """Return how long before work a start begins: being late costs waiting, being early costs idle time."""
@@ -422,12 +442,17 @@ class _Planning:
     def _stops(self) -> list[Stop]:
         have = len(self._there)
         found: list[Stop] = []
+        if self._waiting:
+            return found
         idle = [m for m in self._there if self._may_stop(m)]
         least = max(self._view.limits.min_machines, self._due(have)[0])
         for machine in sorted(idle, key=self._first_to_go):
             left = have - 1
             if self._is_own(machine) or left < least:
                 continue
+            if left and left < self._enough(have):
+                self._look(self._now + _LOOK_AGAIN_S)
+                break
             why = self._why_extra(machine, have) if left else self._why_last(machine)
             if why:
                 found.append(Stop(machine.id, why, -self._start_cost(self._offer_of(machine))))
@@ -465,8 +490,6 @@ class _Planning:
 
     def _why_extra(self, machine: MachineView, have: int) -> str:
         offer = self._offer_of(machine)
-        if self._waiting:
-            return ""
         if self._boots(machine):
             if machine.ready_at - self._now > self._knobs.cancel_s:
                 self._look(machine.ready_at - self._knobs.cancel_s)
@@ -481,15 +504,10 @@ class _Planning:
                 return why if self._now >= until - 1e-6 else ""
             since = machine.idle_since if machine.idle_since is not None else self._now
             ends = since + offer.load_s + (offer.boot_s if offer.boot_billed else 0.0)
-            replaced = any(
-                m.idle_since is not None and self._offer_of(m).usd_per_hour < offer.usd_per_hour for m in self._there
-            )
+            replaced = self._cheapest_idle < offer.usd_per_hour
             if self._now < ends - 1e-6 and not replaced:
                 self._look(ends)
                 return ""
-        if have - 1 < self._enough(have):
-            self._look(self._now + _LOOK_AGAIN_S)
-            return ""
         return f"{self._enough(have)} of {have} machines are enough for {self._rate * 60:.1f} jobs a minute"
 
     def _enough(self, have: int) -> int:
@@ -500,13 +518,12 @@ class _Planning:
 
     def _useless(self, machine: MachineView) -> bool:
         """Return whether a machine that boots is not even needed to take over from a dearer one."""
-        price = self._offer_of(machine).usd_per_hour
-        for other in self._there:
-            if self._offer_of(other).usd_per_hour > price and (
-                other.idle_since is None or self._now < self._keep(other)[0]
-            ):
-                return False
-        return True
+        offer = self._offer_of(machine)
+        return not any(
+            self._offer_of(other).usd_per_hour > offer.usd_per_hour
+            and (other.idle_since is None or self._now < self._keep(other)[0])
+            for other in self._bridges
+        )
 
     def _keep(self, machine: MachineView) -> tuple[float, str]:
         """Return until when the last machine is kept, and why."""
@@ -515,13 +532,17 @@ class _Planning:
         silent = view.demand.silent_since
         idle = machine.idle_since if machine.idle_since is not None else max(machine.launched_at, silent or 0.0)
         if view.keep_alive_s is not None:
-            return idle + view.keep_alive_s, f"kept for the {view.keep_alive_s:.0f} s that are set"
+            until = idle + view.keep_alive_s
+            if presence.present and (kept := self._present_until(offer, idle)) > until:
+                # Who is there would be given another machine at once.
+                return kept, "somebody is there, but silent for long"
+            return until, f"kept for the {view.keep_alive_s:.0f} s that are set"
         if view.demand.only_batches and not presence.present:
             return idle, "the batch is done"
         worth = self._worth(offer)
         last = view.demand.last_arrival
         if presence.present:
-            return idle + self._present_keep(offer), "somebody is there, but silent for long"
+            return self._present_until(offer, idle), "somebody is there, but silent for long"
         if presence.left_at is not None and (last is None or last <= presence.left_at):
             load = offer.load_s + (offer.boot_s if offer.boot_billed else 0.0)
             unannounced = load + max(0.0, worth - load) * (1 - presence.recall)
@@ -530,12 +551,16 @@ class _Planning:
         learned = keep_alive(view.demand.silences, _rounded(worth))
         return idle + learned, f"silent for {learned:.0f} s; a cold start is worth {worth:.0f} s of it"
 
+    def _present_until(self, offer: OfferView, idle: float) -> float:
+        """Return until when a machine is kept for who is there: not ended while another one would be launched."""
+        until = idle + self._present_keep(offer)
+        given_up_at = self._given_up_at(self._main or offer)
+        return max(until, given_up_at) if given_up_at < math.inf else until
+
     def _present_keep(self, offer: OfferView) -> float:
         return max(self._knobs.present_keep * self._worth(offer), 60.0)
 
     def _why_last(self, machine: MachineView) -> str:
-        if self._waiting:
-            return ""
         if self._boots(machine) and machine.ready_at - self._now > self._knobs.cancel_s:
             self._look(machine.ready_at - self._knobs.cancel_s)
             return ""
