@@ -7,18 +7,31 @@ misbehave, and ends with nothing running and our ledger equal to the cloud's own
 from __future__ import annotations
 
 import asyncio
+import shutil
+import ssl
+import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from alembic import command
+from sqlalchemy import create_engine
 
+from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
+from runcomfy.adapters.stores import migrate
 from runcomfy.application.machine_pool import MachinePool
-from runcomfy.domain.exceptions import StopUnconfirmed
+from runcomfy.domain.exceptions import ProviderError, StopUnconfirmed
 from runcomfy.domain.machine import MachineState, Purpose
+from runcomfy.domain.queued import QueueStatus
+from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.pool_keepers import LIFE_OF_A_CALL, dies, kept
+from runcomfy.testing.pool_keepers import LIFE_OF_A_CALL, dies, keeping, kept
 from runcomfy.testing.programs import Programs
 from runcomfy.testing.rented_pools import RunningPool, until
+from runcomfy.testing.serving import Services
 
 pytestmark = pytest.mark.cloud(boot_time=30)
 
@@ -237,3 +250,150 @@ async def test_a_pool_that_ends_while_no_stop_is_allowed_says_what_may_bill_and_
     cloud.behave()
     async with kept(cloud, keepers):
         await until(lambda: not cloud.alive, within=120, what="its end")
+
+
+# -- the network -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign_certificate(tmp_path: Path) -> ssl.SSLContext:
+    """What a server says who is not the one that was called: signed by nobody we know, for another name."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    made = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1")
+    files = ("-subj", "/CN=elsewhere.invalid", "-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"))
+    subprocess.run([openssl, *made, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    return context
+
+
+@pytest.mark.fault(30)
+async def test_to_a_server_that_cannot_prove_to_be_the_cloud_nothing_is_said_and_nothing_is_launched(
+    keepers: Programs, foreign_certificate: ssl.SSLContext
+) -> None:
+    """Not a word, no intent left open, and it is said why."""
+    heard: list[bytes] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read(4_096))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+        writer.close()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0, ssl=foreign_certificate) as server:
+        port = server.sockets[0].getsockname()[1]
+        cloud_settings = replace(keepers.settings.cloud, base_url=f"https://127.0.0.1:{port}", max_retries=1)
+        keepers.settings = replace(keepers.settings, cloud=cloud_settings)
+        async with keepers.start() as program, keeping(program) as pool:
+            with pytest.raises(ProviderError, match="certificate"):
+                await pool.launch()
+            await asyncio.sleep(100)
+            assert await program.books.rows(open_only=False) == []
+            assert [said for said in program.said if "certificate" in said]
+    assert heard == []
+
+
+# -- the computer and the process --------------------------------------------------------------------------
+
+
+@pytest.mark.fault(61)
+async def test_told_twice_to_leave_it_leaves_at_once_ends_its_machines_and_no_job_has_failed(
+    cloud: RunComfyEmulator, services: Services
+) -> None:
+    """I8: on the user's order; the job goes back, not to failed, and the next start does it."""
+    async with services.start(max_machines=1) as served:
+        job = await services.put(1, seconds=900)
+        await services.when(lambda: bool(services.ran()), "it computes", within=120)
+        served.stop.set()
+        await asyncio.sleep(20)
+        assert cloud.billing == cloud.launched  # after the first word it goes on
+        left_at = asyncio.get_running_loop().time()
+        served.leave.set()
+        await served.end()
+        assert asyncio.get_running_loop().time() - left_at < 60
+        assert cloud.alive == []
+    assert (await services.queue.counts())[QueueStatus.FAILED] == 0
+    async with services.start(max_machines=1, keep_alive=timedelta(seconds=10)):
+        assert (await services.queue.wait(job)).status is QueueStatus.DONE
+    assert await services.differences() == []
+
+
+@pytest.mark.fault(62)
+async def test_a_service_that_stands_still_for_half_a_minute_keeps_role_machines_and_jobs(
+    cloud: RunComfyEmulator, services: Services
+) -> None:
+    """I5: leases are renewed with a margin of several looks."""
+    async with services.start(max_machines=1, cloud={"run_lease": timedelta(minutes=3)}) as served:
+        job = await services.put(1, seconds=400)
+        await services.when(lambda: bool(services.ran()), "it computes", within=120)
+        for _ in range(4):
+            await asyncio.sleep(45)
+            served.sleep()
+            await asyncio.sleep(30)
+            served.wake()
+        assert (await services.queue.wait(job)).run_count == 1
+        assert not [said for said in served.said if "the role was lost" in said]
+        assert len(cloud.launched) == 1
+    assert await services.complaints() == []
+
+
+@pytest.mark.fault(64)
+async def test_a_keeper_that_wakes_when_another_has_its_machines_touches_none_of_them(
+    cloud: RunComfyEmulator, keepers: Programs
+) -> None:
+    """I19: whatever it still wants, the epoch of each machine refuses its writes."""
+    async with keepers.start() as slept:
+        stale = RunningPool(slept, MachinePool(slept.machines, slept.placer.comfyui))
+        machine = await stale.usable()
+        stale.task.cancel()  # it stands still from now on
+        async with kept(cloud, keepers) as pool:
+            [row] = await pool.program.books.rows()
+            assert row.owner_id == pool.program.owner.id
+            before = len(cloud.calls)
+            stale.pool.drain(machine.id, why="no job waits any more")
+            await until(lambda: not stale.machines, within=30, what="it to let go")
+            assert "DELETE" not in {call.method for call in cloud.calls[before:]}
+            assert cloud.billing == cloud.launched
+
+
+@pytest.mark.fault(65)
+async def test_a_machine_of_the_release_before_is_found_in_the_upgraded_books_and_ended(
+    cloud: RunComfyEmulator, cloud_client: RunComfyAPIClient, keepers: Programs, clock: LoopClock
+) -> None:
+    """An older program rented it and died; whoever serves first after the upgrade ends it, and the bill is complete."""
+    keepers.folder.mkdir(parents=True, mode=0o700)
+    version = keepers.settings.cloud.workflow_version_id
+    lease = timedelta(minutes=10)
+    report = await cloud_client.launch_machine(server_type="medium", duration=lease, workflow_version_id=version)
+    engine = create_engine(f"sqlite:///{keepers.database}")
+    with engine.begin() as connection:
+        config = migrate._config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        values = OLD_MACHINE | {
+            "account": cloud_client.account,
+            "server_id": report.server_id,
+            "requested_at": f"{clock.now():%Y-%m-%d %H:%M:%S.%f}",
+            "since": f"{clock.now():%Y-%m-%d %H:%M:%S.%f}",
+        }
+        names = ", ".join(values)
+        connection.exec_driver_sql(
+            f"INSERT INTO machines ({names}) VALUES ({', '.join('?' * len(values))})",  # noqa: S608 - our own names
+            tuple(values.values()),
+        )
+    engine.dispose()
+    keepers.database.chmod(0o600)
+    await asyncio.sleep(60)
+    assert cloud.billing == [report.server_id]
+    async with kept(cloud, keepers):
+        await until(lambda: not cloud.billing, within=60, what="its end")
+    assert cloud.books[report.server_id].seconds > 30
+
+
+OLD_MACHINE: Final = {
+    "id": "old", "provider": "runcomfy", "purpose": "run", "server_type": "medium", "duration": 600_000_000,
+    "usd_per_hour": "0.99", "rate_source": "a table", "state": "booting", "workflow_version_id": "", "reason": "a job",
+    "owner_id": None, "epoch": 1, "before_ids": "[]", "stop_reason": "",
+}  # fmt: skip
+"""A row of the machines as the release before pools wrote it."""
