@@ -255,6 +255,73 @@ def test_the_number_for_a_batch_balances_starts_against_waiting() -> None:
     assert batch_machines(100, 3000, STANDARD, 0.0, cap=7) == 1
 
 
+# -- nobody sends work ---------------------------------------------------------------------------------------------
+
+
+def lived(view: PlanView, hours: float, says: Callable[[float], PresenceView]) -> list[tuple[float, float]]:
+    """Carry plans out for so long, in which `says` is all that happens; return each machine's first and last moment."""
+    ends, machines, lives = view.now + hours * 3600, dict[str, MachineView](), dict[str, tuple[float, float]]()
+    while view.now < ends:
+        found = plan(replace(view, machines=tuple(machines.values()), presence=says(view.now)))
+        for action in found.actions:
+            if isinstance(action, Stop):
+                lives[action.machine_id] = (machines.pop(action.machine_id).launched_at, view.now)
+            elif isinstance(action, Launch):
+                assert action.count == 1
+                offer = next(offer for offer in view.offers if offer.name == action.offer)
+                ready, name = view.now + offer.boot_s, f"{offer.name} {len(lives)} {view.now}"
+                hold = ready + action.hold_s if action.hold_s else 0.0
+                machines[name] = MachineView(name, offer.name, Stage.BOOTING, view.now, ready, ready, hold_until=hold)
+        looks = [at for at in (found.look_at, *(m.ready_at for m in machines.values())) if at and at > view.now]
+        # The fleet looks at least every now and then; what is later has happened by then.
+        view = replace(view, now=min([*looks, view.now + 20.0]))
+        for name, machine in machines.items():
+            if machine.stage is Stage.BOOTING and machine.ready_at <= view.now:
+                at = machine.ready_at
+                ready_now = replace(machine, stage=Stage.READY, idle_since=at, billed_since=at, free_at=at)
+                machines[name] = ready_now
+    return [*lives.values(), *((machine.launched_at, ends) for machine in machines.values())]
+
+
+@pytest.mark.parametrize("silent", [None, NOW - 5_000, NOW + 7.0])
+@pytest.mark.parametrize("keep_alive_s", [None, 0.0, 120.0, 7_200.0])
+@pytest.mark.parametrize("price", [1.75, 8.75, 35.0])
+def test_who_is_there_and_sends_nothing_gets_one_machine_and_no_other(
+    price: float, keep_alive_s: float | None, silent: float | None
+) -> None:
+    """A machine is held while somebody is there, within limits; once it was given up, no other follows."""
+    view = replace(EMPTY, wait_usd_per_hour=price, keep_alive_s=keep_alive_s, demand=DemandView(silent_since=silent))
+    there = PresenceView(present=1, since=NOW)
+    [(launched_at, ended_at)] = lived(view, 8, lambda _: there)
+    assert launched_at - NOW <= 300 - 180
+    assert ended_at - NOW >= max(300.0, keep_alive_s or 0.0)
+    assert ended_at - NOW <= max(3 * 3_600, keep_alive_s or 0.0)
+
+
+@pytest.mark.parametrize("keep_alive_s", [None, 0.0, 120.0, 1_200.0])
+def test_who_comes_back_gets_another_machine(keep_alive_s: float | None) -> None:
+    def says(now: float) -> PresenceView:
+        if now < NOW + 900:
+            return PresenceView(present=1, since=NOW)
+        if now < NOW + 7_200:
+            return PresenceView(left_at=NOW + 900)
+        return PresenceView(present=1, since=NOW + 7_200)
+
+    first, second = lived(replace(EMPTY, keep_alive_s=keep_alive_s), 8, says)
+    assert NOW + 900 <= first[1] <= NOW + 900 + max(60.0, keep_alive_s or 0.0)
+    assert NOW + 7_200 <= second[0] <= NOW + 7_500
+
+
+@pytest.mark.parametrize("keep_alive_s", [None, 0.0, 120.0])
+def test_work_that_was_announced_and_does_not_come_costs_one_start(keep_alive_s: float | None) -> None:
+    def says(now: float) -> PresenceView:
+        return PresenceView(expected_until=NOW + 600) if now < NOW + 600 else PresenceView()
+
+    [(launched_at, ended_at)] = lived(replace(EMPTY, keep_alive_s=keep_alive_s), 4, says)
+    assert launched_at == NOW
+    assert ended_at >= NOW + 600
+
+
 # -- limits --------------------------------------------------------------------------------------------------------
 
 
@@ -370,9 +437,9 @@ def views(draw: st.DrawFn) -> PlanView:
         budget_s=draw(st.none() | times(0, 5000)),
         why_not=draw(st.sampled_from(["", "", "the budget is used up"])),
     )
-    return PlanView(
-        NOW, types, there, backlog, demand, presence, limits, draw(st.sampled_from([0.0, 1.75, 8.75, 35.0]))
-    )
+    price = draw(st.sampled_from([0.0, 1.75, 8.75, 35.0]))
+    keep_alive_s = draw(st.sampled_from([None, None, 0.0, 600.0]))
+    return PlanView(NOW, types, there, backlog, demand, presence, limits, price, keep_alive_s)
 
 
 def applied(view: PlanView, found: Plan) -> PlanView:
