@@ -516,7 +516,7 @@ class Executor:
                 if held.get(run.row.id) != run.row.token and not run.ending:
                     row = await self.store.job(run.row.id)
                     wanted = row is not None and row.status in (QueueStatus.PENDING, QueueStatus.PROCESSING)
-                    if not run.ending:
+                    if not run.ending and run.journal.done is None:  # its own result ended the claim, maybe just now
                         run.cut(Why.LOST if wanted else Why.CANCELLED)
         except LocalError as error:
             self._troubled(error)

@@ -225,8 +225,14 @@ class JobRun:
             try:
                 yield place
             except BaseException:
-                place.outcome = _WORDS.get(self.why, "") if self.why is not None else ""
+                place.outcome = self._left_as()
                 raise
+
+    def _left_as(self) -> str:
+        """Return the word for how a run that is broken off leaves its place; empty: what went wrong says it."""
+        if self.journal.done is not None:
+            return str(Outcome.DONE)  # the result stands, whatever came after
+        return _WORDS.get(self.why, "") if self.why is not None else ""
 
     def _note(self, progress: Progress) -> None:
         self.progress = progress.percent, foreign_text(progress.message or progress.step)

@@ -89,9 +89,8 @@ async def test_thirty_jobs_of_three_users_over_up_to_four_machines(services: Ser
     assert await services.complaints() == []
     assert [record.outcome for record in services.ran()] == ["success"] * 30
     works = await services.books.works()
-    assert Counter(
-        user for user, _ in {(work.user, work.job_id) for work in works if work.computed_at is not None}
-    ) == {"ann": 10, "ben": 10, "cat": 10}
+    assert Counter(work.user for work in works if work.outcome == "done") == {"ann": 10, "ben": 10, "cat": 10}
+    assert {work.outcome for work in works} <= {"done", "put-back"}  # some were better begun elsewhere
     assert abs(await services.spent() - cloud.total_usd) < Decimal("0.01")
     assert {machine.purpose for machine in await services.machines()} == {Purpose.POOL}
 
