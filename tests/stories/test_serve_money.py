@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -23,20 +25,14 @@ class _SlowToLeave:
     def __init__(self, inner: Any, seconds: float) -> None:
         self._inner, self._seconds = inner, seconds
 
-    async def run(self, request: Any, *, journal: Any, **options: Any) -> Any:
-        return await self._inner.run(request, journal=_Lingering(journal, self._seconds), **options)
+    async def run(self, request: Any, *, at: Any, **options: Any) -> Any:
+        @asynccontextmanager
+        async def lingering(**where: Any) -> AsyncIterator[Any]:
+            async with at(**where) as place:
+                yield place
+                await asyncio.sleep(self._seconds)
 
-
-class _Lingering:
-    def __init__(self, journal: Any, seconds: float) -> None:
-        self._journal, self._seconds = journal, seconds
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._journal, name)
-
-    async def commit(self, *given: Any) -> None:
-        await self._journal.commit(*given)
-        await asyncio.sleep(self._seconds)
+        return await self._inner.run(request, at=lingering, **options)
 
 
 async def test_a_job_whose_result_is_committed_is_done_whoever_looks_at_it_before_it_has_left(
