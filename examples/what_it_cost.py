@@ -3,14 +3,12 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 
-from runcomfy.bootstrap import App
-from runcomfy.cost_optimizer import CostOptimizer
+import runcomfy
 
 
 async def main() -> None:
-    async with App(launches=False) as app:
-        machines, _ = await app.cloud()
-        money = CostOptimizer(machines.books, machines.provider)
+    async with runcomfy.connect() as comfy:
+        money = await comfy.costs()
         report = await money.report(datetime.now(UTC) - timedelta(days=7), by="workflow")
         for row in report.rows:
             print(f"{row.key or '(nobody)'}: ${row.usd:.4f}, ${row.busy_usd:.4f} of it computing; {row.jobs} jobs")

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from runcomfy.adapters.stores.jobs import SqlJobs
     from runcomfy.adapters.stores.postgres import OpenTransaction
     from runcomfy.adapters.stores.sql import SqlStore
+    from runcomfy.application.cost_optimizer import CostOptimizer
     from runcomfy.application.executor import Executor, Workplace
     from runcomfy.application.fleet import Fleet
     from runcomfy.application.heartbeat import Pulse
@@ -68,31 +69,7 @@ QUEUE_PREFIX = "COMFYUI_AGENT_"
 SERVE_PARTS = "runcomfy.serve"
 """The group of entry points whose parts join `comfyctl serve`: each a callable that takes the `App` and the
 `ServeOptions` and returns an async context manager, entered before the first job and left after the last."""
-SERVE_SETTINGS: Mapping[str, str] = {
-    "max_machines": "RUNCOMFY_POOL_MAX_MACHINES",
-    "min_machines": "RUNCOMFY_POOL_MIN_MACHINES",
-    "budget_run": "RUNCOMFY_BUDGET_RUN",
-    "budget_hour": "RUNCOMFY_BUDGET_HOUR",
-    "budget_day": "RUNCOMFY_BUDGET_DAY",
-    "budget_month": "RUNCOMFY_BUDGET_MONTH",
-    "wait_price": "RUNCOMFY_WAIT_PRICE",
-    "latency_target": "RUNCOMFY_LATENCY_TARGET",
-    "server_types": "RUNCOMFY_POOL_SERVER_TYPES",
-    "keep_alive": "RUNCOMFY_KEEP_ALIVE",
-}
-"""What command lines and programs call the settings of a pool -> the variable."""
 Tell = Callable[[str], None]
-
-
-def pool_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of a pool, by the names of `SERVE_SETTINGS`, as variables; None counts as not given."""
-    found = {SERVE_SETTINGS[name]: value for name, value in given.items() if value is not None}
-    types = found.get("RUNCOMFY_POOL_SERVER_TYPES")
-    if isinstance(types, (list, tuple)):
-        found["RUNCOMFY_POOL_SERVER_TYPES"] = ",".join(types)
-    return {
-        name: str(value) if isinstance(value, (int, float)) else value for name, value in found.items() if value != ""
-    }
 
 
 class App:
@@ -566,6 +543,20 @@ class App:
             yield Crew(executor, fleet, loops=loops, monitor=self._monitor)
         finally:
             await finish(pool.close(keep=not role.holds()))
+
+    # -- money ---------------------------------------------------------------------------------------------
+
+    async def costs(self) -> CostOptimizer:
+        """Return what answers questions about the account's money. Raises ConfigurationError, LocalError."""
+        from runcomfy.adapters.balance_file import BalanceFile
+        from runcomfy.application.cost_optimizer import CostOptimizer
+
+        machines, _ = await self.cloud()
+        files = self.settings.files
+        balances = BalanceFile(Path(files.state_dir), durable=files.durable)
+        return CostOptimizer(machines.books, machines.provider, balances)
+
+    # -- signals -------------------------------------------------------------------------------------------
 
     def presence(self, *, user: str = "") -> Presence:
         """Return what says that somebody is there, or that work comes."""

@@ -13,21 +13,29 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from runcomfy.adapters.pool_variables import pool_overrides
 from runcomfy.application.books import quiet
 from runcomfy.application.service import first_of
-from runcomfy.bootstrap import App, pool_overrides
+from runcomfy.bootstrap import App
 from runcomfy.domain.durations import parse_duration
 from runcomfy.domain.job import JobRequest, JobResult
 from runcomfy.domain.progress import Progress
 from runcomfy.domain.queued import JobEvent, NewJob, Pause, QueuedJob, QueueStatus
 
 if TYPE_CHECKING:
+    from runcomfy.application.cost_optimizer import Advice, CostOptimizer
+    from runcomfy.application.costs import By, Report
+    from runcomfy.application.costs_check import Checked
+    from runcomfy.application.estimating import JobEstimate
     from runcomfy.application.job_queue import JobQueue, JobStory, Which
     from runcomfy.application.presence import Presence
+    from runcomfy.domain.budget import BudgetState
+    from runcomfy.domain.decision import Decision
+    from runcomfy.domain.forecast import Forecast
 
 T = TypeVar("T")
 PathText = str | os.PathLike[str]
@@ -177,6 +185,13 @@ class Connection:
                     stop.set()
         except BaseExceptionGroup as errors:
             raise first_of(errors) from errors
+
+    async def costs(self) -> CostOptimizer:
+        """Return what answers questions about the account's money: reports, forecasts, estimates, budgets, advice.
+
+        Raises ConfigurationError (there are no credentials), LocalError.
+        """
+        return await self.app.costs()
 
     async def close(self) -> None:
         """Close every connection; a dev server stays, what was rented for a job is long gone."""
@@ -387,6 +402,7 @@ class SyncConnection:
             self._end()
             raise
         self.queue = SyncQueue(self._connection.queue, self._call)
+        self.costs = SyncCosts(self._connection.costs, self._call)
 
     @staticmethod
     async def _made(make: Callable[[], Connection]) -> Connection:
@@ -469,6 +485,54 @@ class SyncQueue:
         return job
 
 
+class SyncCosts:
+    """The account's money for code without an event loop; the calls are those of `CostOptimizer`."""
+
+    def __init__(
+        self, costs: Callable[[], Coroutine[Any, Any, CostOptimizer]], call: Callable[[Coroutine[Any, Any, Any]], Any]
+    ) -> None:
+        self._costs, self._call = costs, call
+
+    def _money(self) -> CostOptimizer:
+        money: CostOptimizer = self._call(self._costs())
+        return money
+
+    def report(self, since: datetime, until: datetime | None = None, by: By | str = "day") -> Report:
+        """Return what was spent in [`since`, `until`); everything as in `CostOptimizer.report`."""
+        report: Report = self._call(self._money().report(since, until, by))
+        return report
+
+    def forecast(self) -> tuple[Forecast, Forecast]:
+        """Return what the day and the month (UTC) will have cost at their end."""
+        day, month = self._call(self._money().forecast())
+        return day, month
+
+    def budgets(self) -> Sequence[BudgetState]:
+        """Return how every budget stands now."""
+        states: Sequence[BudgetState] = self._call(self._money().budgets())
+        return states
+
+    def estimate(self, workflow: str, **options: Any) -> JobEstimate:
+        """Return what jobs will take and cost; everything as in `CostOptimizer.estimate`."""
+        estimate: JobEstimate = self._call(self._money().estimate(workflow, **options))
+        return estimate
+
+    def advice(self) -> Sequence[Advice]:
+        """Return what would save money."""
+        advice: Sequence[Advice] = self._call(self._money().advice())
+        return advice
+
+    def decisions(self, **options: Any) -> Sequence[Decision]:
+        """Return what the plan has decided and why; everything as in `CostOptimizer.decisions`."""
+        decisions: Sequence[Decision] = self._call(self._money().decisions(**options))
+        return decisions
+
+    def check(self, *, since: datetime | None = None) -> Checked:
+        """Compare the books with what the provider lists."""
+        checked: Checked = self._call(self._money().check(since=since))
+        return checked
+
+
 async def _next(events: AsyncIterator[JobEvent]) -> JobEvent | None:
     return await anext(events, None)
 
@@ -480,4 +544,4 @@ async def _cancelled(tasks: list[asyncio.Task[Any]]) -> None:
         await asyncio.wait(tasks)
 
 
-__all__ = ["Connection", "Connector", "Queue", "Running", "SyncConnection", "SyncQueue", "connect"]
+__all__ = ["Connection", "Connector", "Queue", "Running", "SyncConnection", "SyncCosts", "SyncQueue", "connect"]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import runcomfy
 from runcomfy.bootstrap import App
 from runcomfy.cli.costs_show import moment
 from runcomfy.cli.main import call, comfyctl
@@ -292,3 +293,39 @@ async def test_help_lists_every_command_without_importing_them(comfy: Command) -
     assert code == 0
     for name in ("estimate", "check", "budgets", "plot", "decisions", "replay", "tune"):
         assert f"  {name} " in out
+
+
+# -- from programs ---------------------------------------------------------------------------------------------
+
+
+async def test_programs_ask_over_their_connection(comfy: Command) -> None:
+    await comfy("costs")
+    await write(two_machines)
+    async with runcomfy.connect() as connection:
+        money = await connection.costs()
+        report = await money.report(datetime.now(UTC) - timedelta(days=7), by="user")
+    assert {row.key: row.jobs for row in report.rows} == {"ann": 2, "bob": 1, None: 0}
+
+
+async def test_programs_without_a_loop_ask_too(comfy: Command) -> None:
+    await comfy("costs")
+    await write(two_machines)
+
+    def ask() -> None:
+        with runcomfy.connect(budget_day=20) as connection:
+            costs = connection.costs
+            since = datetime.now(UTC) - timedelta(days=7)
+            report = costs.report(since, by="user")
+            assert sum(row.usd for row in report.rows) == report.total.usd == Decimal("4.490000")
+            day, month = costs.forecast()
+            assert day.expected <= month.expected
+            [budget] = costs.budgets()
+            assert budget.budget.hard == Decimal(20)
+            estimate = costs.estimate("video", count=2, server_type="large")
+            assert estimate.usd is not None
+            assert estimate.usd.expected > 0
+            assert costs.decisions(limit=5) == []
+            assert all(advice.what for advice in costs.advice())
+            assert costs.check(since=since).machines == 2
+
+    await asyncio.to_thread(ask)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from runcomfy.adapters.pool_variables import pool_overrides
 from runcomfy.application.fleet_offers import wait_usd_per_hour
 from runcomfy.application.service import ServeOptions, first_of
-from runcomfy.bootstrap import App, pool_overrides
+from runcomfy.bootstrap import App
 from runcomfy.cli.main import COMMANDS, call, comfyctl
 from runcomfy.cli.serve_work import Asked
 from runcomfy.domain.budget import Period

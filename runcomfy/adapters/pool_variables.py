@@ -367,3 +367,31 @@ def _written(budget: Budget, name: str) -> str:
     low = "" if budget.soft is None else f"{budget.soft:f}.."
     high = "" if budget.hard is None else f"{budget.hard:f}"
     return f"{foreign_text(name, _LONGEST_NAME)}={low}{high}/{budget.period}"
+
+
+# --- as options -------------------------------------------------------------------------------------------
+
+SERVE_SETTINGS: Final[Mapping[str, str]] = {
+    "max_machines": "RUNCOMFY_POOL_MAX_MACHINES",
+    "min_machines": "RUNCOMFY_POOL_MIN_MACHINES",
+    "budget_run": "RUNCOMFY_BUDGET_RUN",
+    "budget_hour": "RUNCOMFY_BUDGET_HOUR",
+    "budget_day": "RUNCOMFY_BUDGET_DAY",
+    "budget_month": "RUNCOMFY_BUDGET_MONTH",
+    "wait_price": "RUNCOMFY_WAIT_PRICE",
+    "latency_target": "RUNCOMFY_LATENCY_TARGET",
+    "server_types": "RUNCOMFY_POOL_SERVER_TYPES",
+    "keep_alive": "RUNCOMFY_KEEP_ALIVE",
+}
+"""What command lines and programs call the settings of a pool -> the variable."""
+
+
+def pool_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a pool, by the names of `SERVE_SETTINGS`, as variables; None counts as not given."""
+    found = {SERVE_SETTINGS[name]: value for name, value in given.items() if value is not None}
+    types = found.get("RUNCOMFY_POOL_SERVER_TYPES")
+    if isinstance(types, (list, tuple)):
+        found["RUNCOMFY_POOL_SERVER_TYPES"] = ",".join(types)
+    return {
+        name: str(value) if isinstance(value, (int, float)) else value for name, value in found.items() if value != ""
+    }

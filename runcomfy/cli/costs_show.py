@@ -43,13 +43,8 @@ _UNNAMED: Final = "(none)"
 
 @asynccontextmanager
 async def _money(interrupts: Interrupts, *, quiet: bool = False) -> AsyncIterator[tuple[CostOptimizer, App]]:
-    from runcomfy.adapters.balance_file import BalanceFile
-
     async with open_app(interrupts, require_cloud=True, launches=False, quiet=quiet) as app:
-        cloud, _ = await app.cloud()
-        files = app.settings.files
-        balances = BalanceFile(Path(files.state_dir), durable=files.durable)
-        yield CostOptimizer(cloud.books, cloud.provider, balances), app
+        yield await app.costs(), app
 
 
 def moment(text: str, *, now: datetime, whole_days: bool = False) -> datetime:

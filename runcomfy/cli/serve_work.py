@@ -38,7 +38,7 @@ class Asked:
 
     def overrides(self) -> dict[str, Any]:
         """Return the settings that the options give."""
-        from runcomfy.bootstrap import SERVE_SETTINGS, pool_overrides
+        from runcomfy.adapters.pool_variables import SERVE_SETTINGS, pool_overrides
 
         return pool_overrides({name: getattr(self, name) for name in SERVE_SETTINGS})
 
