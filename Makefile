@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
+TRACE  ?=
 
 .PHONY: install demo test check coverage format lint types floors bench docs nightly clean
 
@@ -45,18 +46,22 @@ check: lint types floors
 coverage: install
 	@$(BIN)/python -m pytest -n auto --cov --cov-report=term $(ARGS)
 
+# Everything that is measured; `ARGS="planning fleet"` only these. The replay needs a trace: `TRACE=requests.csv`.
 bench: install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench
 	@$(BIN)/python -m benchmarks $(ARGS)
+	@$(if $(TRACE),$(BIN)/python -m benchmarks replay --trace $(TRACE))
 
 # The generated parts of the pages, written anew; the tests compare them.
 docs: install
 	@$(BIN)/comfyctl config reference > docs/reference/settings.md
 	@UPDATE_DOCS=1 $(BIN)/python -m pytest -q tests/docs
 
+# The checks again with more examples, and the campaigns: executors killed at random, everything of ours killed at every
+# durable write and remote call.
 nightly: check
 	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n auto -m "not processes or processes" $(ARGS)
-	@$(BIN)/python -m benchmarks killing
+	@$(BIN)/python -m benchmarks killing leaks
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .coverage* htmlcov
