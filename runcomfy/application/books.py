@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -29,6 +29,7 @@ from runcomfy.domain.machine import (
     MachineEvent,
     MachineId,
     MachineReport,
+    MachineState,
     Phase,
     Purpose,
     ServerId,
@@ -369,12 +370,24 @@ class Books:
 
     async def row_of(self, server_id: ServerId) -> Machine | None:
         """Return our row of a machine the provider names, if we have one."""
-        rows = [row for row in await self.rows(open_only=False) if row.server_id == server_id]
+        rows = await self.rows(open_only=False, server_ids=[server_id])
         return next((row for row in rows if row.is_open), rows[-1] if rows else None)
 
-    async def rows(self, *, open_only: bool = True) -> Sequence[Machine]:
-        """Return our books' machines of this account."""
-        return await self.store.machines(provider=self.provider, account=self.account, open_only=open_only)
+    async def rows(
+        self,
+        *,
+        open_only: bool = True,
+        states: Collection[MachineState] | None = None,
+        server_ids: Collection[ServerId] | None = None,
+    ) -> Sequence[Machine]:
+        """Return our books' machines of this account; see `Store.machines`."""
+        return await self.store.machines(
+            provider=self.provider,
+            account=self.account,
+            open_only=open_only,
+            states=states,
+            server_ids=server_ids,
+        )
 
     def facts(self, machine: Machine) -> dict[str, Any]:
         """Return what a log line says of a machine."""

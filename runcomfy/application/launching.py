@@ -137,7 +137,7 @@ class Launching:
 
         We hold the launch lock, so nobody alive is launching now.
         """
-        for row in await self._books.rows():
+        for row in await self._books.rows(states=[MachineState.REQUESTED]):
             if row.state is not MachineState.REQUESTED or row.owner_id == self._books.owner.id:
                 continue
             owner = (await self._store.owners([row.owner_id])).get(row.owner_id) if row.owner_id else None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 from statistics import median
-from typing import Final
+from typing import Any, Final
 from uuid import uuid4
 
 from runcomfy.application.books import Books
@@ -211,7 +211,8 @@ class Machines:
             if machine.planned_stop_at != planned:
                 return await self.books.change(machine, note="planned stop", planned_stop_at=planned)
             return machine
-        changes = {"ready_at": ready_at, "planned_stop_at": planned}
+        # What there was before the launch is not asked for any more, and of many machines a lot to read each time.
+        changes: dict[str, Any] = {"ready_at": ready_at, "planned_stop_at": planned, "before_ids": ()}
         machine = await self.books.record(machine, MachineEvent.ANSWERED, note=report.status, changes=changes)
         faultpoint("launch.ready")
         return machine

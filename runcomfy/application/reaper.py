@@ -215,7 +215,8 @@ class Reaper:
             if (closed := await self._machines.gone_unasked(machine, note="not listed any more")) is not None:
                 report.closed.append(closed)
                 report.kept = [v for v in report.kept if v.machine.id != machine.id]
-        ours = {row.server_id for row in await self._machines.books.rows(open_only=False)}
+        listed = [machine.server_id for machine in first]
+        ours = {row.server_id for row in await self._machines.books.rows(open_only=False, server_ids=listed)}
         report.foreign = [r for r in first if r.server_id not in ours and r.phase is not Phase.GONE]
         return report
 
@@ -236,7 +237,7 @@ class Reaper:
         What was seen gone since the list was asked for proves nothing: the list may be the older word.
         """
         alive = {r.server_id for r in listed if r.phase in (Phase.READY, Phase.STARTING)}
-        rows = await self._machines.books.rows(open_only=False)
+        rows = await self._machines.books.rows(open_only=False, server_ids=alive)
         held = {row.server_id for row in rows if row.is_open}
         newest = {row.server_id: row for row in rows if row.state is MachineState.STOPPED}
         found = []

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from runcomfy.domain.budget import Budget, BudgetState
 from runcomfy.domain.decision import Decision
 from runcomfy.domain.lease import Owner, Use
-from runcomfy.domain.machine import Machine, MachineEvent, MachineId, OwnerId, Transition
+from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineState, OwnerId, ServerId, Transition
 from runcomfy.domain.money import LedgerEntry
 from runcomfy.domain.signal import Signal
 from runcomfy.domain.work import Work
@@ -100,9 +100,19 @@ class Store(Protocol):
         ...
 
     async def machines(
-        self, *, provider: str, account: str, open_only: bool = True, since: datetime | None = None
+        self,
+        *,
+        provider: str,
+        account: str,
+        open_only: bool = True,
+        since: datetime | None = None,
+        states: Collection[MachineState] | None = None,
+        server_ids: Collection[ServerId] | None = None,
     ) -> Sequence[Machine]:
-        """Return the account's machines, oldest first; `since`: all that were open at that time or later."""
+        """Return the account's machines, oldest first; `since`: all that were open at that time or later.
+
+        With `states` or `server_ids` only those among them: books of years are not read for one machine.
+        """
         ...
 
     async def record(

@@ -35,7 +35,17 @@ from runcomfy.adapters.stores.sql_signals import SignalsPart
 from runcomfy.adapters.stores.sqlite import SqliteFile
 from runcomfy.domain.exceptions import LeaseLost
 from runcomfy.domain.lease import Owner, Use
-from runcomfy.domain.machine import OPEN, Machine, MachineEvent, MachineId, MachineState, OwnerId, Purpose, Transition
+from runcomfy.domain.machine import (
+    OPEN,
+    Machine,
+    MachineEvent,
+    MachineId,
+    MachineState,
+    OwnerId,
+    Purpose,
+    ServerId,
+    Transition,
+)
 from runcomfy.ports.clock import Clock
 
 T = TypeVar("T")
@@ -147,15 +157,29 @@ class SqlStore(MoneyPart, SignalsPart):
         return await self._read(lambda connection: find_machine(connection, machine_id))
 
     async def machines(
-        self, *, provider: str, account: str, open_only: bool = True, since: datetime | None = None
+        self,
+        *,
+        provider: str,
+        account: str,
+        open_only: bool = True,
+        since: datetime | None = None,
+        states: Collection[MachineState] | None = None,
+        server_ids: Collection[ServerId] | None = None,
     ) -> Sequence[Machine]:
-        """Return the account's machines, oldest first; `since`: those that were open at that time or later."""
+        """Return the account's machines, oldest first; `since`: those that were open at that time or later.
+
+        With `states` or `server_ids` only those among them.
+        """
         query = select(_machines).where(_machines.c.provider == provider, _machines.c.account == account)
         if since is not None:
             ended_later = _machines.c.state.in_(CLOSED) & (_machines.c.since >= since)
             query = query.where(_machines.c.state.in_(OPEN) | ended_later)
         elif open_only:
             query = query.where(_machines.c.state.in_(OPEN))
+        if states is not None:
+            query = query.where(_machines.c.state.in_(list(states)))
+        if server_ids is not None:
+            query = query.where(_machines.c.server_id.in_(list(server_ids)))
         query = query.order_by(_machines.c.requested_at, _machines.c.id)
         return await self._read(lambda connection: [tables.machine_of(row) for row in connection.execute(query)])
 
