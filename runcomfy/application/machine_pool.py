@@ -325,6 +325,7 @@ class MachinePool:
                 member.pooled.expected_ready_at = member.pooled.launched_at + expected.total_seconds()
             async with self._machines.launch_lock():
                 self._ours()
+                self._members.sent(member)
                 machine = await self._machines.launch(intent)
         except BaseException as error:
             health.launch_failed(kind, error if isinstance(error, RunComfyError) else None)

@@ -134,6 +134,13 @@ class Members:
         self.changed(member)
         return member
 
+    def sent(self, member: Member) -> None:
+        """Begin to count its start: until now it has waited for its turn, which of many launches takes half an hour."""
+        now, pooled = _now(), member.pooled
+        pooled.expected_ready_at += now - pooled.launched_at
+        pooled.launched_at = member.down_since = now
+        self.changed(member)
+
     def answered(self, member: Member, machine: Machine) -> None:
         """Remember what a launch became: repeated, it has another id than its intent."""
         self._all = {(machine.id if known is member else machine_id): known for machine_id, known in self._all.items()}
