@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import shutil
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
@@ -50,7 +52,7 @@ from runcomfy.domain.money import LedgerEntry
 from runcomfy.domain.signal import Signal, SignalKind
 from runcomfy.domain.work import Work
 from runcomfy.ports.store import Store
-from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.clock import LoopClock, SettableClock
 from runcomfy.testing.contracts.store import ALICE, BOB, NOW, a_machine, after, an_entry, an_owner, ready
 from runcomfy.testing.contracts.store_words import a_work
 
@@ -295,7 +297,7 @@ ANYTHING: Final[dict[str, Callable[[Store, MachineId], Awaitable[object]]]] = {
     "signals": lambda store, _: store.signals(since=NOW),
     "decide": lambda store, _: store.decide([Decision(NOW, "stop", "m", "idle")]),
     "decisions": lambda store, _: store.decisions(),
-    "take_role": lambda store, _: store.take_role("fleet", ALICE, now=NOW, lease=timedelta(seconds=60)),
+    "take_role": lambda store, _: store.take_role("fleet", ALICE, lease=timedelta(seconds=60)),
     "drop_role": lambda store, _: store.drop_role("fleet", ALICE),
     "close_bill": lambda store, key: store.close_bill(key, end=after(99), recorded_at=NOW, note=""),
     "post": lambda store, key: store.post([an_entry(a_machine(id=key))]),
@@ -555,3 +557,28 @@ async def test_a_transition_remembers_what_changed_with_it(store: SqlStore, path
         '{"ready_at": "2026-03-29 01:00:39.123456"}',
         '{"owner_id": "carol", "epoch": "2"}',
     ]
+
+
+# -- roles -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(64)
+async def test_who_was_stopped_while_asking_for_a_role_cuts_nobody_elses_time(path: Path) -> None:
+    """Invariant I19: the time is read when it is the call's turn, not when it was made."""
+    clock, minute, go_on = SettableClock(), timedelta(seconds=60), threading.Event()
+    async with (
+        SqlStore(path, clock=clock, durable=False) as stopped,
+        SqlStore(path, clock=clock, durable=False) as other,
+    ):
+        database = stopped._database
+        held_up = asyncio.create_task(database.in_thread(go_on.wait))
+        asked = asyncio.create_task(stopped.take_role("fleet", ALICE, lease=minute))
+        await asyncio.sleep(0)
+        clock.off += timedelta(minutes=10)
+        epoch = await other.take_role("fleet", BOB, lease=minute)
+        go_on.set()
+        assert await asked is None
+        await held_up
+        clock.off += timedelta(seconds=59)
+        assert await stopped.take_role("fleet", ALICE, lease=minute) is None
+        assert await other.take_role("fleet", BOB, lease=minute) == epoch

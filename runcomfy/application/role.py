@@ -77,7 +77,9 @@ class Role:
         return True
 
     async def _ask(self) -> int | None:
-        return await self._store.take_role(self.name, self.owner.id, now=self._clock.now(), lease=self._lease)
+        # By the store's time, read when it is the call's turn: we may be stopped between the asking and that, and a
+        # time of before would cut what another holder has got meanwhile.
+        return await self._store.take_role(self.name, self.owner.id, lease=self._lease)
 
     async def _dead(self) -> list[Owner]:
         owners, now = await self._store.owners(), self._clock.now()

@@ -212,8 +212,13 @@ class Store(Protocol):
         ...
 
     # roles: see `JobStore.take_role`; the role `fleet` is kept where the machines are
-    async def take_role(self, role: str, owner_id: OwnerId, *, now: datetime, lease: timedelta) -> int | None:
-        """Take or keep a role that one process of the database has at a time; return its epoch, None if held."""
+    async def take_role(
+        self, role: str, owner_id: OwnerId, *, lease: timedelta, now: datetime | None = None
+    ) -> int | None:
+        """Take or keep a role that one process of the database has at a time; return its epoch, None if held.
+
+        The time is the store's own, read in the transaction; `now` stands in for it.
+        """
         ...
 
     async def drop_role(self, role: str, owner_id: OwnerId) -> None:

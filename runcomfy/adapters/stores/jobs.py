@@ -516,9 +516,8 @@ class SqlJobs:
 
     async def take_role(self, role: str, owner_id: OwnerId, *, lease: timedelta) -> int | None:
         """Take or keep a role that one process of the database has at a time; return its epoch, None if held."""
-        now = self.now()
         return await self._write(
-            lambda connection: roles.take_role(connection, now, role, owner_id, lease=lease), wakes=False
+            lambda connection: roles.take_role(connection, self.now, role, owner_id, lease=lease), wakes=False
         )
 
     async def drop_role(self, role: str, owner_id: OwnerId) -> None:

@@ -6,6 +6,7 @@ Both stores keep theirs in one table and by these rules; where their time comes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -21,12 +22,19 @@ _ROLE: Final = select(_roles).where(_roles.c.name == bindparam("role"))
 _HELD_ROLE: Final = _ROLE.with_for_update()
 
 
-def take_role(connection: Connection, now: datetime, role: str, owner_id: OwnerId, *, lease: timedelta) -> int | None:
-    """Take or keep a role; return its epoch, or None if somebody else has it."""
+def take_role(
+    connection: Connection, clock: Callable[[], datetime], role: str, owner_id: OwnerId, *, lease: timedelta
+) -> int | None:
+    """Take or keep a role; return its epoch, or None if somebody else has it.
+
+    The `clock` is read when the role's row is held. A time of before would be too old where the caller was stopped in
+    between, and would look like a clock that was set back: another holder's lease would be cut short.
+    """
     if (row := connection.execute(_HELD_ROLE, {"role": role}).one_or_none()) is None:
-        nobody = {"name": role, "owner_id": None, "epoch": 0, "since": now, "expires_at": now}
+        nobody = {"name": role, "owner_id": None, "epoch": 0, "since": clock(), "expires_at": clock()}
         connection.execute(insert_or_leave(connection, _roles), nobody)
         row = connection.execute(_HELD_ROLE, {"role": role}).one()
+    now = clock()
     this = update(_roles).where(_roles.c.name == role)
     if row.owner_id == owner_id:
         connection.execute(this.values(expires_at=now + lease))

@@ -86,9 +86,15 @@ class SignalsPart(parts.SqlPart):
         found = await self._read(lambda connection: [Decision(*row) for row in connection.execute(newest)])
         return found[::-1]
 
-    async def take_role(self, role: str, owner_id: OwnerId, *, now: datetime, lease: timedelta) -> int | None:
-        """Take or keep a role that one process of the database has at a time; return its epoch, None if held."""
-        return await self._write(lambda connection: roles.take_role(connection, now, role, owner_id, lease=lease))
+    async def take_role(
+        self, role: str, owner_id: OwnerId, *, lease: timedelta, now: datetime | None = None
+    ) -> int | None:
+        """Take or keep a role that one process of the database has at a time; return its epoch, None if held.
+
+        The time is the database's, read when the role's row is held; `now` stands in for it.
+        """
+        clock = self._database.now if now is None else lambda: now
+        return await self._write(lambda connection: roles.take_role(connection, clock, role, owner_id, lease=lease))
 
     async def drop_role(self, role: str, owner_id: OwnerId) -> None:
         """Give the role up, if this owner holds it."""
