@@ -257,12 +257,20 @@ class Services:
         served = Served(_ServedApp(settings, self.queue_settings, self.processes, self.clock), self.processes)
         served.app.make_client = self.make_client
         self._running.append(served)
-        with suppress(Killed):
+        failure: BaseException | None = None
+        try:
             async with served.app:
                 if works:
                     served.begin(ServeOptions(once=once, guard=False))
-                yield served
+                try:
+                    yield served
+                except BaseException as error:
+                    failure = error
+                    raise
                 await served.end()
+        except Killed:
+            if failure is not None and not isinstance(failure, Killed):
+                raise failure from None  # what went wrong in the block is not hidden by the death of the program
         self._running.remove(served)
 
     # -- jobs ----------------------------------------------------------------------------------------------

@@ -253,6 +253,7 @@ async def test_two_services_on_the_same_books_one_waits_and_takes_over(
         assert {decision.by for decision in await services.books.decisions()} == {_owner(first)}
         await first.kill()
         await services.all_ended()
+        await services.when(lambda: not cloud.alive, "the second one ends what is not needed any more")
         assert {decision.by for decision in await services.books.decisions()} == {_owner(first), _owner(second)}
     assert await services.complaints() == []
     assert [record.outcome for record in services.ran()] == ["success"] * 8
