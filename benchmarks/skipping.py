@@ -1,8 +1,8 @@
 """
-An event loop for long stories: real time while anything is done, and idle time skipped.
+An event loop for long stories: what is computed takes its time, and idle time is skipped.
 
-Its time is the computer's, plus what was skipped. What the program computes takes its real time, so that a loop that is
-held up misses what it would miss in life; only when nothing is to be done before the next timer (nothing to read,
+Its time is what the process has computed, plus what was skipped. So a loop that is held up misses what it would miss in
+life, whatever else the computer does meanwhile; only when nothing is to be done before the next timer (nothing to read,
 nothing under way in a thread) the time jumps there.
 """
 
@@ -56,16 +56,16 @@ class SkippingLoop(asyncio.SelectorEventLoop):
         self.not_counted = 0.0
         """Seconds of this turn that are to be left out of `holds`."""
         self.holds: list[float] = []
-        """Milliseconds for which the callbacks of one turn held the loop; short ones are left out."""
+        """Milliseconds that the callbacks of one turn computed, and so held the loop; short ones are left out."""
         self.turns = 0
         self._under_way = 0
-        self._woke_at = time.perf_counter()
+        self._woke_at = time.thread_time()
         selector.busy, selector.skip = lambda: self._under_way > 0, self._skip
         selector.sleeps, selector.woke = self._sleeps, self._wakes
         super().__init__(selector)
 
     def time(self) -> float:
-        return super().time() + self.skipped
+        return time.process_time() + self.skipped
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
         future = super().run_in_executor(executor, func, *args)
@@ -80,10 +80,10 @@ class SkippingLoop(asyncio.SelectorEventLoop):
         self.skipped += seconds
 
     def _sleeps(self) -> None:
-        held = (time.perf_counter() - self._woke_at - self.not_counted) * 1e3
+        held = (time.thread_time() - self._woke_at - self.not_counted) * 1e3
         self.turns += 1
         if held > 1.0:
             self.holds.append(held)
 
     def _wakes(self) -> None:
-        self._woke_at, self.not_counted = time.perf_counter(), 0.0
+        self._woke_at, self.not_counted = time.thread_time(), 0.0
