@@ -174,6 +174,9 @@ async def test_i4_stop_until_seen_gone(cloud: RunComfyEmulator, keepers: Program
         await asyncio.sleep(60)
         cloud.next_call("GET servers*", status=500, times=None, lasts=60)
         await asyncio.sleep(90)
+        cloud.next_call("GET servers/*", status=404, times=None)
+        await asyncio.sleep(60)
+        cloud.behave()  # both at once, twice, would be proof
         cloud.next_call("GET servers", body=[], times=2)
         await asyncio.sleep(60)
         assert cloud.billing == cloud.launched
@@ -320,6 +323,24 @@ async def test_i8_never_stop_a_busy_machine(cloud: RunComfyEmulator, services: S
     outcomes = sorted(record.outcome for record in services.ran())
     assert outcomes.count("success") == 4
     assert "lost" in outcomes
+
+
+async def test_i8_a_machine_that_drains_is_ended_when_its_last_job_has_left(
+    cloud: RunComfyEmulator, keepers: Programs
+) -> None:
+    """Whatever is wanted of it meanwhile: it is even prolonged for as long as the job runs."""
+    async with kept(cloud, keepers) as pool:
+        machine = await pool.usable()
+        first, second = pool.lease(machine), pool.lease(machine, compute=False)
+        pool.pool.drain(machine.id, why="no job waits any more")
+        await asyncio.sleep(400)
+        pool.done(first)
+        await asyncio.sleep(400)
+        assert not second.void
+        assert "DELETE" not in {call.method for call in cloud.calls}
+        assert cloud.billing == cloud.launched
+        pool.done(second)
+        await pool.empty(within=30)
 
 
 async def test_i9_ledger_is_the_bill(cloud: RunComfyEmulator, services: Services, tmp_path: Path) -> None:
