@@ -409,7 +409,7 @@ async def test_a_ledger_that_does_not_cover_the_bill_is_a_gap(
     machines, _ = await app.cloud()
     at = clock.now() - timedelta(hours=10)
     right = await past.machine(at, timedelta(hours=1))
-    await past.machine(at, timedelta(seconds=50), posts=False)  # within a minute
+    short = await past.machine(at, timedelta(seconds=50), posts=False)
     missing = await past.machine(at, timedelta(hours=2), posts=False)
     twice = await past.machine(at, timedelta(hours=1))
     dear = await past.machine(at, timedelta(hours=1), posts=False)
@@ -417,7 +417,9 @@ async def test_a_ledger_that_does_not_cover_the_bill_is_a_gap(
     wrong = replace(entry, machine_id=dear.id, ended_at=at + timedelta(hours=1), amount_usd=Decimal(7))
     await machines.store.post([entry, wrong])
     found = {finding.what: finding for finding in (await money.check()).gaps}
-    assert found.keys() == {missing.server_id, twice.server_id, dear.server_id}
+    assert found.keys() == {short.server_id, missing.server_id, twice.server_id, dear.server_id}
+    assert short.server_id is not None
+    assert found[short.server_id].words.startswith("the last 50 s of its bill are not in the ledger; `comfyctl mach")
     assert right.state is MachineState.STOPPED
     assert missing.server_id is not None
     assert twice.server_id is not None

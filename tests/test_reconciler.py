@@ -20,7 +20,8 @@ from runcomfy.domain.place_key import machine_key
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
+from runcomfy.testing.past import Past
+from runcomfy.testing.programs import Killed, Program, Programs, discrepancies, settings_for
 
 pytestmark = pytest.mark.cloud(comfyui=False)
 
@@ -292,3 +293,45 @@ async def test_a_machine_that_is_stopped_on_the_providers_page_is_lost_at_once(
         if latest.is_open:
             await program.machines.stop(latest, reason="it is lost")
         assert await discrepancies(cloud, program) == []
+
+
+# -- bills -------------------------------------------------------------------------------------------------
+
+
+async def test_who_dies_when_a_stop_was_accepted_leaves_no_bill_open(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """Invariant I9: the ledger is closed with the write that says so, whoever owns the machine by then."""
+    victims: list[Program] = []
+
+    def die(point: str) -> None:
+        if victims and point == "before store.close_bill":
+            victims[0].drop_dead()
+
+    async with programs.start(visit=die) as victim:
+        victims.append(victim)
+        machine, _ = await victim.ready()
+        await asyncio.sleep(300)
+        with pytest.raises(Killed):
+            await victim.machines.stop(machine, reason="the job is done")
+    async with programs.start() as program:
+        assert await program.billed() == cloud.total_usd > 0
+        await Reaper(program.machines).reap()
+        assert await discrepancies(cloud, program) == []
+
+
+async def test_a_bill_that_is_not_in_the_ledger_is_written_by_the_next_round(
+    cloud: RunComfyEmulator, programs: Programs, clock: LoopClock
+) -> None:
+    """Invariant I9: also where nobody lists, stops or takes over anything any more."""
+    async with programs.start() as program:
+        left = await Past(program.books).machine(clock.now() - timedelta(hours=9), timedelta(seconds=50), posts=False)
+        assert await program.billed() == 0
+        reconciler = Reconciler(program.machines)
+        assert [machine.id for machine in (await reconciler.once()).billed] == [left.id]
+        [entry] = await program.store.ledger(machine_id=left.id)
+        assert entry.ended_at - entry.started_at == timedelta(seconds=50)
+        assert entry.note == "ready until the stop was accepted, written later"
+        assert sum("was not in the ledger; it is now" in sentence for sentence in program.said) == 1
+        assert (await reconciler.once()).billed == []
+        assert cloud.launched == []

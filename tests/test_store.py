@@ -300,6 +300,7 @@ ANYTHING: Final[dict[str, Callable[[Store, MachineId], Awaitable[object]]]] = {
     "take_role": lambda store, _: store.take_role("fleet", ALICE, lease=timedelta(seconds=60)),
     "drop_role": lambda store, _: store.drop_role("fleet", ALICE),
     "close_bill": lambda store, key: store.close_bill(key, end=after(99), recorded_at=NOW, note=""),
+    "unbilled": lambda store, _: store.unbilled(provider="runcomfy", account="a"),
     "post": lambda store, key: store.post([an_entry(a_machine(id=key))]),
     "ledger": lambda store, _: store.ledger(),
     "reserve_request": lambda store, _: store.reserve_request(
@@ -310,7 +311,7 @@ ANYTHING: Final[dict[str, Callable[[Store, MachineId], Awaitable[object]]]] = {
     "break_launch_lock": lambda store, _: store.break_launch_lock("a", holder=ALICE),
 }
 READING: Final = {"owners", "machine", "machines", "story", "boot_times", "uses", "ledger"}
-READING_OF_POOLS: Final = {"budgets", "works", "signals", "decisions"}
+READING_OF_POOLS: Final = {"budgets", "unbilled", "works", "signals", "decisions"}
 WRITING: Final = set(ANYTHING) - READING - READING_OF_POOLS
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 from runcomfy.domain.budget import Budget, BudgetState, made_out
@@ -41,6 +41,8 @@ from runcomfy.ports.store import Store
 
 log = logging.getLogger("runcomfy.machines")
 
+BILLS_AGAIN: Final = timedelta(days=1)
+"""How far back bills are looked at again each round; the first round looks at all."""
 Tell = Callable[[str], None]
 """Takes a sentence for the user."""
 
@@ -75,6 +77,8 @@ class Books:
         self._asked_at: dict[MachineId, float] = {}
         """By the loop's time, which does not jump: when the launches of this process had left for sure."""
         self._asked_by: dict[MachineId, datetime] = {}
+        self._bills_seen: datetime | None = None
+        """Machines that have not changed since then were looked at for a bill that is open in the ledger."""
 
     def price(self, server_type: str) -> Rate:
         """Return the rate of a type; refuse before any money is spent.
@@ -199,6 +203,22 @@ class Books:
             await self.store.close_bill(machine.id, end=end, recorded_at=self.clock.now(), note=note)
         except LocalError as error:
             self.tell(f"the cost of {machine.server_id} could not be written down: {error}")
+
+    async def close_bills(self) -> list[Machine]:
+        """Bring every ledger up to the end of its bill that a write was refused for, or an older version left so (I9).
+
+        Return the machines concerned. Raises LocalError.
+        """
+        began, seen = self.clock.now(), self._bills_seen
+        behind = list(await self.store.unbilled(provider=self.provider, account=self.account, since=seen))
+        for machine in behind:
+            if machine.bill_ends is not None:
+                note = f"{machine.bill_words}, written later"
+                await self.store.close_bill(machine.id, end=machine.bill_ends, recorded_at=began, note=note)
+            self.tell(f"the end of the bill of {machine.server_id} was not in the ledger; it is now")
+            log.warning("bill_closed_late", extra={"fields": self.facts(machine)})
+        self._bills_seen = began - BILLS_AGAIN
+        return behind
 
     async def record(
         self, machine: Machine, event: MachineEvent, *, note: str, changes: Mapping[str, Any] | None = None

@@ -23,6 +23,8 @@ from runcomfy.domain.money import billed_interval, meter, show_usd
 TOLERANCE: Final = Decimal("0.01")
 SLACK: Final = timedelta(seconds=60)
 """A bill may differ by a hundredth or a minute (I9), whichever is more."""
+UNWRITTEN: Final = timedelta(seconds=1)
+"""A bill that was closed is in the ledger to its end: what is missing was refused when it was to be written."""
 _STOP_SLACK: Final = timedelta(seconds=60)
 _RUNS: Final = frozenset({Phase.READY, Phase.STARTING, Phase.UNKNOWN})
 
@@ -164,6 +166,9 @@ def _ledger(bill: MachineBill, *, now: datetime) -> Iterator[Finding]:
     if abs(whole - covered) > _allowed(whole):
         words = f"billed for {_span(whole)} by its times, {_span(covered)} are in the ledger"
         yield Finding(Kind.LEDGER, True, what, words, meter(now - abs(whole - covered), now, machine.usd_per_hour))
+    elif whole - covered > UNWRITTEN:
+        words = f"the last {_span(whole - covered)} of its bill are not in the ledger; `comfyctl machines reap` adds it"
+        yield Finding(Kind.LEDGER, True, what, words, meter(now - (whole - covered), now, machine.usd_per_hour))
 
 
 def _union(stretches: Sequence[tuple[datetime, datetime]]) -> timedelta:

@@ -516,7 +516,9 @@ class Executor:
                 if held.get(run.row.id) != run.row.token and not run.ending:
                     row = await self.store.job(run.row.id)
                     wanted = row is not None and row.status in (QueueStatus.PENDING, QueueStatus.PROCESSING)
-                    if not run.ending and run.journal.done is None:  # its own result ended the claim, maybe just now
+                    if run.journal.done is not None:
+                        continue  # its own result has ended the claim, just now
+                    if not run.ending:
                         run.cut(Why.LOST if wanted else Why.CANCELLED)
         except LocalError as error:
             self._troubled(error)

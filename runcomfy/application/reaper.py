@@ -65,6 +65,8 @@ class Reaped:
     foreign: list[MachineReport] = field(default_factory=list)
     failed: list[tuple[Machine, RunComfyError]] = field(default_factory=list)
 
+    billed: list[Machine] = field(default_factory=list)
+    """Whose ledger did not reach the end of its bill, and does now."""
 
 def judge(
     machine: Machine,
@@ -198,6 +200,7 @@ class Reaper:
                 continue
             if not verdict.end:
                 report.kept.append(verdict)
+        report.billed = await self._machines.books.close_bills()
             elif verdict.machine.state is not MachineState.REQUESTED:
                 if spare is not None and spare(verdict.machine):
                     report.kept.append(Verdict(verdict.machine, end=False, why="about to be taken over"))

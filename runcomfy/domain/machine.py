@@ -161,6 +161,16 @@ class Machine:
         """Whether the machine must be taken to cost money: it was ready, and nobody said that it is gone."""
         return self.ready_at is not None and self.state is not MachineState.STOPPED
 
+    @property
+    def bill_ends(self) -> datetime | None:
+        """Until when it is billed, as far as that is known by now: the provider's yes to a stop, or its end."""
+        return self.stop_accepted_at or self.gone_at
+
+    @property
+    def bill_words(self) -> str:
+        """What the ledger says of the last entry of a bill that has ended."""
+        return "ready until the stop was accepted" if self.stop_accepted_at is not None else "ready until gone"
+
     def on(self, event: MachineEvent, *, at: datetime) -> Machine:
         """Return the machine after `event`.
 

@@ -129,6 +129,8 @@ class Store(Protocol):
         """Apply an event (`Machine.on`) and field changes to the stored machine, and write the transition.
 
         With `epoch`, only if the machine's epoch is still that: else LeaseLost. Raises IllegalTransition.
+        Where the machine's bill has an end from now on (`Machine.bill_ends`), its ledger is brought up to that in the
+        same transaction; so in `change`.
         """
         ...
 
@@ -233,6 +235,13 @@ class Store(Protocol):
 
         None if it was never ready, or the ledger reaches that far already. Two processes that close the same bill
         write it once.
+        """
+        ...
+
+    async def unbilled(self, *, provider: str, account: str, since: datetime | None = None) -> Sequence[Machine]:
+        """Return the account's machines whose bill has an end that their ledger does not reach, oldest first.
+
+        `since`: only those that changed their state since then. There are none, unless a write was refused.
         """
         ...
 

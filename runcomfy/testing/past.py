@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from itertools import count
 
 from runcomfy.application.books import Books
 from runcomfy.domain.job import JobId
-from runcomfy.domain.machine import Machine, MachineEvent, MachineId, Purpose, ServerId
+from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineState, Purpose, ServerId
 from runcomfy.domain.work import Work
 
 
@@ -23,7 +24,10 @@ class Past:
     async def machine(
         self, ready: datetime, ran: timedelta, *, server_type: str = "medium", posts: bool = True
     ) -> Machine:
-        """Write down a machine that became ready then, ran so long, and is gone; `posts`: with its bill."""
+        """Write down a machine that became ready then, ran so long, and is gone.
+
+        `posts`: with its bill; without, as a version left it that wrote bills by themselves and died before it could.
+        """
         books, number = self.books, next(self._numbers)
         asked, end = ready - timedelta(minutes=3), ready + ran
         rate = books.settings.rates.find(server_type)
@@ -40,16 +44,17 @@ class Past:
             since=asked,
             owner_id=books.owner.id,
         )
-        store, by = books.store, books.owner.id
+        store, by, server_id = books.store, books.owner.id, ServerId(f"srv-{number}")
+        if not posts:
+            times = {"ready_at": ready, "stop_asked_at": end, "stop_accepted_at": end, "gone_at": end, "since": end}
+            left = replace(machine, state=MachineState.STOPPED, server_id=server_id, **times)  # type: ignore[arg-type]
+            await store.add_machine(left, at=end)
+            return left
         await store.add_machine(machine, at=asked)
-        server = {"server_id": ServerId(f"srv-{number}")}
-        await store.record(machine.id, MachineEvent.LISTED, at=asked, by=by, changes=server)
+        await store.record(machine.id, MachineEvent.LISTED, at=asked, by=by, changes={"server_id": server_id})
         await store.record(machine.id, MachineEvent.ANSWERED, at=ready, by=by, changes={"ready_at": ready})
         await store.record(machine.id, MachineEvent.STOP_ASKED, at=end, by=by, changes={"stop_accepted_at": end})
-        machine = await store.record(machine.id, MachineEvent.GONE, at=end, by=by)
-        if posts:
-            await store.close_bill(machine.id, end=end, recorded_at=end, note="made up")
-        return machine
+        return await store.record(machine.id, MachineEvent.GONE, at=end, by=by)
 
     async def job(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -238,7 +238,8 @@ class Programs:
         settings = replace(self.settings, cloud=replace(self.settings.cloud, **changes))
         path = Path(":memory:") if in_memory else self.database
         killed = asyncio.Event()
-        with suppress(Killed):  # what it would do at its end, it does not do any more
+        failure: BaseException | None = None
+        try:
             async with AsyncExitStack() as stack:
                 disk = SqlStore(path, clock=self.clock, durable=False, busy_timeout=busy_timeout)
                 store: Any = Mortal(await stack.enter_async_context(disk), killed, visit, "store.")
@@ -247,7 +248,14 @@ class Programs:
                 client = RunComfyAPIClient(settings.cloud, clock=self.clock, limiter=limiter)
                 provider: Any = Mortal(await stack.enter_async_context(client), killed, visit, "provider.")
                 session = await stack.enter_async_context(OwnerSession(store, self.processes, self.clock))
-                yield self._program(stack, settings, store, provider, session.owner, killed)
+                try:
+                    yield self._program(stack, settings, store, provider, session.owner, killed)
+                except BaseException as error:
+                    failure = error
+                    raise
+        except Killed:  # what it would do at its end, it does not do any more
+            if failure is not None and not isinstance(failure, Killed):
+                raise failure from None
 
     def _program(
         self,

@@ -25,7 +25,7 @@ from runcomfy.adapters.stores.jobs_rows import safe
 from runcomfy.adapters.stores.jobs_sql import Sql, in_list, listed, stamps
 from runcomfy.domain.budget import Budget, BudgetState, Busy, Charge, Period, busy_of, charge_of, committed, refusal
 from runcomfy.domain.machine import OPEN, Machine, MachineId, MachineState, OwnerId
-from runcomfy.domain.money import LedgerEntry, meter
+from runcomfy.domain.money import LedgerEntry
 
 _machines, _ledger, _alerts = tables.machines, tables.ledger, tables.budget_alerts
 
@@ -119,19 +119,24 @@ class MoneyPart(parts.SqlPart):
 
         def work(connection: Connection) -> LedgerEntry | None:
             machine = parts.held_machine(connection, machine_id)
-            if machine.ready_at is None:
-                return None
-            posted = select(func.max(_ledger.c.ended_at, type_=_ledger.c.ended_at.type))
-            until = connection.execute(posted.where(_ledger.c.machine_id == machine_id)).scalar()
-            start = machine.ready_at if until is None else max(until, machine.ready_at)
-            if end <= start:
-                return None
-            rate = machine.usd_per_hour
-            entry = LedgerEntry(machine_id, start, end, rate, meter(start, end, rate), recorded_at, note=note)
-            connection.execute(insert(_ledger), tables.values_of(entry))
-            return entry
+            return parts.bring_up_bill(connection, machine, end=end, recorded_at=recorded_at, note=note)
 
         return await self._write(work)
+
+    async def unbilled(self, *, provider: str, account: str, since: datetime | None = None) -> Sequence[Machine]:
+        """Return machines whose bill has an end that their ledger does not reach; `since`: that changed since then."""
+        reached = select(func.max(_ledger.c.ended_at)).where(_ledger.c.machine_id == _machines.c.id).scalar_subquery()
+        end = func.coalesce(_machines.c.stop_accepted_at, _machines.c.gone_at)
+        query = select(_machines).where(
+            _machines.c.provider == provider,
+            _machines.c.account == account,
+            _machines.c.ready_at < end,
+            reached.is_(None) | (reached < end),
+        )
+        if since is not None:
+            query = query.where(_machines.c.since >= since)
+        query = query.order_by(_machines.c.requested_at, _machines.c.id)
+        return await self._read(lambda connection: [tables.machine_of(row) for row in connection.execute(query)])
 
     async def post(self, entries: Sequence[LedgerEntry]) -> None:
         """Add entries to the ledger, all or none. What is there is never changed."""

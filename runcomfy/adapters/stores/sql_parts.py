@@ -19,10 +19,12 @@ from runcomfy.adapters.stores import tables
 from runcomfy.adapters.stores.database import Database
 from runcomfy.domain.exceptions import LeaseLost, LocalError
 from runcomfy.domain.machine import Machine, MachineId, OwnerId
+from runcomfy.domain.money import LedgerEntry, meter
 
 T = TypeVar("T")
 
 _machines, _story, _accounts = tables.machines, tables.machine_transitions, tables.accounts
+_ledger = tables.ledger
 
 # Statements are built once; SQLAlchemy keeps what it compiled them to.
 _MACHINE: Final = select(_machines).where(_machines.c.id == bindparam("machine_id"))
@@ -30,6 +32,9 @@ _MACHINE_LOCKED: Final = _MACHINE.with_for_update()
 _SAVE_MACHINE: Final = update(_machines).where(_machines.c.id == bindparam("key"))
 _NEXT_NUMBER: Final = select(func.coalesce(func.max(_story.c.number), 0) + 1).where(
     _story.c.machine_id == bindparam("machine_id")
+)
+_BILLED_UNTIL: Final = select(func.max(_ledger.c.ended_at, type_=_ledger.c.ended_at.type)).where(
+    _ledger.c.machine_id == bindparam("machine_id")
 )
 _ACCOUNT: Final = select(_accounts).where(_accounts.c.account == bindparam("name")).with_for_update()
 
@@ -100,6 +105,25 @@ def save_machine(
         if value != getattr(before, name) and name not in ("state", "since")
     }
     _tell(connection, after, at=at, event=event, by=by, note=note, changes=changes)
+    if (end := after.bill_ends) is not None and (end, after.ready_at) != (before.bill_ends, before.ready_at):
+        # In the same transaction: whoever dies, or loses the machine, after this has left no bill open.
+        bring_up_bill(connection, after, end=end, recorded_at=at, note=after.bill_words)
+
+
+def bring_up_bill(
+    connection: Connection, machine: Machine, *, end: datetime, recorded_at: datetime, note: str
+) -> LedgerEntry | None:
+    """Bring a held machine's ledger up to `end`; return what was added, None if there was nothing to add."""
+    if machine.ready_at is None:
+        return None
+    until = connection.execute(_BILLED_UNTIL, {"machine_id": machine.id}).scalar()
+    start = machine.ready_at if until is None else max(until, machine.ready_at)
+    if end <= start:
+        return None
+    rate = machine.usd_per_hour
+    entry = LedgerEntry(machine.id, start, end, rate, meter(start, end, rate), recorded_at, note=note)
+    connection.execute(insert(_ledger), tables.values_of(entry))
+    return entry
 
 
 def _tell(

@@ -8,6 +8,7 @@ import asyncio
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from itertools import pairwise
 from uuid import uuid4
 
@@ -16,7 +17,7 @@ import pytest
 from runcomfy.domain.budget import Budget, BudgetState, Period
 from runcomfy.domain.exceptions import BudgetExceeded, LeaseLost, LocalError
 from runcomfy.domain.machine import Machine, MachineEvent, MachineId
-from runcomfy.domain.money import LedgerEntry
+from runcomfy.domain.money import LedgerEntry, meter
 from runcomfy.ports.store import Store
 from runcomfy.testing.contracts.store_words import ALICE, BOB, NOW, a_machine, a_work, after, an_entry, ready
 
@@ -228,6 +229,46 @@ class LedgerContract:
         entry = await store.close_bill(machine.id, end=after(100), recorded_at=after(100), note="")
         assert entry is not None
         assert entry.started_at == after(90)
+
+    @pytest.mark.parametrize("accepted", [True, False])
+    async def test_a_bill_is_closed_with_the_write_that_ends_it(self, store: Store, accepted: bool) -> None:
+        """Invariant I9: whoever dies after that write, or loses the machine, leaves no bill open."""
+        machine = await ready(store, usd_per_hour=SIX)
+        await store.record(machine.id, MachineEvent.STOP_ASKED, at=after(90), by=ALICE)
+        assert list(await store.ledger(machine_id=machine.id)) == []
+        if accepted:
+            await store.change(machine.id, at=after(101), by=ALICE, stop_accepted_at=after(100))
+        await store.record(machine.id, MachineEvent.GONE, at=after(120), by=ALICE, changes={"gone_at": after(110)})
+        [entry] = await store.ledger(machine_id=machine.id)
+        ended, words = (after(100), "the stop was accepted") if accepted else (after(110), "gone")
+        assert (entry.started_at, entry.ended_at, entry.note) == (after(40), ended, f"ready until {words}")
+        assert entry.amount_usd == meter(after(40), ended, SIX)
+        assert await store.close_bill(machine.id, end=ended, recorded_at=after(130), note="") is None
+
+    async def test_a_bill_that_was_opened_again_goes_on(self, store: Store) -> None:
+        machine = await ready(store, usd_per_hour=SIX)
+        await store.record(machine.id, MachineEvent.STOP_ASKED, at=after(90), by=ALICE)
+        await store.change(machine.id, at=after(100), by=ALICE, stop_accepted_at=after(100))
+        await store.change(machine.id, at=after(105), by=ALICE, stop_accepted_at=None)
+        await store.change(machine.id, at=after(130), by=ALICE, stop_accepted_at=after(130))
+        _is_whole(machine, [(e.started_at, e.ended_at) for e in await store.ledger(machine_id=machine.id)])
+
+    async def test_a_bill_that_the_ledger_does_not_reach_is_found(self, store: Store) -> None:
+        machine = await ready(store, account=f"account-{uuid4()}")
+        where = partial(store.unbilled, provider=machine.provider, account=machine.account)
+        assert list(await where()) == []
+        await store.record(machine.id, MachineEvent.STOP_ASKED, at=after(90), by=ALICE)
+        await store.change(machine.id, at=after(100), by=ALICE, stop_accepted_at=after(100))
+        assert list(await where()) == []
+        # written by an older version, which posted by itself: this one can write no such machine
+        left = a_machine(account=machine.account, ready_at=after(40), stop_accepted_at=after(100))
+        await store.add_machine(left, at=NOW)
+        assert [found.id for found in await where()] == [left.id]
+        assert list(await where(since=after(1))) == []
+        await store.post([an_entry(left, started_at=after(40), ended_at=after(99))])
+        assert [found.id for found in await where(since=NOW)] == [left.id]
+        await store.close_bill(left.id, end=after(100), recorded_at=after(200), note="")
+        assert list(await where()) == []
 
 
 class RacesContract:
