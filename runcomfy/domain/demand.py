@@ -21,6 +21,10 @@ FAST_S: Final = 90.0
 """Averaging time of the rate that follows bursts within a session."""
 SLOW_S: Final = 600.0
 """Averaging time of the rate that outlives the pauses of a session."""
+FAST_SHARE: Final = 0.6
+"""Weight of the 90 s rate beside the 600 s one."""
+_OVERLAP_PRIOR: Final = 3.0
+"""Arrivals that met others as often as expected, until there are enough of one's own."""
 SILENCES_KEPT: Final = 600
 """Two half-lives of what `keep_alive` weighs: older silences would count less than a quarter."""
 TOGETHER_S: Final = 2.0
@@ -88,6 +92,7 @@ class Demand:
         self._last: float | None = None
         self._fast, self._slow = _Rate(FAST_S), _Rate(SLOW_S)
         self._groups, self._group, self._gaps = _Mean(_GROUP_HALF_LIFE), 0, _Mean(_SERVICE_HALF_LIFE)
+        self._met, self._expected = _Mean(_SERVICE_HALF_LIFE), _Mean(_SERVICE_HALF_LIFE)
         self._served, self._predicted = _Mean(_SERVICE_HALF_LIFE), _Mean(_SERVICE_HALF_LIFE)
         self._silences: deque[float] = deque(maxlen=SILENCES_KEPT)
         self._silences_view: tuple[float, ...] | None = ()
@@ -104,8 +109,10 @@ class Demand:
         if count <= 0:
             return
         self._only_batches = batch and (self._only_batches or self._fresh)
-        self._fresh = False
+        fresh, self._fresh = self._fresh, False
         if not batch:
+            if self._last is not None and at - self._last > TOGETHER_S:
+                self._meet(at, busy=not fresh)
             self._seen += count
             self._fast.add(at, count)
             self._slow.add(at, count)
@@ -113,6 +120,13 @@ class Demand:
         self._last = at if self._last is None else max(self._last, at)
         if service_s is not None and service_s > 0:
             self._predicted.add(service_s)
+
+    def _meet(self, at: float, *, busy: bool) -> None:
+        """Count whether what comes finds work in progress, beside how often it would if arrivals did not care."""
+        known = self._served if self._served.weight else self._predicted
+        rate = FAST_SHARE * self._fast.now(at) + (1 - FAST_SHARE) * self._slow.now(at)
+        self._met.add(busy)
+        self._expected.add(1 - math.exp(-rate * (known.mean if known.weight else self._believed)))
 
     def _gap(self, gap_s: float, count: int) -> None:
         if gap_s <= TOGETHER_S:
@@ -168,6 +182,7 @@ class Demand:
             last_arrival=self._last,
             silent_since=self._silent_since,
             only_batches=self._only_batches,
+            overlap=(self._met.total + _OVERLAP_PRIOR) / (self._expected.total + _OVERLAP_PRIOR),
             group=self._groups.squares / self._groups.total if self._groups.weight else 1.0,
             rate_session=self._groups.mean / self._gaps.mean if self._gaps.weight else 0.0,
         )

@@ -106,6 +106,9 @@ class DemandView:
     """Since when no machine has work and nothing waits; None while there is work, or before anything was seen."""
     group: float = 1.0
     """How many jobs come together (three pictures of one prompt), as a job sees it: the mean square over the mean."""
+    overlap: float = 1.0
+    """How often arrivals find work in progress, relative to arrivals at the same rate that know nothing of each other.
+    Below 1 where people wait for a result before they send again, above 1 where they send in bursts."""
     rate_session: float = 0.0
     """Arrivals per second while somebody works: over gaps below five minutes."""
     only_batches: bool = False

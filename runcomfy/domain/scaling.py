@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
+from runcomfy.domain.demand import FAST_SHARE
 from runcomfy.domain.keep_alive import keep_alive, worth_of_start
 from runcomfy.domain.list_schedule import Waiting
 from runcomfy.domain.plan_view import Action, Launch, MachineView, OfferView, Plan, PlanView, Stage, Stop
@@ -38,8 +39,6 @@ _HELD: Final = 2.0
 """A machine is held about twice as long as it computes (replays with learned keep-alive, by streams 1.6 to 4)."""
 _JOBS_A_START: Final = 10
 """Jobs that share a load of models."""
-_FAST_SHARE: Final = 0.6
-"""Weight of the 90 s rate beside the 600 s one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +47,10 @@ class Knobs:
 
     pays_within_s: float = 100.0
     """A launch for arrivals to come must earn its start back so soon."""
+    window_s: float = 300.0
+    """A rate rests on what came in about this time, however much came before."""
+    overlap_most: float = 1.5
+    """How much more often than by chance arrivals are believed to meet."""
     stop_rate: float = 0.85
     """A machine too many is one too many even at this share of the rate. Below 1, so that nothing oscillates."""
     linger_s: float = 30.0
@@ -106,7 +109,7 @@ class _Planning:
             default=math.inf,
         )
         self._rented = sum(1 for machine in view.machines if not self._is_own(machine))
-        self._rate = _FAST_SHARE * view.demand.rate_fast + (1 - _FAST_SHARE) * view.demand.rate_slow
+        self._rate = FAST_SHARE * view.demand.rate_fast + (1 - FAST_SHARE) * view.demand.rate_slow
         if view.presence.present:
             self._rate = max(self._rate, knobs.present_rate * view.demand.rate_session)
         self._looks: list[float] = []
@@ -213,12 +216,14 @@ class _Planning:
         demand, main = self._view.demand, self._usual or self._view.offers[0]
         return Staffing(
             rate=share * self._rate,
-            seen=demand.seen,
+            seen=min(demand.seen, share * self._rate * self._knobs.window_s),
             service_s=demand.service_s * main.speed,
             service_cv2=demand.service_cv2,
             usd_per_hour=main.usd_per_hour,
             wait_usd_per_hour=self._lam,
             group=demand.group,
+            # To wait for a second machine, two must be met: the square was best in replays, not the number of them.
+            overlap=min(self._knobs.overlap_most, demand.overlap) ** 2,
         )
 
     # -- launching -------------------------------------------------------------------------------------------

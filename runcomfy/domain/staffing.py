@@ -127,6 +127,8 @@ class Staffing:
     wait_usd_per_hour: float
     group: float = 1.0
     """How many jobs come together, as a job sees it."""
+    overlap: float = 1.0
+    """How often jobs meet others, relative to independent arrivals."""
 
     def queue(self, machines: int) -> float:
         """Return the mean number of waiting jobs, averaged over what the rate may be."""
@@ -148,8 +150,8 @@ class Staffing:
         together = load * max(0.0, self.group / machines - 1) / 2
         if load < machines:
             balanced = erlang_c(machines, load) * load / (machines - load) * (1 + self.service_cv2) / 2
-            return min(balanced, waiting) + together
-        return waiting + together + (load - machines) / self.service_s * OVERLOAD_S / 2
+            return self.overlap * min(balanced, waiting) + together
+        return self.overlap * waiting + together + (load - machines) / self.service_s * OVERLOAD_S / 2
 
     def cost(self, machines: int) -> float:
         """Return what an hour with so many machines costs, waiting included, in USD."""

@@ -89,6 +89,19 @@ def test_jobs_that_are_sent_together_are_a_group() -> None:
     assert calm.view(1200).group == 1
 
 
+def test_whoever_waits_for_a_result_meets_nobody() -> None:
+    alone, random = Demand(), Demand()
+    for number in range(200):
+        alone.work_came(60 * number)
+        alone.arrived(60 * number, 1, 30.0)
+        alone.served(30)
+        alone.went_silent(60 * number + 30)
+        random.arrived(60 * number, 1, 30.0)  # always while the one before still runs
+        random.served(30)
+    assert alone.view(12_000).overlap < 0.3
+    assert random.view(12_000).overlap > 1.5
+
+
 def test_a_known_batch_says_nothing_of_what_is_to_come() -> None:
     demand = Demand()
     demand.arrived(0, 100, 30.0, batch=True)

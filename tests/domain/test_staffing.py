@@ -69,6 +69,11 @@ def test_jobs_that_come_together_deserve_machines_together() -> None:
     assert calm.best(1, 20) < replace(calm, group=4.0).best(1, 20)
 
 
+def test_people_who_wait_for_each_other_need_fewer_machines() -> None:
+    busy = replace(TEAM, rate=0.03, wait_usd_per_hour=35)
+    assert replace(busy, overlap=0.1).best(1, 20) < busy.best(1, 20) <= replace(busy, overlap=2.0).best(1, 20)
+
+
 def test_nothing_comes_nothing_is_deserved() -> None:
     idle = replace(TEAM, rate=0.0)
     assert idle.queue(1) == 0
