@@ -49,6 +49,8 @@ class FleetDemand:
         """By uid: when a job came that has not computed yet."""
         self._counted: set[tuple[str, str, int]] = set()
         """Runs that were learned from."""
+        self._worked = False
+        """Whether there was ever any work: the very first comes after a silence, too."""
 
     # -- history -------------------------------------------------------------------------------------------
 
@@ -66,6 +68,7 @@ class FleetDemand:
         return self._axis.of(arrival.at) if arrival.at is not None else float("-inf")
 
     def _relive(self, past: Sequence[tuple[float, Arrival]]) -> None:
+        self._worked = bool(past)
         first: dict[str, Work] = {}
         for work in self._offers.works:
             if work.computing_at is not None:
@@ -78,7 +81,7 @@ class FleetDemand:
                 if busy_until > float("-inf"):
                     self._demand.went_silent(busy_until)
                 self._demand.work_came(at)
-                if ran is None or ran.cold:
+                if ran is None or self._was_cold(at, ran):
                     self._demand.cold_start(at)
             batch = self._signals.work_came(at, arrival.user, after_silence=silence)
             self._came_in(at, arrival, batch=batch)
@@ -90,6 +93,15 @@ class FleetDemand:
                 busy_until = float("inf")  # it still waits or runs
         if float("-inf") < busy_until < float("inf"):
             self._demand.went_silent(busy_until)
+
+    def _was_cold(self, at: float, ran: Work) -> bool:
+        """Return whether a job that came after a silence found no machine, as far as its wait tells.
+
+        That a machine had not computed its workflow yet is not enough: somebody may have announced the work.
+        """
+        if not ran.cold or ran.computing_at is None:
+            return False
+        return self._axis.of(ran.computing_at) - at >= self._offers.boot_s(ran.server_type) / 2
 
     def _came_in(self, at: float, arrival: Arrival, *, batch: bool) -> None:
         self._demand.arrived(at, 1, self._offers.run_s(arrival.workflow_id), batch=batch)
@@ -135,7 +147,8 @@ class FleetDemand:
         if not busy:
             self._demand.went_silent(now)
             return
-        was_silent = self._demand.view(now).silent_since is not None
+        was_silent = not self._worked or self._demand.view(now).silent_since is not None
+        self._worked = True
         self._demand.work_came(now)
         if was_silent and not machines:
             self._demand.cold_start(now)
