@@ -518,7 +518,7 @@ class App:
         from runcomfy.application.service import Crew
 
         machines, _ = await self.cloud()
-        pool = await self.pool(role)
+        pool, reconciler = await self.pool(role), Reconciler(machines, spare=takes_over)
         try:
             await pool.adopt()
             fleet = await self.fleet(pool, role)
@@ -527,7 +527,6 @@ class App:
                 pool, machines.settings.pool, clock=self.clock, works=fleet.works, outlives=lambda: not role.holds()
             )
             executor = await self.executor(observed=observed, station=station, barred=fleet.barred)
-            reconciler = Reconciler(machines, spare=takes_over)
             if options.monitor and self._monitor is None:  # the folder is ours from the first term on
                 self._monitor = await self.monitor(hold=True)
             guards = (self._keep_guard,) if options.guard and self.settings.pool.guard else ()
@@ -539,10 +538,10 @@ class App:
                     with suppress(LocalError):  # asked again
                         await pool.adopt()
 
-            loops = (pool.run, reconciler.run, adopt, *guards)
+            loops = (pool.run, reconciler.watch, adopt, *guards)
             yield Crew(executor, fleet, loops=loops, monitor=self._monitor)
         finally:
-            await finish(pool.close(keep=not role.holds()))
+            await finish(reconciler.close(after=pool.close(keep=not role.holds())))
 
     # -- money ---------------------------------------------------------------------------------------------
 

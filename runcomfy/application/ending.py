@@ -28,7 +28,7 @@ from runcomfy.domain.exceptions import (
     StopUnconfirmed,
     WrongUrl,
 )
-from runcomfy.domain.machine import Machine, MachineEvent, MachineReport, Phase, Purpose, ServerId
+from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineReport, Phase, Purpose, ServerId
 from runcomfy.ports.provider import Provider
 
 log = logging.getLogger("runcomfy.machines")
@@ -40,6 +40,8 @@ HOPELESS_AFTER: Final = timedelta(minutes=1)
 `reap` stand behind it."""
 RESTOP_EVERY: Final = timedelta(seconds=30)
 """How often a stop is repeated while the provider says that it is at it."""
+SAY_AGAIN: Final = timedelta(hours=1)
+"""After how long it is said again that the same still goes wrong. Alarms have their own time."""
 FIRST_LOOK: Final = timedelta(seconds=5)
 """How long a stop waits for the provider's word on whether the machine has begun to bill."""
 
@@ -52,6 +54,21 @@ class Look:
     report: MachineReport | None = None
     listed: Sequence[MachineReport] = ()
     """Of a machine that is gone: the last full list."""
+
+
+class Said:
+    """What went wrong and was said: a kind of error is said when it comes first, and then once an hour."""
+
+    def __init__(self) -> None:
+        self._again_at: dict[str, float] = {}
+
+    def due(self, kind: str) -> bool:
+        """Return whether this is to be said now; True counts as said."""
+        now = asyncio.get_running_loop().time()
+        if now < self._again_at.get(kind, now):
+            return False
+        self._again_at[kind] = now + SAY_AGAIN.total_seconds()
+        return True
 
 
 @dataclass(slots=True)
@@ -88,6 +105,8 @@ class Ending:
         self._books = books
         self._clock = books.clock
         self._cloud = books.settings.cloud
+        self._said: dict[MachineId, Said] = {}
+        """Of machines that are being ended."""
 
     async def stop(self, machine: Machine, *, reason: str) -> Machine:
         """Stop the machine and look until it is gone. Does not give up, except as told below.
@@ -143,12 +162,16 @@ class Ending:
                 await self._reopen(effort, look.phase)
             on_its_way = effort.accepted is not None and look.phase in (Phase.STOPPING, Phase.UNKNOWN)
             if on_its_way and loop.time() - (effort.accepted or 0.0) >= cloud.stop_alarm_after.total_seconds():
-                self._books.tell(f"RunComfy accepted the stop of {effort.machine.server_id} but still lists it")
+                if self._is_news(effort.machine, "still listed"):
+                    self._books.tell(f"RunComfy accepted the stop of {effort.machine.server_id} but still lists it")
                 return effort.machine
             if loop.time() >= effort.next_alarm and not on_its_way:
                 self._alarm(effort)
             await asyncio.sleep(effort.delay.total_seconds())
             effort.delay = min(effort.delay * 1.5, max(cloud.poll_interval, timedelta(seconds=1)) * 6)
+
+    def _is_news(self, machine: Machine, kind: str) -> bool:
+        return self._said.setdefault(machine.id, Said()).due(kind)
 
     async def _call(self, effort: _Effort) -> None:
         """Ask for the stop once; raises StopUnconfirmed if asking is hopeless."""
@@ -178,7 +201,8 @@ class Ending:
         try:
             accepted = await self._provider.stop_machine(server_id)
         except ProviderError as error:
-            self._books.tell(f"stopping {server_id} failed for now ({error.code}); trying again")
+            if self._is_news(machine, error.code):
+                self._books.tell(f"stopping {server_id} failed for now ({error.code}); trying again until it works")
             log.warning("machine_stop_failed", extra={"fields": {**self._books.facts(machine), "error": error.code}})
             if isinstance(error, HOPELESS):
                 raise
@@ -244,6 +268,7 @@ class Ending:
         """
         now, planned, asked = self._clock.now(), machine.planned_stop_at, machine.stop_asked_at
         gone_at = now
+        self._said.pop(machine.id, None)
         if machine.stop_accepted_at is None:
             if planned is not None and now >= planned:
                 gone_at = max(planned, seen_at or planned)

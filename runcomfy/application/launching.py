@@ -19,7 +19,7 @@ from typing import Final
 from uuid import uuid4
 
 from runcomfy.application.books import Books
-from runcomfy.application.ending import HOPELESS, HOPELESS_AFTER, Ending, ambiguous
+from runcomfy.application.ending import HOPELESS, HOPELESS_AFTER, Ending, Said, ambiguous
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.domain.exceptions import LaunchUnclear, LeaseLost, LocalError, ProviderError, RunComfyError
@@ -132,21 +132,26 @@ class Launching:
             hint="try again later, or look at RunComfy's status page",
         )
 
+    def is_under_way(self, machine_id: MachineId) -> bool:
+        """Whether this process works on that launch: sends it, looks for what it started, or is to end that."""
+        return any(attempt.machine.id == machine_id for tries in self._tries.values() for attempt in tries)
+
     async def _resolve_earlier(self) -> None:
-        """End what an earlier, never answered launch of a dead process started: one launch in flight at a time.
+        """End what an earlier, never answered launch started that nobody works on: one launch in flight at a time.
 
         We hold the launch lock, so nobody alive is launching now.
         """
         for row in await self._books.rows(states=[MachineState.REQUESTED]):
-            if row.state is not MachineState.REQUESTED or row.owner_id == self._books.owner.id:
+            if row.state is not MachineState.REQUESTED or self.is_under_way(row.id):
                 continue
-            owner = (await self._store.owners([row.owner_id])).get(row.owner_id) if row.owner_id else None
-            if owner is not None and self._processes.lives(owner, now=self._clock.now()):
-                continue  # it could not bring its own launch to an end yet, and still tries
+            if row.owner_id != self._books.owner.id:
+                owner = (await self._store.owners([row.owner_id])).get(row.owner_id) if row.owner_id else None
+                if owner is not None and self._processes.lives(owner, now=self._clock.now()):
+                    continue  # it could not bring its own launch to an end yet, and still tries
+                self._books.presume_asked(row, owner)
             self._books.tell(
                 f"an earlier launch ({row.requested_at:%H:%M:%S} UTC) was never answered; looking for its machine"
             )
-            self._books.presume_asked(row, owner)
             found = await self.find_launched(row)
             taken = found and await self._books.try_take_over(found, note="its process is gone")
             if taken:
@@ -236,7 +241,7 @@ class Launching:
     async def _list_patiently(self, machine: Machine) -> Sequence[MachineReport]:
         """Return a full list, however long the provider needs to give one; not if a person has to mend something."""
         loop = asyncio.get_running_loop()
-        delay, began = self._cloud.poll_interval, loop.time()
+        delay, began, said = self._cloud.poll_interval, loop.time(), Said()
         while True:
             try:
                 return await self._provider.list_machines(urgent=True)
@@ -248,9 +253,11 @@ class Launching:
                         hint=f"mend that ({error.hint or error.code}), then `comfyctl machines reap`",
                         details={"cause": error.code},
                     ) from error
-                self._books.tell(
-                    f"RunComfy cannot be asked now ({error.code}); asking again in {delay.total_seconds():.0f} s"
-                )
+                if said.due(error.code):
+                    self._books.tell(
+                        f"RunComfy cannot be asked now ({error.code}) what a launch has started; asking again until "
+                        "it answers"
+                    )
                 await asyncio.sleep(delay.total_seconds())
                 delay = min(delay * 2, timedelta(minutes=1))
 

@@ -33,6 +33,7 @@ from runcomfy.domain.exceptions import (
     MachineLost,
     NoCapacity,
     RunComfyError,
+    StopUnconfirmed,
 )
 from runcomfy.domain.health import Harm, harm_of
 from runcomfy.domain.job import JobId
@@ -329,7 +330,10 @@ class MachinePool:
                 machine = await self._machines.launch(intent)
         except BaseException as error:
             health.launch_failed(kind, error if isinstance(error, RunComfyError) else None)
-            self._members.remove(member)
+            if isinstance(error, StopUnconfirmed):
+                self._members.end(member, "its launch was broken off")  # it may bill: that is tried until it is gone
+            else:
+                self._members.remove(member)
             raise
         health.launched()
         self._members.answered(member, machine)

@@ -99,6 +99,11 @@ class Machines:
         """Rent the machine of `intent`, exactly one; see `Launching.launch`. Hold `launch_lock`."""
         return await self._launching.launch(intent)
 
+    def has_given_up(self, machine: Machine) -> bool:
+        """Whether an unanswered launch is of this process, and nobody in it works on that any more."""
+        ours = machine.owner_id == self.books.owner.id and machine.state is MachineState.REQUESTED
+        return ours and not self._launching.is_under_way(machine.id)
+
     async def find_launched(self, machine: Machine, *, wait: bool = True) -> Machine | None:
         """Look for what an unanswered launch started; see `Launching.find_launched`. Hold `launch_lock`."""
         return await self._launching.find_launched(machine, wait=wait)

@@ -349,9 +349,14 @@ class Members:
 
     async def _stop(self, member: Member, reason: str) -> Machine | None:
         if member.intent is not None:
-            return await finish(self.machines.settle(member.intent, reason=reason))
+            ended = await finish(self.machines.settle(member.intent, reason=reason))
+            if ended is not None or member.machine.server_id is None:
+                return ended
+            # Settled before, and not gone: the provider has said for long that it is at it.
         current = await self.books.latest(member.machine.id) or member.machine
-        return await finish(self.machines.stop(current, reason=reason)) if current.is_open else current
+        if current.owner_id != self.books.owner.id or not current.is_open:
+            return current  # somebody else's to end by now (I7), or ended
+        return await finish(self.machines.stop(current, reason=reason))
 
     def vanished(self, member: Member, note: str) -> None:
         """Let go of a machine that its status and two full lists say is gone. Harmless when repeated."""

@@ -3,7 +3,8 @@ Ending what is ours, bills, and has nobody any more (I7).
 
 A machine is ended only if it is in our books, its owner's process is dead, no living job uses it, and it is not a dev
 server within the time it was meant to live; and only after two full lists of the provider. Machines that are not in our
-books are counted and never touched. Launches of dead processes that were never answered are looked for and resolved.
+books are counted and never touched. Launches that were never answered are looked for and resolved: those of dead
+processes, and those of this one that could not be looked for when they were sent.
 
 What belongs to a live job is spared: where the prompt of a queued job that has not ended may still run, whoever claims
 the job next goes on with it, and takes the machine over. It is spared to the end of its lease, which nobody renews.
@@ -64,9 +65,9 @@ class Reaped:
     """Launches of dead processes of which it is not yet known whether they started a machine."""
     foreign: list[MachineReport] = field(default_factory=list)
     failed: list[tuple[Machine, RunComfyError]] = field(default_factory=list)
-
     billed: list[Machine] = field(default_factory=list)
     """Whose ledger did not reach the end of its bill, and does now."""
+
 
 def judge(
     machine: Machine,
@@ -172,9 +173,10 @@ class Reaper:
             and (user := users.get(use.owner_id)) is not None
             and self._machines.processes.lives(user, now=now)
         ]
+        lives = owner is not None and self._machines.processes.lives(owner, now=now)
         return judge(
             row,
-            owner_lives=owner is not None and self._machines.processes.lives(owner, now=now),
+            owner_lives=lives and not self._machines.has_given_up(row),
             owner_pid=owner.pid if owner else None,
             living_use=living[0] if living else None,
             dev_time_left=(
@@ -182,15 +184,23 @@ class Reaper:
             ),
         )
 
-    async def reap(self, *, wait: bool = True, spare: Callable[[Machine], bool] | None = None) -> Reaped:
+    async def reap(
+        self,
+        *,
+        wait: bool = True,
+        spare: Callable[[Machine], bool] | None = None,
+        on_ending: Callable[[], None] = lambda: None,
+    ) -> Reaped:
         """Repair the books and end what has nobody; return what was done.
 
         `wait=False` does not wait for unanswered launches to become visible; they are reported as unresolved.
-        Machines that `spare` says yes to are kept: the caller is about to take them over.
+        Machines that `spare` says yes to are kept: the caller is about to take them over. `on_ending` is called when
+        everything is decided and only stops are left, which take as long as the provider needs.
 
         Raises ProviderError if the account's machines cannot be listed: nothing is decided then.
         """
         report = Reaped()
+        report.billed = await self._machines.books.close_bills()
         asked_at = self._clock.now()
         first = await self._machines.provider.list_machines()
         doomed = await self._revenants(first, asked_at)
@@ -200,7 +210,6 @@ class Reaper:
                 continue
             if not verdict.end:
                 report.kept.append(verdict)
-        report.billed = await self._machines.books.close_bills()
             elif verdict.machine.state is not MachineState.REQUESTED:
                 if spare is not None and spare(verdict.machine):
                     report.kept.append(Verdict(verdict.machine, end=False, why="about to be taken over"))
@@ -212,6 +221,7 @@ class Reaper:
         if doomed or missing:
             await asyncio.sleep(min(1.0, self._machines.settings.cloud.poll_interval.total_seconds()))
             await self._machines.provider.list_machines()  # the second full list; a failure ends the reap here
+        on_ending()
         # What has begun to be stopped is stopped to its end, whatever the user presses meanwhile.
         await finish(self._end_all(doomed, report))
         for machine in missing:
@@ -273,7 +283,8 @@ class Reaper:
             if current is None or current.state is not MachineState.REQUESTED:
                 return None  # somebody else found out while we waited for the lock
             owner = (await self._store.owners([current.owner_id])).get(current.owner_id) if current.owner_id else None
-            self._machines.books.presume_asked(current, owner)
+            if current.owner_id != self._machines.books.owner.id:  # of our own we know when they left
+                self._machines.books.presume_asked(current, owner)
             if wait:
                 self._machines.tell(
                     f"a launch of {current.requested_at:%H:%M:%S} UTC was never answered; looking for what it started"

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
+from runcomfy.application.finish import finish
 from runcomfy.application.machines import Machines
 from runcomfy.application.reaper import Reaped, Reaper
 from runcomfy.application.slept import Drift
@@ -38,6 +39,7 @@ class Reconciler:
         self._reaper = Reaper(machines)
         self._wake = asyncio.Event()
         self._said: set[str] = set()
+        self._rounds: set[asyncio.Task[None]] = set()
         self.last: Reaped | None = None
         """What the last round that came through has done."""
 
@@ -50,13 +52,42 @@ class Reconciler:
 
         Raises ProviderError, LocalError: nothing is decided on half of the facts.
         """
-        done = await self._reaper.reap(wait=False, spare=self._spare)
+        return await self._reconcile(asyncio.Event())
+
+    async def _reconcile(self, ends: asyncio.Event) -> Reaped:
+        done = await self._reaper.reap(wait=False, spare=self._spare, on_ending=ends.set)
         self.last = done
         self._say(done)
         return done
 
     async def run(self) -> None:
         """Reconcile for ever; cancelled, it ends when what it has begun to stop is stopped."""
+        try:
+            await self.watch()
+        finally:
+            await finish(self.close())
+
+    async def close(self, after: Coroutine[Any, Any, None] | None = None) -> None:
+        """See what was begun to be stopped to its end, which takes as long as the provider needs; `after` comes first.
+
+        Raises what `after` raises.
+        """
+        try:
+            if after is not None:
+                await after
+        finally:
+            if self._rounds:
+                await asyncio.wait(set(self._rounds))
+
+    async def watch(self) -> None:
+        """Reconcile until cancelled, and no longer: `close` waits for what was begun to be stopped."""
+        try:
+            await self._watch()
+        finally:
+            for task in self._rounds:
+                task.cancel()
+
+    async def _watch(self) -> None:
         drift = Drift(self._machines.clock)
         loop = asyncio.get_running_loop()
         every = self._machines.settings.pool.reconcile_every.total_seconds()
@@ -68,15 +99,32 @@ class Reconciler:
                 log.warning("clock_moved", extra={"fields": {"seconds": round(slept)}})
             if slept or self._wake.is_set() or loop.time() >= due:
                 self._wake.clear()
-                await self._softly()
+                await self._round(every)
                 due = loop.time() + every
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.01, min(LOOK_EVERY, due - loop.time()))):
                     await self._wake.wait()
 
-    async def _softly(self) -> None:
+    async def _round(self, patience: float) -> None:
+        """Reconcile once. A machine that cannot be stopped for hours holds up no other: the next round passes it over,
+        since it is ours by then, and this one goes on until it is gone.
+        """
+        ends = asyncio.Event()
+        task = asyncio.create_task(self._softly(ends), name="reconcile")
+        self._rounds.add(task)
+        task.add_done_callback(self._rounds.discard)
+        begun = asyncio.create_task(ends.wait())
         try:
-            await self.once()
+            await asyncio.wait({task, begun}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            begun.cancel()
+        await asyncio.wait({task}, timeout=patience)
+        if task.done():
+            task.result()
+
+    async def _softly(self, ends: asyncio.Event) -> None:
+        try:
+            await self._reconcile(ends)
         except RunComfyError as error:
             self._once(f"failed {error.code}", f"the machines could not be looked through now ({error.message})")
             log.warning("reconcile_failed", extra={"fields": {"error": error.code}})

@@ -180,9 +180,13 @@ class Service:
             await asyncio.wait({work})
             if done is not None and done.done():
                 stuck = done.result()
-            lost = held.done()
+            ends.discard(held)
             for task in ends:
                 task.cancel()
+            # A launch that is being broken off takes a while; without the role machines would be left, not ended.
+            await asyncio.wait(ends)
+            lost = held.done()
+            held.cancel()
         await crew.fleet.end()
         if stuck is not None:
             raise stuck
