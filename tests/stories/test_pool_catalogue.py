@@ -294,6 +294,11 @@ async def test_to_a_server_that_cannot_prove_to_be_the_cloud_nothing_is_said_and
     assert heard == []
 
 
+async def stays(pool: RunningPool) -> None:
+    await pool.usable()
+    await asyncio.sleep(1_000)
+
+
 # -- the computer and the process --------------------------------------------------------------------------
 
 
@@ -339,13 +344,18 @@ async def test_a_service_that_stands_still_for_half_a_minute_keeps_role_machines
 
 
 @pytest.mark.fault(64)
+@pytest.mark.parametrize("took_over", [False, True], ids=["launched by it", "taken over by it"])
 async def test_a_keeper_that_wakes_when_another_has_its_machines_touches_none_of_them(
-    cloud: RunComfyEmulator, keepers: Programs
+    cloud: RunComfyEmulator, keepers: Programs, took_over: bool
 ) -> None:
-    """I19: whatever it still wants, the epoch of each machine refuses its writes."""
+    """I19: whatever it still wants, the machines are another one's by now."""
+    if took_over:
+        await dies(keepers, "before provider.change_duration", stays)
     async with keepers.start() as slept:
         stale = RunningPool(slept, MachinePool(slept.machines, slept.placer.comfyui))
-        machine = await stale.usable()
+        await stale.pool.adopt()
+        machine = stale.machines[0] if took_over else await stale.launch()
+        await until(lambda: machine.takes_jobs, within=120, what="it to be usable")
         stale.task.cancel()  # it stands still from now on
         async with kept(cloud, keepers) as pool:
             [row] = await pool.program.books.rows()
