@@ -297,7 +297,7 @@ class Fleet:
         demand = with_.demand.view(now)
         worth_s = _worth_s(offers[0], with_.wait_usd_per_hour, demand.waits_per_cold)
         cheapest = min(offer.usd_per_hour for offer in offers)
-        keep, forbidden = self.settings.keep_alive, with_.purse.forbids(self._least_usd)
+        keep, forbidden = self.settings.keep_alive, with_.purse.forbids(*self._least)
         if forbidden is not None and backlog:
             await self._refused(offers[0].name, forbidden)
         self._forbidden = forbidden if backlog else None
@@ -396,10 +396,10 @@ class Fleet:
         return min(self.pool.room(offer), self.settings.max_machines - self._rented())
 
     @property
-    def _least_usd(self) -> Decimal:
-        """What a launch commits at least: the cheapest type, paid ahead for a lease."""
-        price = min(self._with.offers.price(name) for name in self._with.offers.types)
-        return Decimal(repr(round(price * self._lease_s / 3600, 6)))
+    def _least(self) -> tuple[Decimal, str]:
+        """What a launch commits at least, paid ahead for a lease, and of which type: the cheapest."""
+        price, name = min((self._with.offers.price(name), name) for name in self._with.offers.types)
+        return Decimal(repr(round(price * self._lease_s / 3600, 6))), name
 
     def _why_not(self, offers: Sequence[OfferView], forbidden: BudgetExceeded | None) -> str:
         if forbidden is not None:
@@ -553,7 +553,7 @@ class Fleet:
         self._stands = stands
 
     def _retry_in(self) -> timedelta | None:
-        refusal = self._with.purse.forbids(self._least_usd)
+        refusal = self._with.purse.forbids(*self._least)
         resets = refusal.details.get("resets_at") if refusal is not None else None
         if isinstance(resets, str):
             return max(timedelta(seconds=1), datetime.fromisoformat(resets) - self._with.clock.now())

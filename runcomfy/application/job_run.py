@@ -361,6 +361,8 @@ class JobRun:
     def _excused(self, error: RunComfyError) -> Ending | None:
         """Return how a run ends that a machine of the pool has failed without its doing; None: by the usual rules."""
         place, journal, excused = self._place, self.journal, self._bench.excused
+        if place is not None and place.seat.unpaid and retry.kind_of(error) is retry.Kind.BUDGET:
+            return Ending(Outcome.PUT_BACK, error=error.as_dict())  # its prompt ends with the machine
         fault = retry.kind_of(error) in (retry.Kind.KILLED, retry.Kind.UNREACHABLE)
         if place is None or place.kind != POOL_MACHINE or not fault:
             excused.pop(self.row.id, None)

@@ -17,7 +17,7 @@ from typing import Final
 from runcomfy.application.pooled import MachineLease, Pool, PooledMachine
 from runcomfy.application.seat import Seat
 from runcomfy.domain.estimate import History
-from runcomfy.domain.exceptions import MachineLost
+from runcomfy.domain.exceptions import BudgetExceeded, MachineLost
 from runcomfy.domain.job import PromptId
 from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.progress import QueueView
@@ -195,6 +195,11 @@ class PoolSeat(Seat):
         self._spared = self._spared or not self._had_turn
 
     @property
+    def unpaid(self) -> bool:
+        """See `Seat`."""
+        return bool(self.lease.machine.unpaid)
+
+    @property
     def server_gone(self) -> bool:
         """See `Seat`."""
         machine = self.lease.machine
@@ -227,9 +232,15 @@ class PoolSeat(Seat):
             for listener in listeners:
                 listener()
 
-    def lost(self) -> MachineLost:
+    def lost(self) -> MachineLost | BudgetExceeded:
         """Return the error of a job whose seat is void."""
         machine = self.lease.machine
+        if machine.unpaid:
+            return BudgetExceeded(
+                f"machine {machine.machine.server_id} was ended at the end of what was paid: {machine.unpaid}",
+                hint="the job waits, at no cost to it, until the budgets allow a machine; or raise the budget",
+                details={"machine": machine.id, "server_id": machine.machine.server_id},
+            )
         why = "it went away" if self.server_gone or not self.lease.void else "it was not Ready for a while"
         return MachineLost(
             f"machine {machine.machine.server_id} of the pool was lost during the job: {why}",

@@ -28,6 +28,7 @@ from runcomfy.application.prompting import end_prompt
 from runcomfy.application.work_book import outcome_of
 from runcomfy.domain.exceptions import (
     AnswerUnreadable,
+    BudgetExceeded,
     MachineFailed,
     MachineLost,
     NotComfyUI,
@@ -391,7 +392,8 @@ class PoolStation:
         finally:
             here.bill, here.share = self._bill(lease), None
             outcome = outcome_of(error, here.outcome)
-            self._leave(job_id, seat, "put-back" if outcome == "failed" and seat.waited else outcome, error)
+            excused = outcome == "failed" and (seat.waited or isinstance(error, BudgetExceeded))
+            self._leave(job_id, seat, "put-back" if excused else outcome, error)
             on_bill(here.bill)
 
     def _leave(self, job_id: JobId, seat: PoolSeat, outcome: str, error: BaseException | None) -> None:
@@ -485,7 +487,7 @@ def _begins(lease: MachineLease, now: float) -> float:
 
 def _explained(error: RunComfyError, seat: PoolSeat) -> RunComfyError:
     """Return what really happened: a server that fell silent because its machine went away is a lost machine."""
-    if isinstance(error, MachineLost):
+    if isinstance(error, (MachineLost, BudgetExceeded)):
         return error
     if not isinstance(error, (ServerUnreachable, NotComfyUI, AnswerUnreadable)):
         return error

@@ -150,11 +150,11 @@ class Purse:
             return None
         return error
 
-    def short_of(self, usd: Decimal) -> BudgetExceeded | None:
+    def short_of(self, usd: Decimal, lease_of: str = "") -> BudgetExceeded | None:
         """Return the budget of everybody that does not allow to commit so much more, if there is one."""
         for state in self._general:
             if state.left is not None and state.left < usd:
-                return exceeded(state, wanted=usd)
+                return exceeded(state, wanted=usd, lease_of=lease_of)
         return None
 
     def seconds(self, usd_per_hour: float) -> float | None:
@@ -164,9 +164,9 @@ class Purse:
             return None
         return float(min(left)) * 3600 / usd_per_hour
 
-    def forbids(self, usd: Decimal) -> BudgetExceeded | None:
-        """Return why nothing that commits so much may be launched now; None if something may."""
-        return self.refusal or self.short_of(usd)
+    def forbids(self, usd: Decimal, lease_of: str = "") -> BudgetExceeded | None:
+        """Return why nothing that commits so much, a lease of that type, may be launched now; None if it may."""
+        return self.refusal or self.short_of(usd, lease_of)
 
     def news(self, error: BudgetExceeded) -> bool:
         """Return whether this was not said yet, of this budget in its window; and remember that it is said."""

@@ -42,6 +42,11 @@ class Seat:
         return False
 
     @property
+    def unpaid(self) -> bool:
+        """Whether the machine was ended under the job because a budget pays no longer."""
+        return False
+
+    @property
     def void(self) -> bool:
         """Whether the seat is lost: nothing that is on the server can be relied on."""
         return False

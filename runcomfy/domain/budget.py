@@ -276,7 +276,9 @@ def refusal(
             rest = committed(budget, window, ahead if number else others, busy, run_id=run_id)
             states.append(BudgetState(budget, window, rest + after))
             if budget.hard is not None and rest + after > budget.hard and after > before:
-                return exceeded(BudgetState(budget, window, rest + before), wanted=after - before), states
+                state = BudgetState(budget, window, rest + before)
+                lease_of = "" if old else candidate.server_type
+                return exceeded(state, wanted=after - before, lease_of=lease_of), states
     return None, states
 
 
@@ -287,19 +289,33 @@ def _alone(budget: Budget, window: Window, charges: Collection[Charge], busy: Bu
     return committed(budget, window, charges, busy, run_id=run_id or "-")
 
 
-def exceeded(state: BudgetState, *, wanted: Decimal) -> BudgetExceeded:
-    """Return the error that says which cap is reached, with the figures and when it resets."""
+def exceeded(state: BudgetState, *, wanted: Decimal, lease_of: str = "") -> BudgetExceeded:
+    """Return the error that says which cap is reached, with the figures and when it resets.
+
+    `lease_of`: the machine type of which `wanted` pays the first lease, if it does: a cap that is smaller than that
+    lets nobody begin, ever, and that is said then.
+    """
     budget, resets = state.budget, state.window.end
+    cap = budget.hard or Decimal(0)
+    details = {
+        "budget": budget.name,
+        "cap_usd": str(budget.hard),
+        "committed_usd": format(state.committed, "f"),
+        "wanted_usd": format(wanted, "f"),
+        "resets_at": resets.isoformat() if resets is not None else None,
+    }
+    if lease_of and wanted > cap:
+        return BudgetExceeded(
+            f"the budget per {budget.name} is {show_usd(cap)}: one lease of a {lease_of} machine costs "
+            f"{show_usd(wanted)}, more than the budget",
+            hint="raise the budget (`comfyctl costs budgets` shows all), choose a cheaper machine type, or a shorter "
+            "lease (RUNCOMFY_RUN_LEASE); waiting until it resets does not help",
+            details={**details, "lease_usd": format(wanted, "f")},
+        )
     when = f"it resets at {resets:%Y-%m-%d %H:%M} UTC" if resets is not None else "it does not reset"
     return BudgetExceeded(
-        f"the budget per {budget.name} is {show_usd(budget.hard or Decimal(0))}: {show_usd(state.committed)} is spent "
+        f"the budget per {budget.name} is {show_usd(cap)}: {show_usd(state.committed)} is spent "
         f"or committed, and this may cost {show_usd(wanted)} more",
         hint=f"{when}; or raise the budget (`comfyctl costs budgets` shows all)",
-        details={
-            "budget": budget.name,
-            "cap_usd": str(budget.hard),
-            "committed_usd": format(state.committed, "f"),
-            "wanted_usd": format(wanted, "f"),
-            "resets_at": resets.isoformat() if resets is not None else None,
-        },
+        details=details,
     )

@@ -7,16 +7,21 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
 
 from runcomfy.application.service import ServeOptions
+from runcomfy.domain.budget import Budget, Period
+from runcomfy.domain.queued import QueueStatus
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.serving import Services
 
 pytestmark = pytest.mark.cloud(boot_time=120)
 SHORT = timedelta(minutes=2)
+LEASE_USD = Decimal("0.165")
+"""Ten minutes of a medium machine."""
 
 
 class _SlowToLeave:
@@ -50,3 +55,43 @@ async def test_a_job_whose_result_is_committed_is_done_whoever_looks_at_it_befor
     works = await services.books.works()
     assert Counter(work.outcome for work in works) == {"done": 4}
     assert await services.complaints() == []
+
+
+async def test_a_job_that_a_budget_cuts_waits_unharmed_until_the_budget_allows(
+    services: Services, cloud: RunComfyEmulator
+) -> None:
+    """Invariants I6, I8: it costs no retry and is nobody's fault; nothing is launched only to be cut again."""
+    budget = Budget(Period.HOUR, hard=LEASE_USD * Decimal("2.2"))
+    async with services.start(max_machines=1, budgets=[budget], keep_alive=SHORT) as served:
+        for number in range(2):
+            await services.put(number, seconds=700)
+        await services.when(lambda: _some_done(services, 1), "the first job is done", within=1_200)
+        await services.when(lambda: not cloud.alive, "the budget pays no longer", within=1_200)
+        await asyncio.sleep(3_600 - asyncio.get_running_loop().time() - 60)
+        assert len(cloud.launched) == 1
+        [job] = [job for job in await services.queue.list() if job.status is QueueStatus.PENDING]
+        assert (job.retries_attempted, job.kill_count) == (0, 0)
+        [said] = [sentence for sentence in served.said if "put back into the queue" in sentence]
+        assert "was ended at the end of what was paid" in said
+        assert budget.hard is not None
+        assert cloud.total_usd <= budget.hard
+        await services.all_ended(within=2_400)
+        assert len(cloud.launched) == 2
+    assert Counter(work.outcome for work in await services.books.works()) == {"done": 2, "put-back": 1}
+    assert await services.complaints() == []
+
+
+async def _some_done(services: Services, count: int) -> bool:
+    return (await services.queue.counts())[QueueStatus.DONE] >= count
+
+
+async def test_a_budget_that_is_smaller_than_a_lease_says_so(services: Services, cloud: RunComfyEmulator) -> None:
+    budget = Budget(Period.DAY, hard=Decimal("0.10"), user="ann")
+    async with services.start(max_machines=1, budgets=[budget]) as served:
+        await services.put(1, user="ann")
+        await asyncio.sleep(600)
+        [said] = [sentence for sentence in served.said if "no machine is launched" in sentence]
+        assert "the budget per day of user ann is $0.1000: one lease of a medium machine costs $0.1650, more" in said
+        assert cloud.launched == []
+        assert (await services.queue.counts())[QueueStatus.PENDING] == 1
+        await served.end()
