@@ -231,6 +231,8 @@ class MachinePool:
         self._note(lease, ended_at=self._clock.now(), outcome=outcome)
         member = self._members.get(pooled.id)
         if member is not None and member.pooled is pooled:
+            if lease.prompt_id is not None:
+                member.prompts.append(lease.prompt_id)
             if not pooled.leases and member.usable:
                 pooled.idle_since = now
             if not lease.void:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final
 
+from runcomfy.application.ending import Said
 from runcomfy.application.finish import finish
 from runcomfy.application.machines import Machines
 from runcomfy.application.own_machine import ComfyFactory
@@ -23,6 +25,7 @@ from runcomfy.application.pooled import PooledMachine
 from runcomfy.domain.decision import Decision
 from runcomfy.domain.exceptions import LeaseLost, LocalError, RunComfyError
 from runcomfy.domain.health import Health
+from runcomfy.domain.job import PromptId
 from runcomfy.domain.machine import Machine, MachineEvent, MachineId
 from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.secret import SecretUrl
@@ -30,6 +33,9 @@ from runcomfy.ports.comfyui import ComfyUI
 
 log = logging.getLogger("runcomfy.pool")
 
+PROMPTS_KEPT: Final = 500
+ASKED_WITHIN: Final = timedelta(seconds=10)
+"""How long a server may take to say what is in its queue before the machine is ended all the same."""
 STOP_AGAIN: Final = timedelta(minutes=1)
 """After how long a stop that the provider refused is tried again. `Ending` has its own patience before it gives up."""
 
@@ -71,6 +77,13 @@ class Member:
     proof: asyncio.Task[None] | None = None
     ending: asyncio.Task[None] | None = None
     stop_error: RunComfyError | None = None
+    prompts: deque[PromptId] = field(default_factory=lambda: deque(maxlen=PROMPTS_KEPT))
+    """Prompts of jobs that were here last."""
+    asking: asyncio.Task[None] | None = None
+    """Finds out whether somebody's own prompt computes there."""
+    by_hand: bool = False
+    """Whether that was so when it was asked last: it has no job any more, and is in use all the same."""
+    said: Said = field(default_factory=Said)
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -286,16 +299,49 @@ class Members:
         self.end_if_unused(member)
 
     def end_if_unused(self, member: Member) -> None:
-        """End a machine that drains and has no lease any more."""
+        """End a machine that drains and has no lease any more, when nothing runs there that was sent by hand."""
         pooled = member.pooled
         if member.attach_s and (not member.was_usable or _now() < member.attach_until):
             return
-        if pooled.draining and not pooled.leases and member.machine.server_id is not None:
+        if not pooled.draining or pooled.leases or member.machine.server_id is None:
+            return
+        if not member.usable or member.client is None:
             self.end(member, pooled.draining)
+        elif not member.ended and (member.asking is None or member.asking.done()):
+            member.asking = self.spawn(self._end_unless_used(member), name=f"ask {member.machine.id}")
+
+    async def _end_unless_used(self, member: Member) -> None:
+        """End it, unless a prompt computes or waits there that is none of ours: that is never interrupted (fault 69).
+
+        It is asked again with the next list; meanwhile the machine is paid like one that has a job.
+        """
+        used = await self._is_used_by_hand(member)
+        if used and member.said.due("by hand"):
+            self.books.tell(
+                f"{member.name} has no job any more, but a prompt that somebody has sent by hand; it is ended when "
+                f"that is done (`comfyctl machines stop {member.machine.server_id}` ends it at once)"
+            )
+        member.by_hand = used
+        if not used and not member.pooled.leases:
+            self.end(member, member.pooled.draining)
+
+    async def _is_used_by_hand(self, member: Member) -> bool:
+        if member.client is None:
+            return False
+        try:
+            async with asyncio.timeout(ASKED_WITHIN.total_seconds()):
+                queue = await member.client.queue()
+        except (RunComfyError, TimeoutError):
+            return False
+        return not {*queue.running, *queue.pending} <= set(member.prompts)
 
     def ill(self, member: Member, why: str, *, dead: bool) -> None:
         """Replace a machine: jobs there may finish, unless it is proven dead. The plan launches another one."""
-        if member.ended or member.pooled.draining.startswith("ill"):
+        if member.ended:
+            return
+        if member.pooled.draining.startswith("ill"):
+            if dead:  # said and counted already
+                self.end(member, f"ill: {why}")
             return
         kind = member.machine.server_type
         self.books.tell(f"{member.name} is replaced: {why}")
@@ -384,7 +430,7 @@ class Members:
 
     def let_go(self, member: Member) -> None:
         """Close the client of a machine's ComfyUI."""
-        for task in (member.gate, member.proof):
+        for task in (member.gate, member.proof, member.asking):
             if task is not None and task is not asyncio.current_task():
                 task.cancel()
         client, member.client = member.client, None
@@ -396,6 +442,8 @@ class Members:
     def rest(self, member: Member) -> None:
         """Let go of the connections to a machine that has nothing to do; they are made again when it has."""
         if member.client is None or member.url is None or member.pooled.leases or not member.client_used:
+            return
+        if member.asking is not None and not member.asking.done():
             return
         old, member.client_used = member.client, False
         member.client = member.pooled.server = self.comfyui(member.url)

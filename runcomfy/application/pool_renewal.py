@@ -89,7 +89,8 @@ class Renewal:
 
     def wanted(self, member: Member) -> bool:
         """Whether a machine is to be paid for any longer."""
-        return not member.ended and self._in_charge() and (bool(member.pooled.leases) or not member.pooled.draining)
+        used = bool(member.pooled.leases) or member.by_hand
+        return not member.ended and self._in_charge() and (used or not member.pooled.draining)
 
     async def _renew(self, member: Member) -> None:
         if not self.wanted(member) or member.billed_since is None or member.machine.stop_accepted_at is not None:

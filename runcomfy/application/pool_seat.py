@@ -132,7 +132,7 @@ class PoolSeat(Seat):
 
     def submitted(self, prompt_id: PromptId) -> None:
         """See `Seat`."""
-        self.sent = prompt_id
+        self.sent = self.lease.prompt_id = prompt_id
         for seat in self._others():
             seat._moved.set()
 

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Protocol
 
 from runcomfy.domain.exceptions import RunComfyError
-from runcomfy.domain.job import JobId
+from runcomfy.domain.job import JobId, PromptId
 from runcomfy.domain.machine import Machine, MachineId
 from runcomfy.domain.place_key import machine_key
 from runcomfy.domain.plan_view import Stage
@@ -52,6 +52,8 @@ class MachineLease:
     shared_until: float | None = None
     work: Work | None = None
     """What is written down of it."""
+    prompt_id: PromptId | None = None
+    """Its prompt, once the server has it: what else is in the server's queue somebody has sent by hand (fault 69)."""
 
     @property
     def void(self) -> bool:

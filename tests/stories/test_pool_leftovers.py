@@ -7,11 +7,15 @@ story makes a machine that ignores its lease, so that what is forgotten bills fo
 from __future__ import annotations
 
 import asyncio
+from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from runcomfy.domain.exceptions import LaunchUnclear, StopUnconfirmed
+from runcomfy.domain.job import PromptId
 from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.pool_keepers import kept
 from runcomfy.testing.programs import Programs
@@ -19,6 +23,15 @@ from runcomfy.testing.rented_pools import until
 from runcomfy.testing.serving import Services
 
 pytestmark = pytest.mark.cloud(boot_time=30)
+
+
+def picture(seconds: float, *, name: str) -> dict[str, Any]:
+    """A graph that takes its time and then saves a picture."""
+    inputs = {"seconds": seconds, "steps": int(seconds), "previews": False, "seed": 1}
+    return {
+        "1": {"class_type": "EmulatorDelay", "inputs": inputs},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": name}},
+    }
 
 
 @pytest.mark.fault(26)
@@ -157,3 +170,30 @@ async def test_a_service_that_ends_while_something_cannot_be_stopped_ends_its_ow
         cloud.behave()
         await services.when(served.task.done, "it leaves", within=120)
         assert cloud.billing == []
+
+
+@pytest.mark.fault(69)
+async def test_a_machine_that_is_not_needed_is_not_ended_under_a_prompt_that_somebody_sent_by_hand(
+    cloud: RunComfyEmulator, keepers: Programs
+) -> None:
+    """I8: it is paid on and takes no job, and goes when that prompt is done; a prompt of a job of ours is none."""
+    async with kept(cloud, keepers) as pool:
+        machine = await pool.usable()
+        assert machine.server is not None
+        lease = pool.lease(machine)
+        lease.prompt_id = PromptId(str(uuid4()))
+        await machine.server.submit(picture(700, name="ours"), prompt_id=lease.prompt_id)
+        pool.done(lease)
+        idle = await pool.usable()
+        assert idle.server is not None
+        await idle.server.submit(picture(900, name="by hand"), prompt_id=PromptId(str(uuid4())))
+        pool.pool.drain(machine.id, why="no job waits any more")
+        pool.pool.drain(idle.id, why="no job waits any more")
+        await asyncio.sleep(850)
+        assert [each.id for each in pool.machines] == [idle.id]
+        assert not idle.takes_jobs
+        assert len([said for said in pool.program.said if "by hand" in said]) == 1
+        comfyui = cloud.machines[cloud.launched[1]].comfyui
+        await pool.empty(within=120)
+        assert isinstance(comfyui, ComfyUIEmulator)
+        assert [run.outcome for run in comfyui.run_log] == ["success"]
