@@ -132,8 +132,8 @@ class Renewal:
             if left is None or member.ended:
                 continue
             if member.refused and left <= self._before:
-                self._members.end(member, f"the end of what is paid: {member.refused}")
                 member.pooled.unpaid = member.refused
+                self._members.end(member, f"the end of what is paid: {member.refused}")
             elif left <= 0 and not member.pooled.leases and self._in_charge():
                 self._members.end(member, UNPAID)
             elif left <= 0:

@@ -89,10 +89,10 @@ class PooledMachine:
     """Loop: until when the plan wants it although it is idle."""
     draining: str = ""
     """Why it takes no further jobs."""
-    suspect: str = ""
-    """Why nothing new is sent there just now: something does not answer, and it is being found out what."""
     unpaid: str = ""
     """What a budget said that pays no longer; set when the machine is ended because of it, whatever runs there."""
+    suspect: str = ""
+    """Why nothing new is sent there just now: something does not answer, and it is being found out what."""
     shared_s: float = 0.0
     """Seconds that one lease that had been there all the time would have to pay for."""
     counted_at: float = 0.0
