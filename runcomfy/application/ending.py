@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from runcomfy.application.books import Books
 from runcomfy.application.faultpoints import faultpoint
@@ -277,7 +277,10 @@ class Ending:
             gone_at = min(now, max(gone_at, machine.ready_at or gone_at))
         # The ledger first: it knows what it has, so that a crash in between costs no entry.
         await self._books.post(replace(machine, gone_at=gone_at), note="ready until gone")
-        machine = await self._books.record_softly(machine, MachineEvent.GONE, note=note, changes={"gone_at": gone_at})
+        changes: dict[str, Any] = {"gone_at": gone_at}
+        if machine.stop_accepted_at is not None:  # on a full disk it was known to nobody but us
+            changes["stop_accepted_at"] = machine.stop_accepted_at
+        machine = await self._books.record_softly(machine, MachineEvent.GONE, note=note, changes=changes)
         log.info("machine_stopped", extra={"fields": self._books.facts(machine)})
         return machine
 
