@@ -60,12 +60,13 @@ class SkippingLoop(asyncio.SelectorEventLoop):
         self.turns = 0
         self._under_way = 0
         self._woke_at = time.thread_time()
+        self._now = time.process_time()
         selector.busy, selector.skip = lambda: self._under_way > 0, self._skip
         selector.sleeps, selector.woke = self._sleeps, self._wakes
         super().__init__(selector)
 
     def time(self) -> float:
-        return time.process_time() + self.skipped
+        return self._now  # the same for a whole turn: asking the computer costs more than most callbacks
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
         future = super().run_in_executor(executor, func, *args)
@@ -87,3 +88,4 @@ class SkippingLoop(asyncio.SelectorEventLoop):
 
     def _wakes(self) -> None:
         self._woke_at, self.not_counted = time.thread_time(), 0.0
+        self._now = time.process_time() + self.skipped
