@@ -222,8 +222,8 @@ async def test_a_seat_is_kept_for_a_claimed_job_until_it_comes_or_is_given_up(
     assert station.room() == 0
     stay = Stay(station, "job-1")
     assert (await stay.seat()).lease.job_id == "job-1"
-    station.release(JobId("job-2"))
-    station.release(JobId("job-2"))
+    station.release(JobId("job-2"), 1)
+    station.release(JobId("job-2"), 1)
     assert station.room() == 1
     await stay.leave()
     assert [outcome for _, outcome, _ in pool.ended] == ["put-back", "done"]
@@ -257,12 +257,37 @@ async def test_what_goes_on_with_a_prompt_is_let_in_where_nobody_else_is(
     assert [(choice.job, choice.place) for choice in station.choose([row(2), again])] == [(again, machine.key)]
     assert station.seat(again, machine.key)
     assert not station.seat(row(2), machine.key)
-    station.release(again.uid)
+    station.release(again.uid, again.token)
     await keeps.leave()
     assert pool.machines == ()
 
 
 # -- in line ---------------------------------------------------------------------------------------------------
+
+
+async def test_an_older_run_of_a_job_that_ends_late_leaves_the_seat_of_the_newer_one_alone(
+    pool: StandingPool, client: ComfyUIWorkflowClient, clock: LoopClock
+) -> None:
+    """It was claimed again, here, while the run whose claim was lost was still ending."""
+    station = station_of(pool, clock)
+    machine = pool.add(client)
+    assert station.seat(row(1, token=1))
+    older = Stay(station, "job-1", facts=JobFacts("portrait", 1))
+    await older.there()
+    assert station.seat(row(1, token=2))
+    newer = Stay(station, "job-1", facts=JobFacts("portrait", 2))
+    seat = await newer.seat()
+    await older.leave()
+    station.release(JobId("job-1"), 1)
+    assert machine.leases == [seat.lease]
+    assert seat.lease.attempt == 2
+    assert not seat.void
+    assert station.seat(row(1, token=3))
+    assert station.seat(row(1, token=3)) is False  # one seat is the newer run's
+    station.release(JobId("job-1"), 3)
+    await newer.leave()
+    assert machine.leases == []
+    assert station.room() == 2
 
 
 async def test_prompts_are_sent_in_the_order_of_the_seats(

@@ -73,8 +73,8 @@ class Chooser(Protocol):
         """Keep a seat for a job that was claimed, at that place or at the best one; False if there is none."""
         ...
 
-    def release(self, job_id: JobId) -> None:
-        """Give up the seat of a job that never came to it. Harmless if it has none."""
+    def release(self, job_id: JobId, attempt: int) -> None:
+        """Give up the seat of a claim that never came to it. Harmless if it has none."""
         ...
 
     def reconsider(self, priorities: Mapping[JobId, int], unplaced: Sequence[QueuedJob]) -> Mapping[JobId, BackWhy]:

@@ -329,7 +329,7 @@ class Executor:
 
     async def _work(self, stop: asyncio.Event, told: asyncio.Task[Any], *, once: bool) -> None:
         look: asyncio.Task[int] | None = None
-        mark = 0
+        mark, every = 0, self.settings.poll_interval.total_seconds()
         try:
             while not stop.is_set() and self._broken is None:
                 self._wake.clear()
@@ -348,7 +348,7 @@ class Executor:
                 await asyncio.wait(
                     {wake, told} if deaf else {look, wake, told},
                     return_when=asyncio.FIRST_COMPLETED,
-                    timeout=self._trouble_wait if self._trouble is not None else WATCH_EVERY,
+                    timeout=self._trouble_wait if self._trouble is not None else every,
                 )
                 wake.cancel()
                 if look.done():
@@ -433,7 +433,7 @@ class Executor:
         def over(task: asyncio.Task[None]) -> None:
             del self._runs[run.key]
             if isinstance(self.station, Chooser):
-                self.station.release(row.uid)
+                self.station.release(row.uid, row.token)
             self._owes = self._owes or run.unwritten
             self._wake.set()
             if not task.cancelled() and (error := task.exception()) is not None:

@@ -81,7 +81,8 @@ class PoolStation:
         self._pool, self._settings, self._clock = pool, settings, clock
         self._outlives = outlives
         self.experience = Experience(works)
-        self._seats: dict[JobId, PoolSeat] = {}
+        self._seats: dict[tuple[JobId, int], PoolSeat] = {}
+        """By job and attempt: a job may be claimed again while an older run of it still ends here."""
         self._at: dict[PooledMachine, list[PoolSeat]] = {}
         """The same seats by machine, in the order in which they were taken."""
         self._looked: dict[PooledMachine, int] = {}
@@ -260,12 +261,13 @@ class PoolStation:
         seat = PoolSeat(
             self._pool, lease, others=lambda: self._at.get(machine, ()), there=self._there, learn=self._learn
         )
-        self._seats[job_id] = seat
+        self._seats[job_id, facts.attempt] = seat
         self._at.setdefault(machine, []).append(seat)
         return seat
 
-    def _forget_seat(self, job_id: JobId) -> None:
-        seat = self._seats.pop(job_id)
+    def _forget_seat(self, seat: PoolSeat) -> None:
+        if self._seats.pop((seat.lease.job_id, seat.lease.attempt), None) is not seat:
+            return
         machine = seat.lease.machine
         self._at[machine].remove(seat)
         if not self._at[machine]:
@@ -279,11 +281,11 @@ class PoolStation:
             self._listed, self._known = machines, frozenset(machines)
         return machine in self._known
 
-    def release(self, job_id: JobId) -> None:
+    def release(self, job_id: JobId, attempt: int) -> None:
         """See `Chooser`."""
-        seat = self._seats.get(job_id)
+        seat = self._seats.get((job_id, attempt))
         if seat is not None:
-            self._forget_seat(job_id)
+            self._forget_seat(seat)
             self._pool.give_back(seat.lease, outcome="put-back")
 
     def reconsider(self, priorities: Mapping[JobId, int], unplaced: Sequence[QueuedJob]) -> Mapping[JobId, BackWhy]:
@@ -293,7 +295,7 @@ class PoolStation:
         now = asyncio.get_running_loop().time()
         waits = {
             job_id: seat
-            for job_id, seat in self._seats.items()
+            for (job_id, _), seat in self._seats.items()
             if job_id in priorities and not seat.began and (seat.behind or seat.foreign(now))
         }
         numbered = dict(enumerate(waits))
@@ -361,10 +363,10 @@ class PoolStation:
         if facts is None:
             yield self._visited(prefer)
             return
-        seat = self._seats.get(job_id) or self._seat_now(job_id, facts, prefer)
+        seat = self._seats.get((job_id, facts.attempt)) or self._seat_now(job_id, facts, prefer)
         lease, machine = seat.lease, seat.lease.machine
         if machine.server is None or seat.void:
-            self.release(job_id)
+            self.release(job_id, facts.attempt)
             raise seat.lost()
         show(Progress(Step.PLACING, message=f"on machine {machine.machine.server_id} of the pool"))
         here = Place(
@@ -393,12 +395,11 @@ class PoolStation:
             here.bill, here.share = self._bill(lease), None
             outcome = outcome_of(error, here.outcome)
             excused = outcome == "failed" and (seat.waited or isinstance(error, BudgetExceeded))
-            self._leave(job_id, seat, "put-back" if excused else outcome, error)
+            self._leave(seat, "put-back" if excused else outcome, error)
             on_bill(here.bill)
 
-    def _leave(self, job_id: JobId, seat: PoolSeat, outcome: str, error: BaseException | None) -> None:
-        if self._seats.get(job_id) is seat:
-            self._forget_seat(job_id)
+    def _leave(self, seat: PoolSeat, outcome: str, error: BaseException | None) -> None:
+        self._forget_seat(seat)
         if seat.void and not seat.server_gone and seat.sent is not None and error is not None:
             self._orphans.setdefault(seat.lease.machine.id, []).append((seat.began, seat.sent))
         failed = error if isinstance(error, RunComfyError) and outcome == "failed" else None
