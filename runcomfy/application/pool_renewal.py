@@ -96,9 +96,13 @@ class Renewal:
         if not self.wanted(member) or member.billed_since is None or member.machine.stop_accepted_at is not None:
             return
         total = total_for(_now() - member.billed_since, self.lease())
+        before = member.asked, member.asked_at
+        # No list confirms anything while this is asked for, or budgets would not count what is about to be granted.
+        member.asked, member.asked_at = total, float("inf")
         try:
             await self._machines.ask_longer(member.machine, total=total)
         except BudgetExceeded as error:
+            member.asked, member.asked_at = before
             self._not_paid(member, error)
             return
         except LeaseLost:
@@ -111,6 +115,7 @@ class Renewal:
             fields = {"machine": member.machine.id, "error": error.code}
             log.warning("lease_not_renewed", extra={"fields": fields})
             if isinstance(error, LocalError):
+                member.asked, member.asked_at = before
                 return
         member.refused = ""
         member.asked, member.asked_at = total, _now()

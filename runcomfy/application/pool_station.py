@@ -117,6 +117,8 @@ class PoolStation:
                 seat.spare()
                 if seat.cut is not None:
                     seat.cut()
+        for machine_id in self._orphans.keys() - {machine.id for machine in self._pool.machines if self._orphans}:
+            del self._orphans[machine_id]  # gone, with its prompts
         for machine in self._pool.machines if self._orphans else ():
             if machine.takes_jobs and machine.id in self._orphans and machine.id not in self._tidying:
                 self._spawn(self._end_orphans(machine))

@@ -53,6 +53,8 @@ class Works:
             except LocalError as error:
                 log.warning("work_not_recorded", extra={"fields": {"error": error.code, "job": work.job_id}})
                 await asyncio.sleep(AGAIN_AFTER)
+                if key in self._unwritten:  # to the end: one that is never taken must not hold up the others
+                    self._unwritten[key] = self._unwritten.pop(key)
                 continue
             if self._unwritten.get(key) is work:
                 del self._unwritten[key]
