@@ -9,6 +9,7 @@ from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -31,6 +32,7 @@ from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Killed, Program, Programs, discrepancies, settings_for
+from runcomfy.testing.queue_programs import drawing
 
 IDLE = timedelta(minutes=2)
 
@@ -446,3 +448,26 @@ async def test_the_stations_keep_the_protocol(program: Program) -> None:
     assert [station.places() != () for station in stations] == [True, True]
     for station in stations:
         await station.close()
+
+
+# -- use by hand -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(69)
+async def test_a_machine_where_somebody_computes_by_hand_is_not_ended_for_having_no_job(
+    cloud: RunComfyEmulator, program: Program, station: CloudStation
+) -> None:
+    """Invariant I8: also beyond the lease; it is ended as soon as that is done."""
+    place = await stay(station, 5)
+    server = comfyui_of(cloud)
+    by_hand = PromptId(str(uuid4()))
+    await place.server.submit(drawing(1_500, 1), prompt_id=by_hand)
+    await asyncio.sleep(IDLE.total_seconds() + 60)
+    await station.idle()
+    await asyncio.sleep(1_200)
+    assert len(cloud.billing) == 1
+    assert sum("a prompt that somebody has sent by hand" in sentence for sentence in program.said) == 1
+    await asyncio.sleep(200)
+    assert cloud.alive == []
+    assert [(run.prompt_id, run.outcome) for run in server.run_log] == [(by_hand, "success")]
+    assert await discrepancies(cloud, program) == []

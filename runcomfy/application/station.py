@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
+from runcomfy.application.by_hand import ASKED_EVERY, ByHand
 from runcomfy.application.dev_server import DEV_PURPOSES
 from runcomfy.application.dispatch import Choice
 from runcomfy.application.finish import finish
@@ -178,6 +179,7 @@ class _Kept:
     clocked: bool = False
     """Whether somebody looks how long it has not been used."""
     ending: asyncio.Task[None] | None = None
+    by_hand: ByHand = field(default_factory=ByHand)
 
     @property
     def key(self) -> str:
@@ -417,8 +419,9 @@ class CloudStation:
             while not kept.uses:
                 left = kept.unused_since + self._idle_after - asyncio.get_running_loop().time()
                 if kept.retired or left <= 0:
-                    await self._end(kept, kept.retired or "the executor had nothing to do")
-                    return
+                    if await self._ended_unless_used(kept):
+                        return
+                    left = ASKED_EVERY.total_seconds()
                 await asyncio.sleep(left)
         finally:
             kept.clocked = False
@@ -515,12 +518,20 @@ class CloudStation:
             kept.ending = asyncio.create_task(_given_up(kept.own, reason), name=f"end {kept.machine.id}")
         await finish(_of(kept.ending))
 
+    async def _ended_unless_used(self, kept: _Kept) -> bool:
+        """End a machine that has no job; False if somebody computes there by hand, or a job has begun meanwhile."""
+        tell, name = self._placer.tell, kept.machine.server_id or kept.machine.id
+        if not kept.retired and (await kept.by_hand.uses(kept.server, name, tell=tell) or kept.uses):
+            return False
+        await self._end(kept, kept.retired or "the executor had nothing to do")
+        return True
+
     async def idle(self) -> None:
         """See the protocol."""
         now = asyncio.get_running_loop().time()
         for kept in list(self._kept.values()):
             if not kept.uses and now - kept.unused_since >= self._idle_after:
-                await self._end(kept, "the executor had nothing to do")
+                await self._ended_unless_used(kept)
 
     async def close(self) -> None:
         """See the protocol. Raises StopUnconfirmed if a machine may still bill; every other one is ended first."""

@@ -1,0 +1,50 @@
+"""
+Prompts that somebody has sent by hand to a machine of ours, in ComfyUI's own page, and that none of our jobs waits for.
+
+Such a machine is in use (fault 69): it is not ended for having no job, and what runs there is not interrupted. It is
+paid for like any other, within the budgets; a user's order ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Final
+
+from runcomfy.domain.exceptions import RunComfyError
+from runcomfy.ports.comfyui import ComfyUI
+
+ASKED_WITHIN: Final = timedelta(seconds=10)
+"""How long a server may take to say what is in its queue; one that does not answer nobody can use."""
+ASKED_EVERY: Final = timedelta(seconds=15)
+
+
+class ByHand:
+    """What is known of the use of one machine that has no job."""
+
+    def __init__(self) -> None:
+        """Nothing is asked yet."""
+        self._until = float("-inf")
+        self._told = False
+
+    async def uses(self, server: ComfyUI, name: str, *, tell: Callable[[str], None]) -> bool:
+        """Return whether a prompt computes or waits there. Asks the server now and then, and tells once."""
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._until:
+            return True
+        try:
+            async with asyncio.timeout(ASKED_WITHIN.total_seconds()):
+                queue = await server.queue()
+        except (RunComfyError, TimeoutError):
+            return False
+        if not queue.running and not queue.pending:
+            return False
+        if not self._told:
+            self._told = True
+            tell(
+                f"machine {name} has no job, but a prompt that somebody has sent by hand; it is ended when that is "
+                f"done (`comfyctl machines stop {name}` ends it at once)"
+            )
+        self._until = loop.time() + ASKED_EVERY.total_seconds() / 2
+        return True
