@@ -54,7 +54,8 @@ class Knobs:
     stop_rate: float = 0.85
     """A machine too many is one too many even at this share of the rate. Below 1, so that nothing oscillates."""
     linger_s: float = 30.0
-    """A machine is kept so long after the last person left."""
+    """A machine is kept so long after the last person left; shorter once enough silences have taught it."""
+    linger_silences: int = 20
     hold_s: float = 300.0
     """A machine launched for an intent is kept so long."""
     long_step_s: float = 60.0
@@ -137,8 +138,7 @@ class _Planning:
     # -- facts -----------------------------------------------------------------------------------------------
 
     def _look(self, at: float) -> None:
-        if at > self._now:
-            self._looks.append(at)
+        self._looks += [at] if at > self._now else []
 
     def _is_own(self, machine: MachineView) -> bool:
         offer = self._offers.get(machine.offer)
@@ -150,10 +150,8 @@ class _Planning:
     def _is_bridge(self, offer: OfferView) -> bool:
         """Return whether a type costs more than the usual one and starts faster."""
         main = self._usual
-        if main is None:
-            return False
-        faster = offer.boot_s + offer.load_s < main.boot_s + main.load_s
-        return faster and not offer.own and offer.usd_per_hour > main.usd_per_hour
+        faster = main is not None and offer.boot_s + offer.load_s < main.boot_s + main.load_s
+        return main is not None and faster and not offer.own and offer.usd_per_hour > main.usd_per_hour
 
     def _run_s(self, offer: OfferView) -> float:
         return self._view.demand.service_s * offer.speed
@@ -466,7 +464,11 @@ class _Planning:
         return found
 
     def _may_stop(self, machine: MachineView) -> bool:
-        if machine.jobs or machine.stage is Stage.DRAINING or (machine.idle_since is None and not self._boots(machine)):
+        if (
+            machine.jobs
+            or machine.stage is Stage.DRAINING
+            or (machine.idle_since is None and machine.stage is not Stage.BOOTING)
+        ):
             return False
         if machine.hold_until > self._now:
             self._look(machine.hold_until)
@@ -476,9 +478,6 @@ class _Planning:
             self._look(paid - self._knobs.step_margin_s)
             return False
         return True
-
-    def _boots(self, machine: MachineView) -> bool:
-        return machine.stage is Stage.BOOTING
 
     def _paid_until(self, machine: MachineView) -> float:
         """Return until when stopping spares nothing."""
@@ -491,11 +490,11 @@ class _Planning:
 
     def _first_to_go(self, machine: MachineView) -> tuple[bool, float, float, str]:
         used = machine.last_used if machine.last_used is not None else -math.inf
-        return not self._boots(machine), -self._offer_of(machine).usd_per_hour, used, machine.id
+        return machine.stage is not Stage.BOOTING, -self._offer_of(machine).usd_per_hour, used, machine.id
 
     def _why_extra(self, machine: MachineView, have: int) -> str:
         offer = self._offer_of(machine)
-        if self._boots(machine):
+        if machine.stage is Stage.BOOTING:
             if machine.ready_at - self._now > self._knobs.cancel_s:
                 self._look(machine.ready_at - self._knobs.cancel_s)
                 return ""
@@ -549,10 +548,14 @@ class _Planning:
         if presence.present:
             return self._present_until(offer, idle), "somebody is there, but silent for long"
         if presence.left_at is not None and (last is None or last <= presence.left_at):
+            # Who comes back says so before: then a start costs its load only.
             load = offer.load_s + (offer.boot_s if offer.boot_billed else 0.0)
             unannounced = load + max(0.0, worth - load) * (1 - presence.recall)
-            kept = keep_alive(view.demand.silences, _rounded(unannounced)) if presence.recall < 1 else 0.0
-            return max(presence.left_at + knobs.linger_s, idle + kept), "everybody has left"
+            learned = keep_alive(view.demand.silences, _rounded(unannounced))
+            taught = len(view.demand.silences) >= knobs.linger_silences
+            linger = min(knobs.linger_s, learned) if taught else knobs.linger_s
+            kept = learned if presence.recall < 1 else 0.0
+            return max(presence.left_at + linger, idle + kept), "everybody has left"
         learned = keep_alive(view.demand.silences, _rounded(worth))
         return idle + learned, f"silent for {learned:.0f} s; a cold start is worth {worth:.0f} s of it"
 
@@ -566,14 +569,14 @@ class _Planning:
         return max(self._knobs.present_keep * self._worth(offer), 60.0)
 
     def _why_last(self, machine: MachineView) -> str:
-        if self._boots(machine) and machine.ready_at - self._now > self._knobs.cancel_s:
+        if machine.stage is Stage.BOOTING and machine.ready_at - self._now > self._knobs.cancel_s:
             self._look(machine.ready_at - self._knobs.cancel_s)
             return ""
         presence = self._view.presence
         if presence.expected_until is not None and presence.expected_until > self._now:
             self._look(presence.expected_until)
             return ""
-        if self._boots(machine) and presence.present:
+        if machine.stage is Stage.BOOTING and presence.present:
             return ""
         until, why = self._keep(machine)
         if self._now < until - 1e-6:
@@ -593,5 +596,5 @@ def batch_machines(count: int, work_s: float, offer: OfferView, wait_usd_per_hou
 
 
 def _rounded(seconds: float) -> float:
-    """Return three digits of it, so that what was learned is computed once and not at every plan."""
+    """Return three digits of it, so that a keep-alive is not computed anew at every plan."""
     return float(f"{seconds:.3g}")

@@ -216,10 +216,17 @@ def test_it_is_kept_while_they_are_there_and_given_up_after_a_long_silence() -> 
 
 
 def test_after_they_left_it_lingers_and_goes() -> None:
-    demand = DemandView(seen=300, silences=(400.0,) * 300, last_arrival=NOW - 100)
+    demand = DemandView(seen=10, silences=(400.0,) * 10, last_arrival=NOW - 100)
     left = replace(EMPTY, demand=demand, machines=(idle("a", 60),))
     assert stopped(replace(left, presence=PresenceView(left_at=NOW - 29))) == []
     assert stopped(replace(left, presence=PresenceView(left_at=NOW - 31))) == ["a"]
+
+
+def test_it_lingers_no_longer_than_a_start_is_worth_once_silences_have_taught_it() -> None:
+    for length, gone in ((90_000.0, True), (25.0, False)):  # whoever comes back within half a minute is waited for
+        demand = DemandView(seen=300, silences=(length,) * 300, last_arrival=NOW - 100)
+        left = replace(EMPTY, demand=demand, machines=(idle("a", 20),), presence=PresenceView(left_at=NOW - 20))
+        assert stopped(left) == (["a"] if gone else [])
 
 
 def test_who_often_comes_unannounced_is_waited_for() -> None:
