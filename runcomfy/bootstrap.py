@@ -500,7 +500,8 @@ class App:
         from runcomfy.application.service import Service
 
         role = await self.fleet_role()
-        service = Service(role, lambda: self._crew(role, options, observed), await self.job_store(), tell=self._say)
+        jobs, hire = await self.job_store(), lambda: self._crew(role, options, observed, stop)
+        service = Service(role, hire, jobs, tell=self._say)
         async with AsyncExitStack() as parts:
             for point in entry_points(group=SERVE_PARTS):
                 await parts.enter_async_context(point.load()(self, options))
@@ -508,9 +509,13 @@ class App:
 
     @asynccontextmanager
     async def _crew(
-        self, role: Role, options: ServeOptions, observed: Callable[[RunsJobs], RunsJobs]
+        self, role: Role, options: ServeOptions, observed: Callable[[RunsJobs], RunsJobs], stop: asyncio.Event
     ) -> AsyncIterator[Crew]:
-        """Put together what works for one term of the role; machines are ended after it, unless the role is lost."""
+        """Put together what works for one term of the role; machines are ended after it, unless the role is lost.
+
+        Told to `stop`, a process that has lost the role and finds that nobody else took it ends the machines all the
+        same: there is no other to go on with them.
+        """
         from runcomfy.application.finish import finish
         from runcomfy.application.machine_pool import takes_over
         from runcomfy.application.pool_station import PoolStation
@@ -541,7 +546,8 @@ class App:
             loops = (pool.run, reconciler.watch, adopt, *guards)
             yield Crew(executor, fleet, loops=loops, monitor=self._monitor)
         finally:
-            await finish(reconciler.close(after=pool.close(keep=not role.holds())))
+            ours = role.holds() or (stop.is_set() and await finish(role.take_softly()))
+            await finish(reconciler.close(after=pool.close(keep=not ours)))
 
     # -- money ---------------------------------------------------------------------------------------------
 

@@ -76,6 +76,12 @@ class Role:
             log.info("role_taken", extra={"fields": {"role": self.name, "owner": self.owner.id, "epoch": epoch}})
         return True
 
+    async def take_softly(self) -> bool:
+        """Take or keep the role as `take` does; False also where the store cannot be asked."""
+        with suppress(LocalError):
+            return await self.take()
+        return False
+
     async def _ask(self) -> int | None:
         # By the store's time, read when it is the call's turn: we may be stopped between the asking and that, and a
         # time of before would cut what another holder has got meanwhile.

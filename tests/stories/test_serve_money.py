@@ -95,3 +95,21 @@ async def test_a_budget_that_is_smaller_than_a_lease_says_so(services: Services,
         assert cloud.launched == []
         assert (await services.queue.counts())[QueueStatus.PENDING] == 1
         await served.end()
+
+
+async def test_one_that_slept_and_is_told_to_stop_ends_its_machines_if_nobody_else_serves(
+    services: Services, cloud: RunComfyEmulator
+) -> None:
+    """Invariants I9, I25: the role was over, and there is nobody to whom the machines could be left."""
+    async with services.start(max_machines=2, keep_alive=SHORT) as served:
+        for number in range(4):
+            await services.put(number, seconds=300)
+        await services.when(lambda: len(services.ran()) >= 2, "two prompts compute")
+        served.sleep()
+        await asyncio.sleep(90)
+        served.stop.set()
+        served.wake()
+        await served.end()
+        assert cloud.alive == []
+    assert await services.differences() == []
+    assert (await services.queue.counts())[QueueStatus.FAILED] == 0
