@@ -20,7 +20,14 @@ from typing import Any, Final
 from uuid import uuid4
 
 from runcomfy.domain.budget import Budget, BudgetState, made_out
-from runcomfy.domain.exceptions import BudgetExceeded, LeaseLost, LocalError, ValueInvalid
+from runcomfy.domain.exceptions import (
+    BudgetExceeded,
+    LeaseLost,
+    LocalError,
+    MachineFailed,
+    ValueInvalid,
+    foreign_text,
+)
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.machine import (
     OPEN,
@@ -45,6 +52,23 @@ BILLS_AGAIN: Final = timedelta(days=1)
 """How far back bills are looked at again each round; the first round looks at all."""
 Tell = Callable[[str], None]
 """Takes a sentence for the user."""
+
+
+def dearer(before: Machine, after: Machine) -> MachineFailed | None:
+    """Return why a machine is not kept whose real type costs more than the one asked for; None if it does not."""
+    if after.usd_per_hour <= before.usd_per_hour:
+        return None
+    return MachineFailed(
+        f"machine {after.server_id} is a {after.server_type} for ${after.usd_per_hour} per hour; asked for was a "
+        f"{before.server_type} for ${before.usd_per_hour}",
+        hint="it is ended; try again, or another --server-type; look at RunComfy's page if it happens again",
+        details={"server_id": after.server_id, "asked": before.server_type, "got": after.server_type},
+    )
+
+
+def _plain(server_type: str) -> str:
+    """Return a type's name without what spellings differ in."""
+    return "".join(letter for letter in server_type.casefold() if letter.isalnum())
 
 
 def quiet(_: str) -> None:
@@ -140,6 +164,30 @@ class Books:
             run_id=self.owner.id,
             for_user=for_user,
             for_project=for_project,
+        )
+
+    async def note_type(self, machine: Machine, report: MachineReport) -> Machine:
+        """Take over the type that the provider says a machine has, with its price: a launch may be given another one.
+
+        It is billed at that price from now on; a type without a price at the highest one known. Raises LeaseLost.
+        """
+        if not report.server_type or _plain(report.server_type) == _plain(machine.server_type):
+            return machine
+        real = foreign_text(report.server_type, 40)
+        rate = self.settings.rates.find(report.server_type)
+        if rate is not None:
+            usd, source = rate.usd_per_hour, f"{rate.plan}, {rate.source}"
+        else:
+            known = [r.usd_per_hour for r in self.settings.rates.rates.values()]
+            usd = max(machine.usd_per_hour, *known)
+            source = f"no price is known for {real}: the highest known one"
+        unknown = "" if rate is not None else " (no price is known for it: the highest known one)"
+        words = f"{real} in place of {machine.server_type}, booked at ${usd} per hour{unknown}"
+        self.tell(f"WARNING: RunComfy says that machine {machine.server_id} is a {words}")
+        fields = {**self.facts(machine), "real_type": real, "real_usd_per_hour": str(usd)}
+        log.warning("machine_of_another_type", extra={"fields": fields})
+        return await self.change_softly(
+            machine, note=f"RunComfy says {words}", server_type=real, usd_per_hour=usd, rate_source=source
         )
 
     # -- budgets -------------------------------------------------------------------------------------------

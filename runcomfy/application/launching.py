@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import Final
 from uuid import uuid4
 
-from runcomfy.application.books import Books
+from runcomfy.application.books import Books, dearer
 from runcomfy.application.ending import HOPELESS, HOPELESS_AFTER, Ending, Said, ambiguous
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
@@ -97,6 +97,7 @@ class Launching:
         If it raises, or is cancelled, what it may have started is ended before.
 
         Raises BudgetExceeded (a hard budget; nothing was written or sent), what the provider refuses with;
+        MachineFailed (it was given a dearer type than asked for);
         LaunchUnclear or LaunchAmbiguous if it stays open whether one was started (the intent is kept, and looked after
         by `reap`).
         """
@@ -182,7 +183,11 @@ class Launching:
         if report.server_id in machine.before_ids or await self._is_another(machine, report):
             self._books.tell("the launch was answered with the id of an older machine; looking for what it started")
             return await self._find(attempt)
-        return await self._listed(machine, report, note="answered")
+        machine = await self._listed(machine, report, note="answered")
+        real = await self._books.note_type(machine, report)
+        if (failed := dearer(machine, real)) is not None:
+            raise failed
+        return real
 
     async def _is_another(self, machine: Machine, report: MachineReport) -> bool:
         """Whether the books know the answered id already. Books that cannot be read now contradict nothing."""

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any, Final
 from uuid import uuid4
 
-from runcomfy.application.books import Books
+from runcomfy.application.books import Books, dearer
 from runcomfy.application.ending import HOPELESS, Ending, Look, believable, server_id_of
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.launching import Launching
@@ -164,11 +164,16 @@ class Machines:
             report, word = await self._ask(server_id_of(machine))
             elapsed = timedelta(seconds=loop.time() - started)
             seen = seen or report is not None
+            asked = machine
+            if report is not None:
+                machine = await self.books.note_type(machine, report)
             if report is not None and report.phase is Phase.READY:
                 machine = await self.ready(machine, report)  # it bills from now on, with an address or without
-                if report.usable:
-                    return machine, report
+            if (failed := dearer(asked, machine)) is not None:
+                raise failed
             if report is not None:
+                if report.phase is Phase.READY and report.usable:
+                    return machine, report
                 _raise_if_over(report)
             elif word is None and (seen or elapsed > max(cloud.not_found_grace, cloud.visibility_window)):
                 machine = await self.found_again(machine)
@@ -209,7 +214,8 @@ class Machines:
         )
 
     async def ready(self, machine: Machine, report: MachineReport) -> Machine:
-        """Write down that the provider says Ready; from its ready time on the machine bills."""
+        """Write down that the provider says Ready; from its ready time on the machine bills, as the type it says."""
+        machine = await self.books.note_type(machine, report)
         ready_at = machine.ready_at or believable(report.ready_at, machine, now=self.clock.now())
         planned = report.stopping_at or machine.planned_stop_at
         if machine.state is MachineState.READY and machine.ready_at == ready_at:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Final
 
+from runcomfy.application.books import dearer
 from runcomfy.application.ending import HOPELESS, believable
 from runcomfy.application.health import wait_until_usable
 from runcomfy.application.machines import EXACT_ENOUGH
@@ -131,6 +132,7 @@ class Watch:
         member.seen = True
         if member.ended:
             return
+        wrong = await self._wrong_type(member, report)
         match report.phase:
             case Phase.READY:
                 await self._ready(member, report, began)
@@ -142,8 +144,28 @@ class Watch:
                 await self._stopping(member)
             case _:
                 await self._unknown(member, report, began)
+        if wrong is not None and not member.ended:
+            asked, why = wrong  # only now: it is billed since it is Ready, and that is written down
+            self._members.decided("replace", member.machine.id, why)
+            self._members.health.start_failed(asked, why)
+            self._members.end(member, f"ill: {why}")
+            return
         if member.pooled.suspect.startswith(MISSING):
             self._members.suspect(member, "")
+
+    async def _wrong_type(self, member: Member, report: MachineReport) -> tuple[str, str] | None:
+        """Book the type that the provider says it has; return the one asked for, and why that is too dear to keep."""
+        if report.server_type in ("", member.machine.server_type):
+            return None
+        async with member.writing:
+            asked = member.machine
+            try:
+                member.pooled.machine = await self._machines.books.note_type(asked, report)
+            except LeaseLost:
+                self._members.taken(member)
+                return None
+        failed = dearer(asked, member.machine)
+        return (asked.server_type, failed.message) if failed is not None else None
 
     async def _ready(self, member: Member, report: MachineReport, began: float) -> None:
         news = member.machine.state is not MachineState.READY or member.billed_since is None
@@ -209,6 +231,18 @@ class Watch:
                 "got": got.total_seconds(),
             }
             log.warning("lease_not_moved", extra={"fields": fields})
+            self._say_not_moved(member, got, asked)
+
+    def _say_not_moved(self, member: Member, got: timedelta, asked: timedelta) -> None:
+        """Tell once per machine that the provider does not let it run longer: long jobs will be cut off."""
+        if member.told_not_moved or got > asked:
+            return
+        member.told_not_moved = True
+        self._machines.tell(
+            f"RunComfy did not prolong machine {member.machine.server_id}: it still stops {got.total_seconds():.0f} s "
+            "after it was ready, and cuts off what runs there then; jobs longer than RUNCOMFY_RUN_LEASE "
+            f"({self._cloud.run_lease.total_seconds():.0f} s) need a longer one"
+        )
 
     async def _starting(self, member: Member, report: MachineReport) -> None:
         if member.machine.state is not MachineState.READY:
@@ -216,6 +250,7 @@ class Watch:
             return
         now = _now()
         member.health = member.health.flipped(now, self._health.rules)
+        member.pooled.flapped = True
         self._members.void(member, f"RunComfy says {report.status}")
         member.down_since = now
         if member.gate is not None:
