@@ -80,6 +80,8 @@ _WORDS: Final = {
 """How a run that was cut leaves its place."""
 EXCUSES: Final = 3
 """How often in a row a machine of the pool may fail a job that had sent nothing there yet, at no cost to the job."""
+FLAPS_EXCUSED: Final = 6
+"""How often in a row a machine of the pool may be not Ready for a while under a job, at no cost to the job."""
 EXCUSED_DELAY: Final = timedelta(seconds=2)
 """How long such a job waits: the machine is found to be ill meanwhile."""
 
@@ -121,6 +123,8 @@ class JobRun:
         """Whether its end is being written: what the store says of the claim from now on is our own doing."""
         self.unwritten = False
         """Whether its end could not be written down, so that the claim stays open."""
+        self.failed = False
+        """Whether the job ended with it, as failed or quarantined."""
         self.progress: tuple[float, str] | None = None
         """Percent and words that were not reported yet."""
         self._asked_back = False
@@ -309,13 +313,15 @@ class JobRun:
             return excused
         if retry.kind_of(error) is retry.Kind.OURS:
             return Ending(Outcome.PUT_BACK, keeps_prompt=self._keeps(error))
+        # A machine that was ended at the end of its lease did not die of the job.
+        outran = self._place is not None and self._place.seat.outran
         decision = bench.policy.decide(
             error,
             submitted=self.journal.touched or self.journal.killed,
             server_stays=self._server_stays,
             retries_attempted=row.retries_attempted,
             retry_limit=row.retry_limit,
-            kill_count=row.kill_count + (self.journal.killed and self.journal.touched),
+            kill_count=0 if outran else row.kill_count + (self.journal.killed and self.journal.touched),
             pauses=bench.gate.in_a_row,
             draw=bench.draw,
         )
@@ -347,14 +353,14 @@ class JobRun:
                     Outcome.REQUEUED,
                     error=facts,
                     delay=decision.delay,
-                    killed_machine=decision.killed_machine or self.journal.killed,
+                    killed_machine=(decision.killed_machine or self.journal.killed) and not outran,
                     end_prompt=ends or left,
                 )
             case retry.Fail():
                 return Ending(
                     Outcome.FAILED,
                     error=facts,
-                    killed_machine=decision.killed_machine or self.journal.killed,
+                    killed_machine=(decision.killed_machine or self.journal.killed) and not outran,
                     end_prompt=ends or left,
                 )
 
@@ -369,6 +375,10 @@ class JobRun:
             return None
         if journal.sent is not None and place.seat.waited:
             return Ending(Outcome.PUT_BACK, error=error.as_dict())  # another one's prompt was computing
+        if place.seat.flapped and excused[self.row.id] < FLAPS_EXCUSED:
+            # It did not die, and what is ill is the machine: the pool replaces one that does so again and again.
+            excused[self.row.id] += 1
+            return Ending(Outcome.PUT_BACK, error=error.as_dict(), delay=EXCUSED_DELAY)
         if journal.touched or journal.earlier is not None or excused[self.row.id] >= EXCUSES:
             excused.pop(self.row.id, None)
             return None
@@ -414,6 +424,7 @@ class JobRun:
     def _tell_ending(self, ending: Ending, error: RunComfyError, row: QueuedJob | None) -> None:
         fields = {"job": self.row.uid, "row": self.row.id, "token": self.row.token, "error": error.code}
         log.info("job_run_over", extra={"fields": {**fields, "outcome": str(ending.outcome)}})
+        self.failed = ending.outcome in (Outcome.FAILED, Outcome.QUARANTINED)
         match ending.outcome:
             case Outcome.REQUEUED:
                 after = f"in {ending.delay.total_seconds():.0f} s"

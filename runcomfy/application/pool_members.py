@@ -60,6 +60,8 @@ class Member:
     billed_since: float | None = None
     confirmed_s: float = 0.0
     """The running time that the provider has confirmed, counted from `billed_since`."""
+    told_not_moved: bool = False
+    """Whether the user was told that the provider does not prolong it."""
     asked: timedelta | None = None
     """A running time that was asked for and not read back yet."""
     asked_at: float = 0.0
@@ -254,7 +256,7 @@ class Members:
         member.client, pooled.server = client, client
         member.usable, member.probed_at = True, now
         pooled.epoch += 1
-        pooled.suspect = ""
+        pooled.suspect, pooled.flapped = "", False
         pooled.warm.clear()
         pooled.stage = Stage.DRAINING if pooled.draining else Stage.READY
         pooled.expected_ready_at = now
@@ -269,6 +271,9 @@ class Members:
         """Make every lease void: what was on the machine cannot be relied on any more (fault 16)."""
         pooled = member.pooled
         member.usable = False
+        left = member.left(_now())
+        # Seen one or two lists late: the lease was over, and the machine did not die of a job.
+        pooled.outran = left is not None and left <= 2 * self.settings.pool.status_every.total_seconds()
         pooled.epoch += 1
         pooled.stage = Stage.DRAINING if pooled.draining else Stage.BOOTING
         pooled.idle_since = None

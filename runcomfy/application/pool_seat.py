@@ -200,6 +200,16 @@ class PoolSeat(Seat):
         return bool(self.lease.machine.unpaid)
 
     @property
+    def flapped(self) -> bool:
+        """See `Seat`."""
+        return self.lease.void and self.lease.machine.flapped
+
+    @property
+    def outran(self) -> bool:
+        """See `Seat`."""
+        return self.lease.machine.outran
+
+    @property
     def server_gone(self) -> bool:
         """See `Seat`."""
         machine = self.lease.machine
@@ -242,6 +252,8 @@ class PoolSeat(Seat):
                 details={"machine": machine.id, "server_id": machine.machine.server_id},
             )
         why = "it went away" if self.server_gone or not self.lease.void else "it was not Ready for a while"
+        if self.outran:
+            why = "it was ended at the end of its lease, which could not be prolonged"
         return MachineLost(
             f"machine {machine.machine.server_id} of the pool was lost during the job: {why}",
             hint="nothing is to be done: the job runs on another machine; `comfyctl machines ls` shows them",

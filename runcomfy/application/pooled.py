@@ -91,6 +91,10 @@ class PooledMachine:
     """Why it takes no further jobs."""
     unpaid: str = ""
     """What a budget said that pays no longer; set when the machine is ended because of it, whatever runs there."""
+    flapped: bool = False
+    """Whether it is there and not Ready any more: what was on it is void, and nothing died of it."""
+    outran: bool = False
+    """Whether it went away at the end of its lease, although it was to be prolonged."""
     suspect: str = ""
     """Why nothing new is sent there just now: something does not answer, and it is being found out what."""
     shared_s: float = 0.0

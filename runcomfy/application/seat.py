@@ -47,6 +47,16 @@ class Seat:
         return False
 
     @property
+    def flapped(self) -> bool:
+        """Whether the machine is there and was not Ready for a while, so that the seat is void."""
+        return False
+
+    @property
+    def outran(self) -> bool:
+        """Whether the machine went away because its lease was over: the job needs longer than it was paid ahead."""
+        return False
+
+    @property
     def void(self) -> bool:
         """Whether the seat is lost: nothing that is on the server can be relied on."""
         return False

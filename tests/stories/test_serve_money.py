@@ -113,3 +113,35 @@ async def test_one_that_slept_and_is_told_to_stop_ends_its_machines_if_nobody_el
         assert cloud.alive == []
     assert await services.differences() == []
     assert (await services.queue.counts())[QueueStatus.FAILED] == 0
+
+
+@pytest.mark.fault(16)
+async def test_machines_that_are_not_ready_for_a_while_are_no_fault_of_the_jobs_on_them(
+    services: Services, cloud: RunComfyEmulator
+) -> None:
+    """Nothing died: no job is taken out of the queue for it, and none has to pay with a retry."""
+    for _ in range(2):
+        cloud.next_machine(flaps=45)
+    async with services.start(max_machines=1, keep_alive=SHORT):
+        for number in range(2):
+            await services.put(number, seconds=60)
+        await services.all_ended(within=4_000)
+    jobs = await services.queue.list()
+    assert {job.status for job in jobs} == {QueueStatus.DONE}
+    assert {(job.kill_count, job.retries_attempted) for job in jobs} == {(0, 0)}
+    assert await services.complaints() == []
+
+
+@pytest.mark.fault(24)
+async def test_a_provider_that_prolongs_no_lease_is_named_and_its_end_is_no_death(
+    services: Services, cloud: RunComfyEmulator
+) -> None:
+    """A job longer than a lease cannot be done there; it fails by its retries, and the reason was told."""
+    cloud.next_call("POST servers/*/update-estimated-duration", status=200, works=False, times=None)
+    async with services.start(max_machines=1, keep_alive=SHORT) as served:
+        await services.put(1, seconds=900)
+        await services.all_ended(within=9_000)
+        said = [sentence for sentence in served.said if "RunComfy did not prolong machine" in sentence]
+        assert len(said) == len(cloud.launched) == 3
+    [job] = await services.queue.list()
+    assert (job.status, job.reason, job.kill_count) == (QueueStatus.FAILED, "machine-lost", 0)
