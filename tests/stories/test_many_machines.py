@@ -1,4 +1,4 @@
-"""Twenty machines and two hundred jobs in one controller: the small sister of `python -m benchmarks fleet`."""
+"""A dozen machines, each with ten jobs, in one controller: the small sister of `python -m benchmarks fleet`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.light_comfyui import LightClient, LightComfyUIs, graph
 from runcomfy.testing.serving import Services
 
-MACHINES, JOBS, WORKFLOWS = 20, 200, 5
+MACHINES, JOBS, WORKFLOWS = 12, 120, 5
 LEASE = timedelta(minutes=4)
 
 

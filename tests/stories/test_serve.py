@@ -31,14 +31,14 @@ USERS = ("ann", "ben", "cat")
 
 @pytest.fixture
 def clock(request: pytest.FixtureRequest) -> LoopClock:
-    """The story's time; `evening` begins an hour before midnight."""
-    return LoopClock(START + timedelta(hours=13)) if "evening" in request.fixturenames else LoopClock()
+    """The story's time; `evening` begins half an hour before midnight."""
+    return LoopClock(START + timedelta(hours=13.5)) if "evening" in request.fixturenames else LoopClock()
 
 
 @pytest.fixture
 def evening() -> float:
     """Seconds until midnight when the story begins."""
-    return 3_600.0
+    return 1_800.0
 
 
 @pytest_asyncio.fixture
@@ -71,8 +71,8 @@ async def test_thirty_jobs_of_three_users_over_up_to_four_machines(services: Ser
 
         async def the_day() -> None:
             for number in range(30):
-                await services.put(number, seconds=120, user=USERS[number % 3])
-                await asyncio.sleep(20 if number % 10 else 200)
+                await services.put(number, seconds=80, user=USERS[number % 3])
+                await asyncio.sleep(14 if number % 10 else 150)
             await services.all_ended()
 
         ended = asyncio.create_task(the_day())
@@ -100,7 +100,7 @@ async def test_stopped_in_good_order_it_ends_its_machines_and_keeps_the_jobs(
 ) -> None:
     async with services.start(max_machines=2, keep_alive=SHORT) as served:
         for number in range(6):
-            await services.put(number, seconds=600)
+            await services.put(number, seconds=150)
         await services.when(lambda: _some(processing(services)), "jobs run")
         await served.end()
         assert cloud.alive == []
@@ -202,7 +202,7 @@ async def test_killed_in_the_middle_the_next_one_goes_on_with_the_machines(
     """Invariants I3, I11, I12, I20: machines are adopted, prompts gone on with, each result is committed once."""
     async with services.start(max_machines=2, keep_alive=SHORT) as first:
         for number in range(6):
-            await services.put(number, seconds=500)
+            await services.put(number, seconds=200)
         await services.when(lambda: _ran(services, 2), "two prompts compute")
         launched = list(cloud.launched)
         await first.kill()
@@ -245,7 +245,7 @@ async def test_two_services_on_the_same_books_one_waits_and_takes_over(
         await asyncio.sleep(10)
         second.begin(ServeOptions(guard=False))
         for number in range(8):
-            await services.put(number, seconds=300)
+            await services.put(number, seconds=200)
         await services.when(lambda: _ran(services, 2), "two prompts compute")
         assert [s for s in second.said if "takes over when that is gone" in s]
         assert not [s for s in first.said if "takes over when that is gone" in s]
