@@ -387,10 +387,13 @@ class App:
 
         Raises LocalError, ConfigurationError.
         """
+        from runcomfy.application.aftermath import Aftermath
         from runcomfy.application.executor import Executor
 
         settings, store = self.queue_settings, await self.job_store()
         owner = self.processes.me(now=store.now())
+        rents = station is not None or settings.where != "server"
+        after = Aftermath(store, self.books, self._prompt_places, clock=self.clock, tell=self._say) if rents else None
         return Executor(
             store,
             settings,
@@ -401,6 +404,7 @@ class App:
             processes=self.processes,
             heart=self._heart(store, owner, settings),
             barred=barred,
+            after=after.clear if after is not None else None,
             tell=self._say,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.exceptions import ProviderBusy, ValueInvalid
 from runcomfy.domain.forecast import Method
 from runcomfy.domain.job import JobId, JobRequest, JobStatus
-from runcomfy.domain.machine import MachineState
+from runcomfy.domain.machine import MachineId, MachineState
 from runcomfy.domain.money import LedgerEntry, meter
+from runcomfy.domain.shares import Billed, share
+from runcomfy.domain.work import Work
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.past import Past
@@ -119,6 +121,25 @@ async def test_a_machine_that_runs_counts_with_what_it_has_cost_so_far(
     ended = await money.report(began, by=By.USER)
     assert not ended.total.so_far
     assert abs(ended.total.usd - cloud.total_usd) < CENT / 100
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_what_a_dead_process_never_ended_is_not_busy_once_the_machine_is_gone(runs: bool) -> None:
+    at = datetime(2026, 11, 20, 10, 0, tzinfo=UTC)
+    bill = [Billed(at, at + timedelta(minutes=10), Decimal(1), so_far=runs)]
+    row = Work(MachineId("m"), JobId("j"), 1, "w", "medium", at, computing_at=at + timedelta(seconds=10))
+    [part] = share(row.machine_id, bill, [row], silence=timedelta(minutes=5))
+    assert part.usd == 1
+    assert part.busy == (timedelta(seconds=590) if runs else timedelta(0))
+    assert row.busy(None) == timedelta(0)
+    lost = replace(row, ended_at=at + timedelta(seconds=20), outcome="lost")
+    assert sum((p.busy for p in share(row.machine_id, bill, [lost], silence=timedelta(minutes=5))), timedelta()) == (
+        timedelta(seconds=10)
+    )
+    begins, ends = at + timedelta(minutes=5), at + timedelta(minutes=6)
+    again = replace(row, attempt=2, began_at=begins, computing_at=None, ended_at=ends)
+    [part, *_] = share(row.machine_id, bill, [row, again], silence=timedelta(minutes=5))
+    assert part.busy == timedelta(0)
 
 
 async def test_a_report_covers_what_lies_between_its_times(

@@ -399,6 +399,7 @@ ANYTHING: Final[dict[str, Callable[[SqlJobs], Awaitable[object]]]] = {
     "holds": lambda jobs: jobs.holds(ALICE),
     "report": lambda jobs: jobs.report(ALICE, {ONE: (1, "")}),
     "reap": lambda jobs: jobs.reap(lease=LEASE, grace=GRACE, epoch=1),
+    "free_places": lambda jobs: jobs.free_places(["x"]),
     "to_end": lambda jobs: jobs.to_end(["x"]),
     "prompt_ended": lambda jobs: jobs.prompt_ended(ONE, a_prompt()),
     "take_role": lambda jobs: jobs.take_role("planner", OwnerId("a"), lease=LEASE),

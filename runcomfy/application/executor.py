@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -35,6 +35,7 @@ from runcomfy.application.job_run import Bench, JobRun, RunsJobs, Why
 from runcomfy.application.placing import PlaceFactory
 from runcomfy.application.planner import Planner
 from runcomfy.application.sweeper import Sweeper
+from runcomfy.application.working_off import SURE, limits_of, looks_done
 from runcomfy.domain import retry
 from runcomfy.domain.exceptions import (
     JobBusy,
@@ -47,9 +48,9 @@ from runcomfy.domain.exceptions import (
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.queued import (
     Barred,
-    ClaimLimits,
     Ending,
     Outcome,
+    Pause,
     QueuedJob,
     QueueStatus,
     RowId,
@@ -124,12 +125,13 @@ class Executor:
         heart: Pulse | None = None,
         draw: retry.Draw | None = None,
         barred: Callable[[], Barred] = Barred,
+        after: Callable[[Sequence[QueuedJob]], Awaitable[None]] | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`store` is open and stays the caller's; `owner` is registered here. `heart` renews what `worker` holds.
 
         Without a `heart` one beats in the event loop. `draw(low, high)` draws the jitter of waits. `barred` says whose
-        jobs are not begun now.
+        jobs are not begun now, `after` hears what the planner took back.
         """
         self.store, self.settings, self.station = store, settings, station
         self.owner = replace(owner, command=f"{owner.command} {EXECUTOR}".strip())
@@ -139,9 +141,9 @@ class Executor:
         self._heart: Pulse = heart or LoopHeart(
             lambda: store.renew(self.worker, lease=settings.lease), every=settings.heartbeat, lease=settings.lease
         )
-        self.planner = Planner(store, settings, self.owner, processes, tell=tell, trouble=self._troubled)
+        self.planner = Planner(store, settings, self.owner, processes, tell=tell, trouble=self._troubled, after=after)
         self._runs: dict[tuple[int, int], tuple[JobRun, asyncio.Task[None]]] = {}
-        self._limits, self._barred = limits_of(settings), barred
+        self._limits, self._barred, self._failed = limits_of(settings), barred, 0
         self._wake = asyncio.Event()
         self._nudge = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -268,8 +270,8 @@ class Executor:
     async def run(self, stop: asyncio.Event, leave: asyncio.Event | None = None, *, once: bool = False) -> None:
         """Work until `stop` is set, then let running jobs go on for `settings.drain`, or until `leave` is set.
 
-        `once`: work off what can be claimed, then return. Cancelling this is a `leave`. Raises LocalError if the
-        database cannot be used at the start; later it only waits.
+        `once`: work off what can be claimed, now or when its time comes, then return. Cancelling this is a `leave`.
+        Raises LocalError if the database cannot be used at the start; later it only waits.
         """
         told = asyncio.create_task(stop.wait())
         obeys = asyncio.create_task(self._leave_with(leave)) if leave is not None else None
@@ -329,15 +331,15 @@ class Executor:
 
     async def _work(self, stop: asyncio.Event, told: asyncio.Task[Any], *, once: bool) -> None:
         look: asyncio.Task[int] | None = None
-        mark, every = 0, self.settings.poll_interval.total_seconds()
+        looks, mark, every = 0, 0, self.settings.poll_interval.total_seconds()
         try:
             while not stop.is_set() and self._broken is None:
                 self._wake.clear()
-                begun = await self._turn()
-                if not begun and not self._runs:
-                    waits = self._dispatch is not None and self._dispatch.waiting
-                    if once and self._trouble is None and not waits:
-                        return
+                idle = not await self._turn() and not self._runs
+                looks = await self._looks_done(looks) if once and idle else 0
+                if looks >= SURE:
+                    return
+                if idle:
                     self._rest()
                 if look is None:
                     look = asyncio.create_task(self.store.changed(timeout=self.settings.poll_interval, seen=mark))
@@ -358,6 +360,23 @@ class Executor:
             if look is not None:
                 look.cancel()
                 await asyncio.wait({look})
+
+    async def _looks_done(self, before: int) -> int:
+        try:
+            if self._trouble is None and not (self._dispatch is not None and self._dispatch.waiting):
+                return await looks_done(self.store, self.station.places(), await self.paused(), before=before)
+        except LocalError as error:
+            self._troubled(error)
+        return 0
+
+    @property
+    def failed(self) -> int:
+        """How many jobs this executor has seen end as failed, or set aside, since it was made."""
+        return self._failed + self.planner.set_aside
+
+    async def paused(self) -> Pause | None:
+        """Return what keeps jobs from being begun here. Raises LocalError."""
+        return await self._gate.standing()
 
     def _rest(self) -> None:
         """Tell the station that there is nothing to do. What it ends takes a while, and a job may come meanwhile."""
@@ -435,6 +454,7 @@ class Executor:
             if isinstance(self.station, Chooser):
                 self.station.release(row.uid, row.token)
             self._owes = self._owes or run.unwritten
+            self._failed += run.failed
             self._wake.set()
             if not task.cancelled() and (error := task.exception()) is not None:
                 self._broken, self._owes = self._broken or error, True
@@ -578,14 +598,3 @@ class Executor:
     async def _all_over(self) -> None:
         while self._runs:
             await asyncio.wait([task for _, task in self._runs.values()])
-
-
-def limits_of(settings: QueueSettings) -> ClaimLimits:
-    """Return what the settings allow at once, over the whole database."""
-    return ClaimLimits(
-        workflow=settings.limit_workflow,
-        job_type=settings.limit_job_type,
-        user=settings.limit_user,
-        place=settings.limit_place,
-        fair_users=settings.fair_users,
-    )

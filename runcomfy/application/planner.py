@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -39,10 +39,16 @@ class Planner:
         *,
         tell: Callable[[str], None],
         trouble: Callable[[LocalError | None], None],
+        after: Callable[[Sequence[QueuedJob]], Awaitable[None]] | None = None,
     ) -> None:
-        """`owner` is registered. `trouble` hears what the database refuses, and None when it works."""
+        """`owner` is registered. `trouble` hears what the database refuses, and None when it works.
+
+        `after` is called at the end of each round, whoever has the role, with what this one took back.
+        """
         self._store, self._settings, self._owner, self._processes = store, settings, owner, processes
-        self._tell, self._trouble = tell, trouble
+        self._tell, self._trouble, self._after = tell, trouble, after
+        self.set_aside = 0
+        """How many jobs were taken out of the queue, since their workers vanished again and again."""
         self.epoch: int | None = None
         """The hold on the role; None while another process has it."""
 
@@ -54,6 +60,15 @@ class Planner:
 
     async def round(self) -> Sequence[QueuedJob]:
         """Take or keep the role, and take back what has nobody; return what went back to the queue."""
+        back = await self._take_back()
+        if self._after is not None:
+            try:
+                await self._after(back)
+            except LocalError as error:  # the next round does it
+                log.warning("aftermath_not_cleared", extra={"fields": {"error": error.code}})
+        return back
+
+    async def _take_back(self) -> Sequence[QueuedJob]:
         try:
             dead = await self._dead()
             await self._take_role(dead)
@@ -115,4 +130,5 @@ class Planner:
         if job.status is QueueStatus.PENDING:
             self._tell(f"{job.config_name}: its worker is gone; it waits for the next one")
         else:
+            self.set_aside += 1
             self._tell(f"{job.config_name}: its worker vanished {job.lost_count} times; it is taken out of the queue")

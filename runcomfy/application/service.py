@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from runcomfy.application.role import Role
+from runcomfy.application.working_off import failed_here, left_behind, left_words
 from runcomfy.domain.exceptions import LocalError, RunComfyError
-from runcomfy.domain.queued import QueueStatus
+from runcomfy.domain.queued import Pause, QueueStatus
 from runcomfy.ports.jobs import JobStore
 
 log = logging.getLogger("runcomfy.fleet")
@@ -51,6 +52,15 @@ class Works(Protocol):
 
     async def run(self, stop: asyncio.Event, leave: asyncio.Event | None = None, *, once: bool = False) -> None:
         """Work until told to stop, then let running jobs go on for a while, or until `leave` is set."""
+        ...
+
+    @property
+    def failed(self) -> int:
+        """How many jobs have ended as failed, or were set aside."""
+        ...
+
+    async def paused(self) -> Pause | None:
+        """Return what keeps jobs from being begun, if anything does. Raises LocalError."""
         ...
 
 
@@ -111,13 +121,14 @@ class Service:
         """`hire` makes the crew of one term; it is called with the role held."""
         self.role = role
         self._hire, self._jobs, self._tell = hire, jobs, tell
+        self._failed = 0
         self.serving = asyncio.Event()
         """Set while this process is the one that serves."""
 
     async def run(self, stop: asyncio.Event, leave: asyncio.Event | None = None, *, once: bool = False) -> None:
         """Serve until `stop`, then drain, or until `leave` is set. `once`: until everything is worked off.
 
-        Raises what keeps it from serving at all; with `once` also why what is left over got no machine.
+        Raises what keeps it from serving at all; with `once` also why jobs are left over, or else that jobs failed.
         """
         waits = False
         try:
@@ -188,21 +199,35 @@ class Service:
             lost = held.done()
             held.cancel()
         await crew.fleet.end()
+        self._failed += crew.executor.failed
+        if stuck is None and once and not lost and not stop.is_set():
+            stuck = failed_here(self._failed)
+        elif stuck is not None and (failed := failed_here(self._failed)) is not None:
+            self._tell(failed.message)
         if stuck is not None:
             raise stuck
         return not lost or stop.is_set()
 
     async def _worked_off(self, crew: Crew) -> RunComfyError | None:
-        """Return when nothing is left to be done, or nothing can be; in that case why."""
+        """Return when nothing is left to be done, or nothing can be; in that case why.
+
+        Jobs that wait for a time are waited for, and so are pauses that end by themselves.
+        """
         if crew.monitor is not None:
             await crew.monitor.once()
         while True:
             with suppress(LocalError):
-                running = (await self._jobs.counts())[QueueStatus.PROCESSING]
-                if not running and not await crew.fleet.left():
-                    return None
-                if not running and (stuck := crew.fleet.stuck()) is not None:
-                    return stuck
+                ready, counts = await crew.fleet.left(), await self._jobs.counts()
+                if not counts[QueueStatus.PROCESSING]:
+                    waiting = counts[QueueStatus.PENDING]
+                    if not waiting:
+                        return None
+                    pause = await crew.executor.paused()
+                    if pause is not None and pause.until is None:
+                        return await left_behind(self._jobs, pause)
+                    if ready >= waiting and (stuck := crew.fleet.stuck()) is not None:
+                        self._tell(f"{left_words(waiting)}: {stuck.message}")
+                        return stuck
             await asyncio.sleep(DONE_LOOK)
 
 

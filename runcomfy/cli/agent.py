@@ -35,6 +35,9 @@ def agent() -> None:
 
     The first Ctrl+C (or SIGTERM) takes up nothing more and lets what runs go on for a while; the second leaves at once.
     Either way the next start goes on where this one ended.
+
+    With --once jobs that wait for their next try are waited for. It exits 0 only if nothing is left: else with the code
+    of what keeps jobs from being begun (2: the queue is paused, 4: there is no place), or 5 if jobs failed in this run.
     """
 
 

@@ -90,6 +90,8 @@ async def _work(interrupts: Interrupts, app: App, task: Task, voice: Voice) -> N
             await monitor.once()
         if executor is not None:
             await executor.run(stop, once=True)
+            if not stop.is_set():
+                await _settle(app, executor, voice)
         return
     parts: list[Coroutine[Any, Any, None]] = []
     if monitor is not None:
@@ -97,6 +99,17 @@ async def _work(interrupts: Interrupts, app: App, task: Task, voice: Voice) -> N
     if executor is not None:
         parts.append(executor.run(stop))
     await together(parts, stop)
+
+
+async def _settle(app: App, executor: Executor, voice: Voice) -> None:
+    """Raise why jobs are left undone, or else that some failed: nobody is to take the queue for done."""
+    from runcomfy.application.working_off import failed_here, left_behind
+
+    left, failed = await left_behind(await app.job_store(), await executor.paused()), failed_here(executor.failed)
+    if left is not None and failed is not None:
+        voice(failed.message)
+    if (error := left or failed) is not None:
+        raise error
 
 
 async def _executor(app: App, voice: Voice) -> Executor:

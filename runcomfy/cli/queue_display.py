@@ -16,6 +16,7 @@ from runcomfy.domain.queued import (
     EventKind,
     JobEvent,
     Pause,
+    Phase,
     QueuedJob,
     QueueStatus,
     Reason,
@@ -151,11 +152,18 @@ def what_happens(job: QueuedJob, *, now: datetime) -> str:
 
 def _waits(job: QueuedJob, *, now: datetime) -> str:
     words = []
+    if job.place is not None and job.phase is not Phase.NONE and job.others_from is not None and job.others_from > now:
+        place = f" of {job.place}" if job.place.startswith("machine:") else ""
+        words.append(f"its worker{place} is gone, free for others in {_until(job.others_from, now)}")
     if job.not_before is not None and job.not_before > now:
-        words.append(f"next try in {show_span(job.not_before - now + timedelta(seconds=1))}")
+        words.append(f"next try in {_until(job.not_before, now)}")
     if job.run_count and (error := last_error(job)):
         words.append(f"after {error}")
     return ", ".join(words) or "waits"
+
+
+def _until(at: datetime, now: datetime) -> str:
+    return show_span(at - now + timedelta(seconds=1))
 
 
 def last_error(job: QueuedJob) -> str:

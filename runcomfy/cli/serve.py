@@ -37,6 +37,9 @@ def serve(as_json: bool, **options: Any) -> int:
     The first Ctrl+C (or SIGTERM) begins nothing more, lets what runs go on for a while, and ends the machines; the
     second leaves at once. After that, or after a crash, machines end by their leases, and the next start takes up what
     is left. Budgets are hard: what would go above one is not launched, and jobs wait.
+
+    With --once jobs that wait for their next try are waited for. It exits 0 only if nothing is left: else with the code
+    of what keeps jobs from being begun (8: a budget, 2: the queue is paused), or 5 if jobs failed in this run.
     """
     from runcomfy.cli.serve_work import Asked, work
 

@@ -7,7 +7,8 @@ The rule, in the order in which it is applied to one machine:
    lies evenly in each of them.
 2. A job is at the machine from when it takes its seat until it leaves it; it is busy there while the server computes
    its prompt. A row that was never completed (its process died) lasts until the same job began there again, or else to
-   the end of the bill.
+   the end of the bill; how long it was computed is not known, so none of it counts as busy unless the machine runs and
+   it may be there still.
 3. Jobs that follow each other with gaps of at most `silence` are an episode. To an episode belong its gaps, the time
    before its first job (up to `silence`; after another episode none), and the time after its last job (up to
    `silence`). The rest belongs to nobody, and so does everything at a machine without jobs.
@@ -111,7 +112,8 @@ def share(
     """
     spans = [(_tick(piece.start), _tick(piece.end), piece.usd) for piece in pieces]
     whole = [span for span in spans if span[1] > span[0]]
-    timeline = _Timeline(whole, list(works), silence=silence // _TICK, cuts=[_tick(cut) for cut in cuts])
+    runs = any(piece.so_far for piece in pieces)
+    timeline = _Timeline(whole, list(works), silence=silence // _TICK, cuts=[_tick(cut) for cut in cuts], runs=runs)
     timeline.run()
     for start, end, usd in spans:
         if end <= start:  # no time in which anybody could have used it
@@ -146,9 +148,11 @@ class _Timeline:
     """One machine's time, walked through once."""
 
     def __init__(
-        self, spans: list[tuple[int, int, Decimal]], works: list[Work], *, silence: int, cuts: list[int]
+        self, spans: list[tuple[int, int, Decimal]], works: list[Work], *, silence: int, cuts: list[int], runs: bool
     ) -> None:
         self._spans = spans
+        self._runs = runs
+        """Whether the bill still grows."""
         self._cuts = cuts
         self._silence = max(0, silence)
         self.busy: dict[tuple[JobId, int], Fraction] = defaultdict(Fraction)
@@ -183,8 +187,9 @@ class _Timeline:
                 seat = _clip(began, left, start, end)
                 self._seats.setdefault(job, []).append(seat)
                 self._there.add((job, self.slot_of(seat[0])))
-                if row.computing_at is not None:
-                    until = row.computed_at or row.ended_at
+                until = row.computed_at or row.ended_at
+                there_yet = self._runs and row is rows[-1]
+                if row.computing_at is not None and (until is not None or there_yet):
                     stretch = _clip(_tick(row.computing_at), _tick(until) if until else following, start, end)
                     self._computing.setdefault(job, []).append(stretch)
 

@@ -36,9 +36,12 @@ class Work:
     cold: bool = False
     """Whether the machine had not run this workflow since it became ready."""
 
-    def busy(self, now: datetime) -> timedelta:
-        """Return how long the server has worked on it, as known at `now`; never less than zero."""
-        if self.computing_at is None:
-            return timedelta(0)
+    def busy(self, now: datetime | None) -> timedelta:
+        """Return how long the server has worked on it, as known at `now`; never less than zero.
+
+        `now` is None if nothing can be running there any more: of a row that was never ended nothing is known then.
+        """
         end = self.computed_at or self.ended_at or now
+        if self.computing_at is None or end is None:
+            return timedelta(0)
         return max(timedelta(0), end - self.computing_at)

@@ -262,6 +262,13 @@ class JobStore(Protocol):
         """
         ...
 
+    async def free_places(self, places: Collection[str]) -> int:
+        """Let any worker take the pending jobs whose prompt is at one of these places, at once; return how many.
+
+        The caller knows that the places are gone for good: nothing of these jobs runs (I12).
+        """
+        ...
+
     async def to_end(self, places: Collection[str]) -> Sequence[QueuedJob]:
         """Return ended jobs whose prompt must still be ended at one of these places (phase ENDING, not pending)."""
         ...

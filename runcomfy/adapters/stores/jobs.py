@@ -505,6 +505,11 @@ class SqlJobs:
         now, order = self.now(), Reap(lease, set(dead), lost_limit, grace, epoch)
         return await self._write(lambda connection: jobs_reap.reap(connection, now, order))
 
+    async def free_places(self, places: Collection[str]) -> int:
+        """Let any worker take the pending jobs whose prompt is at one of these places; return how many."""
+        now = self.now()
+        return await self._write(lambda connection: jobs_reap.free_places(connection, now, places))
+
     async def to_end(self, places: Collection[str]) -> Sequence[QueuedJob]:
         """Return ended jobs whose prompt must still be ended at one of these places."""
         return await self._read(lambda connection: jobs_steps.to_end(connection, places))

@@ -96,6 +96,18 @@ _DATE: Final = Sql(
     ),
 )
 
+_PLACES: Final = in_list("place", "places", "text")
+_BOUND: Final = (
+    "status = 'pending' AND phase <> '' AND place IS NOT NULL AND (others_from IS NULL OR others_from > :now)"
+)
+_FREE: Final = Sql(
+    f"UPDATE jobs INDEXED BY ix_jobs_places SET others_from = :now WHERE {_BOUND} AND {_PLACES[0]} RETURNING id",
+    postgres=(
+        f"WITH bound AS MATERIALIZED (SELECT id FROM jobs WHERE {_BOUND} AND {_PLACES[1]} FOR UPDATE SKIP LOCKED) "
+        "UPDATE jobs SET others_from = :now FROM bound WHERE jobs.id = bound.id RETURNING jobs.id"
+    ),
+)
+
 
 # Workers that vanished of late without having had this job: what kills workers may be something else.
 _OTHER_DEATHS: Final = Sql(
@@ -146,6 +158,14 @@ def reap(connection: Connection, now: datetime, order: Reap) -> list[QueuedJob]:
     _DATE.run(connection, {"from": write.exact(now + order.grace)})
     waiting = {entry.job.id for entry in after}
     return [entry.job for entry in hold_some(connection, waiting)[0].values()] if waiting else []
+
+
+def free_places(connection: Connection, now: datetime, places: Collection[str]) -> int:
+    """Let any worker take what waits for one of these places; return how many jobs that are."""
+    if not places:
+        return 0
+    parameters = {"now": stamps(connection).exact(now), "places": listed(connection, places)}
+    return len(_FREE.run(connection, parameters).fetchall())
 
 
 def _is_over(job: QueuedJob, now: datetime, now_whole: Any, order: Reap) -> bool:

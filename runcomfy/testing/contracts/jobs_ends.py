@@ -511,6 +511,18 @@ class ReapingContract:
         back = await seen(jobs, sound)
         assert (back.status, back.lost_count) == (QueueStatus.PENDING, 3)
 
+    async def test_whoever_knows_that_a_place_is_gone_frees_its_jobs(self, jobs: JobStore) -> None:
+        """Invariant I12: a machine that is gone is proof; nobody waits for a worker that would reach it."""
+        await put(jobs)
+        await submit(jobs, await take(jobs, places=[HERE]), HERE)
+        await plan(jobs, dead=[ALICE])
+        assert await take_all(jobs, BOB) == []
+        assert await jobs.free_places([]) == 0
+        assert await jobs.free_places(["machine:another"]) == 0
+        assert await jobs.free_places([HERE]) == 1
+        assert await jobs.free_places([HERE]) == 0
+        assert len(await take_all(jobs, BOB)) == 1
+
     async def test_losses_count_only_in_a_row(self, jobs: JobStore) -> None:
         await put(jobs)
         for _ in range(2):

@@ -1,0 +1,89 @@
+"""What `comfyctl serve --once` leaves undone it names; what a crash leaves behind holds nobody up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from runcomfy.domain.exceptions import JobBusy, WorkflowFailed
+from runcomfy.domain.job import JobRequest
+from runcomfy.domain.queued import Ending, Outcome, QueueStatus, WorkerId
+from runcomfy.domain.settings import CloudSettings
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.queue_programs import failing
+from runcomfy.testing.serving import Services
+
+pytestmark = pytest.mark.cloud(boot_time=30)
+LEASE = timedelta(minutes=1)
+
+
+@pytest_asyncio.fixture
+async def services(
+    cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path
+) -> AsyncIterator[Services]:
+    async with Services(cloud, cloud_settings, clock, tmp_path) as services:
+        yield services
+
+
+async def test_once_waits_for_a_job_that_is_to_be_tried_again_later(services: Services) -> None:
+    await services.put(1, seconds=5)
+    store = await services._onlooker.job_store()
+    [job] = await store.claim(WorkerId("an earlier one"), count=1, lease=LEASE)
+    later = Ending(Outcome.REQUEUED, error={"code": "x", "message": "y"}, delay=timedelta(minutes=3))
+    await store.finish(job.id, job.token, later)
+    async with services.start(once=True) as served:
+        assert served.task is not None
+        await served.task
+    assert (await services.queue.counts())[QueueStatus.DONE] == 1
+
+
+async def test_once_with_a_paused_queue_says_what_it_leaves(services: Services, cloud: RunComfyEmulator) -> None:
+    await services.put(1)
+    await services.queue.pause("lunch")
+    async with services.start(once=True) as served:
+        task, served.task = served.task, None
+        assert task is not None
+        with pytest.raises(JobBusy, match="1 job is left undone, paused: lunch"):
+            await task
+    assert cloud.alive == []
+
+
+async def test_once_says_that_jobs_failed(services: Services) -> None:
+    await services.put(1, seconds=5)
+    await services.queue.enqueue(JobRequest(failing()), retry_limit=0)
+    async with services.start(once=True) as served:
+        task, served.task = served.task, None
+        assert task is not None
+        with pytest.raises(WorkflowFailed, match="1 job failed in this run"):
+            await task
+    assert (await services.queue.counts())[QueueStatus.DONE] == 1
+
+
+async def test_jobs_of_a_machine_that_went_with_its_service_start_anew_at_once(
+    services: Services, cloud: RunComfyEmulator, clock: LoopClock
+) -> None:
+    """Invariant I12; and what the dead process had begun costs no busy time beyond its life."""
+    cloud.next_machine(vanishes_after=60)
+    await services.put(1, seconds=100)
+    async with services.start(max_machines=1) as served:
+        await services.when(lambda: bool(cloud.billing), "the prompt computes")
+        await asyncio.sleep(30)
+        died = clock.now()
+        await served.kill()
+    await services.when(lambda: not cloud.alive, "the machine is gone, too")
+    async with services.start(max_machines=1, once=True) as served:
+        began = asyncio.get_running_loop().time()
+        assert served.task is not None
+        await served.task
+        assert asyncio.get_running_loop().time() - began < 250  # and not the five minutes that a worker is waited for
+    works = await services.books.works()
+    lost = [work for work in works if work.outcome == "lost"]
+    assert lost
+    assert all(work.ended_at is not None and work.ended_at <= died for work in lost)
+    assert (await services.queue.counts())[QueueStatus.DONE] == 1
