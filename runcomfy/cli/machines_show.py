@@ -317,25 +317,26 @@ def _tell_story(machine: Machine, steps: Any, works: Sequence[Work], entries: An
         facts.append(f"stops {show_time(machine.planned_stop_at)}")
     click.echo("; ".join(facts))
     click.echo(table(("at", "event", "state", "note"), [(show_time(t.at), t.event, t.state, t.note) for t in steps]))
+    until = now if machine.bills else None
     if works:
         click.echo("")
         headers = ("job", "workflow", "began", "computed", "ended", "outcome")
-        click.echo(table(headers, [_work_cells(work, now) for work in works]))
+        click.echo(table(headers, [_work_cells(work, until) for work in works]))
     for entry in entries:
         click.echo(f"{show_time(entry.started_at)} to {show_time(entry.ended_at)}: ${entry.amount_usd} {entry.note}")
-    busy = sum((work.busy(now) for work in works), timedelta(0))
+    busy = sum((work.busy(until) for work in works), timedelta(0))
     spent = total(entries) if not machine.is_open else cost_of(machine, now=now)
     click.echo(f"it {'has cost' if machine.is_open else 'cost'} {show_usd(spent)}; {show_span(busy)} of work")
 
 
-def _work_cells(work: Work, now: datetime) -> tuple[str, ...]:
+def _work_cells(work: Work, now: datetime | None) -> tuple[str, ...]:
     return (
         f"{work.job_id[:8]}{f' try {work.attempt}' if work.attempt else ''}",
         work.workflow,
         show_time(work.began_at),
         show_span(work.busy(now)) + (" cold" if work.cold else ""),
         show_time(work.ended_at),
-        work.outcome or "there",
+        work.outcome or ("there" if now is not None else "not known"),
     )
 
 
