@@ -201,3 +201,21 @@ async def test_every_machine_is_listed_with_what_it_does_and_costs(cloud: RunCom
     await comfy("machines", "stop", stranger.server_id)
     code, out, _ = await comfy("machines", "show", stranger.server_id)
     assert "it cost $" in out
+
+
+async def test_a_wrong_budget_keeps_nobody_from_stopping_and_an_empty_id_is_refused(
+    cloud: RunComfyEmulator, comfy: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger = cloud.foreign("large")
+    monkeypatch.setenv("RUNCOMFY_BUDGET_DAY", "twenty")
+    monkeypatch.setenv("RUNCOMFY_POOL_MIN_MACHINES", "99")
+    for arguments in (("machines", "ls"), ("machines", "reap"), ("guard", "--once")):
+        code, _, err = await comfy(*arguments)
+        assert code == 0, err
+        assert "RUNCOMFY_BUDGET_DAY" in err
+        assert "ignored here" in err
+    assert (await comfy("machines", "stop", ""))[0] == 2
+    code, out, _ = await comfy("machines", "stop", stranger.server_id)
+    assert code == 0
+    assert f"{stranger.server_id}: stopped" in out
+    assert (await comfy("serve", "--once"))[0] == 3

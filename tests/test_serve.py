@@ -96,6 +96,15 @@ def test_options_win_over_settings() -> None:
     assert pool_overrides({"budget_day": 2.5, "max_machines": None}) == {"RUNCOMFY_BUDGET_DAY": "2.5"}
 
 
+@pytest.mark.parametrize("arguments", [["--budget-day", ""], ["--budget-run", "  "], ["--server-type", ""]])
+def test_an_empty_option_is_refused_and_never_means_no_limit(
+    arguments: list[str], account: InThread[RunComfyEmulator], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(comfyctl, ["serve", "--once", *arguments]) == 2
+    assert f"{arguments[0]} is empty" in capsys.readouterr().err
+    assert call(comfyctl, ["run", "text2img", "--budget", ""]) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "usd"),
     [("batch", 2.0), ("normal", 10.0), ("person waiting", 40.0), ("Person-Waiting", 40.0), ("8.75", 8.75), ("$3", 3.0)],

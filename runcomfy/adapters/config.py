@@ -27,7 +27,7 @@ from runcomfy.adapters.credentials import (
     flaw,
     is_placeholder,
 )
-from runcomfy.adapters.pool_variables import budget_shown, budgets_from
+from runcomfy.adapters.pool_variables import POOL_VARIABLES, budget_shown, budgets_from
 from runcomfy.adapters.rates import load_rates
 from runcomfy.adapters.setting_kinds import Variable
 from runcomfy.adapters.variables import BY_NAME, OTHERS, QUEUE_PREFIX, VARIABLES, Layer, read_layers
@@ -47,6 +47,8 @@ __all__ = ["SettingRow", "default_settings", "describe_settings", "load_rates", 
 
 STATE_FILE_NAME: Final = "dev_server_state.json"
 _TOKENS: Final = ("RUNCOMFY_API_TOKEN", "RUNCOMFY_API_TOKEN_2")
+_NOT_TO_STOP: Final = frozenset({"RUNCOMFY_MAX_USD_PER_HOUR", *(variable.name for variable in POOL_VARIABLES)})
+"""What limits renting says nothing about what has been rented."""
 _NEEDED: Final[Mapping[str, str]] = {
     "RUNCOMFY_USER_ID": "user id",
     "RUNCOMFY_API_TOKEN": "API token",
@@ -61,13 +63,15 @@ def load_settings(
     require_cloud: bool = False,
     require_version: bool = True,
     overrides: Mapping[str, Any] | None = None,
+    to_stop: bool = False,
 ) -> Settings:
     """Return all settings, merged and checked.
 
     `env` and `cwd` replace the process's environment and working directory. `overrides` win over everything: variable
     name or `section.field` -> value, as text or already of the right type; None counts as not given.
     `require_cloud` asks for credentials; with `require_version=False` they may lack the workflow version id, which only
-    launching needs.
+    launching needs. `to_stop`: nothing is rented, so a pool's or a budget's setting that is wrong is left out with a
+    warning: it must not keep anybody from ending machines.
 
     Raises:
         CredentialsMissing: something required is nowhere to be found, or the file that was named is not there.
@@ -90,6 +94,8 @@ def load_settings(
     if require_cloud and not unread:  # without the file that was named, who knows what is missing
         problems += _missing(values, file, layers, problems, version=require_version)
     settings = _sections(values, variables, here, problems)
+    left_out = [problem for problem in problems if to_stop and problem.details.get("setting") in _NOT_TO_STOP]
+    problems = [problem for problem in problems if problem not in left_out]
     if problems:
         raise _joined(problems)
     settings = replace(
@@ -97,7 +103,8 @@ def load_settings(
         sources={v.name: sources.get(v.name, "default") for v in VARIABLES},
         credentials_file=str(file.path) if file.path else None,
     )
-    return replace(settings, warnings=(*file.warnings, *_advice(settings, variables, file)))
+    ignored = tuple(f"{problem.message}; ignored here, where nothing is rented" for problem in left_out)
+    return replace(settings, warnings=(*ignored, *file.warnings, *_advice(settings, variables, file)))
 
 
 def _working_directory(cwd: Path | None) -> Path:

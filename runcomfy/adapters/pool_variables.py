@@ -387,7 +387,15 @@ SERVE_SETTINGS: Final[Mapping[str, str]] = {
 
 
 def pool_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of a pool, by the names of `SERVE_SETTINGS`, as variables; None counts as not given."""
+    """Return options of a pool, by the names of `SERVE_SETTINGS`, as variables; None counts as not given.
+
+    Raises ValueInvalid for an empty one: a shell variable that is not set must not mean that there is no limit.
+    """
+    for name, value in given.items():
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            option = "--server-type" if name == "server_types" else f"--{name.replace('_', '-')}"
+            raise ValueInvalid(f"{option} is empty", hint="give a value, or leave the option out")
     found = {SERVE_SETTINGS[name]: value for name, value in given.items() if value is not None}
     types = found.get("RUNCOMFY_POOL_SERVER_TYPES")
     if isinstance(types, (list, tuple)):

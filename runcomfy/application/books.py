@@ -101,6 +101,8 @@ class Books:
         self._asked_at: dict[MachineId, float] = {}
         """By the loop's time, which does not jump: when the launches of this process had left for sure."""
         self._asked_by: dict[MachineId, datetime] = {}
+        self._unposted: set[MachineId] = set()
+        """Whose cost could not be written down; that is said once."""
         self._bills_seen: datetime | None = None
         """Machines that have not changed since then were looked at for a bill that is open in the ledger."""
 
@@ -250,7 +252,9 @@ class Books:
         try:
             await self.store.close_bill(machine.id, end=end, recorded_at=self.clock.now(), note=note)
         except LocalError as error:
-            self.tell(f"the cost of {machine.server_id} could not be written down: {error}")
+            if machine.id not in self._unposted:
+                self._unposted.add(machine.id)
+                self.tell(f"the cost of {machine.server_id} could not be written down: {error}")
 
     async def close_bills(self) -> list[Machine]:
         """Bring every ledger up to the end of its bill that a write was refused for, or an older version left so (I9).

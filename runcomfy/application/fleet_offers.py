@@ -71,6 +71,8 @@ class FleetOffers:
         self.works: Sequence[Work] = ()
         """What ran in the time looked back at, oldest first, as last read."""
         self.history = History(())
+        self.own_starts: dict[str, int] = {}
+        """By type: on how many own starts the time of a start rests; without an entry it is the default."""
         self._read_at = float("-inf")
 
     @property
@@ -94,6 +96,7 @@ class FleetOffers:
             seconds = [start.total_seconds() for start in starts]
             if len(seconds) >= _ENOUGH_STARTS:
                 offer = replace(offer, boot_s=median(seconds), boot_p90_s=quantile(seconds, 0.9))
+                self.own_starts[name] = len(seconds)
             load = self.history.cold_extra_s(name)
             if load is not None:
                 offer = replace(offer, load_s=load)

@@ -93,6 +93,7 @@ class Guard:
         self._warned: dict[str, datetime] = {}
         self._unwritten: dict[str, datetime] = {}
         """Until when machines billed that were ended while our books could not be written."""
+        self._told: set[tuple[str, str]] = set()
         self._drift = Drift(self._clock)
         self._moved_at: float | None = None
 
@@ -276,18 +277,24 @@ class Guard:
             taken = await self._taken(machine, why)
             if taken is None:
                 return
-            self._machines.tell(f"ending {taken.server_type} machine {taken.server_id}: {why}")
+            self._tell_once(taken, f"ending {taken.server_type} machine {taken.server_id}: {why}")
             log.warning("guard_ends", extra={"fields": {**self._books.facts(taken), "why": why}})
             if (billed_until := self._unwritten.get(taken.id)) is not None:
                 note = "ended while our books could not be written"
                 taken = await self._books.change(taken, note=note, stop_accepted_at=billed_until)
             if await self._machines.gone_unasked(taken, note=f"guard: {why}; it was gone already") is None:
                 taken = await self._machines.stop(taken, reason=f"guard: {why}")
-            self._machines.tell(f"machine {taken.server_id} is ended")
+            self._tell_once(taken, f"machine {taken.server_id} is ended")
             await self._remember(taken)
         except RunComfyError as error:
-            self._machines.tell(f"{error.message}; {error.hint}")
+            self._tell_once(machine, f"{error.message}; {error.hint}")
             log.error("guard_end_failed", extra={"fields": {"machine": machine.id, "error": error.code}})
+
+    def _tell_once(self, machine: Machine, sentence: str) -> None:
+        """Say something of a machine the first time: what cannot be written down now is tried again every round."""
+        if (machine.id, sentence) not in self._told:
+            self._told.add((machine.id, sentence))
+            self._machines.tell(sentence)
 
     async def _remember(self, ended: Machine) -> None:
         """Keep until when a machine billed, if our books do not have it: they are completed when they can be."""

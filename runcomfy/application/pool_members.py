@@ -26,7 +26,8 @@ from runcomfy.domain.decision import Decision
 from runcomfy.domain.exceptions import LeaseLost, LocalError, RunComfyError
 from runcomfy.domain.health import Health
 from runcomfy.domain.job import PromptId
-from runcomfy.domain.machine import Machine, MachineEvent, MachineId
+from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineState
+from runcomfy.domain.money import cost_of, show_usd
 from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.secret import SecretUrl
 from runcomfy.ports.comfyui import ComfyUI
@@ -379,6 +380,9 @@ class Members:
                     await self.closing.wait()
             except TimeoutError:
                 continue
+        ended = member.machine
+        if ended.state is MachineState.STOPPED:
+            self.books.tell(f"{member.name} is ended; it cost {show_usd(cost_of(ended, now=self.clock.now()))}")
         self.remove(member)
 
     async def _stopped(self, member: Member, reason: str) -> bool:

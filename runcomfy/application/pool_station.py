@@ -137,7 +137,8 @@ class PoolStation:
                 for _, prompt_id in sorted(prompts):  # those that wait first, or ending one would begin the next
                     await end_prompt(server, prompt_id, alone=False)
         except (RunComfyError, TimeoutError) as error:
-            log.warning("prompt_not_ended", extra={"fields": {"machine": machine.id, "error": repr(error)}})
+            facts = {"machine": machine.id, "error": getattr(error, "code", "timeout")}
+            log.warning("prompt_not_ended", extra={"fields": facts})
         finally:
             self._tidying.discard(machine.id)
 

@@ -29,6 +29,7 @@ LONGEST: Final = timedelta(days=1)
 """Nobody is there for longer without saying it again."""
 DEFAULT_SOURCE: Final = "here"
 _MOST_JOBS: Final = 1_000_000
+_LONGEST_NAME: Final = 200
 
 
 class Presence:
@@ -121,7 +122,11 @@ class Presence:
         work: timedelta = timedelta(0),
         expected_at: datetime | None = None,
     ) -> Signal:
-        name = foreign_text(source, 100).strip()
+        if len(source) > _LONGEST_NAME:
+            raise ValueInvalid(
+                f"the source of a signal is {len(source)} characters long", hint=f"name it in at most {_LONGEST_NAME}"
+            )
+        name = foreign_text(source, _LONGEST_NAME).strip()
         if not name:
             raise ValueInvalid("a signal needs a source", hint="name who says it, for example --source conjure")
         whose = foreign_text(self._user if user is None else user, 100)

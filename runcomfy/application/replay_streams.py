@@ -45,6 +45,10 @@ class Trace:
         return sorted(counts, key=lambda user: (-counts[user], user))
 
 
+MOST_SECONDS: Final[Mapping[str, float]] = {"arrival_s": 10 * 365 * 86_400.0, "service_s": 86_400.0}
+"""A trace of more than ten years, or a job of more than a day, is a mistake, and would be replayed for ever."""
+
+
 def read_trace(lines: Iterable[str], *, service_s: float | None = None) -> Trace:
     """Return the trace in these lines of CSV.
 
@@ -83,10 +87,11 @@ def _number(row: Mapping[str, str | None], column: str, line: int) -> float:
         value = float(text or "")
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or value < 0:
+    most = MOST_SECONDS[column]
+    if not 0 <= value <= most:
         raise ValueInvalid(
             f"line {line} of the trace: {column} is {foreign_text(repr(text), 40)}",
-            hint=f"{column} must be a number of seconds that is not negative",
+            hint=f"{column} must be a number of seconds from 0 to {most:.0f}",
         )
     return value
 

@@ -82,4 +82,5 @@ class Sweeper:
                     await end_prompt(place.server, row.prompt_id, alone=place.alone)
                     await self._store.prompt_ended(row.id, row.prompt_id)
         except (RunComfyError, TimeoutError) as error:
-            log.warning("prompt_not_ended", extra={"fields": {"job": row.uid, "error": repr(error)}})
+            facts = {"job": row.uid, "error": getattr(error, "code", "timeout")}
+            log.warning("prompt_not_ended", extra={"fields": facts})

@@ -23,7 +23,7 @@ from runcomfy.domain.queued import QueuedJob, QueueStatus, WorkerId
 if TYPE_CHECKING:
     from runcomfy.bootstrap import App
 
-NOBODY = "nobody works on the queue; `comfyctl agent start` does"
+NOBODY = "nobody works on the queue; `comfyctl agent start` does, or `comfyctl serve` over rented machines"
 
 
 async def workers_line(app: App) -> str:

@@ -18,12 +18,15 @@ def load(
     require_cloud: bool = False,
     launches: bool = True,
     quiet: bool = False,
+    to_stop: bool = False,
 ) -> Settings:
-    """Load the settings, start the log, show warnings. Raises ConfigurationError."""
+    """Load the settings, start the log, show warnings; `to_stop`: see `load_settings`. Raises ConfigurationError."""
     from runcomfy.adapters.config import load_settings
     from runcomfy.adapters.log import configure_logging
 
-    settings = load_settings(overrides=overrides, require_cloud=require_cloud, require_version=launches)
+    settings = load_settings(
+        overrides=overrides, require_cloud=require_cloud, require_version=launches, to_stop=to_stop
+    )
     configure_logging(settings)
     if not quiet:
         show_warnings(settings)
@@ -38,12 +41,14 @@ def open_app(
     launches: bool = True,
     quiet: bool = False,
     queue: Mapping[str, Any] | None = None,
+    to_stop: bool = False,
 ) -> App:
     """Return the product, not yet entered, with its last words prepared. What never launches needs no version id.
 
     `queue`: the queue's settings that the command line gives, and `config`, the file with the others.
+    `to_stop`: nothing is rented, and a wrong limit for renting does no harm.
     """
-    settings = load(overrides, require_cloud=require_cloud, launches=launches, quiet=quiet)
+    settings = load(overrides, require_cloud=require_cloud, launches=launches, quiet=quiet, to_stop=to_stop)
     given = dict(queue or {})
     config = given.pop("config", None)
     app = App(settings, overrides=overrides, tell=tell, launches=launches, queue=given, queue_config=config)

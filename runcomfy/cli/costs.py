@@ -59,7 +59,7 @@ def costs(context: click.Context, since: str, until: str | None, by: str, as_jso
 @click.command()
 @click.argument("workflows", nargs=-1, required=True, metavar="WORKFLOW...")
 @click.option("--count", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="Runs of each.")
-@click.option("--server-type", metavar="TYPE", help="Machine type (default: RUNCOMFY_SERVER_TYPE).")
+@click.option("--server-type", metavar="TYPE", help="Machine type (default: RUNCOMFY_DEFAULT_SERVER_TYPE).")
 @click.option(
     "--machines", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Machines that share them."
 )

@@ -50,7 +50,12 @@ AsJson = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     help="Share of the sessions that are announced.",
 )
 @click.option("--bridge", is_flag=True, help="Also offer a start within 30 s, billed, at 1.5 times the price.")
-@click.option("--service-s", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Run time of every job.")
+@click.option(
+    "--service-s",
+    type=click.FloatRange(0, 86_400, min_open=True),
+    metavar="SECONDS",
+    help="Run time of every job.",
+)
 @click.option("--usd-per-hour", type=click.FloatRange(0), default=1.75, show_default=True, help="The machine's price.")
 @click.option("--boot", default="180s", show_default=True, metavar="TIME", help="From a launch to Ready; not billed.")
 @click.option("--load", default="30s", show_default=True, metavar="TIME", help="Loading models at the start; billed.")
@@ -232,6 +237,9 @@ async def _tune(
 
         show_json({"days": days, "left_out": history.left_out, **_as_dict(tuned)})
         return 0
+    starts = offers.own_starts.get(offers.reference, 0)
+    rests = f"the median of your own last {starts}" if starts else "the default, with too few starts of your own"
+    click.echo(f"A start of a {offers.reference} machine is taken as {offers.boot_s(offers.reference):.0f} s: {rests}.")
     _advise(tuned, days, latency_target_s=seconds)
     return 0
 

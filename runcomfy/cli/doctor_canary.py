@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from decimal import ROUND_UP, Decimal
 from typing import TYPE_CHECKING
 
 import click
@@ -54,7 +55,7 @@ def _cost(plan: Plan) -> str:
     return (
         f"the canary rents a {rate.server_type} machine (${rate.usd_per_hour} per hour) for {show_span(plan.lease)}, "
         f"does not stop it, and waits up to {show_span(plan.patience)} more for RunComfy to do so; "
-        f"it costs at most ${plan.most_usd:.2f}"
+        f"it costs at most ${plan.most_usd.quantize(Decimal('0.01'), ROUND_UP)}"
     )
 
 

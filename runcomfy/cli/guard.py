@@ -37,7 +37,7 @@ async def _guard(interrupts: Interrupts, *, once: bool, period: str | None) -> i
     from runcomfy.bootstrap import App
     from runcomfy.cli.app import load
 
-    settings = load(require_cloud=True, launches=False)
+    settings = load(require_cloud=True, launches=False, to_stop=True)
     every = _period(period) or settings.pool.guard_period
     processes = ProcessTable(command=f"comfyctl {GUARD}")
     async with App(settings, tell=_say, launches=False, processes=processes) as app:

@@ -55,11 +55,20 @@ async def _stop(interrupts: Interrupts, server_id: str) -> int:
     from runcomfy.application.finish import finish
     from runcomfy.cli.app import open_app
 
-    async with open_app(interrupts, require_cloud=True, launches=False) as app:
+    _checked(server_id)
+    async with open_app(interrupts, require_cloud=True, launches=False, to_stop=True) as app:
         cloud, _ = await cloud_or_memory(app)
         ended = await finish(_stop_whosever(cloud, server_id))
         _say_ended(ended, cloud)
     return 0
+
+
+def _checked(server_id: str) -> None:
+    """Refuse an id that is none, such as a shell variable that is not set. Raises ValueInvalid."""
+    from runcomfy.domain.exceptions import ValueInvalid
+
+    if not server_id.strip():
+        raise ValueInvalid("the machine's id is empty", hint="`comfyctl machines ls` lists the machines with their ids")
 
 
 async def _stop_whosever(cloud: Machines, server_id: str) -> Machine:
@@ -115,6 +124,7 @@ async def _adopt(interrupts: Interrupts, server_id: str) -> int:
     from runcomfy.cli.app import open_app
     from runcomfy.cli.words import show_time
 
+    _checked(server_id)
     async with open_app(interrupts, require_cloud=True, launches=False) as app:
         cloud, _ = await app.cloud()
         machine = await finish(_adopted(cloud, server_id))
@@ -167,7 +177,7 @@ async def _reap(interrupts: Interrupts, *, wait: bool, as_json: bool) -> int:
     from runcomfy.cli.app import open_app
     from runcomfy.cli.output import show_json
 
-    async with open_app(interrupts, require_cloud=True, launches=False, quiet=as_json) as app:
+    async with open_app(interrupts, require_cloud=True, launches=False, quiet=as_json, to_stop=True) as app:
         cloud, _ = await app.cloud()
         done = await Reaper(cloud).reap(wait=wait)
         if as_json:

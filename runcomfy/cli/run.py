@@ -45,6 +45,10 @@ def run(workflow: str, as_json: bool, dry_run: bool, queued: bool, **options: An
     Without --server it runs on the dev server if that is alive, else on a machine of its own, which is stopped at the
     end whatever happens. With --queue it runs where the queue's executors run.
     """
+    for name in ("budget", "timeout", "server_type", "server"):
+        if options[name] is not None and not options[name].strip():
+            words = f"--{name.replace('_', '-')} is empty: give a value, or leave the option out"
+            raise click.UsageError(words, click.get_current_context())
     for name in ("priority", "key"):
         if options[name] is not None and not queued:
             raise click.UsageError(f"--{name} is for jobs in the queue: add --queue", click.get_current_context())

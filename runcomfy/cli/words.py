@@ -32,7 +32,10 @@ def _bills(opening: str, held: Sequence[Machine]) -> list[str]:
             f"  {machine.server_type} machine {machine.server_id} at ${machine.usd_per_hour}/h: "
             f"stop it with `comfyctl machines stop {machine.server_id}`"
         )
-    lines.append("`comfyctl machines reap` ends all of it.")
+    lines.append(
+        "`comfyctl machines reap` ends those on which no job of the queue may still run; the others end at their "
+        "lease, or with `comfyctl machines stop ID` at once."
+    )
     return lines
 
 
