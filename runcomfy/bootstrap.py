@@ -494,10 +494,11 @@ class App:
         leave: asyncio.Event | None = None,
         *,
         observed: Callable[[RunsJobs], RunsJobs] = lambda runs: runs,
-    ) -> None:
+    ) -> bool:
         """Work off the queue over a pool until `stop` is set, then end the machines; see `application.service`.
 
-        Parts of installed packages (`SERVE_PARTS`) join. Raises what keeps it from serving.
+        Return whether this process ever was the one that serves. Parts of installed packages (`SERVE_PARTS`) join.
+        Raises what keeps it from serving.
         """
         from importlib.metadata import entry_points
 
@@ -510,6 +511,7 @@ class App:
             for point in entry_points(group=SERVE_PARTS):
                 await parts.enter_async_context(point.load()(self, options))
             await service.run(stop, leave, once=options.once)
+        return service.serving.is_set()
 
     @asynccontextmanager
     async def _crew(

@@ -18,12 +18,16 @@ import pytest
 
 from runcomfy.adapters.pool_variables import pool_overrides
 from runcomfy.application.fleet_offers import wait_usd_per_hour
-from runcomfy.application.service import ServeOptions, first_of
+from runcomfy.application.role import Role
+from runcomfy.application.service import ServeOptions, Service, first_of
 from runcomfy.bootstrap import App
 from runcomfy.cli.main import COMMANDS, call, comfyctl
-from runcomfy.cli.serve_work import Asked
+from runcomfy.cli.serve_work import Asked, _ended
 from runcomfy.domain.budget import Period
-from runcomfy.domain.exceptions import RunComfyError, SettingInvalid, ValueInvalid
+from runcomfy.domain.exceptions import DiskFull, RunComfyError, SettingInvalid, ValueInvalid
+from runcomfy.domain.lease import Owner
+from runcomfy.domain.machine import OwnerId
+from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.in_thread import InThread, served
 
@@ -200,6 +204,38 @@ def test_a_budget_that_allows_nothing_is_an_exit_code_of_its_own(
     assert account.call(lambda c: list(c.launched)) == []
 
 
+class OnlyAsked(Role):
+    """A role that another process has once, and that cannot be asked for afterwards."""
+
+    asked = 0
+
+    async def take(self) -> bool:
+        self.asked += 1
+        self.epoch = 1 if self.asked > 1 else None
+        if self.asked in (3, 4):
+            raise DiskFull("the disk is full")
+        return False
+
+
+async def test_a_role_that_cannot_be_asked_for_is_not_said_to_be_anothers() -> None:
+    said: list[str] = []
+    clock = LoopClock()
+    owner = Owner(OwnerId("me"), "host", 1, 0.0, "comfyctl serve", clock.now(), clock.now())
+    role = OnlyAsked("fleet", None, owner, clock=clock, processes=None)  # type: ignore[arg-type]
+    service = Service(role, lambda: None, None, tell=said.append)  # type: ignore[arg-type, return-value]
+    stop = asyncio.Event()
+    task = asyncio.create_task(service.run(stop))
+    await asyncio.sleep(18)
+    assert role.asked == 4
+    assert [line.split(" ")[0] for line in said] == ["another", "whether"]
+    assert "the disk is full" in said[1]
+    role.epoch = None
+    stop.set()
+    await task
+    assert not service.serving.is_set()
+    assert "had no machines" in _ended(served=False, left=0)
+
+
 def _put(folder: Path, count: int, *, seconds: float = 1.0) -> None:
     from runcomfy.domain.job import JobRequest
     from runcomfy.testing.queue_programs import drawing
@@ -239,6 +275,8 @@ def test_a_signal_drains_and_ends_the_machines(
     assert process.returncode == 0, err.decode()
     lines = [json.loads(line)["message"] for line in out.decode().splitlines()]
     assert any("stopped: the machines are ended" in line for line in lines), lines
+    assert any("is ended; it cost $" in line for line in lines), lines
+    assert any(line.startswith("this run has cost $") for line in lines), lines
     assert account.call(lambda c: list(c.alive)) == []
     assert _counts(tmp_path) == {"pending": 3}
 

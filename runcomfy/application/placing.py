@@ -27,7 +27,7 @@ from runcomfy.application.own_machine import ComfyFactory, OwnMachine, Show, Tim
 from runcomfy.application.reaper import Reaper
 from runcomfy.application.seat import Seat
 from runcomfy.application.work_book import JobFacts, WorkBook
-from runcomfy.domain.exceptions import LeaseLost, LocalError, RunComfyError
+from runcomfy.domain.exceptions import BudgetExceeded, LeaseLost, LocalError, RunComfyError
 from runcomfy.domain.job import BillLine, JobId, JobRequest
 from runcomfy.domain.lease import Use
 from runcomfy.domain.machine import Machine, MachineReport
@@ -316,6 +316,7 @@ class Placer:
         step("place")
         await Reaper(machines).reap(wait=False)
         place: Place | None = None
+        refused = False
         try:
             server = await own.launch(show=show, step=step)
             place = Place(server, OWN_MACHINE, alone=True, machine=own.machine)
@@ -324,11 +325,13 @@ class Placer:
             async with own.while_there(), self.book(machines).present(place, job_id, facts):
                 yield place
         except RunComfyError as error:
+            refused = isinstance(error, BudgetExceeded) and own.machine is None  # there is nothing to stop
             raise await explained(error, machines, own.machine) from error
         finally:
             try:
                 step("stop")
-                show(Progress(Step.STOPPING, message="stopping the machine"))
+                if not refused:
+                    show(Progress(Step.STOPPING, message="stopping the machine"))
             finally:  # not even a terminal that is gone keeps the machine from being ended
                 await finish(self._end_own(machines, own, job_id, place, on_bill))
 

@@ -122,26 +122,36 @@ class Service:
         self.role = role
         self._hire, self._jobs, self._tell = hire, jobs, tell
         self._failed = 0
+        self._unasked: LocalError | None = None
+        """Why the role could not be asked for last."""
         self.serving = asyncio.Event()
-        """Set while this process is the one that serves."""
+        """Set once this process was the one that serves."""
 
     async def run(self, stop: asyncio.Event, leave: asyncio.Event | None = None, *, once: bool = False) -> None:
         """Serve until `stop`, then drain, or until `leave` is set. `once`: until everything is worked off.
 
         Raises what keeps it from serving at all; with `once` also why jobs are left over, or else that jobs failed.
         """
-        waits = False
+        waits, said = False, ""
         try:
             while not stop.is_set():
                 if await self._takes_role():
-                    waits = False
+                    waits, said = False, ""
                     if await self._term(stop, leave, once=once):
                         return
                     self._tell("the role was lost (this process slept, or the database was away): asking for it again")
                     continue
-                if not waits:
-                    self._tell("another process serves these books; this one takes over when that is gone")
-                waits = True
+                if self._unasked is not None:
+                    if said != self._unasked.code:
+                        self._tell(
+                            "whether this process may go on serving cannot be found out now "
+                            f"({self._unasked.message}): asking again until it can"
+                        )
+                    said, waits = self._unasked.code, False
+                else:
+                    if not waits:
+                        self._tell("another process serves these books; this one takes over when that is gone")
+                    said, waits = "", True
                 with suppress(TimeoutError):
                     async with asyncio.timeout(STANDBY_EVERY):
                         await stop.wait()
@@ -149,9 +159,11 @@ class Service:
             await self.role.drop()
 
     async def _takes_role(self) -> bool:
+        self._unasked = None
         try:
             return await self.role.take()
         except LocalError as error:
+            self._unasked = error
             log.warning("role_not_asked", extra={"fields": {"error": error.code}})
             if self.role.epoch is None and not self.serving.is_set():
                 raise

@@ -69,20 +69,22 @@ async def list_machines(interrupts: Interrupts, *, as_json: bool, watch: bool) -
     from runcomfy.cli.app import open_app
     from runcomfy.cli.machines import cloud_or_memory
 
-    async with open_app(interrupts, require_cloud=True, launches=False, quiet=as_json) as app:
+    async with open_app(interrupts, require_cloud=True, launches=False, quiet=as_json, to_stop=True) as app:
         cloud, has_books = await cloud_or_memory(app)
         if watch:
             await _watch(interrupts, cloud, has_books=has_books, as_json=as_json)
-            return 0
+            return 0 if has_books else LocalError.exit_code
         rows = await rows_of(cloud, await cloud.provider.list_machines(), has_books=has_books)
     if as_json:
         show_json(rows)
     elif not rows:
-        click.echo("the account runs no machine, and our books have none open")
+        books = "our books have none open" if has_books else "what our books have cannot be told"
+        click.echo(f"the account runs no machine, and {books}")
     else:
         click.echo(table(HEADERS, [_cells(row) for row in rows]))
-        click.echo(_sum_line(rows))
-    return 0
+        if has_books:
+            click.echo(_sum_line(rows))
+    return 0 if has_books else LocalError.exit_code
 
 
 async def rows_of(cloud: Machines, listed: Sequence[MachineReport], *, has_books: bool) -> list[Row]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runcomfy.cli.agent_voice import Narrated, Voice
 from runcomfy.cli.agent_work import last_words
-from runcomfy.domain.money import show_usd
+from runcomfy.domain.exceptions import LocalError
+from runcomfy.domain.money import show_usd, total
 
 if TYPE_CHECKING:
     from runcomfy.bootstrap import App
@@ -61,12 +63,34 @@ async def work(interrupts: Interrupts, asked: Asked, where: Mapping[str, Any]) -
             options = ServeOptions(monitor=monitor, once=asked.once, guard=not asked.no_guard)
             await _greet(app, options, voice)
             store = await app.job_store()
-            await app.serve(
-                options, interrupts.event, observed=lambda orchestrator: Narrated(orchestrator, store, voice)
-            )
+            try:
+                served = await app.serve(
+                    options, interrupts.event, observed=lambda orchestrator: Narrated(orchestrator, store, voice)
+                )
+            finally:
+                await _tell_cost(app, voice)
             if interrupts.event.is_set():
-                voice("stopped: the machines are ended; the next start goes on where this one ended")
+                voice(_ended(served, left=len(app.held())))
     return 0
+
+
+def _ended(served: bool, *, left: int) -> str:
+    if not served:
+        return "stopped: this process only waited for its turn, and had no machines"
+    if left:
+        return f"stopped: {left} machines may still run (`comfyctl machines ls`); the next start takes them over"
+    return "stopped: the machines are ended; the next start goes on where this one ended"
+
+
+async def _tell_cost(app: App, voice: Voice) -> None:
+    """Say what the machines that this process has rented have cost, by the ledger."""
+    with suppress(LocalError):
+        machines, _ = await app.cloud()
+        books = machines.books
+        mine = {row.id for row in await books.rows(open_only=False) if row.run_id == books.owner.id}
+        if mine:
+            spent = total(entry for entry in await books.store.ledger() if entry.machine_id in mine)
+            voice(f"this run has cost {show_usd(spent)} ({len(mine)} launches)")
 
 
 def _is_project(app: App) -> bool:
