@@ -177,7 +177,7 @@ class _Timeline:
         for work in works:
             by_job[work.job_id].append(work)
         for job in sorted(by_job):
-            rows = sorted(by_job[job], key=lambda work: (work.began_at, work.attempt))
+            rows = sorted(by_job[job], key=_order)
             begins = [_tick(row.began_at) for row in rows[1:]]
             for row, following in zip(rows, [*begins, end], strict=True):
                 left_at = row.ended_at or row.computed_at
@@ -361,6 +361,13 @@ def _parts(weights: Mapping[JobId, Fraction]) -> dict[JobId, Fraction]:
 def _clip(start: int, end: int, first: int, last: int) -> Stretch:
     start = min(max(start, first), last)
     return start, min(max(end, start), last)
+
+
+def _order(work: Work) -> tuple[int, ...]:
+    """Return what sorts a job's rows, the same in whatever order they were read; open ends come last."""
+    ends = (work.ended_at, work.computed_at, work.computing_at)
+    known = (part for at in ends for part in ((1, 0) if at is None else (0, _tick(at))))
+    return _tick(work.began_at), work.attempt, *known
 
 
 def _tick(at: datetime) -> int:

@@ -97,10 +97,14 @@ def test_a_machine_without_jobs_is_nobodys() -> None:
     assert shared() == [("-", 0, 1000)]
 
 
-def test_a_row_that_was_never_completed_lasts_to_the_end_or_until_the_job_came_back() -> None:
-    assert shared(job("a", 0, 20, None, None), until=100) == [("a", 80, 20)]
+def test_a_row_that_was_never_completed_is_idle_unless_it_may_be_there_still() -> None:
+    left = job("a", 0, 20, None, None)
+    assert shared(left, until=100) == [("a", 0, 100)]
+    running = [Billed(at(0), at(100), Decimal(1), so_far=True)]
+    assert [cents(one) for one in share(MACHINE, running, [left], silence=SILENCE)] == [("a", 80, 20)]
     again = replace(job("a", 60, 70, 80, 80), attempt=2)
-    assert shared(job("a", 0, 20, None, None), again, until=100) == [("a", 50, 50)]
+    assert shared(left, again, until=100) == [("a", 10, 90)]
+    assert [cents(one) for one in share(MACHINE, running, [left, again], silence=SILENCE)] == [("a", 10, 90)]
 
 
 def test_a_job_outside_of_what_is_billed_pays_nothing() -> None:
