@@ -241,7 +241,7 @@ class Stand:
     def measure(self) -> None:
         self.peak_mb = max(self.peak_mb, self.process.memory_info().rss / 2**20)
 
-    async def until(self, true: Callable[[], Awaitable[bool]], serving: asyncio.Task[None]) -> None:
+    async def until(self, true: Callable[[], Awaitable[bool]], serving: asyncio.Task[Any]) -> None:
         while not await true():
             if serving.done():
                 await serving

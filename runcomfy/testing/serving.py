@@ -147,14 +147,14 @@ class Served:
         self.app = app
         self._processes = processes
         self.stop, self.leave = asyncio.Event(), asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[bool] | None = None
 
     @property
     def said(self) -> list[str]:
         """Every sentence for the user, in order."""
         return self.app.said
 
-    def begin(self, options: ServeOptions) -> asyncio.Task[None]:
+    def begin(self, options: ServeOptions) -> asyncio.Task[bool]:
         """Serve, in a task of its own."""
         self.task = asyncio.create_task(self.app.serve(options, self.stop, self.leave), name="serve")
         return self.task
