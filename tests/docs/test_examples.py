@@ -109,7 +109,7 @@ def test_what_it_cost_is_told_after_a_job(
     told = re.fullmatch(r"generate_flux_mesh: \$(0\.\d{4}), \$(0\.\d{4}) of it computing; 1 jobs", lines[0])
     assert told is not None, lines
     assert float(told[1]) == pytest.approx(cost, abs=0.0002)
-    assert 0 < float(told[2]) < float(told[1])
+    assert 0 < float(told[2]) <= float(told[1])  # in so few seconds rounding may make them one
     assert re.fullmatch(r"today: \$0\.\d{4} so far, \$0\.\d{4} expected", lines[1])
     assert lines[2].startswith("set a hard budget")
 
