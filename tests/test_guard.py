@@ -251,6 +251,10 @@ async def test_without_its_books_it_ends_what_it_knew_of(
             assert cloud.billing == []
             assert billed_seconds(cloud, cloud.launched[0]) <= (LEASE + PERIOD).total_seconds()
             assert not guard.task.done()  # what it does not know it goes on asking for
+            await asyncio.sleep(10 * PERIOD.total_seconds())
+            about = [line for line in guard.said if str(cloud.launched[0]) in line]
+            assert about
+            assert len(about) == len(set(about))  # each thing is said once, however often it is tried to write it down
         await asyncio.wait_for(guard.task, timeout=300)
         assert await guard.program.billed() == cloud.total_usd
 
