@@ -149,7 +149,9 @@ def test_the_list_is_in_the_order_of_running_and_says_that_nobody_works(say: Say
     assert [line.split()[1] for line in lines[1:4]] == ["T2I_1_2_b.yaml", "T2I_1_1_a.yaml", "T2I_1_3_c.yaml"]
     assert "cancelled" in lines[3]
     assert lines[4] == "2 pending, 0 processing, 0 done, 1 failed"
-    assert lines[5] == "nobody works on the queue; `comfyctl agent start` does, or `comfyctl serve` over rented machines"
+    assert (
+        lines[5] == "nobody works on the queue; `comfyctl agent start` does, or `comfyctl serve` over rented machines"
+    )
     assert [job["config_name"] for job in listed(say, "-s", "pending")] == ["T2I_1_2_b.yaml", "T2I_1_1_a.yaml"]
     assert [job["reason"] for job in listed(say, "-s", "failed")] == ["cancelled"]
     code, out, _ = say("e3", "queue", "ls", "--limit", "1")
@@ -224,7 +226,10 @@ def test_a_watched_list_without_a_terminal_prints_each_change(say: Say, project:
     say("e3", "add", write(project))
     with watching("queue", "ls", "--watch") as (line, _):
         assert line().split() == ["1", KNIGHT, "T2I", "20", "pending", "0", "waits"]
-        assert line() == "nobody works on the queue; `comfyctl agent start` does, or `comfyctl serve` over rented machines\n"
+        assert (
+            line()
+            == "nobody works on the queue; `comfyctl agent start` does, or `comfyctl serve` over rented machines\n"
+        )
         say("e3", "queue", "god-mode", KNIGHT)
         assert line().split()[:4] == ["1", KNIGHT, "T2I", "1"]
         say("e3", "queue", "pause", "--reason", "moving house")
