@@ -98,6 +98,8 @@ class Books:
         self.tell = tell
         self.held: dict[MachineId, Machine] = {}
         """What this process has rented or is ending, as far as it knows."""
+        self._named_otherwise: set[MachineId] = set()
+        """Machines of which it was told that the provider calls their type by a name that has no price."""
         self._asked_at: dict[MachineId, float] = {}
         """By the loop's time, which does not jump: when the launches of this process had left for sure."""
         self._asked_by: dict[MachineId, datetime] = {}
@@ -171,20 +173,24 @@ class Books:
     async def note_type(self, machine: Machine, report: MachineReport) -> Machine:
         """Take over the type that the provider says a machine has, with its price: a launch may be given another one.
 
-        It is billed at that price from now on; a type without a price at the highest one known. Raises LeaseLost.
+        It is billed at that price from now on. A name without a price proves nothing (providers rename things): it is
+        told once, and the books stay as they are. Raises LeaseLost.
         """
         if not report.server_type or _plain(report.server_type) == _plain(machine.server_type):
             return machine
         real = foreign_text(report.server_type, 40)
         rate = self.settings.rates.find(report.server_type)
-        if rate is not None:
-            usd, source = rate.usd_per_hour, f"{rate.plan}, {rate.source}"
-        else:
-            known = [r.usd_per_hour for r in self.settings.rates.rates.values()]
-            usd = max(machine.usd_per_hour, *known)
-            source = f"no price is known for {real}: the highest known one"
-        unknown = "" if rate is not None else " (no price is known for it: the highest known one)"
-        words = f"{real} in place of {machine.server_type}, booked at ${usd} per hour{unknown}"
+        if rate is None:
+            if machine.id not in self._named_otherwise:
+                self._named_otherwise.add(machine.id)
+                log.warning("machine_of_unknown_type", extra={"fields": {**self.facts(machine), "real_type": real}})
+                self.tell(
+                    f"WARNING: RunComfy calls machine {machine.server_id} a {real}, of which no price is known; it is "
+                    f"booked as the {machine.server_type} that was asked for. Compare the price on RunComfy's page."
+                )
+            return machine
+        usd, source = rate.usd_per_hour, f"{rate.plan}, {rate.source}"
+        words = f"{real} in place of {machine.server_type}, booked at ${usd} per hour"
         self.tell(f"WARNING: RunComfy says that machine {machine.server_id} is a {words}")
         fields = {**self.facts(machine), "real_type": real, "real_usd_per_hour": str(usd)}
         log.warning("machine_of_another_type", extra={"fields": fields})
