@@ -98,10 +98,12 @@ class Guard:
         self._moved_at: float | None = None
 
     async def run(self) -> None:
-        """Guard until nothing is left to guard."""
+        """Guard until nothing is left to guard; it looks twice: who has just started it may not have signed in yet."""
+        looked = 0
         while True:
             await self.once()
-            if not self._ending and not await self.needed():
+            looked += 1
+            if looked > 1 and not self._ending and not await self.needed():
                 return
             await asyncio.sleep(max(AT_LEAST, self._wait().total_seconds()))
 

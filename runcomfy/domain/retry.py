@@ -84,6 +84,7 @@ KINDS: Final[Mapping[type[RunComfyError], Kind]] = {
     errors.CredentialsMissing: Kind.MISSING,
     errors.CredentialsMalformed: Kind.MISSING,
     errors.SettingInvalid: Kind.MISSING,
+    errors.ExtraMissing: Kind.MISSING,
     errors.InsecureUrl: Kind.MISSING,
     # the cloud, the machine
     errors.ProviderError: Kind.TRANSIENT,
