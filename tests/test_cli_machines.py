@@ -130,21 +130,21 @@ async def test_with_a_damaged_database_machines_are_still_listed_and_stopped(
     await asyncio.to_thread(state.mkdir, parents=True)
     await asyncio.to_thread((state / "runcomfy.sqlite3").write_bytes, b"this is no database" * 100)
     code, out, err = await comfy("machines", "ls")
-    assert code == 9
+    assert code == 0
     assert stranger.server_id in out
     assert "not ours" not in out
     assert "0 of ours" not in out
     assert "unknown" in out
     assert "store-corrupt" in err
     code, out, _ = await comfy("machines", "ls", "--json")
-    assert code == 9
+    assert code == 0
     [row] = json.loads(out)
     assert row["ours"] is None
     code, _, err = await comfy("machines", "stop", stranger.server_id)
     assert code == 0, err
     assert not stranger.bills
     code, out, _ = await comfy("machines", "ls")
-    assert code == 9
+    assert code == 0
     assert "our books have none open" not in out
     code, _, err = await comfy("machines", "reap")  # what is ours cannot be told
     assert code == 9

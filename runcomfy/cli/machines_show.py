@@ -73,7 +73,7 @@ async def list_machines(interrupts: Interrupts, *, as_json: bool, watch: bool) -
         cloud, has_books = await cloud_or_memory(app)
         if watch:
             await _watch(interrupts, cloud, has_books=has_books, as_json=as_json)
-            return 0 if has_books else LocalError.exit_code
+            return 0
         rows = await rows_of(cloud, await cloud.provider.list_machines(), has_books=has_books)
     if as_json:
         show_json(rows)
@@ -84,7 +84,7 @@ async def list_machines(interrupts: Interrupts, *, as_json: bool, watch: bool) -
         click.echo(table(HEADERS, [_cells(row) for row in rows]))
         if has_books:
             click.echo(_sum_line(rows))
-    return 0 if has_books else LocalError.exit_code
+    return 0
 
 
 async def rows_of(cloud: Machines, listed: Sequence[MachineReport], *, has_books: bool) -> list[Row]:

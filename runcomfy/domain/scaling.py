@@ -49,7 +49,7 @@ class Knobs:
     """A launch for arrivals to come must earn its start back so soon."""
     window_s: float = 300.0
     """A rate rests on what came in about this time, however much came before."""
-    overlap_most: float = 1.5
+    overlap_most: float = 1.2
     """How much more often than by chance arrivals are believed to meet."""
     stop_rate: float = 0.85
     """A machine too many is one too many even at this share of the rate. Below 1, so that nothing oscillates."""
