@@ -151,14 +151,15 @@ async def test_without_the_queue_a_queues_machines_live_to_the_end_of_their_leas
         assert await program.billed() == cloud.total_usd
 
 
-async def test_the_queue_is_not_asked_where_nothing_is_to_be_ended(programs: Programs) -> None:
+async def test_the_queue_is_not_asked_where_nothing_is_to_be_ended(cloud: RunComfyEmulator, programs: Programs) -> None:
     async def asked() -> Collection[str]:
         raise AssertionError("a question to another database, for nothing")
 
     async with programs.start() as owner, programs.start() as program:
         machine, _ = await owner.ready()
         program.machines.prompt_places = asked
-        await Reaper(program.machines).reap(wait=False)
+        done = await Reaper(program.machines).reap(wait=False)
+        assert (done.ended, done.failed, cloud.billing) == ([], [], [machine.server_id])
         await owner.machines.stop(machine, reason="the test is over")
 
 

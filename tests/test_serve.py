@@ -267,7 +267,7 @@ def test_a_signal_drains_and_ends_the_machines(
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             _wait(lambda: bool(account.call(lambda c: list(c.billing))), process)
-            time.sleep(1)
+            _wait(lambda: "processing" in _counts(tmp_path), process)
             process.send_signal(number)
             out, err = process.communicate(timeout=60)
         finally:

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from runcomfy.domain.exceptions import ServerUnreachable
+from runcomfy.domain.exceptions import ServerUnreachable, ValueInvalid
 from runcomfy.domain.job import FileRef, PromptId
 from runcomfy.domain.progress import HistoryEntry, QueueView, Said, ServerEvent, SocketUp
 from runcomfy.ports.clock import Clock
@@ -177,7 +177,7 @@ class LightClient:
 
     async def upload(self, path: str, *, kind: str = "image") -> str:
         """See the port."""
-        raise NotImplementedError("graphs that run here have no inputs")
+        raise ValueInvalid("graphs that run here have no inputs", hint="`ComfyUIEmulator` takes uploads")
 
     @asynccontextmanager
     async def listen(self, prompt_id: PromptId) -> AsyncIterator[AsyncIterator[ServerEvent]]:

@@ -376,6 +376,7 @@ async def test_limits_hold_and_what_they_hold_back_keeps_nobody_else_waiting(far
     await when(
         lambda: "light" in (*farm.ran(0), *farm.ran(1)), "the light one runs beside the first heavy one", within=10
     )
+    assert sorted([*farm.ran(0), *farm.ran(1)]) == ["heavy0", "light"]
     for one in jobs[1:70]:
         await worker.queue.cancel(one)
     await all_done(worker, [jobs[0], jobs[70]])
