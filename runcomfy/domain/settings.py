@@ -223,6 +223,32 @@ class PoolSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """The HTTP API and the page (`comfyctl serve`)."""
+
+    host: str = "127.0.0.1"
+    """Anything but loopback needs the token for every request, CONJURE's endpoints included."""
+    port: int = 8000
+    """CONJURE's API server listens on 8000."""
+    conjure_open: bool = True
+    """Whether CONJURE's own endpoints answer on loopback without the token (CONJURE sends none)."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names, beside loopback's own, that a request's Host may have."""
+    max_body_bytes: int = 1024**2
+    """Of a request without files."""
+    max_upload_bytes: int = 64 * 1024**2
+    """Of one file that is sent in, or fetched from an address that a request names."""
+    max_waiting: int = 1_000
+    """Jobs of one client that may wait at once; more are refused (429)."""
+    max_per_minute: int = 120
+    """Jobs that one client may put in per minute."""
+    session: timedelta = timedelta(hours=12)
+    """How long the page stays logged in."""
+    allow_private: bool = False
+    """Whether webhooks and addresses of pictures may point at this computer or a private network."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings, and where each came from."""
 
@@ -232,6 +258,7 @@ class Settings:
     app: AppSettings
     rates: RateTable
     pool: PoolSettings = field(default_factory=PoolSettings)
+    http: HttpSettings = field(default_factory=HttpSettings)
     budgets: tuple[Budget, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     """Variable name -> "environment", the credentials file's path, or "default"."""

@@ -1,0 +1,1 @@
+"""Who may ask what: token, sessions, Host and Origin, limits."""

@@ -1,0 +1,34 @@
+"""Puts the HTTP API together: the routes, the errors, the guard in front, the page."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from launcher.backend import Backend
+from launcher.routes import conjure, costs, events, jobs, machines, metrics, page, presence, uploads, workflows
+
+ROUTERS = (
+    page.router,
+    jobs.router,
+    uploads.router,
+    events.router,
+    machines.router,
+    costs.router,
+    presence.router,
+    workflows.router,
+    metrics.router,
+    conjure.router,
+)
+
+
+def create_app(backend: Backend) -> FastAPI:
+    """Return the ASGI application over a backend."""
+    from launcher.errors import install_errors
+
+    web = FastAPI(title="CONJURE API Server", version="1.0.0", docs_url=None, redoc_url=None)
+    web.state.backend = backend
+    for router in ROUTERS:
+        web.include_router(router)
+    install_errors(web)
+    backend.guard.install(web)
+    return web
