@@ -246,6 +246,27 @@ class HttpSettings:
     """How long the page stays logged in."""
     allow_private: bool = False
     """Whether webhooks and addresses of pictures may point at this computer or a private network."""
+    webhook_url: str | None = field(default=None, repr=False)
+    """Is told of the last word of every job; may hold a secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerlessSettings:
+    """RunComfy's serverless API: one deployment of a saved workflow, billed while its instances are awake."""
+
+    deployment_id: str = ""
+    api_version: str = "v2"
+    """RunComfy's newest pages and its own command line use v2; v1 answers the same calls."""
+    request_timeout: timedelta = timedelta(seconds=1800)
+    """From the submit on, cold start (3 to 5 minutes) and queue included."""
+    poll_interval: timedelta = timedelta(seconds=2)
+    steps_flux: int = 20
+    steps_partpacker: int = 50
+    cost_tracking: bool = True
+    usd_per_hour: Decimal | None = None
+    """Price of the deployment's hardware; None: that of the hardware RunComfy names, from the rate table."""
+    file_hosts: tuple[str, ...] = ()
+    """Hosts, beside RunComfy's own, that results may be fetched from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +280,7 @@ class Settings:
     rates: RateTable
     pool: PoolSettings = field(default_factory=PoolSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
+    serverless: ServerlessSettings = field(default_factory=ServerlessSettings)
     budgets: tuple[Budget, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     """Variable name -> "environment", the credentials file's path, or "default"."""
