@@ -27,6 +27,7 @@ from runcomfy.adapters.credentials import (
     flaw,
     is_placeholder,
 )
+from runcomfy.adapters.http_variables import HTTP_VARIABLES
 from runcomfy.adapters.pool_variables import POOL_VARIABLES, budget_shown, budgets_from
 from runcomfy.adapters.rates import load_rates
 from runcomfy.adapters.setting_kinds import Variable
@@ -41,14 +42,28 @@ from runcomfy.domain.exceptions import (
     foreign_text,
 )
 from runcomfy.domain.secret import Secret, is_loopback
-from runcomfy.domain.settings import AppSettings, CloudSettings, ComfySettings, FileSettings, PoolSettings, Settings
+from runcomfy.domain.settings import (
+    AppSettings,
+    CloudSettings,
+    ComfySettings,
+    FileSettings,
+    HttpSettings,
+    PoolSettings,
+    ServerlessSettings,
+    Settings,
+)
 
 __all__ = ["SettingRow", "default_settings", "describe_settings", "load_rates", "load_settings"]
 
 STATE_FILE_NAME: Final = "dev_server_state.json"
 _TOKENS: Final = ("RUNCOMFY_API_TOKEN", "RUNCOMFY_API_TOKEN_2")
-_NOT_TO_STOP: Final = frozenset({"RUNCOMFY_MAX_USD_PER_HOUR", *(variable.name for variable in POOL_VARIABLES)})
-"""What limits renting says nothing about what has been rented."""
+_NOT_TO_STOP: Final = frozenset(
+    {"RUNCOMFY_MAX_USD_PER_HOUR", *(variable.name for variable in (*POOL_VARIABLES, *HTTP_VARIABLES))}
+)
+"""What limits renting, or is asked over HTTP, says nothing about what has been rented."""
+_WITH_COMMAS: Final = frozenset(
+    {"RUNCOMFY_POOL_SERVER_TYPES", "RUNCOMFY_SERVERLESS_FILE_HOSTS", "RUNCOMFY_HTTP_ALLOWED_HOSTS"}
+)
 _NEEDED: Final[Mapping[str, str]] = {
     "RUNCOMFY_USER_ID": "user id",
     "RUNCOMFY_API_TOKEN": "API token",
@@ -287,13 +302,19 @@ def _sections(
     values: Mapping[str, Any], env: Mapping[str, str], cwd: Path, problems: list[ConfigurationError]
 ) -> Settings:
     """Return the settings without their sources: what is set, over the defaults of the dataclasses."""
-    given: dict[str, dict[str, Any]] = {name: {} for name in ("cloud", "comfy", "files", "app", "pool", "budgets")}
+    given: dict[str, dict[str, Any]] = {
+        name: {} for name in ("cloud", "comfy", "files", "app", "pool", "http", "budgets", "serverless")
+    }
     for variable in VARIABLES:
         section, _, name = variable.target.partition(".")
         if section and variable.name in values:
             given[section][name] = values[variable.name]
     tokens = tuple(dict.fromkeys(values[name] for name in _TOKENS if name in values))
     given["cloud"]["tokens"] = tokens
+    if "poll_interval" in given["cloud"]:  # CONJURE's variable is for both APIs
+        given["serverless"]["poll_interval"] = given["cloud"]["poll_interval"]
+    if hosts := given["serverless"].get("file_hosts"):
+        given["serverless"]["file_hosts"] = tuple(hosts.split(","))
     files = given["files"]
     chosen = _absolute(files.get("state_dir"), cwd)
     files["state_dir"] = str(chosen or state.path({k: v for k, v in env.items() if k != "RUNCOMFY_STATE_DIR"}))
@@ -322,6 +343,8 @@ def _sections(
         app=AppSettings(**given["app"]),
         rates=rates,
         pool=pool,
+        http=HttpSettings(**given["http"]),
+        serverless=ServerlessSettings(**given["serverless"]),
         budgets=budgets,
         rates_file=str(rates_file) if rates_file else None,
     )
@@ -442,7 +465,7 @@ def _value_shown(variable: Variable, settings: Settings) -> str:
     if section == "budgets":
         return budget_shown(variable.name, settings.budgets)
     value = getattr(getattr(settings, section), name)
-    if variable.name == "RUNCOMFY_POOL_SERVER_TYPES":
+    if variable.name in _WITH_COMMAS:
         return ",".join(value)
     if variable.kind.secret:
         return "***" if value else ""

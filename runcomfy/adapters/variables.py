@@ -3,7 +3,8 @@ The variables this program reads, one per setting: type, unit, where the value g
 
 pydantic-settings reads them from its layers and checks them; every mistake is found in one go. Every variable is unset
 (None) here unless a layer sets it: the defaults are in `runcomfy.domain.settings`, and meet the values only when all
-layers are merged, so that no default can hide what a file said. Those of pools and budgets are in `pool_variables`.
+layers are merged, so that no default can hide what a file said. Those of pools and budgets are in `pool_variables`,
+those of the HTTP API in `http_variables`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from runcomfy.adapters.http_variables import HTTP_VARIABLES
 from runcomfy.adapters.pool_variables import POOL_VARIABLES
+from runcomfy.adapters.serverless_variables import SERVERLESS_VARIABLES
 from runcomfy.adapters.setting_kinds import (
     ADDRESS,
     BYTES,
@@ -167,22 +170,18 @@ VARIABLES: Final = (
     ),
     Variable("CONJURE_IDLE_TIMEOUT", DURATION, "app.idle_timeout", "After how long without a job it counts as idle."),
     *POOL_VARIABLES,
+    *HTTP_VARIABLES,
+    *SERVERLESS_VARIABLES,
 )
 
 BY_NAME: Final[Mapping[str, Variable]] = {variable.name: variable for variable in VARIABLES}
 
 OTHERS: Final = frozenset(
     {
-        "RUNCOMFY_DEPLOYMENT_ID",
-        "RUNCOMFY_REQUEST_TIMEOUT",
-        "RUNCOMFY_DEFAULT_STEPS_FLUX",
-        "RUNCOMFY_DEFAULT_STEPS_PARTPACKER",
-        "RUNCOMFY_COST_TRACKING",
         "RUNCOMFY_DATABASE_URL",
     }
 )
-"""Variables that are known and read elsewhere: those of CONJURE's serverless client, and the queue's database
-(`agent_config`)."""
+"""Variables that are known and read elsewhere: the queue's database (`agent_config`)."""
 
 QUEUE_PREFIX: Final = "COMFYUI_AGENT_"
 """How the queue's own variables begin; they are read by `agent_config`."""

@@ -7,7 +7,8 @@ Everything that can go wrong, as one tree with exit codes.
     │   ├── TargetUnknown  TargetAmbiguous  ValueInvalid
     │   ├── InputFileMissing  InputFileInvalid
     │   ├── PreflightFailed  PromptRejected
-    │   └── JobFileInvalid  JobNotFound  JobBusy  NameTaken  IdempotencyConflict
+    │   ├── JobFileInvalid  JobNotFound  JobBusy  NameTaken  IdempotencyConflict
+    │   └── AddressRefused  TooManyRequests (retryable)
     ├── ConfigurationError            3   settings and credentials
     │   ├── CredentialsMissing  CredentialsMalformed  SettingInvalid  InsecureUrl  ExtraMissing
     ├── ProviderError                 4   the cloud, the machine, the ComfyUI on it
@@ -174,6 +175,19 @@ class IdempotencyConflict(BadInput):
     """The idempotency key belongs to a job with another body."""
 
     code = "idempotency-conflict"
+
+
+class AddressRefused(BadInput):
+    """The address may not be used: it points into this computer or a private network, or is none."""
+
+    code = "address-refused"
+
+
+class TooManyRequests(BadInput):
+    """One client asked for too much at once; `details["retry_after_s"]` says when to come again."""
+
+    code = "too-many-requests"
+    retryable = True
 
 
 # --- 3: configuration -------------------------------------------------------------------------------------

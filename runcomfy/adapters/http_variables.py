@@ -1,0 +1,113 @@
+"""
+The variables of the HTTP API and the page.
+
+What opens a door (the address listened on, names that are let in, private addresses, who is told of jobs) counts from
+the environment only: a credentials file that lies in a foreign folder must not open anything.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator
+
+from runcomfy.adapters.setting_kinds import BYTES, DURATION, SWITCH, Kind, Variable, number, refuse, shown
+
+_HOST_NAME: Final = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*\.?")
+
+
+def _host(value: object) -> str:
+    """Return a host name or address, in lower case, without brackets."""
+    text = str(value).strip().lower()
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        return str(ipaddress.ip_address(bare))
+    except ValueError:
+        if bare == text and _HOST_NAME.fullmatch(text):
+            return text.rstrip(".")
+    raise refuse(f"{shown(value)} is neither the name of a host nor an address") from None
+
+
+def _hosts(value: object) -> tuple[str, ...]:
+    names = value if isinstance(value, (tuple, list)) else str(value).split(",")
+    found = tuple(dict.fromkeys(_host(name) for name in names if str(name).strip()))
+    if not found:
+        raise refuse(f"{shown(value)} names no host")
+    return found
+
+
+def _webhook(value: object) -> str:
+    """Return an address that is told of every job. It may hold a secret, so no error repeats it."""
+    text = str(value).strip()
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise refuse("is not an address") from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise refuse("is not an address that begins with https:// and names a host")
+    if parts.username is not None or parts.password is not None:
+        raise refuse("has a user name or password inside")
+    if any(c.isspace() or not c.isprintable() for c in text):
+        raise refuse("has characters inside that no address has")
+    return text
+
+
+def _text(unit: str, hint: str, check: Callable[[object], Any], kind: Any = str, *, secret: bool = False) -> Kind:
+    return Kind(Annotated[kind, BeforeValidator(check)], unit, hint, secret, place=True)
+
+
+HOST: Final = _text("host", "write 127.0.0.1, or the name or address to listen on", _host)
+HOSTS: Final = _text("host names", "write names with commas between them", _hosts, tuple[str, ...])
+OPENING: Final = Kind(SWITCH.annotation, SWITCH.unit, SWITCH.hint, place=True)
+WEBHOOK: Final = _text("address", "write an address that begins with https://", _webhook, secret=True)
+
+HTTP_VARIABLES: Final = (
+    Variable(
+        "RUNCOMFY_HTTP_HOST",
+        HOST,
+        "http.host",
+        "Where the HTTP API listens; anywhere but on loopback every request needs the token.",
+    ),
+    Variable("RUNCOMFY_HTTP_PORT", number(0, 65535, "port"), "http.port", "Its port; 0 takes any that is free."),
+    Variable(
+        "RUNCOMFY_HTTP_CONJURE_OPEN",
+        OPENING,
+        "http.conjure_open",
+        "Whether CONJURE's own endpoints answer on loopback without the token.",
+    ),
+    Variable(
+        "RUNCOMFY_HTTP_ALLOWED_HOSTS",
+        HOSTS,
+        "http.allowed_hosts",
+        "Names, with commas between them, that a request's Host may have beside those of loopback.",
+    ),
+    Variable("RUNCOMFY_HTTP_MAX_BODY", BYTES, "http.max_body_bytes", "The largest request without files."),
+    Variable(
+        "RUNCOMFY_HTTP_MAX_UPLOAD", BYTES, "http.max_upload_bytes", "The largest file that is sent in or fetched."
+    ),
+    Variable(
+        "RUNCOMFY_HTTP_MAX_WAITING",
+        number(1, 10_000_000, "jobs"),
+        "http.max_waiting",
+        "How many jobs of one client may wait at once.",
+    ),
+    Variable(
+        "RUNCOMFY_HTTP_MAX_PER_MINUTE",
+        number(1, 1_000_000, "jobs"),
+        "http.max_per_minute",
+        "How many jobs one client may put in per minute.",
+    ),
+    Variable("RUNCOMFY_HTTP_SESSION", DURATION, "http.session", "How long the page stays logged in."),
+    Variable(
+        "RUNCOMFY_HTTP_ALLOW_PRIVATE",
+        OPENING,
+        "http.allow_private",
+        "Whether webhooks and the addresses of pictures may point at this computer or a private network.",
+    ),
+    Variable("RUNCOMFY_WEBHOOK_URL", WEBHOOK, "http.webhook_url", "An address that is told of the end of every job."),
+)
