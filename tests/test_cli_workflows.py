@@ -39,6 +39,7 @@ def test_what_ships_is_listed(say: Any) -> None:
     code, out, _ = say("ls", "--json")
     assert [(each["name"], each["node_count"]) for each in json.loads(out)] == [
         ("generate_flux_mesh", 18),
+        ("generate_flux_mesh2", 23),
         ("image_invert", 3),
         ("wf_realistic_portrait", 7),
     ]

@@ -16,6 +16,7 @@ Everything that can go wrong, as one tree with exit codes.
     │   ├── ProviderBusy (retryable)  RateLimited (retryable)  AnswerUnreadable
     │   ├── LaunchUnclear  LaunchAmbiguous  MachineNotFound  MachineFailed  MachineLost  StopUnconfirmed
     │   ├── ServerUnreachable  NotComfyUI  ServerTooOld
+    │   ├── DeploymentUnusable  RequestUnclear  RequestNotFound  RequestFailed
     ├── WorkflowFailed                5   ComfyUI ran the workflow and it did not succeed
     │   ├── NodeFailed  GpuOutOfMemory  PromptInterrupted  PromptRemoved  ServerRestarted  WorkerDead  NodeStuck
     ├── DeadlineExceeded              6   it took longer than allowed
@@ -330,6 +331,31 @@ class StopUnconfirmed(ProviderError):
     """A stop was asked for and the machine was not seen gone: it may still bill."""
 
     code = "machine-stop-unconfirmed"
+
+
+class DeploymentUnusable(ProviderError):
+    """The serverless deployment is disabled, deleted, not known, or has no workflow."""
+
+    code = "serverless-deployment-unusable"
+
+
+class RequestUnclear(ProviderError):
+    """A serverless request was sent and its answer never came or cannot be read: it may run, and be billed, once."""
+
+    code = "serverless-request-unclear"
+
+
+class RequestNotFound(ProviderError):
+    """The serverless deployment knows no request with that id."""
+
+    code = "serverless-request-not-found"
+
+
+class RequestFailed(ProviderError):
+    """RunComfy could not carry a serverless request through; the workflow itself is not to blame."""
+
+    code = "serverless-request-failed"
+    retryable = True
 
 
 class ServerUnreachable(ProviderError):

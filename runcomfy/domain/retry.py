@@ -99,6 +99,10 @@ KINDS: Final[Mapping[type[RunComfyError], Kind]] = {
     errors.ProviderBusy: Kind.BUSY,
     errors.RateLimited: Kind.BUSY,
     errors.AnswerUnreadable: Kind.UNREACHABLE,
+    errors.DeploymentUnusable: Kind.MISSING,
+    errors.RequestUnclear: Kind.WRONG,  # again would be a second run, and a second bill
+    errors.RequestNotFound: Kind.TRANSIENT,
+    errors.RequestFailed: Kind.TRANSIENT,
     errors.ServerUnreachable: Kind.UNREACHABLE,
     errors.NotComfyUI: Kind.UNREACHABLE,
     errors.ServerTooOld: Kind.MISSING,
