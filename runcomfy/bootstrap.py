@@ -26,6 +26,7 @@ from runcomfy.adapters.dev_server_state import DevServerStateManager
 from runcomfy.adapters.workflow_files import WorkflowFiles
 from runcomfy.application.books import Books, quiet
 from runcomfy.application.dev_server import DevServer
+from runcomfy.application.live import Live
 from runcomfy.application.machines import Machines
 from runcomfy.application.orchestrator import RunComfyOrchestrator
 from runcomfy.application.owner import OwnerSession
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from runcomfy.application.presence import Presence
     from runcomfy.application.role import Role
     from runcomfy.application.service import Crew, ServeOptions
+    from runcomfy.application.time_left import TimeLeftBook
     from runcomfy.domain.plan_view import Policy
 
 STORE_NAME = "runcomfy.sqlite3"
@@ -102,6 +104,9 @@ class App:
         self.settings = settings or load_settings(overrides=self._overrides)
         self.clock = clock or SystemClock()
         self.tell = tell
+        self.live = Live(self.clock)
+        """What the jobs of this process are doing."""
+        self._time_left: TimeLeftBook | None = None
         self._launches = launches
         self._processes = processes
         self._monitor: Monitor | None = None
@@ -398,7 +403,7 @@ class App:
             store,
             settings,
             station or self._station(),
-            observed(self.orchestrator()),
+            observed(self.live.observing(self.orchestrator())),
             owner,
             clock=self.clock,
             processes=self.processes,
@@ -591,6 +596,14 @@ class App:
             random_int=random.SystemRandom().randint,
             veil=redact,
         )
+
+    def time_left(self) -> TimeLeftBook:
+        """Return what tells how long jobs will still take; history is read when it is first asked."""
+        from runcomfy.application.time_left import TimeLeftBook
+
+        if self._time_left is None:
+            self._time_left = TimeLeftBook(self.job_store, self.books, self.clock)
+        return self._time_left
 
     def _placer(self) -> Placer:
         return Placer(self.comfyui, self.given_server, self.cloud, tell=self._say)

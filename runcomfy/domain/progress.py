@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 from runcomfy.domain.job import PromptId
@@ -24,6 +25,18 @@ class Step(StrEnum):
     FETCHING = "fetching"
     STOPPING = "stopping"
     FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLabel:
+    """How a node of the workflow is called when people are told about it."""
+
+    title: str = ""
+    class_type: str = ""
+
+
+def _no_labels() -> Mapping[str, NodeLabel]:
+    return MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +61,14 @@ class Progress:
     """How long this step is expected to take, where history tells."""
     preview: bytes | None = None
     """An encoded preview picture (JPEG or PNG), when the server sent one."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeLabel:
-    """How a node of the workflow is called when people are told about it."""
-
-    title: str = ""
-    class_type: str = ""
+    done: frozenset[str] = frozenset()
+    """Nodes of the workflow that have ended, cached ones included."""
+    cached: frozenset[str] = frozenset()
+    """Nodes that the server did not have to compute."""
+    labels: Mapping[str, NodeLabel] = field(default_factory=_no_labels, compare=False, repr=False)
+    """Every node of the graph that was sent, where it is known."""
+    server_type: str = ""
+    """The type of the rented machine the job is at; empty before, and on a server that was given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -524,6 +524,7 @@ def progress_of(state: WatchState) -> Progress:
     step = Step.RUNNING if run.running or state.ending is Ending.SUCCESS else Step.QUEUED
     label = state.labels.get(run.node) if run.node is not None else None
     title = (label.title or label.class_type) if label is not None else (run.node or "")
+    done = frozenset(n for n, share in run.shares.items() if share == 1.0 and (not state.labels or n in state.labels))
     return Progress(
         step=step,
         percent=run.percent,
@@ -532,12 +533,13 @@ def progress_of(state: WatchState) -> Progress:
         node_title=title,
         value=run.value,
         maximum=run.maximum,
-        nodes_done=sum(
-            1 for node, share in run.shares.items() if share == 1.0 and (not state.labels or node in state.labels)
-        ),
+        nodes_done=len(done),
         nodes_total=len(state.labels),
         queue_position=run.queue_position,
         preview=state.preview,
+        done=done,
+        cached=run.cached,
+        labels=state.labels,
     )
 
 
