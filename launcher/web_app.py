@@ -5,10 +5,23 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from launcher.backend import Backend
-from launcher.routes import conjure, costs, events, jobs, machines, metrics, page, presence, uploads, workflows
+from launcher.routes import (
+    conjure,
+    costs,
+    events,
+    jobs,
+    machines,
+    metrics,
+    page,
+    presence,
+    session,
+    uploads,
+    workflows,
+)
 
 ROUTERS = (
     page.router,
+    session.router,
     jobs.router,
     uploads.router,
     events.router,
