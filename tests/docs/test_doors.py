@@ -51,13 +51,13 @@ def test_a_door_leads_where_it_says(path: Path) -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    heavy = ("aiohttp", "sqlalchemy", "pydantic", "rich", "PIL", "asyncio", "click")
+    heavy = ("aiohttp", "sqlalchemy", "pydantic", "rich", "PIL", "asyncio", "click", "fastapi")
     code = f"import sys, runcomfy; print([name for name in {heavy!r} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_help_loads_nothing_heavy() -> None:
-    heavy = ("aiohttp", "sqlalchemy", "pydantic", "rich", "PIL", "asyncio")
+    heavy = ("aiohttp", "sqlalchemy", "pydantic", "rich", "PIL", "asyncio", "fastapi")
     code = (
         "import sys; from runcomfy.cli.main import call, comfyctl; call(comfyctl, ['--help']);"
         f" print([name for name in {heavy!r} if name in sys.modules])"
