@@ -115,7 +115,7 @@ class RunComfyAPIClient:
             CredentialsMalformed: a token that cannot be sent.
         """
         self._settings = settings
-        self._root = _checked_root(settings.base_url)
+        self._root = checked_root(settings.base_url)
         for token in settings.tokens:
             if not token.reveal().isascii() or not token.reveal().isprintable() or " " in token.reveal():
                 raise CredentialsMalformed(
@@ -128,7 +128,7 @@ class RunComfyAPIClient:
         )
         self._http = http
         self._owns_http = http is None
-        self._agent = _agent()
+        self._agent = agent()
         self._token = 0
         self._veil = Veil(settings.tokens, settings.user_id)
         self._words_seen: set[str] = set()
@@ -473,7 +473,7 @@ class _TooLong(Exception):
     """A body beyond `MAX_BODY_BYTES`."""
 
 
-def _agent() -> str:
+def agent() -> str:
     """Say honestly who asks."""
     try:
         return f"runcomfy-orchestrator/{version('runcomfy-orchestrator')}"
@@ -481,7 +481,8 @@ def _agent() -> str:
         return "runcomfy-orchestrator"
 
 
-def _checked_root(base_url: str) -> URL:
+def checked_root(base_url: str) -> URL:
+    """Return the API's address. Raises SettingInvalid (it is none), InsecureUrl (the token would travel in clear)."""
     hint = "set RUNCOMFY_API_BASE_URL to https://api.runcomfy.net or https://beta-api.runcomfy.net"
     try:
         url = URL(base_url.strip().rstrip("/"))
