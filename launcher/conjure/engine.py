@@ -1,0 +1,337 @@
+"""
+What runs the generations: an event loop of its own in a thread, or the loop of `comfyctl serve`.
+
+A service's synchronous calls come from any thread, with or without a running event loop. The work itself always runs
+on the engine's loop, so a call neither needs nor touches the caller's; it blocks the thread it is made from, as every
+synchronous call does. Code with a loop of its own that must go on answering uses the `a_…` twins, or calls from a
+thread of its own (`asyncio.to_thread`).
+
+    DirectEngine    an `App` of its own: jobs run here and now, on the dev server, a machine of their own, or the
+                    user's own ComfyUI
+    QueueEngine     the service's queue (`launcher.conjure.queued`): jobs outlive their callers and this process
+
+The same work, asked for again while it runs, is joined and not done twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Hashable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from launcher.conjure.errors import CalledFromEngine
+from runcomfy.bootstrap import App
+from runcomfy.domain.exceptions import RunComfyError
+from runcomfy.domain.job import JobRequest, JobResult, Output
+from runcomfy.domain.progress import Progress
+
+T = TypeVar("T")
+OnProgress = Callable[[Progress], None]
+Accepted = Callable[[str], None]
+LOCAL: Final = "local"
+"""The user's own ComfyUI."""
+CLOUD: Final = "cloud"
+"""The dev server, or a machine that is rented."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One run of a workflow, and where."""
+
+    request: JobRequest
+    where: str
+    call: Mapping[str, Any] = field(default_factory=dict)
+    """What the caller asked for, for whoever looks at the job later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a run brought; `outputs` by the names the workflow's sidecar gives them."""
+
+    job_id: str
+    prompt_id: str
+    outputs: Mapping[str, Output]
+    seeds: Mapping[str, int]
+    cost_usd: Decimal
+
+
+@dataclass(slots=True)
+class _Shared:
+    """Work that one or more callers wait for."""
+
+    task: asyncio.Task[Any]
+    callers: int = 0
+
+
+class Engine(ABC):
+    """Runs orders on its own event loop."""
+
+    outlives_callers: bool = False
+    """Whether work goes on when everybody who waited for it has left."""
+
+    def __init__(self) -> None:
+        self._shared: dict[Hashable, _Shared] = {}
+        self.publishing = asyncio.Lock()
+        """Held while results get their fixed places, so that picture and mesh there are of one run."""
+
+    @property
+    @abstractmethod
+    def app(self) -> App:
+        """The product, as this process has it."""
+
+    @property
+    @abstractmethod
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Where the work runs."""
+
+    @abstractmethod
+    async def run(
+        self, order: Order, *, on_progress: OnProgress | None = None, accepted: Accepted | None = None
+    ) -> Made:
+        """Run a workflow and return its verified files. Raises RunComfyError. On the engine's loop."""
+
+    @property
+    def folder(self) -> Path:
+        """Where services keep what they know, beside the product's own state."""
+        return Path(self.app.settings.files.state_dir) / "conjure"
+
+    def wait(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do work on the engine's loop and wait for it in this thread. Ctrl+C ends it in good order first.
+
+        Raises CalledFromEngine: this thread is the one that would have to do it.
+        """
+        loop = self.loop
+        if _running_loop() is loop:
+            raise CalledFromEngine(
+                "a synchronous generation was called on the event loop that would have to do the work",
+                hint="await the a_… twin of the method, or call it with asyncio.to_thread",
+            )
+        task: list[asyncio.Task[T]] = []
+
+        async def named() -> T:
+            task.append(asyncio.ensure_future(work()))
+            return await task[0]
+
+        future = asyncio.run_coroutine_threadsafe(named(), loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            _end(future, loop, task)
+            raise
+
+    async def here(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do work on the engine's loop from a coroutine of any loop; that one goes on meanwhile."""
+        if _running_loop() is self.loop:
+            return await work()
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work(), self.loop))
+
+    async def once(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do work, or join the same work that runs already.
+
+        Callers that leave are not missed as long as one waits; when none does, the work ends, unless this engine's
+        work outlives its callers.
+        """
+        shared = self._shared.get(key)
+        if shared is None:
+            task: asyncio.Task[Any] = asyncio.create_task(work(), name="generation")
+            shared = self._shared[key] = _Shared(task)
+            task.add_done_callback(lambda _: self._forget(key, task))
+        shared.callers += 1
+        try:
+            found: T = await asyncio.shield(shared.task)
+            return found
+        except asyncio.CancelledError:
+            if shared.callers == 1 and not shared.task.done() and not self.outlives_callers:
+                shared.task.cancel()
+                await asyncio.wait({shared.task})
+            raise
+        finally:
+            shared.callers -= 1
+
+    def _forget(self, key: Hashable, task: asyncio.Task[Any]) -> None:
+        if key in self._shared and self._shared[key].task is task:
+            del self._shared[key]
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; when nobody did, the job's own record has
+
+    async def end_work(self) -> None:
+        """End what runs, in good order."""
+        tasks = [shared.task for shared in self._shared.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+class DirectEngine(Engine):
+    """Runs jobs in this process. Without an app it has one of its own, with a thread and a loop, until `close`."""
+
+    def __init__(self, app: App | None = None, *, overrides: Mapping[str, Any] | None = None) -> None:
+        """`app` given: the work runs on the loop that runs now, and the app stays the caller's."""
+        super().__init__()
+        self._overrides = dict(overrides or {})
+        self._opening = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._app = app
+        self._owned = app is None
+        self._loop = asyncio.get_running_loop() if app is not None else None
+        self.closed = False
+
+    @property
+    def app(self) -> App:
+        """The product; settings are read when it is first asked for. Raises ConfigurationError."""
+        with self._opening:
+            if self._app is None:
+                self._app = App(overrides=self._overrides)
+            return self._app
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop, and its thread, begun when it is first asked for."""
+        with self._opening:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="generation", daemon=True)
+                self._thread.start()
+                _at_exit(self)
+            return self._loop
+
+    async def run(
+        self, order: Order, *, on_progress: OnProgress | None = None, accepted: Accepted | None = None
+    ) -> Made:
+        """Run the job here, at the place that the order names."""
+        return await run_directly(self.app, order, on_progress=on_progress, accepted=accepted)
+
+    def close(self) -> None:
+        """End what runs, with every machine that was rented for it, and the thread. Harmless when repeated."""
+        if self.closed or not self._owned:
+            return
+        self.closed = True
+        loop, thread = self._loop, self._thread
+        if loop is None or thread is None:
+            return
+        try:
+            asyncio.run_coroutine_threadsafe(self._close(), loop).result()
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    async def _close(self) -> None:
+        await self.end_work()
+        if self._app is not None:
+            await self._app.close()
+
+
+async def run_directly(
+    app: App, order: Order, *, on_progress: OnProgress | None = None, accepted: Accepted | None = None
+) -> Made:
+    """Run a job of an app without its queue. Raises the job's error."""
+    from uuid import uuid4
+
+    from runcomfy.domain.job import JobId
+
+    request = replace(order.request, job_id=JobId(str(uuid4())))
+    if order.where == LOCAL:
+        request = replace(request, server_url=app.queue_settings.api_base_url)
+    if accepted is not None:
+        accepted(str(request.job_id))
+    orchestrator: Any = app.orchestrator()
+    live = getattr(app, "live", None)
+    runs = live.observing(orchestrator) if live is not None else orchestrator
+    result: JobResult = await runs.run(request, on_progress=on_progress)
+    if result.exception is not None:
+        raise result.exception
+    return Made(
+        job_id=str(result.job_id),
+        prompt_id=str(result.prompt_id or ""),
+        outputs={output.name: output for output in result.outputs},
+        seeds=dict(result.seeds),
+        cost_usd=result.cost_usd,
+    )
+
+
+# -- one engine for all services of a process ----------------------------------------------------------------
+
+_ENGINES: dict[tuple[Any, ...], DirectEngine] = {}
+_ENGINES_LOCK: Final = threading.Lock()
+
+
+def shared_engine() -> DirectEngine:
+    """Return the engine of this process for the settings as they are now.
+
+    CONJURE makes a service object for every request; they share connections, books and a thread.
+    """
+    relevant = tuple(sorted(item for item in os.environ.items() if item[0].startswith(_PREFIXES)))
+    key = (os.getpid(), str(Path.cwd()), relevant)
+    with _ENGINES_LOCK:
+        engine = _ENGINES.get(key)
+        if engine is None or engine.closed:
+            engine = _ENGINES[key] = DirectEngine()
+        return engine
+
+
+_PREFIXES: Final = ("RUNCOMFY_", "COMFYUI_", "CONJURE_", "XDG_")
+
+
+def close_engines() -> None:
+    """Close every shared engine; what runs is ended in good order."""
+    with _ENGINES_LOCK:
+        engines = list(_ENGINES.values())
+        _ENGINES.clear()
+    for engine in engines:
+        engine.close()
+
+
+def _at_exit(engine: DirectEngine) -> None:
+    # Ending a machine takes worker threads, which the interpreter no longer gives once it runs the usual exit
+    # functions: those registered with `threading` come before.
+    register = getattr(threading, "_register_atexit", atexit.register)
+
+    def leave() -> None:
+        with suppress(RunComfyError):
+            engine.close()
+
+    register(leave)
+
+
+def _end(future: Future[Any], loop: asyncio.AbstractEventLoop, task: list[asyncio.Task[Any]]) -> None:
+    """Cancel work and wait until it has ended: what was rented is gone then."""
+
+    async def ended() -> None:
+        for each in task:
+            each.cancel()
+        if task:
+            await asyncio.wait(task)
+
+    asyncio.run_coroutine_threadsafe(ended(), loop).result()
+    future.cancel()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+__all__ = [
+    "CLOUD",
+    "LOCAL",
+    "DirectEngine",
+    "Engine",
+    "Made",
+    "Order",
+    "close_engines",
+    "run_directly",
+    "shared_engine",
+]

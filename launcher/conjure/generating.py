@@ -1,0 +1,317 @@
+"""
+What the generation services do, on their engine's event loop: from a call to files at their fixed places.
+
+One object serves one service's calls. A call that is repeated while it runs is joined. What a run brought is kept and
+published by the run's own task, not by whoever waits for it: a caller that gives up misses nothing but the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from launcher.conjure import places
+from launcher.conjure.engine import Engine, Made, Order
+from launcher.conjure.errors import GenerationFailed
+from launcher.conjure.memo import KeptMesh, MeshMemo
+from launcher.conjure.parameters import (
+    FLUX_IMAGE,
+    FLUX_MESH,
+    IMAGE_TO_MESH,
+    Applied,
+    NotApplied,
+    apply,
+    mesh_parameters,
+    wanted_mesh,
+)
+from launcher.conjure.places import Places, Verified
+from launcher.conjure.snapshots import Snapshot, snapshot, sweep
+from runcomfy.domain.binding import into_range
+from runcomfy.domain.exceptions import LocalError, RunComfyError, ValueInvalid, VerificationFailed, foreign_text
+from runcomfy.domain.job import JobRequest, Output
+
+log = logging.getLogger("launcher.generating")
+
+MESH_SEED_MAX: Final = 2**31 - 1
+"""The mesh sampler takes 31 bits; a seed drawn from these is the same number for picture and mesh."""
+NOISE_SEED_MAX: Final = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Unified:
+    """What a unified call gives; None: the user's prompt or render, a random seed, the workflow's steps."""
+
+    prompt: str | None = None
+    render_image_path: str | None = None
+    seed: int | None = None
+    steps_flux: int | None = None
+    steps_partpacker: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run that has ended well, with the seed that was asked for or drawn."""
+
+    made: Made
+    seed: int
+
+
+class Generating:
+    """The calls of one service."""
+
+    def __init__(self, engine: Engine, at: Places, *, mode: str, where: str, fixed_places: bool) -> None:
+        """`where` the jobs run; `fixed_places`: see `MachineGenerationService`."""
+        self._engine, self._at = engine, at
+        self._mode, self._where, self._fixed = mode, where, fixed_places
+        self._memo = MeshMemo(engine.folder / "meshes")
+
+    # -- a picture from words ------------------------------------------------------------------------------
+
+    async def image(self, prompt: str, seed: int, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """See `MachineGenerationService.generate_flux_image`."""
+        options = dict(asked)
+        drawn = _wished_seed(seed, randomize=options.pop("randomize_seed", True))
+        applied = apply(FLUX_IMAGE, options)
+
+        async def work() -> dict[str, Any]:
+            request = JobRequest(FLUX_IMAGE, prompt=_text(prompt), seed=_drawn(drawn), sets=applied.sets)
+            made = await self._run(request, "flux_image")
+            used = made.seeds.get("3.noise_seed", request.seed or 0)
+            place = places.FLUX_IMAGE if self._fixed else places.flux_result(used)
+            await self._publish({place: _result(made, "flux")})
+            return self._image_answer(place, used, made, applied)
+
+        return await self._once("flux_image", work, prompt, drawn, applied)
+
+    async def depth(self, control_image_path: str, prompt: str, seed: int, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """See `MachineGenerationService.generate_flux_depth_image`."""
+        options = dict(asked)
+        drawn = _wished_seed(seed, randomize=options.pop("randomize_seed", False))
+        applied = apply(FLUX_MESH, options)
+        picture = await self._snapshot(control_image_path)
+
+        async def work() -> dict[str, Any]:
+            made, used = await self._flux_mesh(picture, prompt, _drawn(drawn), applied, "flux_depth")
+            await self._publish({places.FLUX_IMAGE: _result(made, "flux")})
+            return self._image_answer(places.FLUX_IMAGE, used, made, applied)
+
+        return await self._once("flux_depth", work, picture.sha256, prompt, drawn, applied)
+
+    async def _flux_mesh(
+        self, picture: Snapshot, prompt: str, seed: int, applied: Applied, call: str
+    ) -> tuple[Made, int]:
+        """Make picture and mesh in one run, and keep the mesh for the picture."""
+        request = JobRequest(FLUX_MESH, image=picture.path, prompt=_text(prompt), seed=seed, sets=applied.sets)
+        made = await self._run(request, call)
+        image, mesh = _result(made, "flux"), _result(made, "mesh")
+        noise, meshed = made.seeds.get("3.noise_seed", seed), made.seeds.get("32.seed", seed)
+        await self._keep(image, mesh, made, FLUX_MESH, applied, seeds=(meshed, noise, seed), seed_used=meshed)
+        return made, noise
+
+    def _image_answer(self, place: Path, seed: int, made: Made, applied: Applied) -> dict[str, Any]:
+        return {"success": True, "image_path": str(place), "seed_used": seed, **self._facts(made, applied)}
+
+    # -- a mesh from a picture -----------------------------------------------------------------------------
+
+    async def model(self, image_path: str, seed: int, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """See `MachineGenerationService.generate_3d_model`."""
+        options = dict(asked)
+        drawn = _wished_seed(seed, randomize=options.pop("randomize_seed", False))
+        wanted = wanted_mesh(options)
+        picture = await self._snapshot(image_path)
+        applied = apply(IMAGE_TO_MESH, options)
+        name = "any" if drawn is None else drawn
+        place = places.MESH if self._fixed else places.mesh_result(_named_seed(drawn))
+
+        async def work() -> dict[str, Any]:
+            kept = None
+            if drawn is not None:
+                kept = await asyncio.to_thread(self._memo.find, picture.sha256, wanted, drawn)
+            if kept is not None:
+                mesh = Verified(kept.path, kept.size_bytes, kept.sha256)
+                await self._publish({place: mesh})
+                return self._kept_answer(place, kept, applied)
+            return await self._mesh_alone(picture, _drawn(drawn), applied, place)
+
+        parameters = mesh_parameters(IMAGE_TO_MESH, applied.sets)
+        return await self._once("3d_model", work, picture.sha256, name, parameters, applied)
+
+    async def _mesh_alone(self, picture: Snapshot, seed: int, applied: Applied, place: Path) -> dict[str, Any]:
+        request = JobRequest(IMAGE_TO_MESH, image=picture.path, seed=seed, sets=applied.sets)
+        made = await self._run(request, "3d_model")
+        used = made.seeds.get("32.seed", seed)
+        mesh = _result(made, "mesh")
+        image = Verified(picture.path, 0, picture.sha256)
+        await self._keep(image, mesh, made, IMAGE_TO_MESH, applied, seeds=(used, seed), seed_used=used)
+        await self._publish({place: mesh})
+        facts = self._facts(made, applied)
+        return {"success": True, "model_path": str(place), "seed_used": used, "reused": False, **facts}
+
+    def _kept_answer(self, place: Path, kept: KeptMesh, applied: Applied) -> dict[str, Any]:
+        return {
+            "success": True,
+            "model_path": str(place),
+            "seed_used": kept.seed_used,
+            "reused": True,
+            "cost": 0.0,
+            "job_id": kept.job_id,
+            "prompt_id": kept.prompt_id,
+            "generation_mode": self._mode,
+            "not_applied": [each.as_dict() for each in applied.not_applied],
+        }
+
+    async def _keep(
+        self,
+        image: Verified,
+        mesh: Verified,
+        made: Made,
+        workflow: str,
+        applied: Applied,
+        *,
+        seeds: tuple[int, ...],
+        seed_used: int,
+    ) -> None:
+        kept = KeptMesh(
+            image_sha256=image.sha256,
+            parameters=mesh_parameters(workflow, applied.sets),
+            seeds=tuple(dict.fromkeys(seeds)),
+            seed_used=seed_used,
+            job_id=made.job_id,
+            prompt_id=made.prompt_id,
+            sha256=mesh.sha256,
+            size_bytes=mesh.size_bytes,
+        )
+        try:
+            await asyncio.to_thread(self._memo.keep, kept, mesh)
+        except (LocalError, VerificationFailed) as error:
+            # The picture that was asked for is there; only the next call for its mesh will cost a run.
+            log.warning("mesh_not_kept", extra={"fields": {"job": made.job_id, "error": error.code}})
+
+    # -- both at once --------------------------------------------------------------------------------------
+
+    async def unified(self, given: Unified) -> dict[str, Any]:
+        """See `MachineGenerationService.generate_flux_mesh_unified`. Never raises for what can go wrong with a job."""
+        try:
+            return await self._unified(given)
+        except RunComfyError as error:
+            words = f"{error.message}; {error.hint}" if error.hint else error.message
+            answer = {"success": False, "error": words, "error_code": error.code, "generation_mode": self._mode}
+            return answer | {name: error.details[key] for name, key in _KNOWN_OF_FAILURES if key in error.details}
+
+    async def _unified(self, given: Unified) -> dict[str, Any]:
+        prompt = given.prompt
+        if prompt is None:
+            prompt = await asyncio.to_thread(self._at.user_prompt)
+        if not prompt.strip():
+            raise ValueInvalid("there is no prompt", hint=f"write one into {places.USER_PROMPT}, or give one")
+        picture = await self._snapshot(given.render_image_path or str(places.RENDER))
+        drawn = None if given.seed is None else _wished_seed(given.seed, randomize=False)
+        steps = {"num_inference_steps": given.steps_flux, "num_steps": given.steps_partpacker}
+        applied = apply(FLUX_MESH, steps)
+
+        async def work() -> dict[str, Any]:
+            made, used = await self._flux_mesh(picture, prompt, _drawn(drawn), applied, "flux_mesh")
+            both = {places.FLUX_IMAGE: _result(made, "flux"), places.MESH: _result(made, "mesh")}
+            await self._publish(both)
+            return {
+                "success": True,
+                "request_id": made.job_id,
+                "flux_image_path": str(places.FLUX_IMAGE),
+                "mesh_model_path": str(places.MESH),
+                "seed_used": used,
+                "steps_flux": given.steps_flux or STEPS_FLUX,
+                "steps_partpacker": mesh_parameters(FLUX_MESH, applied.sets).num_steps,
+                **self._facts(made, applied),
+            }
+
+        return await self._once("flux_mesh", work, picture.sha256, prompt, drawn, applied)
+
+    # -- what all have in common ---------------------------------------------------------------------------
+
+    async def _snapshot(self, path: str) -> Snapshot:
+        if not path or "\0" in path:
+            raise ValueInvalid("no picture is named", hint="give the path of a picture")
+        folder = self._engine.folder / "inputs"
+        await asyncio.to_thread(sweep, folder)
+        limit = self._engine.app.settings.files.max_input_pixels
+        return await asyncio.to_thread(snapshot, self._at.at(path), folder, max_pixels=limit)
+
+    async def _run(self, request: JobRequest, call: str) -> Made:
+        limit = request.timeout or self._engine.app.settings.comfy.execution_timeout
+        order = Order(replace(request, timeout=limit), self._where, {"call": call, "mode": self._mode})
+        return await self._engine.run(order)
+
+    async def _publish(self, results: Mapping[Path, Verified]) -> None:
+        async with self._engine.publishing:
+            await asyncio.to_thread(self._at.publish, results)
+
+    async def _once(self, call: str, work: Any, *parts: Any) -> dict[str, Any]:
+        """Do the work, or join the same call that runs already."""
+        shown = [_key_part(part) for part in parts]
+        key = (call, self._mode, str(self._at.root), json.dumps(shown, sort_keys=True, default=str))
+        return dict(await self._engine.once(key, work))
+
+    def _facts(self, made: Made, applied: Applied) -> dict[str, Any]:
+        return {
+            "cost": float(made.cost_usd),
+            "job_id": made.job_id,
+            "prompt_id": made.prompt_id,
+            "generation_mode": self._mode,
+            "not_applied": [each.as_dict() for each in applied.not_applied],
+        }
+
+
+STEPS_FLUX: Final = 20
+"""Of node 3 in generate_flux_mesh."""
+_KNOWN_OF_FAILURES: Final = (("request_id", "job_id"), ("prompt_id", "prompt_id"), ("status", "status"))
+
+
+def _key_part(part: Any) -> Any:
+    if isinstance(part, Applied):
+        return dict(part.sets)
+    return str(part) if not isinstance(part, (str, int, float, bool)) else part
+
+
+def _text(prompt: Any) -> str:
+    if not isinstance(prompt, str):
+        raise ValueInvalid(f"the prompt is not a text: {foreign_text(prompt, 60)}", hint="give a text")
+    return prompt
+
+
+def _wished_seed(seed: Any, *, randomize: Any) -> int | None:
+    """Return the seed that is wished for; None: a random one. Raises ValueInvalid."""
+    if randomize or seed is None:
+        return None
+    if isinstance(seed, float) and seed.is_integer():
+        seed = int(seed)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueInvalid(f"seed = {foreign_text(seed, 60)!r} is not a whole number", hint="leave it out")
+    return into_range(seed, 0, NOISE_SEED_MAX)
+
+
+def _drawn(seed: int | None) -> int:
+    return random.SystemRandom().randint(1, MESH_SEED_MAX) if seed is None else seed
+
+
+def _named_seed(seed: int | None) -> int:
+    return 0 if seed is None else seed
+
+
+def _result(made: Made, name: str) -> Verified:
+    output: Output | None = made.outputs.get(name)
+    if output is None:
+        raise GenerationFailed(
+            f"the job {made.job_id} brought no {name}",
+            hint="look at its manifest; the workflow may have been changed",
+            details={"job_id": made.job_id, "code": "output-missing"},
+        )
+    return Verified(output.path, output.size_bytes, output.sha256)
+
+
+__all__ = ["Generating", "NotApplied", "Unified"]

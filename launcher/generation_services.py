@@ -1,0 +1,19 @@
+"""Public door: the generation services by CONJURE's names. They live in `launcher.conjure.services`."""
+
+from launcher.conjure.services import (
+    CloudGenerationService,
+    CloudGenerationService_Legacy,
+    GenerationService,
+    LocalComfyUIService,
+    LocalGenerationService,
+    get_generation_service,
+)
+
+__all__ = [
+    "CloudGenerationService",
+    "CloudGenerationService_Legacy",
+    "GenerationService",
+    "LocalComfyUIService",
+    "LocalGenerationService",
+    "get_generation_service",
+]
