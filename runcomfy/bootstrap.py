@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -500,23 +501,56 @@ class App:
         *,
         observed: Callable[[RunsJobs], RunsJobs] = lambda runs: runs,
     ) -> bool:
-        """Work off the queue over a pool until `stop` is set, then end the machines; see `application.service`.
+        """Work off the queue until `stop` is set, over a pool or where the settings say, or only let parts look at it.
 
-        Return whether this process ever was the one that serves. Parts of installed packages (`SERVE_PARTS`) join.
-        Raises what keeps it from serving.
+        With a pool the machines are ended at the end; see `application.service`. Return whether this process ever was
+        the one that serves. Parts of installed packages (`SERVE_PARTS`) join: entered before the first job, left after
+        the last. Raises what keeps it from serving.
         """
         from importlib.metadata import entry_points
 
-        from runcomfy.application.service import Service
-
-        role = await self.fleet_role()
-        jobs, hire = await self.job_store(), lambda: self._crew(role, options, observed, stop)
-        service = Service(role, hire, jobs, tell=self._say)
+        options = replace(options, shut_down=stop.set)
+        # Without an account nothing is to listen first.
+        role = await self.fleet_role() if "pool" in options.parts else None
         async with AsyncExitStack() as parts:
             for point in entry_points(group=SERVE_PARTS):
                 await parts.enter_async_context(point.load()(self, options))
-            await service.run(stop, leave, once=options.once)
+            if role is not None:
+                return await self._serve_pool(role, options, stop, leave, observed)
+            if "queue" in options.parts:
+                await self._serve_queue(options, stop, leave, observed)
+            else:
+                await stop.wait()
+        return True
+
+    async def _serve_pool(
+        self,
+        role: Role,
+        options: ServeOptions,
+        stop: asyncio.Event,
+        leave: asyncio.Event | None,
+        observed: Callable[[RunsJobs], RunsJobs],
+    ) -> bool:
+        from runcomfy.application.service import Service
+
+        hire = lambda: self._crew(role, options, observed, stop)  # noqa: E731 - a term's crew
+        service = Service(role, hire, await self.job_store(), tell=self._say)
+        await service.run(stop, leave, once=options.once)
         return service.serving.is_set()
+
+    async def _serve_queue(
+        self,
+        options: ServeOptions,
+        stop: asyncio.Event,
+        leave: asyncio.Event | None,
+        observed: Callable[[RunsJobs], RunsJobs],
+    ) -> None:
+        from runcomfy.application.service import serve_queue
+
+        # Before anything is begun: a second monitor on the folder is told so at once.
+        monitor = await self.monitor(hold=True) if options.monitor else None
+        executor = await self.executor(observed=observed)
+        await serve_queue(executor, monitor, await self.job_store(), stop, leave, once=options.once, tell=self._say)
 
     @asynccontextmanager
     async def _crew(

@@ -43,8 +43,19 @@ class ServeOptions:
     """Work off what is there, end all machines, leave."""
     guard: bool = True
     """Whether the guard process may be started."""
+    queue: bool = True
+    """Whether this process works off the queue at all; without, it only shows it, and needs no pool."""
+    pool: bool = True
+    """Whether jobs run over rented machines; without, where the queue's settings say."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """For parts that join the service."""
+    shut_down: Callable[[], None] = lambda: None
+    """Ends the service in good order, as one Ctrl+C does; for parts. Whoever serves fills it in."""
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What of the service works in this process, beside the parts that join it."""
+        return frozenset(name for name, on in (("queue", self.queue), ("pool", self.pool and self.queue)) if on)
 
 
 class Works(Protocol):
@@ -241,6 +252,42 @@ class Service:
                         self._tell(f"{left_words(waiting)}: {stuck.message}")
                         return stuck
             await asyncio.sleep(DONE_LOOK)
+
+
+async def serve_queue(
+    executor: Works,
+    monitor: Watches | None,
+    jobs: JobStore,
+    stop: asyncio.Event,
+    leave: asyncio.Event | None,
+    *,
+    once: bool,
+    tell: Callable[[str], None],
+) -> None:
+    """Work off the queue without a pool, until `stop`, then drain, or until `leave` is set.
+
+    `once`: until everything is worked off. Raises what keeps it from working; with `once` also why jobs are left over,
+    or else that jobs failed.
+    """
+    if once:
+        if monitor is not None:
+            await monitor.once()
+        await executor.run(stop, leave, once=True)
+        if stop.is_set():
+            return
+        left, failed = await left_behind(jobs, await executor.paused()), failed_here(executor.failed)
+        if left is not None and failed is not None:
+            tell(failed.message)
+        if (error := left or failed) is not None:
+            raise error
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            if monitor is not None:
+                group.create_task(monitor.run(stop), name="serve-monitor")
+            group.create_task(executor.run(stop, leave), name="serve-executor")
+    except BaseExceptionGroup as group_of_errors:
+        raise first_of(group_of_errors) from group_of_errors
 
 
 async def _passed_on(first: asyncio.Event, then: asyncio.Event) -> None:

@@ -29,10 +29,20 @@ from runcomfy.cli.runner import run_async
 @click.option("--monitor/--no-monitor", default=None, help="Also take up job files (default: if this is a project).")
 @click.option("--once", is_flag=True, help="Work off what is there, end all machines, leave.")
 @click.option("--no-guard", is_flag=True, help="Start no guard process.")
+@click.option("--host", metavar="NAME", help="Answer HTTP here (default: 127.0.0.1, this computer alone).")
+@click.option("--port", type=click.IntRange(0, 65_535), help="Answer HTTP at this port; 0: any (default: 8000).")
+@click.option("--no-http", is_flag=True, help="Answer no HTTP: no API, no page.")
+@click.option("--no-pool", is_flag=True, help="Rent nothing: jobs run on the ComfyUI at --server, or your own.")
+@click.option("--no-queue", is_flag=True, help="Run nothing: the API and the page alone.")
+@click.option("--server", metavar="URL", help="Run jobs on this ComfyUI, and rent nothing.")
 @queue_options
 @Lines
 def serve(as_json: bool, **options: Any) -> int:
     """Work off the queue over rented machines: launched when that pays, shared, replaced when ill, ended when not.
+
+    Also answers HTTP at http://127.0.0.1:8000: the API, and the page, whose address is printed with a code that logs in
+    once. Each part can be switched off. With --no-pool or --server jobs run on a ComfyUI of yours and no account is
+    needed. With --once HTTP is answered only if --host or --port is given.
 
     The first Ctrl+C (or SIGTERM) begins nothing more, lets what runs go on for a while, and ends the machines; the
     second leaves at once. After that, or after a crash, machines end by their leases, and the next start takes up what

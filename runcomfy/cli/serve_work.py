@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runcomfy.application.service import ServeOptions
 from runcomfy.cli.agent_voice import Narrated, Voice
 from runcomfy.cli.agent_work import last_words
-from runcomfy.domain.exceptions import LocalError
+from runcomfy.domain.exceptions import CredentialsMissing, LocalError, ValueInvalid
 from runcomfy.domain.money import show_usd, total
 
 if TYPE_CHECKING:
@@ -36,7 +37,37 @@ class Asked:
     """None: if this folder is a project."""
     once: bool = False
     no_guard: bool = False
+    host: str | None = None
+    port: int | None = None
+    no_http: bool = False
+    no_pool: bool = False
+    no_queue: bool = False
+    server: str | None = None
     as_json: bool = False
+
+    @property
+    def pool(self) -> bool:
+        """Whether machines are rented."""
+        return not (self.no_pool or self.no_queue or self.server is not None)
+
+    @property
+    def http(self) -> bool:
+        """Whether HTTP is answered; what is only to be worked off need not be looked at."""
+        return not self.no_http and (not self.once or self.host is not None or self.port is not None)
+
+    def queue(self) -> dict[str, Any]:
+        """Return what the options say of the queue's settings. Raises ValueInvalid."""
+        if self.no_queue and (self.once or self.monitor):
+            raise ValueInvalid(
+                "--no-queue runs nothing, --once and --monitor want something run", hint="give one of them"
+            )
+        if self.no_http and self.no_queue:
+            raise ValueInvalid("--no-http and --no-queue leave nothing to do", hint="give one of them")
+        if self.no_http and (self.host is not None or self.port is not None):
+            raise ValueInvalid("--no-http answers nowhere, --host and --port say where", hint="give one of them")
+        if self.pool:
+            return {"where": "pool"}
+        return {"where": "server", "api_base_url": self.server}
 
     def overrides(self) -> dict[str, Any]:
         """Return the settings that the options give."""
@@ -47,20 +78,15 @@ class Asked:
 
 async def work(interrupts: Interrupts, asked: Asked, where: Mapping[str, Any]) -> int:
     """Serve until Ctrl+C or SIGTERM, or with `once` until there is nothing to do."""
-    from runcomfy.application.service import ServeOptions
-    from runcomfy.cli.app import open_app
-
     interrupts.listens = True
-    interrupts.answer = "stopping: nothing new is begun, machines are ended (Ctrl+C again leaves at once)"
+    machines = ", machines are ended" if asked.pool else ""
+    interrupts.answer = f"stopping: nothing new is begun{machines} (Ctrl+C again leaves at once)"
     with Voice(as_json=asked.as_json) as voice:
-        async with open_app(
-            interrupts, asked.overrides(), require_cloud=True, queue={**where, "where": "pool"}, quiet=asked.as_json
-        ) as app:
+        async with _opened(interrupts, asked, where) as app:
             app.tell = voice
             interrupts.say, interrupts.clear = voice, voice.clear
             interrupts.last_words = lambda: last_words(app, voice)
-            monitor = _is_project(app) if asked.monitor is None else asked.monitor
-            options = ServeOptions(monitor=monitor, once=asked.once, guard=not asked.no_guard)
+            options = _options(app, asked, voice)
             await _greet(app, options, voice)
             store = await app.job_store()
             try:
@@ -68,13 +94,56 @@ async def work(interrupts: Interrupts, asked: Asked, where: Mapping[str, Any]) -
                     options, interrupts.event, observed=lambda orchestrator: Narrated(orchestrator, store, voice)
                 )
             finally:
-                await _tell_cost(app, voice)
+                if asked.pool:
+                    await _tell_cost(app, voice)
             if interrupts.event.is_set():
-                voice(_ended(served, left=len(app.held())))
+                voice(_ended(asked, served, left=len(app.held())))
     return 0
 
 
-def _ended(served: bool, *, left: int) -> str:
+def _opened(interrupts: Interrupts, asked: Asked, where: Mapping[str, Any]) -> App:
+    """Return the product, not yet entered. Raises ConfigurationError; with a pool, also for want of an account."""
+    from runcomfy.cli.app import open_app
+
+    queue = {**where, **asked.queue()}
+    try:
+        return open_app(
+            interrupts,
+            asked.overrides(),
+            require_cloud=asked.pool,
+            launches=asked.pool,
+            queue=queue,
+            quiet=asked.as_json,
+        )
+    except CredentialsMissing as error:
+        if asked.pool:
+            without = "without an account: --no-pool (jobs run on a ComfyUI of yours, --server URL), or --no-queue"
+            error.hint = f"{error.hint}; {without}" if error.hint else without
+        raise
+
+
+def _options(app: App, asked: Asked, voice: Voice) -> ServeOptions:
+    def listening(where: Any) -> None:
+        """Say where the page is. Its code logs in once, and says nothing afterwards."""
+        voice(f"answering HTTP at {where.address}", address=where.address)
+        voice(f"the page, for you alone: {where.page}", page=where.page)
+
+    monitor = _is_project(app) if asked.monitor is None else asked.monitor
+    return ServeOptions(
+        monitor=monitor and not asked.no_queue,
+        once=asked.once,
+        guard=not asked.no_guard,
+        queue=not asked.no_queue,
+        pool=asked.pool,
+        extra={"http": {"enabled": asked.http, "host": asked.host, "port": asked.port, "listening": listening}},
+    )
+
+
+def _ended(asked: Asked, served: bool, *, left: int) -> str:
+    if asked.no_queue:
+        return "stopped"
+    if not asked.pool:
+        return "stopped; the next start goes on where this one ended"
     if not served:
         return "stopped: this process only waited for its turn, and had no machines"
     if left:
@@ -98,14 +167,22 @@ def _is_project(app: App) -> bool:
     return settings.config_file is not None or Path(settings.jobs_processing).is_dir()
 
 
-async def _greet(app: App, options: Any, voice: Voice) -> None:
+async def _greet(app: App, options: ServeOptions, voice: Voice) -> None:
     from runcomfy.cli.queue_display import counts_line
+    from runcomfy.domain.secret import SecretUrl
 
     queue, pool = app.queue_settings, app.settings.pool
     store = await app.job_store()
     voice(f"queue {app.queue_where}: {counts_line(await store.counts())}")
     if options.monitor:
         voice(f"job files are taken up from {queue.jobs_processing}")
+    if "queue" not in options.parts:
+        voice("no job is run by this process; what others do with the queue is shown")
+        return
+    if "pool" not in options.parts:
+        server = SecretUrl(queue.api_base_url).masked
+        voice(f"jobs run on the ComfyUI at {server}, {queue.slots} at once; results go to {queue.jobs_finished}")
+        return
     types = ", ".join(app.pool_types())
     least = f", at least {pool.min_machines}" if pool.min_machines else ""
     voice(f"up to {pool.max_machines} machines{least} of type {types}; results go to {queue.jobs_finished}")

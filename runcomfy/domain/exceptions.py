@@ -25,7 +25,7 @@ Everything that can go wrong, as one tree with exit codes.
     │   ├── OutputMissing  OutputCorrupt  DownloadFailed
     ├── BudgetExceeded                8   refused before money was spent
     ├── LocalError                    9   this computer's disk or database
-    │   ├── DiskFull  StoreUnavailable  StoreCorrupt  StoreTooNew  LeaseLost  FolderWatched
+    │   ├── DiskFull  StoreUnavailable  StoreCorrupt  StoreTooNew  LeaseLost  FolderWatched  AddressInUse
     └── Interrupted                 130   the user pressed Ctrl+C, or asked for cancellation
 
 Every class has its own stable `code`, which appears in logs, in `--json` output and in the documentation.
@@ -530,6 +530,12 @@ class FolderWatched(LocalError):
     """Another monitor watches the folder; two would take up each file twice."""
 
     code = "folder-watched"
+
+
+class AddressInUse(LocalError):
+    """Another program listens at this port of this computer."""
+
+    code = "address-in-use"
 
 
 class Interrupted(RunComfyError):

@@ -118,6 +118,22 @@ class JobStore(Protocol):
         """Return how many jobs there are of each status."""
         ...
 
+    async def newest(
+        self,
+        *,
+        before: int | None = None,
+        status: QueueStatus | None = None,
+        workflow_id: str | None = None,
+        user: str | None = None,
+        limit: int = 50,
+    ) -> Sequence[QueuedJob]:
+        """Return a page of jobs, the newest first: those with a number below `before`."""
+        ...
+
+    async def jobs_with(self, ids: Collection[RowId]) -> Mapping[RowId, QueuedJob]:
+        """Return jobs by their numbers; those that there are."""
+        ...
+
     async def backlog(self, *, places: Collection[str] = ()) -> Sequence[Waiting]:
         """Return what could be claimed now by a worker that serves `places`, counted by workflow, user and project."""
         ...
@@ -140,6 +156,13 @@ class JobStore(Protocol):
 
     async def events(self, *, after: int = 0, job_id: RowId | None = None, limit: int = 1_000) -> Sequence[JobEvent]:
         """Return events with a number above `after`, in order."""
+        ...
+
+    async def settled(self) -> int:
+        """Return an event's number such that whatever is written from now on has a higher one; 0 if there is none.
+
+        Events that were written lately may be above it, too.
+        """
         ...
 
     async def note(

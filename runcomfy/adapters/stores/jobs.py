@@ -243,6 +243,26 @@ class SqlJobs:
             )
         )
 
+    async def newest(
+        self,
+        *,
+        before: int | None = None,
+        status: QueueStatus | None = None,
+        workflow_id: str | None = None,
+        user: str | None = None,
+        limit: int = 50,
+    ) -> Sequence[QueuedJob]:
+        """Return a page of jobs, the newest first: those with a number below `before`."""
+        return await self._read(
+            lambda connection: jobs_look.newest(
+                connection, before=before, status=status, workflow_id=workflow_id, user=user, limit=limit
+            )
+        )
+
+    async def jobs_with(self, ids: Collection[RowId]) -> Mapping[RowId, QueuedJob]:
+        """Return jobs by their numbers; those that there are."""
+        return await self._read(lambda connection: jobs_look.these(connection, ids))
+
     async def counts(self) -> Mapping[QueueStatus, int]:
         """Return how many jobs there are of each status."""
         return await self._read(jobs_look.counts)
@@ -276,6 +296,11 @@ class SqlJobs:
         return await self._read(
             lambda connection: self._log.read(connection, now, after=after, job_id=job_id, limit=limit)
         )
+
+    async def settled(self) -> int:
+        """Return an event's number such that whatever is written from now on has a higher one; 0 if there is none."""
+        now = self.now()
+        return await self._read(lambda connection: jobs_look.settled(connection, now))
 
     async def note(
         self, kind: EventKind, *, job_id: RowId | None = None, data: Mapping[str, Any] | None = None, by: str = ""

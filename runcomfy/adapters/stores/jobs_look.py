@@ -47,6 +47,15 @@ _OF_JOB: Final = Sql(
     f"SELECT {EVENTS} FROM job_events WHERE job_id = :job_id AND number > :after ORDER BY number LIMIT :count"
 )
 _ALL: Final = Sql(f"SELECT {EVENTS} FROM job_events WHERE number > :after ORDER BY number LIMIT :count")
+_SETTLED: Final = Sql(
+    "SELECT number FROM job_events ORDER BY number DESC LIMIT 1",
+    # By number and not by time: an old event is found at once, and what is newer is read through its gaps.
+    postgres="SELECT number FROM job_events WHERE at <= :settled ORDER BY number DESC LIMIT 1",
+)
+_IDS: Final = in_list("jobs.id", "ids", "bigint")
+_THESE: Final = Sql(
+    f"SELECT {COLUMNS} FROM jobs WHERE {_IDS[0]}", postgres=f"SELECT {COLUMNS} FROM jobs WHERE {_IDS[1]}"
+)
 # Larger than the number of every transaction that has written anything yet.
 _NEXT_TRANSACTION: Final = Sql("SELECT 0", postgres="SELECT txid_current()")
 _OLDEST_GOING_ON: Final = Sql("SELECT 0", postgres="SELECT txid_snapshot_xmin(txid_current_snapshot())")
@@ -67,6 +76,43 @@ def find(connection: Connection, key: int | str) -> QueuedJob | None:
         # Somebody may have named a job like another one's uid.
         return min((job_of(row) for row in rows), key=lambda job: job.config_name != safe(key))
     return find(connection, int(key)) if key.isascii() and key.isdigit() and len(key) < 20 else None
+
+
+def newest(
+    connection: Connection,
+    *,
+    before: int | None,
+    status: QueueStatus | None,
+    workflow_id: str | None,
+    user: str | None,
+    limit: int,
+) -> list[QueuedJob]:
+    """Return a page of jobs by number, the newest first."""
+    conditions, parameters = [], dict[str, Any]()
+    if status is not None:
+        conditions.append(f"status = '{QueueStatus(status).value}'")
+    for column, wanted in (("workflow_id", workflow_id), ("username", user)):
+        if wanted is not None:
+            conditions.append(f"{column} = :{column}")
+            parameters[column] = safe(wanted)
+    if before is not None:
+        conditions.append("id < :before")
+        parameters["before"] = max(-MAX_NUMBER, min(before, MAX_NUMBER))
+    where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
+    query = Sql(f"SELECT {COLUMNS} FROM jobs {where}ORDER BY id DESC LIMIT {max(0, int(limit))}")
+    return [job_of(row) for row in query.run(connection, parameters)]
+
+
+def these(connection: Connection, ids: Collection[RowId]) -> dict[RowId, QueuedJob]:
+    """Return jobs by number; those that there are."""
+    rows = _THESE.run(connection, {"ids": listed(connection, ids)})
+    return {job.id: job for job in map(job_of, rows)}
+
+
+def settled(connection: Connection, now: datetime) -> int:
+    """Return an event's number above which every event of the future is; 0 if there is no such event."""
+    row = _SETTLED.run(connection, {"settled": stamps(connection).exact(now - SURELY_OVER)}).first()
+    return int(row[0]) if row is not None else 0
 
 
 def known_keys(connection: Connection, keys: Collection[str]) -> set[str]:

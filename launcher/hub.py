@@ -1,0 +1,464 @@
+"""
+One reader of the durable event log for any number of listeners, and what is only worth saying now in between.
+
+    durable     each event of the log, in its order, numbered: a listener that names the last number it saw gets what
+                came since, without a gap and nothing twice
+    transient   a running job's progress (`progress`, five times a second at most), machines when something about them
+                changed (`machines`), money now and then (`money`); not numbered, the newest replaces older ones
+
+What is said is made into bytes once, and not once per listener; listeners of everything share even the bytes of a
+whole turn. A listener that does not keep up is dropped: it comes back with the number it saw last. Nothing is read or
+asked while nobody listens.
+
+What jobs, machines and money look like is not decided here (`Words`), and neither is how the bytes get to a client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from runcomfy.application.job_queue import EVENTS_AT_ONCE, JobQueue
+from runcomfy.domain.exceptions import LocalError, RunComfyError, foreign_text
+from runcomfy.domain.job import JobId
+from runcomfy.domain.queued import LAST_WORDS, JobEvent, QueuedJob, QueueStatus, RowId
+
+if TYPE_CHECKING:
+    from runcomfy.application.live import Live, LiveJob
+
+log = logging.getLogger(__name__)
+
+PROGRESS_EVERY: Final = 0.2
+"""Seconds between two snapshots of one job: five a second are as smooth as anybody needs."""
+MACHINES_EVERY: Final = 2.0
+MONEY_EVERY: Final = 10.0
+HEARTBEAT: Final = 15.0
+WAITING_MOST: Final = 1_000
+"""Durable events that may wait for one listener; who is farther behind is dropped, and reads the log instead."""
+KEPT: Final = 2_000
+"""Of the newest durable events, as bytes: many listeners that come back at once cost one reading."""
+TROUBLE_FIRST, TROUBLE_MOST = 1.0, 15.0
+"""Seconds between two tries while the database refuses."""
+
+Json = Mapping[str, Any]
+
+
+class Words(Protocol):
+    """How things are said to clients."""
+
+    async def job(self, job: QueuedJob) -> dict[str, Any]:
+        """Return a job as it is now."""
+        ...
+
+    async def event(self, event: JobEvent, job: dict[str, Any] | None) -> Json:
+        """Return a line of the log, with its job."""
+        ...
+
+    async def progress(self, job: QueuedJob, live: LiveJob | None) -> Json:
+        """Return how far a job is that runs in this process; `live` None: in another one, which wrote it down."""
+        ...
+
+    async def machines(self) -> Json:
+        """Return the machines. Raises RunComfyError."""
+        ...
+
+    async def money(self) -> Json:
+        """Return what is spent. Raises RunComfyError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An event of the log, as the bytes of an event stream."""
+
+    frame: bytes
+    number: int
+    job_id: RowId | None = None
+    ends: bool = False
+    """Whether it is the last word of a job that has ended."""
+
+
+class Turn:
+    """Events that were read at once, in order."""
+
+    __slots__ = ("events", "whole")
+
+    def __init__(self, events: Sequence[Told]) -> None:
+        self.events = events
+        self.whole = b"".join(told.frame for told in events)
+
+    def after(self, number: int) -> bytes:
+        """Return what is above a number."""
+        if number < self.events[0].number:
+            return self.whole  # nearly always
+        return b"".join(told.frame for told in self.events if told.number > number)
+
+
+def frame(event: str, data: Json, *, number: int | None = None) -> bytes:
+    """Return an event as Server-Sent Events have it."""
+    try:
+        text = _ENCODE(data)
+    except ValueError:  # not a number: somebody else's data
+        text = _ENCODE(_finite(data))
+    head = f"id: {number}\n" if number is not None else ""
+    # What ends a line for SSE is escaped in JSON, so that it is one line.
+    return f"{head}event: {event}\ndata: {text}\n\n".encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Only ASCII gets out: text from outside may hold halves of characters, which no encoding takes.
+_ENCODE: Final = json.JSONEncoder(separators=(",", ":"), default=str, allow_nan=False).encode
+
+
+def comment(text: str) -> bytes:
+    """Return words that a client's parser passes over."""
+    return f": {foreign_text(text)}\n\n".encode()
+
+
+END: Final = frame("end", {})
+
+
+class Listener:
+    """One client: `async for chunk in listener.chunks()`; it ends when all is told, or when the client was too slow."""
+
+    def __init__(self, hub: Hub, job: QueuedJob | None, after: int | None) -> None:
+        self._hub, self._after = hub, after
+        self.job_id = job.id if job is not None else None
+        self.dropped = False
+        """Whether it did not keep up."""
+        self._seen = hub.at
+        self._turns: deque[Turn] = deque()
+        self._waiting = 0
+        self._fleeting: dict[str, bytes] = {}
+        """What it is about -> the newest that is to be said of it."""
+        self._awake = asyncio.Event()
+        self._over = False
+
+    # -- the hub's side ------------------------------------------------------------------------------------
+
+    def hear(self, turn: Turn) -> None:
+        """Take events of the log; never waits."""
+        if self._over or self.dropped:
+            return
+        self._waiting += len(turn.events)
+        if self._waiting > WAITING_MOST:
+            self.dropped = True
+            self._turns.clear()
+            self._fleeting.clear()
+        else:
+            self._turns.append(turn)
+        self._awake.set()
+
+    def hear_now(self, about: str, said: bytes) -> None:
+        """Take what only matters now; it replaces what was said of it before."""
+        if not self.dropped:
+            self._fleeting[about] = said
+            self._awake.set()
+
+    def leave(self) -> None:
+        """End it once everything that waits is told."""
+        self._over = True
+        self._awake.set()
+
+    # -- the client's side ---------------------------------------------------------------------------------
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield what is to be sent, as much at once as there is."""
+        if self.job_id is not None or self._after is not None:
+            async for chunk in self._replay(self._after or 0):
+                yield chunk
+        else:
+            # From here on a client that loses the connection can say where it was, even if nothing happened yet.
+            yield f"id: {self._seen}\n\n".encode()
+        while True:
+            chunk, over = self._taken()
+            if chunk:
+                yield chunk
+            if over or self.dropped or (self._over and not self._turns):
+                return
+            await self._awake.wait()
+            self._awake.clear()
+
+    def _taken(self) -> tuple[bytes, bool]:
+        """Return what waits, and whether that was the last of it."""
+        turns, parts, over = self._turns, [], False
+        self._turns, self._waiting = deque(), 0
+        for turn in turns:
+            parts.append(turn.after(self._seen))
+            over = self.job_id is not None and any(told.ends and told.number > self._seen for told in turn.events)
+            self._seen = max(self._seen, turn.events[-1].number)
+        fleeting, self._fleeting = self._fleeting, {}
+        parts += (END,) if over else fleeting.values()
+        return b"".join(parts), over
+
+    async def _replay(self, after: int) -> AsyncIterator[bytes]:
+        """Yield the log from the number after `after` to where the hub is by now."""
+        wait, begun = TROUBLE_FIRST, False
+        while not self._over:
+            try:
+                if not begun:
+                    self._seen, begun = await self._hub.known(after), True
+                # Looked at before the page is read: if it has ended by then, the page has its last word.
+                ended = self.job_id is not None and await self._hub.has_ended(self.job_id)
+                page = await self._hub.page(self._seen, self.job_id)
+            except LocalError as error:
+                yield comment(f"the log cannot be read now ({error.code}); trying again")
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, TROUBLE_MOST)
+                continue
+            if page:
+                self._seen = page[-1].number
+                yield b"".join(told.frame for told in page)
+            elif ended:
+                self._over = True
+                self._turns.clear()
+                self._fleeting.clear()
+                yield END
+            else:
+                return
+
+
+class Hub:
+    """Tells listeners what happens. Works while somebody listens."""
+
+    def __init__(self, queue: JobQueue, live: Live | None, words: Words) -> None:
+        """`live` None: nothing runs in this process."""
+        self._queue, self._live, self._words = queue, live, words
+        self._store = queue.store
+        self.at = 0
+        """The number of the last event that was told."""
+        self._listeners: set[Listener] = set()
+        self._kept: deque[Told] = deque()
+        self._kept_from = 0
+        """Every event above this number, up to `at`, is among those kept."""
+        self._work: list[asyncio.Task[None]] = []
+        self._starting = asyncio.Lock()
+        self._jobs: dict[JobId, QueuedJob] = {}
+        """Jobs that run here, as they were when something last happened to them."""
+        self._moved: dict[JobId, LiveJob] = {}
+        self._moving = asyncio.Event()
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self._fleeting: dict[str, bytes] = {}
+        self._closed = False
+
+    @property
+    def listening(self) -> int:
+        """How many listen now."""
+        return len(self._listeners)
+
+    @asynccontextmanager
+    async def listen(self, job: QueuedJob | None, after: int | None) -> AsyncIterator[Listener]:
+        """Listen for the block, to one job or to everything.
+
+        `after`: the number of the last event that was seen. None: everything from now on, or a job's whole story.
+        Raises LocalError.
+        """
+        async with self._starting:
+            if not self._work and not self._closed:
+                await self._start()
+            listener = Listener(self, job, after)
+            self._listeners.add(listener)
+        if self._closed:
+            listener.leave()
+        if job is None:
+            for about, said in self._fleeting.items():
+                listener.hear_now(about, said)
+        try:
+            yield listener
+        finally:
+            self._listeners.discard(listener)
+            if not self._listeners:
+                self._rest()
+
+    async def close(self) -> None:
+        """Let every listener go, and tell nobody anything from now on."""
+        self._closed = True
+        for listener in list(self._listeners):
+            listener.leave()
+        work = self._rest()
+        if work:
+            await asyncio.wait(work)
+
+    # -- work ----------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        at = await self._store.settled()
+        while page := await self._store.events(after=at, limit=EVENTS_AT_ONCE):
+            at = page[-1].number
+        self.at = self._kept_from = at
+        self._kept.clear()
+        loops = [self._read, self._tell_progress, self._tell_machines, self._tell_money, self._beat]
+        self._work = [asyncio.create_task(loop(), name=f"hub{loop.__name__}") for loop in loops]
+        for task in self._work:
+            task.add_done_callback(self._fell)
+        if self._live is not None:
+            self._unsubscribe = self._live.subscribe(self._heard)
+
+    def _fell(self, task: asyncio.Task[None]) -> None:
+        """Let everybody go when a loop has died: they come back, and it begins anew."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.error("hub_stopped", exc_info=error)
+        for listener in self._listeners:
+            listener.leave()
+        self._rest()
+
+    def _rest(self) -> list[asyncio.Task[None]]:
+        work, self._work = self._work, []
+        for task in work:
+            task.cancel()
+        self._unsubscribe()
+        self._unsubscribe = lambda: None
+        self._jobs.clear()
+        self._moved.clear()
+        self._fleeting.clear()
+        return work
+
+    async def _read(self) -> None:
+        mark, wait = 0, TROUBLE_FIRST
+        while True:
+            try:
+                page = await self._store.events(after=self.at, limit=EVENTS_AT_ONCE)
+                if page:
+                    self._tell(await self._told(page))
+                else:
+                    mark = await self._store.changed(timeout=self._queue.settings.poll_interval, seen=mark)
+                wait = TROUBLE_FIRST
+            except LocalError as error:
+                log.warning("events_unread", extra={"fields": {"error": error.code}})
+                self._tell_now("trouble", comment(f"the log cannot be read now ({error.code}); trying again"))
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, TROUBLE_MOST)
+
+    def _tell(self, told: Sequence[Told]) -> None:
+        # Without a break from here: who begins to listen sees all of it or nothing.
+        self.at = told[-1].number
+        self._kept.extend(told)
+        while len(self._kept) > KEPT:
+            self._kept_from = self._kept.popleft().number
+        by_job: dict[RowId, list[Told]] = {}
+        for each in told:
+            if each.job_id is not None:
+                by_job.setdefault(each.job_id, []).append(each)
+        turn, turns = Turn(told), {job_id: Turn(events) for job_id, events in by_job.items()}
+        for listener in self._listeners:
+            heard = turn if listener.job_id is None else turns.get(listener.job_id)
+            if heard is not None:
+                listener.hear(heard)
+
+    async def _told(self, events: Sequence[JobEvent]) -> list[Told]:
+        """Return events as listeners get them, each with its job as it is now."""
+        ids = {event.job_id for event in events if event.job_id is not None}
+        rows = await self._store.jobs_with(ids) if ids else {}
+        shown = {row.id: await self._words.job(row) for row in rows.values()}
+        for each in rows.values():
+            if each.status is QueueStatus.PROCESSING:
+                self._jobs[each.uid] = each
+            else:
+                self._jobs.pop(each.uid, None)
+        told = []
+        for event in events:
+            row = rows.get(event.job_id) if event.job_id is not None else None
+            data = await self._words.event(event, shown[row.id] if row is not None else None)
+            ends = event.kind in LAST_WORDS and row is not None and row.ended
+            told.append(Told(frame("job", data, number=event.number), event.number, event.job_id, ends))
+        return told
+
+    # -- for listeners -------------------------------------------------------------------------------------
+
+    async def page(self, after: int, job_id: RowId | None) -> Sequence[Told]:
+        """Return some events with a number above `after`, in order; none if there are none (yet). Raises LocalError."""
+        if job_id is None and self._work and self._kept_from <= after:
+            return [told for told in self._kept if told.number > after]
+        events = await self._store.events(after=after, job_id=job_id, limit=EVENTS_AT_ONCE)
+        return await self._told(events) if events else ()
+
+    async def known(self, after: int) -> int:
+        """Return from where a listener goes on that names this number. Raises LocalError.
+
+        One that is ahead of the log has it from a database that is no more: it goes on from now.
+        """
+        if after <= self.at or await self._store.events(after=after - 1, limit=1):
+            return after
+        return self.at
+
+    async def has_ended(self, job_id: RowId) -> bool:
+        """Return whether a job has ended; one that is not there has. Raises LocalError."""
+        job = await self._store.job(job_id)
+        return job is None or job.ended
+
+    # -- what only matters now -----------------------------------------------------------------------------
+
+    def _tell_now(self, about: str, said: bytes, job_id: RowId | None = None) -> None:
+        for listener in self._listeners:
+            if listener.job_id is None or listener.job_id == job_id:
+                listener.hear_now(about, said)
+
+    def _heard(self, live: LiveJob) -> None:
+        """Hear of a running job; from its own loop, many times a second."""
+        if live.over:
+            self._moved.pop(live.uid, None)  # the durable word says it
+            return
+        self._moved[live.uid] = live
+        self._moving.set()
+
+    async def _tell_progress(self) -> None:
+        while True:
+            await self._moving.wait()
+            self._moving.clear()
+            moved, self._moved = self._moved, {}
+            with suppress(LocalError):  # the next snapshot says it
+                for uid, live in moved.items():
+                    job = self._jobs.get(uid)
+                    if job is None:
+                        found = await self._store.job(uid)
+                        if found is None or found.ended:
+                            continue  # not a job of the queue
+                        job = self._jobs[uid] = found
+                    data = await self._words.progress(job, live)
+                    self._tell_now(f"job {job.id}", frame("progress", data), job.id)
+            await asyncio.sleep(PROGRESS_EVERY)
+
+    async def _beat(self) -> None:
+        """Say a word now and then: proxies and clients give silent connections up after 30 or 60 seconds."""
+        beat = comment("still here")
+        while True:
+            await asyncio.sleep(HEARTBEAT)
+            for listener in self._listeners:
+                listener.hear_now("beat", beat)
+
+    def _everybody(self) -> Collection[Listener]:
+        return [listener for listener in self._listeners if listener.job_id is None]
+
+    async def _tell_machines(self) -> None:
+        await self._tell_often("machines", self._words.machines, MACHINES_EVERY)
+
+    async def _tell_money(self) -> None:
+        await self._tell_often("money", self._words.money, MONEY_EVERY)
+
+    async def _tell_often(self, about: str, ask: Callable[[], Awaitable[Json]], every: float) -> None:
+        """Say it whenever it is another than before."""
+        before = b""
+        while True:
+            if listeners := self._everybody():
+                with suppress(RunComfyError):  # whoever asks for it is told why
+                    said = frame(about, await ask())
+                    if said != before:
+                        before = self._fleeting[about] = said
+                        for listener in listeners:
+                            listener.hear_now(about, said)
+            await asyncio.sleep(every)

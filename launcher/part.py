@@ -1,0 +1,92 @@
+"""The HTTP part of `comfyctl serve`: the API and the page, beside the queue and the pool of the same process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from runcomfy.application.service import ServeOptions
+from runcomfy.bootstrap import App
+
+
+@asynccontextmanager
+async def http(app: App, options: ServeOptions) -> AsyncIterator[None]:
+    """Answer HTTP for the block, if the options say so; entered before the first job and left after the last.
+
+    Raises AddressInUse, SettingInvalid, LocalError before anything is answered.
+    """
+    from launcher.options import HttpOptions
+
+    asked = HttpOptions.of(options)
+    if not asked.enabled:
+        yield
+        return
+    from launcher.listening import answering, bound
+
+    settings = app.settings.http
+    host = asked.host or settings.host
+    sockets = await bound(host, settings.port if asked.port is None else asked.port)
+    try:
+        port = sockets[0].getsockname()[1]
+        backend = await open_backend(app, options, host=host)
+        web = _web(backend)
+        async with answering(web, sockets):
+            asked.listening(_where(backend, host, port))
+            try:
+                yield
+            finally:
+                # Listeners never end by themselves; a client that comes back later finds what it missed in the log.
+                backend.closing.set()
+                await backend.hub.close()
+    finally:
+        for each in sockets:
+            each.close()
+
+
+async def open_backend(app: App, options: ServeOptions, *, host: str) -> Any:
+    """Return what the routes work with. Raises LocalError."""
+    from launcher.backend import Backend
+    from launcher.guarding.guard import Guard
+    from launcher.hub import Hub
+    from launcher.teller import teller_of
+
+    queue = await app.job_queue()
+    guard = await asyncio.to_thread(
+        Guard.open, Path(app.settings.files.state_dir), app.settings.http, bound_host=host, clock=app.clock
+    )
+    hub = Hub(queue, app.live, teller_of(app))
+    return Backend(app, queue, hub, guard, options.shut_down, parts=options.parts | {"http"})
+
+
+def _web(backend: Any) -> Any:
+    try:
+        from launcher.web_app import create_app
+    except ImportError:  # some routes are still being written
+        from importlib import import_module
+
+        from fastapi import FastAPI
+
+        from launcher.errors import install_errors
+
+        web = FastAPI()
+        web.state.backend = backend
+        for name in "page jobs uploads events machines costs presence workflows metrics conjure session".split():
+            try:
+                web.include_router(import_module(f"launcher.routes.{name}").router)
+            except ImportError as error:
+                print(f"no {name}: {error}")
+        install_errors(web)
+        backend.guard.install(web)
+        return web
+    return create_app(backend)
+
+
+def _where(backend: Any, host: str, port: int) -> Any:
+    from launcher.options import Listening
+
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - compared, not bound
+    address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+    return Listening(shown, port, address, f"{address}/?code={backend.guard.new_code()}")
