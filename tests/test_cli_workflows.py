@@ -38,9 +38,11 @@ def test_what_ships_is_listed(say: Any) -> None:
     assert "--image --prompt" in out
     code, out, _ = say("ls", "--json")
     assert [(each["name"], each["node_count"]) for each in json.loads(out)] == [
+        ("flux_image", 9),
         ("generate_flux_mesh", 18),
         ("generate_flux_mesh2", 23),
         ("image_invert", 3),
+        ("image_to_mesh", 6),
         ("wf_realistic_portrait", 7),
     ]
 

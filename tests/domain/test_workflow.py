@@ -314,6 +314,13 @@ def test_close_matches_are_quick_even_for_hostile_texts() -> None:
 
 
 def test_the_shipped_workflows_have_names_and_nothing_else_can_be_loaded() -> None:
-    assert workflows.names() == ["generate_flux_mesh", "generate_flux_mesh2", "image_invert", "wf_realistic_portrait"]
+    assert workflows.names() == [
+        "flux_image",
+        "generate_flux_mesh",
+        "generate_flux_mesh2",
+        "image_invert",
+        "image_to_mesh",
+        "wf_realistic_portrait",
+    ]
     with pytest.raises(KeyError):
         workflows.load("../state/README")
