@@ -25,6 +25,9 @@ LONGEST_TARGET: Final = 8 * 1024
 JSON: Final = "application/json"
 FILES: Final = "multipart/form-data"
 
+_SIMPLE: Final = frozenset({"application/x-www-form-urlencoded", "text/plain", FILES})
+"""Types that a page may send anywhere without being asked (Fetch Standard, CORS-safelisted request headers)."""
+
 _CONJURE: Final = (
     ("GET", re.compile(r"/health|/mode|/state|/workflow/progress(/[^/]{1,200})?")),
     (
@@ -189,7 +192,7 @@ def conjure_may(head: Head) -> bool:
         return False
     if head.one("sec-fetch-site") not in (None, "same-origin", "none"):
         return False
-    return head.method in SAFE_METHODS or content_type(head) in ("", JSON)
+    return head.method in SAFE_METHODS or content_type(head) == JSON or _is_empty(head)
 
 
 # --- what it carries --------------------------------------------------------------------------------------
@@ -205,12 +208,16 @@ def has_body(head: Head) -> bool:
     return bool(head.all("transfer-encoding")) or head.all("content-length") not in ([], ["0"])
 
 
+def _is_empty(head: Head) -> bool:
+    """Whether there is no body, and no page could have sent the request as a form without fields."""
+    return not has_body(head) and content_type(head) not in _SIMPLE
+
+
 def body_refused(head: Head) -> Refusal | None:
     """Return why a body is of no type that is taken: only JSON and multipart are, which no plain form can send."""
     if head.method in SAFE_METHODS:
         return None
-    kind = content_type(head)
-    if kind in (JSON, FILES) or (not kind and not has_body(head)):
+    if content_type(head) in (JSON, FILES) or _is_empty(head):
         return None
     return Refusal(
         415,
