@@ -21,8 +21,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Final
 from uuid import uuid4
@@ -33,6 +32,7 @@ from runcomfy.application.finish import finish
 from runcomfy.application.journal import Journal, NoJournal, Publish
 from runcomfy.application.placing import Place, PlaceFactory, Placer, Show, owed
 from runcomfy.application.prompting import Prompting
+from runcomfy.application.run_record import RunRecord
 from runcomfy.application.watcher import Ended, Watcher
 from runcomfy.domain.binding import BoundWorkflow, bind, fit_seeds
 from runcomfy.domain.exceptions import (
@@ -47,7 +47,7 @@ from runcomfy.domain.exceptions import (
     ValueInvalid,
     foreign_text,
 )
-from runcomfy.domain.job import PICTURE_FORMATS, BillLine, JobId, JobRequest, JobResult, JobStatus, Output, PromptId
+from runcomfy.domain.job import PICTURE_FORMATS, BillLine, JobId, JobRequest, JobResult, JobStatus, Output
 from runcomfy.domain.out_file import checked_out_file
 from runcomfy.domain.preflight import Problem, preflight
 from runcomfy.domain.progress import NodeLabel, Progress, Step
@@ -67,19 +67,6 @@ LoadWorkflow = Callable[[str], tuple[str | bytes, str | None, str]]
 """Takes a shipped name or a path; returns the graph's JSON, the sidecar's TOML if there is one, and a name."""
 
 
-def _nobody(_: Progress) -> None:
-    pass
-
-
-def _since(started: float, show: Show) -> Show:
-    """Return `show` with every snapshot's elapsed time counted from when the job began."""
-
-    def shown(progress: Progress) -> None:
-        show(replace(progress, elapsed=timedelta(seconds=asyncio.get_running_loop().time() - started)))
-
-    return shown
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A job that has passed every check that needs no machine."""
@@ -92,50 +79,6 @@ class Prepared:
     out_dir: str
     files: frozenset[str] = frozenset()
     """Values of the request's inputs that are files of this computer."""
-
-
-@dataclass(slots=True)
-class _Run:
-    """What is known of a job while it runs, for its result whatever happens."""
-
-    job_id: JobId
-    show: Show
-    started: float
-    journal: Journal
-    drawn_for: PromptId
-    """The prompt id whose seeds the workflow was bound with."""
-    seeds: Mapping[str, int] = field(default_factory=dict)
-    prompt_id: PromptId | None = None
-    outputs: tuple[Output, ...] = ()
-    folder: str | None = None
-    bill: tuple[BillLine, ...] = ()
-    timings: dict[str, float] = field(default_factory=dict)
-    place: Place | None = None
-    _step: str | None = None
-    _since: float = 0.0
-
-    def step(self, name: str) -> None:
-        """Begin a step; the one before ends here."""
-        now = asyncio.get_running_loop().time()
-        if self._step is not None:
-            self.timings[self._step] = self.timings.get(self._step, 0.0) + now - self._since
-        self._step, self._since = name, now
-        faultpoint(f"job.{name}")
-
-    def name_prompt(self, prompt_id: PromptId) -> None:
-        """Take the id under which the server has the prompt, or will have it."""
-        self.prompt_id = prompt_id
-
-    def owe(self, bill: tuple[BillLine, ...]) -> None:
-        """Take the bill of a machine that was rented for this job."""
-        self.bill = bill
-
-    def end(self) -> None:
-        """End the last step and take the total."""
-        self.step("")
-        self.timings.pop("", None)
-        self._step = None
-        self.timings["total"] = asyncio.get_running_loop().time() - self.started
 
 
 class RunComfyOrchestrator:
@@ -214,11 +157,9 @@ class RunComfyOrchestrator:
         where the job runs; left out, the request does.
         """
         loop = asyncio.get_running_loop()
-        show = _since(loop.time(), on_progress) if on_progress is not None else _nobody
         book: Journal = journal if journal is not None else NoJournal(self._random_int, asyncio.to_thread)
-        run = _Run(
-            request.job_id or JobId(str(uuid4())), show, started=loop.time(), journal=book, drawn_for=book.prompt_id
-        )
+        uid = request.job_id or JobId(str(uuid4()))
+        run = RunRecord(uid, on_progress, started=loop.time(), journal=book, drawn_for=book.prompt_id)
         request = replace(request, job_id=run.job_id)
         place = at or self._placer.at_request(request)
         work = asyncio.create_task(self._do(run, request, place, queued=journal is not None), name=f"job-{run.job_id}")
@@ -248,7 +189,7 @@ class RunComfyOrchestrator:
             error.__cause__ = caught
         return self._result(run, error)
 
-    def _result(self, run: _Run, error: BaseException | None) -> JobResult:
+    def _result(self, run: RunRecord, error: BaseException | None) -> JobResult:
         run.end()
         if isinstance(error, RunComfyError):
             veil_error(error, self._veil)
@@ -273,6 +214,8 @@ class RunComfyOrchestrator:
             timings=dict(run.timings),
             folder=run.folder,
             bill=bill,
+            nodes=run.timeline.nodes,
+            server_type=run.server_type,
             error=error.as_dict() if isinstance(error, RunComfyError) else None,
             exit_code=exit_code,
             exception=error if isinstance(error, RunComfyError) else None,
@@ -294,7 +237,7 @@ class RunComfyOrchestrator:
 
     # -- the story -----------------------------------------------------------------------------------------
 
-    async def _do(self, run: _Run, request: JobRequest, at: PlaceFactory, *, queued: bool) -> None:
+    async def _do(self, run: RunRecord, request: JobRequest, at: PlaceFactory, *, queued: bool) -> None:
         run.step("prepare")
         prepared = await self.prepare(request, random_int=run.journal.random_int)
         run.seeds = prepared.bound.seeds
@@ -327,7 +270,7 @@ class RunComfyOrchestrator:
             job_id, file=request.out_file, root=request.out_root, earlier=request.earlier_outputs
         )
 
-    async def _tell_cost(self, run: _Run, folder: JobFolder) -> None:
+    async def _tell_cost(self, run: RunRecord, folder: JobFolder) -> None:
         """Complete the manifest with what is known only when the place was left. The results are whole without it."""
         if run.place is None or not run.place.bill:
             return
@@ -341,7 +284,7 @@ class RunComfyOrchestrator:
         except LocalError as error:
             self._placer.tell(f"{error.message}; {error.hint}")
 
-    async def _within_timeout(self, run: _Run, prepared: Prepared, place: Place, folder: JobFolder) -> None:
+    async def _within_timeout(self, run: RunRecord, prepared: Prepared, place: Place, folder: JobFolder) -> None:
         """Do the job's work at its place. The timeout counts from when nobody of ours is ahead there any more.
 
         A machine's start has a limit of its own, and so has every job that comes before.
@@ -372,7 +315,7 @@ class RunComfyOrchestrator:
         finally:
             works = False
 
-    async def _executed(self, run: _Run, prepared: Prepared, place: Place) -> tuple[BoundWorkflow, Ended]:
+    async def _executed(self, run: RunRecord, prepared: Prepared, place: Place) -> tuple[BoundWorkflow, Ended]:
         """Have the workflow executed, or go on with the prompt that an earlier attempt had sent."""
         prompting = Prompting(
             place,
@@ -380,7 +323,7 @@ class RunComfyOrchestrator:
             Watcher(place.server, self._settings.comfy, clock=self._clock),
             tell=self._placer.tell,
             named=run.name_prompt,
-            on_progress=None if run.show is _nobody else run.show,
+            on_progress=run.show,
         )
         if run.journal.earlier is not None:
             run.step("attach")
@@ -397,13 +340,13 @@ class RunComfyOrchestrator:
         labels = _labels(prepared.workflow, graph)
         return bound, await prompting.send(graph, labels, lambda: run.step("execute"))
 
-    def _drawn_anew(self, run: _Run, prepared: Prepared) -> Prepared:
+    def _drawn_anew(self, run: RunRecord, prepared: Prepared) -> Prepared:
         draw = run.journal.random_int
         bound = bind(prepared.workflow, prepared.sidecar, prepared.request, random_int=draw, files=prepared.files)
         run.seeds, run.drawn_for = bound.seeds, run.journal.prompt_id
         return replace(prepared, bound=bound)
 
-    async def _as_submitted(self, run: _Run, bound: BoundWorkflow, server: ComfyUI) -> BoundWorkflow:
+    async def _as_submitted(self, run: RunRecord, bound: BoundWorkflow, server: ComfyUI) -> BoundWorkflow:
         """Return the workflow with the seeds that the prompt was sent with: those that the node list's ranges moved."""
         if bound.free_seeds:
             info = await server.node_info({bound.graph[node_id]["class_type"] for node_id, _ in bound.free_seeds})
@@ -413,7 +356,7 @@ class RunComfyOrchestrator:
 
     async def _commit(
         self,
-        run: _Run,
+        run: RunRecord,
         prepared: Prepared,
         bound: BoundWorkflow,
         ended: Ended,
@@ -430,7 +373,7 @@ class RunComfyOrchestrator:
         run.outputs = await folder.commit(files, self._manifest(run, prepared, bound, place, ended), through=through)
         faultpoint("job.committed")
 
-    async def _check(self, run: _Run, prepared: Prepared, server: ComfyUI) -> BoundWorkflow:
+    async def _check(self, run: RunRecord, prepared: Prepared, server: ComfyUI) -> BoundWorkflow:
         """Compare the graph with the server's node list; move seeds into the ranges it gives."""
         run.step("check")
         run.show(Progress(Step.CHECKING, message="checking the workflow against the machine's nodes"))
@@ -446,7 +389,7 @@ class RunComfyOrchestrator:
             raise refused(problems)
         return bound
 
-    async def _upload(self, run: _Run, bound: BoundWorkflow, server: ComfyUI) -> Mapping[str, Any]:
+    async def _upload(self, run: RunRecord, bound: BoundWorkflow, server: ComfyUI) -> Mapping[str, Any]:
         if not bound.uploads:
             return bound.graph
         run.step("upload")
@@ -456,7 +399,9 @@ class RunComfyOrchestrator:
             names[upload] = await server.upload(upload.path, kind=upload.kind)
         return bound.with_uploads(names)
 
-    def _facts(self, run: _Run, prepared: Prepared, bound: BoundWorkflow, place: Place, ended: Ended) -> dict[str, Any]:
+    def _facts(
+        self, run: RunRecord, prepared: Prepared, bound: BoundWorkflow, place: Place, ended: Ended
+    ) -> dict[str, Any]:
         """Return what a journal keeps of a job that is done, besides its outputs; costs and times are those so far."""
         bill = owed(place, now=self._clock.now())
         return {
@@ -464,7 +409,9 @@ class RunComfyOrchestrator:
             "workflow": {"name": prepared.workflow.name, "sha256": bound.sha256},
             "seeds": dict(bound.seeds),
             "where": place.kind,
-            "server_type": place.machine.server_type if place.machine else None,
+            "server_type": run.server_type,
+            "place": place.key,
+            "nodes": run.timeline.as_list(),
             "cached_nodes": sorted(ended.cached),
             "cost_usd": format(sum((line.amount_usd for line in bill), Decimal(0)), "f"),
             "bill": [_shown(line) for line in bill],
@@ -472,7 +419,7 @@ class RunComfyOrchestrator:
         }
 
     def _manifest(
-        self, run: _Run, prepared: Prepared, bound: BoundWorkflow, place: Place, ended: Ended
+        self, run: RunRecord, prepared: Prepared, bound: BoundWorkflow, place: Place, ended: Ended
     ) -> dict[str, Any]:
         """Return what the manifest says besides the files themselves."""
         return {
@@ -485,7 +432,8 @@ class RunComfyOrchestrator:
             ],
             "seeds": dict(bound.seeds),
             "where": place.kind,
-            "server_type": place.machine.server_type if place.machine else None,
+            "server_type": run.server_type,
+            "nodes": run.timeline.as_list(),
             "usd_per_hour": str(place.machine.usd_per_hour) if place.machine else None,
             "cached_nodes": sorted(ended.cached),
             "cost_usd": "0" if place.machine is None else None,

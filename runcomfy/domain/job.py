@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any, Final, NewType
+from typing import TYPE_CHECKING, Any, Final, NewType
+
+if TYPE_CHECKING:
+    from runcomfy.domain.timeline import NodeTime
 
 JobId = NewType("JobId", str)
 PromptId = NewType("PromptId", str)
@@ -140,6 +143,10 @@ class JobResult:
     """Seconds per step: place, boot, check, upload, submit, queue, execute, fetch, stop, total."""
     folder: str | None = None
     bill: tuple[BillLine, ...] = ()
+    nodes: tuple[NodeTime, ...] = ()
+    """When each node of the workflow ran, as far as that was heard."""
+    server_type: str = ""
+    """The type of the rented machine; empty on a server that was given."""
     error: Mapping[str, Any] | None = None
     exit_code: int = 0
     exception: Exception | None = field(default=None, repr=False, compare=False)

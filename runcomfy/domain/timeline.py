@@ -74,7 +74,7 @@ class Pace:
     at_s: float
 
 
-def _none() -> Mapping[str, NodeTime]:
+def _none() -> Mapping[str, Any]:
     return MappingProxyType({})
 
 
@@ -96,6 +96,10 @@ class Timeline:
     _told: frozenset[str] = frozenset()
     """Nodes that the server itself has told to have ended."""
     _current: str | None = None
+    _since: Mapping[str, float] = field(default_factory=_none)
+    """When each node was last taken up."""
+    _spent: Mapping[str, float] = field(default_factory=_none)
+    """What a node that was taken up again had taken before."""
     _unsure: frozenset[str] = frozenset()
     """Nodes whose beginning was missed."""
 
@@ -138,45 +142,33 @@ class Timeline:
         return replace(self, steps=steps, at_s=at_s)
 
     def _ran(self, progress: Progress, at_s: float) -> Timeline:
-        nodes, unsure = dict(self.by_id), set(self._unsure)
-        fresh = progress.done - self._told
-        cached = fresh & progress.cached
-        for node in sorted(cached):
-            if node not in nodes and len(nodes) < MOST_NODES:
-                nodes[node] = _node(node, progress, at_s, seconds=0.0, cached=True)
-        # A cached one may be told as running for a moment, and is told to have ended: that makes no gap.
-        missed = {node for node in fresh - cached if node not in nodes}
         current = progress.node_id if progress.node_id is not None else self._current
-        for node in sorted(missed - {current}):
-            if len(nodes) < MOST_NODES:
-                nodes[node] = _node(node, progress, at_s)
-        gap = bool(missed - {current})
-        for node in fresh - cached - missed:
-            known = nodes[node]
-            if not known.cached:
-                nodes[node] = replace(known, seconds=None if gap or node in unsure else at_s - known.started_s)
-        began = current is not None and current not in nodes and len(nodes) < MOST_NODES
-        if began and current is not None:
-            nodes[current] = _node(current, progress, at_s)
-            if gap:
-                unsure.add(current)
-        left = self._current if self._current != current else None
-        if left is not None and left not in progress.done and left in nodes and nodes[left].seconds is None:
-            # Nobody says that it has ended; should it go on beside the new one, the word that it ended comes later.
-            known = nodes[left]
-            nodes[left] = replace(known, seconds=None if gap or left in unsure else at_s - known.started_s)
-        done = self.done | progress.done | ({left} if left is not None else set())
-        done = done - {current} if current is not None and current not in progress.done else done
+        fresh = progress.done - self._told
+        if not fresh and current == self._current and self._known(current):
+            return replace(self, pace=self._paced(progress, current, at_s))
+        draft = _Draft(self, progress, at_s)
+        draft.end(fresh, current)
+        if current != self._current:
+            draft.leave(self._current)
+            draft.take_up(current)
+        done = self.done | progress.done | frozenset(node for node in (self._current,) if node is not None)
+        if current is not None and current not in progress.done:
+            done -= {current}
         return replace(
             self,
-            by_id=nodes,
-            running=frozenset({current} if current is not None and current not in done else ()),
-            done=frozenset(done),
+            by_id=draft.nodes,
+            running=frozenset(node for node in (current,) if node is not None and node not in done),
+            done=done,
             pace=self._paced(progress, current, at_s),
             _told=self._told | progress.done,
             _current=current,
-            _unsure=frozenset(unsure),
+            _since=draft.since,
+            _spent=draft.spent,
+            _unsure=frozenset(draft.unsure),
         )
+
+    def _known(self, node: str | None) -> bool:
+        return node is None or node in self.by_id or len(self.by_id) >= MOST_NODES
 
     def _paced(self, progress: Progress, current: str | None, at_s: float) -> Pace | None:
         value, maximum = progress.value, progress.maximum
@@ -194,8 +186,61 @@ class Timeline:
         nodes = dict(self.by_id)
         for node in self.running:
             if node in nodes and nodes[node].seconds is None and node not in self._unsure:
-                nodes[node] = replace(nodes[node], seconds=at_s - nodes[node].started_s)
+                nodes[node] = replace(nodes[node], seconds=self._spent.get(node, 0.0) + at_s - self._since[node])
         return replace(self, by_id=nodes, running=frozenset(), done=self.done | self.running, pace=None)
+
+
+class _Draft:
+    """The nodes of the next timeline, while it is made."""
+
+    def __init__(self, line: Timeline, progress: Progress, at_s: float) -> None:
+        self._progress, self._at_s = progress, at_s
+        self.nodes, self.since, self.spent = dict(line.by_id), dict(line._since), dict(line._spent)
+        self.unsure = set(line._unsure)
+        self._gap = False
+
+    def end(self, fresh: frozenset[str], current: str | None) -> None:
+        """Take in which nodes are told to have ended, besides those of which that is known."""
+        cached = fresh & self._progress.cached
+        for node in sorted(cached):
+            self._add(node, seconds=0.0, cached=True)
+        missed = {node for node in fresh - cached if node not in self.nodes}
+        self._gap = bool(missed - {current})
+        for node in sorted(missed):
+            self._add(node)
+            self.unsure.add(node)
+        for node in fresh - cached - missed:
+            if node in self.since and not self.nodes[node].cached:
+                self._close(node)
+
+    def leave(self, node: str | None) -> None:
+        """Another node runs now. Should this one go on beside it, the word that it ended comes later."""
+        if node in self.since and self.nodes[node].seconds is None and not self.nodes[node].cached:
+            self._close(node)
+
+    def take_up(self, node: str | None) -> None:
+        """A node runs now, for the first time or again (one that had to wait for inputs it asked for)."""
+        if node is None:
+            return
+        if node not in self.nodes:
+            self._add(node)
+            if self._gap:
+                self.unsure.add(node)
+        elif node in self.since and node not in self._progress.done and not self.nodes[node].cached:
+            self.spent[node] = self.nodes[node].seconds or 0.0
+            self.nodes[node] = replace(self.nodes[node], seconds=None)
+            self.since[node] = self._at_s
+
+    def _add(self, node: str, *, seconds: float | None = None, cached: bool = False) -> None:
+        if node in self.nodes or len(self.nodes) >= MOST_NODES:
+            return
+        self.nodes[node] = _node(node, self._progress, self._at_s, seconds=seconds, cached=cached)
+        self.since[node] = self._at_s
+
+    def _close(self, node: str) -> None:
+        known = self.spent.get(node, 0.0) + self._at_s - self.since[node]
+        seconds = None if self._gap or node in self.unsure else known
+        self.nodes[node] = replace(self.nodes[node], seconds=seconds)
 
 
 def _node(
