@@ -1,5 +1,8 @@
-"""Public door: the client of RunComfy's Server API. It lives in `runcomfy.adapters.providers.runcomfy`."""
+"""Public door: the client of RunComfy's Server API. It lives in `runcomfy.adapters.providers.runcomfy`.
 
-from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
+The form that CONJURE makes without arguments, and what it returns, live in `runcomfy.conjure.client`.
+"""
 
-__all__ = ["RunComfyAPIClient"]
+from runcomfy.conjure.client import MachineInfo, MachineStatus, RunComfyAPIClient, ServerType, WorkflowInfo
+
+__all__ = ["MachineInfo", "MachineStatus", "RunComfyAPIClient", "ServerType", "WorkflowInfo"]

@@ -40,7 +40,8 @@ def every_module() -> None:
 def family(root: type[RunComfyError] = RunComfyError) -> Iterator[type[RunComfyError]]:
     yield root
     for child in root.__subclasses__():
-        yield from family(child)
+        if child.__module__ != "runcomfy.conjure.errors":  # the same errors once more, as built-in ones, too
+            yield from family(child)
 
 
 def page() -> str:
