@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from runcomfy.domain.serverless import (
     DeploymentView,
@@ -18,8 +19,11 @@ from runcomfy.ports.comfyui import Fetched
 class Serverless(Protocol):
     """One deployment."""
 
-    async def submit(self, overrides: Overrides) -> Submitted:
+    async def submit(self, overrides: Overrides | None = None, *, graph: Mapping[str, Any] | None = None) -> Submitted:
         """Ask once for one run and return its ids.
+
+        `overrides` are laid over the deployment's saved graph; `graph` is a whole one to run in its place (its nodes
+        and models must be in the deployment's image).
 
         There is neither a key that makes a submit repeatable nor a list of requests to look it up in. So it is sent
         again only where it cannot have arrived; RequestUnclear says that it may have. Every other error means that

@@ -149,9 +149,13 @@ class RunComfyServerless:
 
     # --- the port -----------------------------------------------------------------------------------------
 
-    async def submit(self, overrides: Overrides) -> Submitted:
-        """See the port. `overrides` is always sent, though a document calls it optional: another demands it."""
-        body = json.dumps({"overrides": overrides}, ensure_ascii=False).encode()
+    async def submit(self, overrides: Overrides | None = None, *, graph: Mapping[str, Any] | None = None) -> Submitted:
+        """See the port. One of the two is always sent, though a document calls both optional: another demands one.
+
+        Raises InputFileInvalid if the request would be larger than the gateway takes.
+        """
+        wanted = {"overrides": overrides or {}} if graph is None else {"workflow_api_json": graph}
+        body = json.dumps(wanted, ensure_ascii=False).encode("utf-8", "replace")
         if len(body) > MAX_SUBMIT_BYTES:
             raise _too_large(len(body))
         call = self._call("POST", "inference", "submit a request", body=body, submit=True)
