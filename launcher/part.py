@@ -6,10 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from runcomfy.application.service import ServeOptions
 from runcomfy.bootstrap import App
+
+if TYPE_CHECKING:
+    from launcher.backend import Backend
+    from launcher.options import Listening
 
 
 @asynccontextmanager
@@ -30,11 +34,8 @@ async def http(app: App, options: ServeOptions) -> AsyncIterator[None]:
     host = asked.host or settings.host
     sockets = await bound(host, settings.port if asked.port is None else asked.port)
     try:
-        port = sockets[0].getsockname()[1]
-        backend = await open_backend(app, options, host=host)
-        web = _web(backend)
-        async with answering(web, sockets):
-            asked.listening(_where(backend, host, port))
+        async with open_backend(app, options, host=host) as backend, answering(create_app(backend), sockets):
+            asked.listening(page_of(backend, host, sockets[0].getsockname()[1]))
             try:
                 yield
             finally:
@@ -46,8 +47,9 @@ async def http(app: App, options: ServeOptions) -> AsyncIterator[None]:
             each.close()
 
 
-async def open_backend(app: App, options: ServeOptions, *, host: str) -> Any:
-    """Return what the routes work with. Raises LocalError."""
+@asynccontextmanager
+async def open_backend(app: App, options: ServeOptions, *, host: str) -> AsyncIterator[Backend]:
+    """Give what the routes work with, for a server that listens at `host`. Raises LocalError, CredentialsMalformed."""
     from launcher.backend import Backend
     from launcher.guarding.guard import Guard
     from launcher.hub import Hub
@@ -58,12 +60,15 @@ async def open_backend(app: App, options: ServeOptions, *, host: str) -> Any:
         Guard.open, Path(app.settings.files.state_dir), app.settings.http, bound_host=host, clock=app.clock
     )
     hub = Hub(queue, app.live, teller_of(app))
-    return Backend(app, queue, hub, guard, options.shut_down, parts=options.parts | {"http"})
-
-
-def _web(backend: Any) -> Any:
     try:
-        from launcher.web_app import create_app
+        yield Backend(app, queue, hub, guard, options.shut_down, parts=options.parts | {"http"})
+    finally:
+        await hub.close()
+
+
+def create_app(backend: Backend) -> object:
+    try:
+        from launcher.web_app import create_app as whole
     except ImportError:  # some routes are still being written
         from importlib import import_module
 
@@ -76,17 +81,18 @@ def _web(backend: Any) -> Any:
         for name in "page jobs uploads events machines costs presence workflows metrics conjure session".split():
             try:
                 web.include_router(import_module(f"launcher.routes.{name}").router)
-            except ImportError as error:
-                print(f"no {name}: {error}")
+            except ImportError:
+                continue
         install_errors(web)
         backend.guard.install(web)
         return web
-    return create_app(backend)
+    return whole(backend)
 
 
-def _where(backend: Any, host: str, port: int) -> Any:
+def page_of(backend: Backend, host: str, port: int) -> Listening:
+    """Return where the page is found, with a new code that logs in once."""
     from launcher.options import Listening
 
-    shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - compared, not bound
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     return Listening(shown, port, address, f"{address}/?code={backend.guard.new_code()}")

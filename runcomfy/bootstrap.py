@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
 import workflows
@@ -72,7 +72,27 @@ QUEUE_PREFIX = "COMFYUI_AGENT_"
 SERVE_PARTS = "runcomfy.serve"
 """The group of entry points whose parts join `comfyctl serve`: each a callable that takes the `App` and the
 `ServeOptions` and returns an async context manager, entered before the first job and left after the last."""
+SERVES: Final = "RUNCOMFY_SERVE"
+"""What the API server works on when no command line says it: `pool`, `queue` or `none`."""
 Tell = Callable[[str], None]
+
+
+def serves(settings: Settings | None = None) -> frozenset[str]:
+    """Return what the API server works on beside HTTP, by `RUNCOMFY_SERVE`.
+
+    `pool`: the queue over rented machines. `queue`: the queue on a ComfyUI of the user's. `none`: nothing; others do.
+    Unset: `pool` if there is an account, else `none`. Raises SettingInvalid, ConfigurationError.
+    """
+    said = os.environ.get(SERVES, "").strip().lower()
+    if not said:
+        cloud = (settings or load_settings()).cloud
+        said = "pool" if cloud.user_id and cloud.tokens and cloud.workflow_version_id else "none"
+    parts = {"pool": frozenset({"queue", "pool"}), "queue": frozenset({"queue"}), "none": frozenset[str]()}
+    if said not in parts:
+        raise SettingInvalid(
+            f"{SERVES} is {foreign_text(said, 40)!r}", hint="write pool, queue or none", details={"setting": SERVES}
+        )
+    return parts[said]
 
 
 class App:

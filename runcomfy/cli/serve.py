@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -56,3 +57,29 @@ def serve(as_json: bool, **options: Any) -> int:
     where = {"database": options.pop("database"), "config": options.pop("config")}
     asked = Asked(**options, as_json=as_json)
     return run_async(lambda interrupts: work(interrupts, asked, where))
+
+
+def main() -> None:
+    """Run `python launcher/main.py` and exit with its code."""
+    from runcomfy.cli.main import call
+
+    sys.exit(call(serve, name="launcher/main.py"))
+
+
+def main_as_server() -> None:
+    """Run `python launcher/api_server.py`: the same, and without an account an API that runs nothing."""
+    from runcomfy.cli.main import call
+
+    sys.exit(call(_as_server, name="launcher/api_server.py"))
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def _as_server(arguments: tuple[str, ...]) -> int:
+    """Serve what RUNCOMFY_SERVE says: pool, queue or none (default: pool if there is an account, else none)."""
+    from runcomfy.bootstrap import serves
+
+    parts = serves()
+    flags = [] if "pool" in parts else ["--no-pool"] if "queue" in parts else ["--no-queue"]
+    code: int = serve.main([*flags, *arguments], prog_name="launcher/api_server.py", standalone_mode=False)
+    return code

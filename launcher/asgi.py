@@ -1,0 +1,122 @@
+"""
+The service as an ASGI application, for whoever brings a server: `uvicorn launcher.api_server:app`.
+
+It opens the product when the server starts and closes it in good order when that ends. What it works on beside HTTP is
+as `RUNCOMFY_SERVE` says (`bootstrap.serves`). Prefer `comfyctl serve`: it drains on the first Ctrl+C, leaves on the
+second, and says what it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from runcomfy.application.service import ServeOptions
+from runcomfy.bootstrap import App, serves
+from runcomfy.domain.exceptions import RunComfyError
+from runcomfy.domain.secret import is_loopback
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+log = logging.getLogger("runcomfy.http")
+
+ELSEWHERE: Final = (
+    "the server listens where the settings do not say; set RUNCOMFY_HTTP_HOST to the address it listens at"
+)
+
+
+class Product:
+    """One service per server process."""
+
+    def __init__(self) -> None:
+        self._web: FastAPI | None = None
+        self._local = True
+        self._stack = AsyncExitStack()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as ASGI has it."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif self._web is None:
+            raise RuntimeError("the server runs without lifespan events; uvicorn needs `--lifespan on`")
+        elif self._local and not _is_local(scope):
+            # Guarded as something that only this computer reaches, it is not shown to others by accident.
+            await JSONResponse({"detail": ELSEWHERE}, 403)(scope, receive, send)
+        else:
+            await self._web(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        while True:
+            kind = (await receive())["type"]
+            try:
+                await (self._open() if kind == "lifespan.startup" else self._stack.aclose())
+            except RunComfyError as error:
+                hint = f"\n  -> {error.hint}" if error.hint else ""
+                sys.stderr.write(f"error: {error.message} [{error.code}]{hint}\n")
+                await self._stack.aclose()
+                await send({"type": f"{kind}.failed", "message": ""})
+                return
+            await send({"type": f"{kind}.complete"})
+            if kind == "lifespan.shutdown":
+                return
+
+    async def _open(self) -> None:
+        from launcher.part import open_backend, page_of
+        from launcher.web_app import create_app
+        from runcomfy.adapters.log import configure_logging
+
+        app = await self._stack.enter_async_context(_app())
+        configure_logging(app.settings)
+        parts, host = serves(app.settings), app.settings.http.host
+        options = ServeOptions(
+            queue="queue" in parts,
+            pool="pool" in parts,
+            shut_down=lambda: signal.raise_signal(signal.SIGTERM),
+        )
+        backend = await self._stack.enter_async_context(open_backend(app, options, host=host))
+        self._web, self._local = create_app(backend), is_loopback(host)
+        stop = asyncio.Event()
+        work = asyncio.create_task(app.serve(options, stop), name="serve")
+        work.add_done_callback(_ended)
+        self._stack.push_async_callback(_stopped, work, stop)
+        sys.stderr.write(f"the page, for you alone: {page_of(backend, host, app.settings.http.port).page}\n")
+
+
+def _app() -> App:
+    parts = serves()
+    where: dict[str, Any] = {"where": "pool" if "pool" in parts else "server"}
+    return App(
+        launches="pool" in parts, queue=where, tell=lambda said: log.info("said", extra={"fields": {"words": said}})
+    )
+
+
+async def _stopped(work: asyncio.Task[bool], stop: asyncio.Event) -> None:
+    stop.set()
+    await asyncio.wait({work})
+    if not work.cancelled() and (error := work.exception()) is not None:
+        raise error
+
+
+def _ended(work: asyncio.Task[bool]) -> None:
+    """Take the server down with the work, loudly: nobody is to believe that jobs are worked off."""
+    if not work.cancelled() and (error := work.exception()) is not None:
+        log.error("serve_failed", exc_info=error)
+        sys.stderr.write(f"error: {error}\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_local(scope: Scope) -> bool:
+    server = scope.get("server")
+    return server is None or server[1] is None or is_loopback(str(server[0]))
+
+
+app: Final = Product()
