@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 TRACE  ?=
 
-.PHONY: install demo test check coverage format lint types floors bench docs nightly clean
+.PHONY: install demo test check coverage format lint types floors bench docs nightly web clean
 
 install: $(STAMP)
 
@@ -56,6 +56,10 @@ bench: install
 docs: install
 	@$(BIN)/comfyctl config reference > docs/reference/settings.md
 	@UPDATE_DOCS=1 $(BIN)/python -m pytest -q tests/docs
+
+# The page at `/`, built anew from web/ into launcher/dashboard/; only this needs Node, and what it writes is committed.
+web:
+	@cd web && npm ci --no-audit --no-fund && npm run build
 
 # The checks again with more examples, and the campaigns: executors killed at random, everything of ours killed at every
 # durable write and remote call.
