@@ -656,8 +656,12 @@ class App:
         from runcomfy.application.time_left import TimeLeftBook
 
         if self._time_left is None:
-            self._time_left = TimeLeftBook(self.job_store, self.books, self.clock)
+            self._time_left = TimeLeftBook(self.job_store, self.books, self.clock, has_books=self._has_books)
         return self._time_left
+
+    def _has_books(self) -> bool:
+        """Whether the machines' books are there: asking how long a job takes is no reason to make them."""
+        return bool(self._database_url) or (Path(self.settings.files.state_dir) / STORE_NAME).exists()
 
     def _placer(self) -> Placer:
         return Placer(self.comfyui, self.given_server, self.cloud, tell=self._say)

@@ -213,6 +213,16 @@ class QueuedJob:
 
 
 @dataclass(frozen=True, slots=True)
+class PastResult:
+    """What came of a job that is done, for those who learn from it."""
+
+    id: RowId
+    workflow_id: str
+    ended_at: datetime
+    result: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One try of a job by one worker; its number is the token the worker held."""
 

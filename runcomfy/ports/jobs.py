@@ -30,6 +30,7 @@ from runcomfy.domain.queued import (
     Ingested,
     JobEvent,
     NewJob,
+    PastResult,
     Pause,
     QueuedJob,
     QueueStatus,
@@ -111,6 +112,15 @@ class JobStore(Protocol):
         """Return jobs: pending ones by priority and age, others by number; `newest_first` turns both round.
 
         `barred`: whose are left out.
+        """
+        ...
+
+    async def past_results(
+        self, *, workflow: str | None = None, limit: int = 200, known: Collection[tuple[RowId, datetime]] = ()
+    ) -> Sequence[PastResult]:
+        """Return what came of the newest `limit` jobs that are done (of one workflow; None: of all), in any order.
+
+        `known`: number and end of those that the caller has already; they are left out and not read again.
         """
         ...
 

@@ -46,6 +46,7 @@ from runcomfy.domain.queued import (
     Ingested,
     JobEvent,
     NewJob,
+    PastResult,
     Pause,
     QueuedJob,
     QueueStatus,
@@ -157,6 +158,10 @@ class SqlJobs:
         """Run work of the caller's own in a transaction."""
         return await self._write(work)
 
+    async def look(self, work: Callable[[Connection], T]) -> T:
+        """Run work of the caller's own that writes nothing."""
+        return await self._read(work)
+
     def renewer(self, worker: WorkerId, *, lease: timedelta) -> Renewer:
         """Return what renews the worker's leases in another thread, whatever the event loop is doing."""
         return Renewer(self._database.sibling(), self.now, worker, lease)
@@ -262,6 +267,14 @@ class SqlJobs:
     async def jobs_with(self, ids: Collection[RowId]) -> Mapping[RowId, QueuedJob]:
         """Return jobs by their numbers; those that there are."""
         return await self._read(lambda connection: jobs_look.these(connection, ids))
+
+    async def past_results(
+        self, *, workflow: str | None = None, limit: int = 200, known: Collection[tuple[RowId, datetime]] = ()
+    ) -> Sequence[PastResult]:
+        """Return what came of the newest `limit` jobs that are done (of one workflow), but for those `known`."""
+        return await self._read(
+            lambda connection: jobs_look.past_results(connection, workflow=workflow, limit=limit, known=known)
+        )
 
     async def counts(self) -> Mapping[QueueStatus, int]:
         """Return how many jobs there are of each status."""

@@ -18,10 +18,20 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from runcomfy.adapters.stores.jobs_claim import MAY_START, NOT_BARRED, barred_in
-from runcomfy.adapters.stores.jobs_rows import attempt_of, event_of, job_of, safe, time_in
+from runcomfy.adapters.stores.jobs_rows import attempt_of, event_of, job_of, safe, table_in, time_in
 from runcomfy.adapters.stores.jobs_sql import ATTEMPTS, COLUMNS, EVENTS, Sql, in_list, listed, stamps
 from runcomfy.domain.job import JobId
-from runcomfy.domain.queued import Arrival, Attempt, Barred, JobEvent, QueuedJob, QueueStatus, RowId, Waiting
+from runcomfy.domain.queued import (
+    Arrival,
+    Attempt,
+    Barred,
+    JobEvent,
+    PastResult,
+    QueuedJob,
+    QueueStatus,
+    RowId,
+    Waiting,
+)
 
 _BY_ID: Final = Sql(f"SELECT {COLUMNS} FROM jobs WHERE id = :id")
 _BY_TEXT: Final = Sql(
@@ -59,6 +69,13 @@ _THESE: Final = Sql(
 # Larger than the number of every transaction that has written anything yet.
 _NEXT_TRANSACTION: Final = Sql("SELECT 0", postgres="SELECT txid_current()")
 _OLDEST_GOING_ON: Final = Sql("SELECT 0", postgres="SELECT txid_snapshot_xmin(txid_current_snapshot())")
+
+_DONE_TEXT: Final = "SELECT id, end_time FROM jobs WHERE status = 'done' "
+_NEWEST_FIRST: Final = "ORDER BY id DESC LIMIT :count"
+_DONE: Final = Sql(_DONE_TEXT + _NEWEST_FIRST)
+_DONE_OF: Final = Sql(_DONE_TEXT + "AND workflow_id = :workflow " + _NEWEST_FIRST)
+_RESULTS_TEXT: Final = "SELECT id, workflow_id, end_time, result FROM jobs WHERE status = 'done' AND "
+_RESULTS: Final = Sql(_RESULTS_TEXT + _IDS[0], postgres=_RESULTS_TEXT + _IDS[1])
 
 SURELY_OVER: Final = timedelta(minutes=5)
 """Longer than a transaction of ours can last: the server ends statements and idle transactions after a minute."""
@@ -107,6 +124,27 @@ def these(connection: Connection, ids: Collection[RowId]) -> dict[RowId, QueuedJ
     """Return jobs by number; those that there are."""
     rows = _THESE.run(connection, {"ids": listed(connection, ids)})
     return {job.id: job for job in map(job_of, rows)}
+
+
+def past_results(
+    connection: Connection, *, workflow: str | None, limit: int, known: Collection[tuple[RowId, datetime]]
+) -> list[PastResult]:
+    """Return what came of the newest jobs that are done, but for those that the reader has already."""
+    parameters: dict[str, Any] = {"count": max(0, limit)}
+    if workflow is not None:
+        parameters["workflow"] = safe(workflow)
+    ended = [
+        (RowId(row[0]), time_in(row[1]))
+        for row in (_DONE if workflow is None else _DONE_OF).run(connection, parameters)
+    ]
+    wanted = [job_id for job_id, at in ended if at is not None and (job_id, at) not in known]
+    found: list[PastResult] = []
+    for job_id, name, end_time, result in (
+        _RESULTS.run(connection, {"ids": listed(connection, wanted)}) if wanted else ()
+    ):
+        if (at := time_in(end_time)) is not None:
+            found.append(PastResult(RowId(job_id), str(name), at, table_in(result)))
+    return found
 
 
 def settled(connection: Connection, now: datetime) -> int:

@@ -1,0 +1,107 @@
+"""
+What is remembered of a run that is over, for those who learn from it how long the next one takes.
+
+It is read from the queue's `result`, which is open to users and written by older versions, too: what makes no sense is
+left out, never raised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, Final
+
+MOST_NODES: Final = 2_000
+LONGEST_S: Final = 7 * 86_400.0
+"""No node and no run is believed to take longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodePast:
+    """What one node took."""
+
+    class_type: str
+    seconds: float | None
+    """None: its beginning or end was missed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPast:
+    """One run that was computed to its end."""
+
+    workflow: str
+    server_type: str
+    """Empty: a server that was given."""
+    place: str
+    """Names the server; empty if that is not known."""
+    ended_at: datetime
+    nodes: Mapping[str, NodePast] = field(default_factory=dict)
+    """Node -> what it took, without those that were cached."""
+    cached: frozenset[str] = frozenset()
+    computing_s: float | None = None
+    """From the first node to the last."""
+    before_s: float = 0.0
+    """Checking, uploading and sending."""
+    after_s: float = 0.0
+    """Fetching."""
+    cold: bool = False
+    """Whether it was the first one known of the workflow at its place."""
+
+
+def past_of(workflow: str, ended_at: datetime, result: Mapping[str, Any]) -> RunPast | None:
+    """Return what a job's `result` tells of its run; None: nothing that could be learned from."""
+    nodes: dict[str, NodePast] = {}
+    cached: set[str] = set()
+    first, last = math.inf, 0.0
+    listed = result.get("nodes")
+    for entry in listed[:MOST_NODES] if isinstance(listed, list) else ():
+        if not isinstance(entry, Mapping) or not isinstance(node := entry.get("node_id"), str):
+            continue
+        if entry.get("cached") is True:
+            cached.add(node)
+            continue
+        began, seconds, kind = _seconds(entry.get("started_s")), _seconds(entry.get("seconds")), entry.get("class_type")
+        nodes[node] = NodePast(kind if isinstance(kind, str) else "", seconds)
+        if began is not None and seconds is not None:
+            first, last = min(first, began), max(last, began + seconds)
+    timings = result.get("timings")
+    times = timings if isinstance(timings, Mapping) else {}
+    computing = last - first if first < last else _seconds(times.get("execute"))
+    if computing is None and not cached:
+        return None
+    server_type, place = result.get("server_type"), result.get("place")
+    return RunPast(
+        workflow=workflow,
+        server_type=server_type if isinstance(server_type, str) else "",
+        place=place if isinstance(place, str) else "",
+        ended_at=ended_at,
+        nodes=nodes,
+        cached=frozenset(cached),
+        computing_s=computing,
+        before_s=_sum_of(times, ("check", "upload", "submit")),
+        after_s=_sum_of(times, ("fetch", "commit")),
+    )
+
+
+def in_order(runs: Iterable[RunPast]) -> list[RunPast]:
+    """Return runs by when they ended, and mark those that were the first of their workflow at their place."""
+    seen: set[tuple[str, str]] = set()
+    ordered: list[RunPast] = []
+    for run in sorted(runs, key=lambda run: run.ended_at):
+        here = (run.workflow, run.place)
+        first = bool(run.place) and here not in seen
+        seen.add(here)
+        ordered.append(replace(run, cold=first) if first != run.cold else run)
+    return ordered
+
+
+def _sum_of(times: Mapping[Any, Any], names: Sequence[str]) -> float:
+    return sum(_seconds(times.get(name)) or 0.0 for name in names)
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value <= LONGEST_S else None
