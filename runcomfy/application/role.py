@@ -10,20 +10,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
-from typing import Final
+from typing import Final, Protocol
 
 from runcomfy.domain.exceptions import LocalError
 from runcomfy.domain.lease import Owner
+from runcomfy.domain.machine import OwnerId
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.processes import Processes
-from runcomfy.ports.store import Store
 
 log = logging.getLogger("runcomfy.fleet")
 
 ROLE_LEASE: Final = timedelta(seconds=60)
 """How long a holder that says nothing any more keeps the role, where nobody can see that its process is gone."""
+
+
+class KeepsRoles(Protocol):
+    """What a role is kept in: the books, or the queue's database."""
+
+    async def take_role(self, role: str, owner_id: OwnerId, *, lease: timedelta) -> int | None:
+        """Take or keep a role; return its epoch, None if somebody else has it."""
+        ...
+
+    async def drop_role(self, role: str, owner_id: OwnerId) -> None:
+        """Give it up, if this owner holds it."""
+        ...
+
+    async def owners(self) -> Mapping[OwnerId, Owner]:
+        """Return the processes that have not signed off."""
+        ...
 
 
 class Role:
@@ -32,7 +49,7 @@ class Role:
     def __init__(
         self,
         name: str,
-        store: Store,
+        store: KeepsRoles,
         owner: Owner,
         *,
         clock: Clock,

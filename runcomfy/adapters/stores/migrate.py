@@ -20,7 +20,7 @@ from runcomfy.domain.exceptions import StoreTooNew, StoreUnavailable, foreign_te
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD: Final = "0003"
+HEAD: Final = "0004"
 """The newest revision in `migrations/versions`."""
 
 _MOVE_ASIDE: Final = (

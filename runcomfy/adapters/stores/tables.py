@@ -39,6 +39,7 @@ from runcomfy.domain.lease import Owner, Use
 from runcomfy.domain.machine import Machine, MachineState, Purpose, Transition
 from runcomfy.domain.money import LedgerEntry
 from runcomfy.domain.signal import Signal, SignalKind
+from runcomfy.domain.webhook import Delivery
 from runcomfy.domain.work import Work
 
 metadata = MetaData()
@@ -366,6 +367,30 @@ budget_alerts: Final = Table(
     Column("at", UtcTime, nullable=False),
 )
 
+# -- webhooks --------------------------------------------------------------------------------------------------
+
+webhooks: Final = Table(
+    "webhooks",
+    metadata,
+    Column("event", _Number, primary_key=True, autoincrement=False),
+    Column("url", SafeText, primary_key=True),
+    Column("job_id", _Number, nullable=False),
+    Column("body", SafeText, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("due_at", UtcTime, nullable=False),
+    Column("tries", _Number, nullable=False),
+    Column("last", SafeText, nullable=False),
+)
+Index("ix_webhooks_url", webhooks.c.url, webhooks.c.event)
+Index("ix_webhooks_due_at", webhooks.c.due_at)
+
+webhook_cursor: Final = Table(
+    "webhook_cursor",
+    metadata,
+    Column("queue", SafeText, primary_key=True),
+    Column("read_to", _Number, nullable=False),
+)
+
 MACHINE_FIELDS: Final = tuple(field.name for field in fields(Machine))
 OWNER_FIELDS: Final = tuple(field.name for field in fields(Owner))
 USE_FIELDS: Final = tuple(field.name for field in fields(Use))
@@ -380,7 +405,7 @@ def machine_of(row: Row[*tuple[Any, ...]]) -> Machine:
     return Machine(*row)
 
 
-def values_of(thing: Machine | Owner | Use | LedgerEntry | Work | Signal | Decision) -> dict[str, Any]:
+def values_of(thing: Machine | Owner | Use | LedgerEntry | Work | Signal | Decision | Delivery) -> dict[str, Any]:
     """Return the columns and values of a domain object."""
     return {field.name: getattr(thing, field.name) for field in fields(thing)}
 
