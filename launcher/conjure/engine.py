@@ -23,20 +23,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Hashable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from uuid import uuid4
 
 from launcher.conjure.errors import CalledFromEngine
+from runcomfy.application.job_queue import workflow_id_of
 from runcomfy.bootstrap import App
+from runcomfy.conjure.progress_tracker import STAGED, progress_tracker
 from runcomfy.domain.exceptions import RunComfyError
-from runcomfy.domain.job import JobRequest, JobResult, Output
-from runcomfy.domain.progress import Progress
+from runcomfy.domain.job import JobId, JobRequest, JobResult, Output
 
 T = TypeVar("T")
-OnProgress = Callable[[Progress], None]
-Accepted = Callable[[str], None]
 LOCAL: Final = "local"
 """The user's own ComfyUI."""
 CLOUD: Final = "cloud"
@@ -49,8 +50,8 @@ class Order:
 
     request: JobRequest
     where: str
-    call: Mapping[str, Any] = field(default_factory=dict)
-    """What the caller asked for, for whoever looks at the job later."""
+    follow: Mapping[str, Any] = field(default_factory=dict)
+    """What is to be done with the results, as plain JSON: it must be known after a crash, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,19 @@ class Made:
     cost_usd: Decimal
 
 
-@dataclass(slots=True)
-class _Shared:
+@dataclass(slots=True, eq=False)
+class Shared:
     """Work that one or more callers wait for."""
 
-    task: asyncio.Task[Any]
     callers: int = 0
+    job_id: str = ""
+    """Of the job that does it, once there is one."""
+    task: asyncio.Task[Any] | None = None
+
+
+WATCHED: ContextVar[list[Shared] | None] = ContextVar("watched", default=None)
+"""A list that gets the work which a caller waits for, so that its job can be named before it has ended."""
+_WORKING: ContextVar[Shared | None] = ContextVar("working", default=None)
 
 
 class Engine(ABC):
@@ -79,7 +87,7 @@ class Engine(ABC):
     """Whether work goes on when everybody who waited for it has left."""
 
     def __init__(self) -> None:
-        self._shared: dict[Hashable, _Shared] = {}
+        self._shared: dict[Hashable, Shared] = {}
         self.publishing = asyncio.Lock()
         """Held while results get their fixed places, so that picture and mesh there are of one run."""
 
@@ -94,10 +102,12 @@ class Engine(ABC):
         """Where the work runs."""
 
     @abstractmethod
-    async def run(
-        self, order: Order, *, on_progress: OnProgress | None = None, accepted: Accepted | None = None
-    ) -> Made:
+    async def run(self, order: Order) -> Made:
         """Run a workflow and return its verified files. Raises RunComfyError. On the engine's loop."""
+
+    async def settled(self, job_id: str) -> None:
+        """Hear that everything that follows from a job was done."""
+        del job_id  # nothing was written down of it
 
     @property
     def folder(self) -> Path:
@@ -142,30 +152,45 @@ class Engine(ABC):
         """
         shared = self._shared.get(key)
         if shared is None:
-            task: asyncio.Task[Any] = asyncio.create_task(work(), name="generation")
-            shared = self._shared[key] = _Shared(task)
-            task.add_done_callback(lambda _: self._forget(key, task))
+            shared = self._shared[key] = Shared()
+            shared.task = asyncio.create_task(self._begun(shared, work), name="generation")
+            shared.task.add_done_callback(lambda _: self._forget(key, shared))
+        watched = WATCHED.get()
+        if watched is not None:
+            watched.append(shared)
+        task: asyncio.Task[T] = shared.task  # type: ignore[assignment]
         shared.callers += 1
         try:
-            found: T = await asyncio.shield(shared.task)
-            return found
+            return await asyncio.shield(task)
         except asyncio.CancelledError:
-            if shared.callers == 1 and not shared.task.done() and not self.outlives_callers:
-                shared.task.cancel()
-                await asyncio.wait({shared.task})
+            if shared.callers == 1 and not task.done() and not self.outlives_callers:
+                task.cancel()
+                await asyncio.wait({task})
             raise
         finally:
             shared.callers -= 1
 
-    def _forget(self, key: Hashable, task: asyncio.Task[Any]) -> None:
-        if key in self._shared and self._shared[key].task is task:
+    @staticmethod
+    async def _begun(shared: Shared, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        _WORKING.set(shared)
+        return await work()
+
+    @staticmethod
+    def accepted(job_id: str) -> None:
+        """Name the job of the work that runs now."""
+        shared = _WORKING.get()
+        if shared is not None:
+            shared.job_id = job_id
+
+    def _forget(self, key: Hashable, shared: Shared) -> None:
+        if self._shared.get(key) is shared:
             del self._shared[key]
-        if not task.cancelled():
-            task.exception()  # whoever waited has it; when nobody did, the job's own record has
+        if shared.task is not None and not shared.task.cancelled():
+            shared.task.exception()  # whoever waited has it; when nobody did, the job's own record has
 
     async def end_work(self) -> None:
         """End what runs, in good order."""
-        tasks = [shared.task for shared in self._shared.values()]
+        tasks = [shared.task for shared in self._shared.values() if shared.task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -205,11 +230,9 @@ class DirectEngine(Engine):
                 _at_exit(self)
             return self._loop
 
-    async def run(
-        self, order: Order, *, on_progress: OnProgress | None = None, accepted: Accepted | None = None
-    ) -> Made:
+    async def run(self, order: Order) -> Made:
         """Run the job here, at the place that the order names."""
-        return await run_directly(self.app, order, on_progress=on_progress, accepted=accepted)
+        return await run_directly(self.app, order, self.accepted)
 
     def close(self) -> None:
         """End what runs, with every machine that was rented for it, and the thread. Harmless when repeated."""
@@ -232,25 +255,23 @@ class DirectEngine(Engine):
             await self._app.close()
 
 
-async def run_directly(
-    app: App, order: Order, *, on_progress: OnProgress | None = None, accepted: Accepted | None = None
-) -> Made:
+async def run_directly(app: App, order: Order, accepted: Callable[[str], None]) -> Made:
     """Run a job of an app without its queue. Raises the job's error."""
-    from uuid import uuid4
-
-    from runcomfy.domain.job import JobId
-
-    request = replace(order.request, job_id=JobId(str(uuid4())))
+    job_id = JobId(str(uuid4()))
+    request = replace(order.request, job_id=job_id)
     if order.where == LOCAL:
         request = replace(request, server_url=app.queue_settings.api_base_url)
-    if accepted is not None:
-        accepted(str(request.job_id))
-    orchestrator: Any = app.orchestrator()
-    live = getattr(app, "live", None)
-    runs = live.observing(orchestrator) if live is not None else orchestrator
-    result: JobResult = await runs.run(request, on_progress=on_progress)
-    if result.exception is not None:
-        raise result.exception
+    accepted(job_id)
+    name = workflow_id_of(request)
+    progress_tracker.start_workflow_tracking(name, job_id, "", staged=name in STAGED)
+    result: JobResult = await app.live.observing(app.orchestrator()).run(
+        request, on_progress=lambda progress: progress_tracker.observe(job_id, progress, workflow_name=name)
+    )
+    failed = result.exception
+    words = failed.message if isinstance(failed, RunComfyError) else ""
+    progress_tracker.handle_workflow_completion(job_id, success=failed is None, error_message=words)
+    if failed is not None:
+        raise failed
     return Made(
         job_id=str(result.job_id),
         prompt_id=str(result.prompt_id or ""),
@@ -327,10 +348,12 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 __all__ = [
     "CLOUD",
     "LOCAL",
+    "WATCHED",
     "DirectEngine",
     "Engine",
     "Made",
     "Order",
+    "Shared",
     "close_engines",
     "run_directly",
     "shared_engine",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,14 +17,13 @@ from typing import Any, Final
 
 from launcher.conjure import places
 from launcher.conjure.engine import Engine, Made, Order
-from launcher.conjure.errors import GenerationFailed
+from launcher.conjure.follow_up import MESH_SEED, NOISE_SEED, FollowUp, follow_up
 from launcher.conjure.memo import KeptMesh, MeshMemo
 from launcher.conjure.parameters import (
     FLUX_IMAGE,
     FLUX_MESH,
     IMAGE_TO_MESH,
     Applied,
-    NotApplied,
     apply,
     mesh_parameters,
     wanted_mesh,
@@ -33,10 +31,8 @@ from launcher.conjure.parameters import (
 from launcher.conjure.places import Places, Verified
 from launcher.conjure.snapshots import Snapshot, snapshot, sweep
 from runcomfy.domain.binding import into_range
-from runcomfy.domain.exceptions import LocalError, RunComfyError, ValueInvalid, VerificationFailed, foreign_text
-from runcomfy.domain.job import JobRequest, Output
-
-log = logging.getLogger("launcher.generating")
+from runcomfy.domain.exceptions import RunComfyError, ValueInvalid, foreign_text
+from runcomfy.domain.job import JobRequest
 
 MESH_SEED_MAX: Final = 2**31 - 1
 """The mesh sampler takes 31 bits; a seed drawn from these is the same number for picture and mesh."""
@@ -52,14 +48,6 @@ class Unified:
     seed: int | None = None
     steps_flux: int | None = None
     steps_partpacker: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A run that has ended well, with the seed that was asked for or drawn."""
-
-    made: Made
-    seed: int
 
 
 class Generating:
@@ -80,12 +68,11 @@ class Generating:
         applied = apply(FLUX_IMAGE, options)
 
         async def work() -> dict[str, Any]:
-            request = JobRequest(FLUX_IMAGE, prompt=_text(prompt), seed=_drawn(drawn), sets=applied.sets)
-            made = await self._run(request, "flux_image")
-            used = made.seeds.get("3.noise_seed", request.seed or 0)
-            place = places.FLUX_IMAGE if self._fixed else places.flux_result(used)
-            await self._publish({place: _result(made, "flux")})
-            return self._image_answer(place, used, made, applied)
+            chosen = _drawn(drawn)
+            place = places.FLUX_IMAGE if self._fixed else places.flux_result(chosen)
+            request = JobRequest(FLUX_IMAGE, prompt=_text(prompt), seed=chosen)
+            made = await self._run(request, applied, {place: "flux"})
+            return self._image_answer(place, chosen, made, applied)
 
         return await self._once("flux_image", work, prompt, drawn, applied)
 
@@ -97,22 +84,11 @@ class Generating:
         picture = await self._snapshot(control_image_path)
 
         async def work() -> dict[str, Any]:
-            made, used = await self._flux_mesh(picture, prompt, _drawn(drawn), applied, "flux_depth")
-            await self._publish({places.FLUX_IMAGE: _result(made, "flux")})
-            return self._image_answer(places.FLUX_IMAGE, used, made, applied)
+            request = JobRequest(FLUX_MESH, image=picture.path, prompt=_text(prompt), seed=_drawn(drawn))
+            made = await self._run(request, applied, {places.FLUX_IMAGE: "flux"})
+            return self._image_answer(places.FLUX_IMAGE, made.seeds[NOISE_SEED], made, applied)
 
         return await self._once("flux_depth", work, picture.sha256, prompt, drawn, applied)
-
-    async def _flux_mesh(
-        self, picture: Snapshot, prompt: str, seed: int, applied: Applied, call: str
-    ) -> tuple[Made, int]:
-        """Make picture and mesh in one run, and keep the mesh for the picture."""
-        request = JobRequest(FLUX_MESH, image=picture.path, prompt=_text(prompt), seed=seed, sets=applied.sets)
-        made = await self._run(request, call)
-        image, mesh = _result(made, "flux"), _result(made, "mesh")
-        noise, meshed = made.seeds.get("3.noise_seed", seed), made.seeds.get("32.seed", seed)
-        await self._keep(image, mesh, made, FLUX_MESH, applied, seeds=(meshed, noise, seed), seed_used=meshed)
-        return made, noise
 
     def _image_answer(self, place: Path, seed: int, made: Made, applied: Applied) -> dict[str, Any]:
         return {"success": True, "image_path": str(place), "seed_used": seed, **self._facts(made, applied)}
@@ -143,15 +119,10 @@ class Generating:
         return await self._once("3d_model", work, picture.sha256, name, parameters, applied)
 
     async def _mesh_alone(self, picture: Snapshot, seed: int, applied: Applied, place: Path) -> dict[str, Any]:
-        request = JobRequest(IMAGE_TO_MESH, image=picture.path, seed=seed, sets=applied.sets)
-        made = await self._run(request, "3d_model")
-        used = made.seeds.get("32.seed", seed)
-        mesh = _result(made, "mesh")
-        image = Verified(picture.path, 0, picture.sha256)
-        await self._keep(image, mesh, made, IMAGE_TO_MESH, applied, seeds=(used, seed), seed_used=used)
-        await self._publish({place: mesh})
-        facts = self._facts(made, applied)
-        return {"success": True, "model_path": str(place), "seed_used": used, "reused": False, **facts}
+        request = JobRequest(IMAGE_TO_MESH, image=picture.path, seed=seed)
+        made = await self._run(request, applied, {place: "mesh"}, picture=picture)
+        answer = {"success": True, "model_path": str(place), "seed_used": made.seeds[MESH_SEED], "reused": False}
+        return answer | self._facts(made, applied)
 
     def _kept_answer(self, place: Path, kept: KeptMesh, applied: Applied) -> dict[str, Any]:
         return {
@@ -165,33 +136,6 @@ class Generating:
             "generation_mode": self._mode,
             "not_applied": [each.as_dict() for each in applied.not_applied],
         }
-
-    async def _keep(
-        self,
-        image: Verified,
-        mesh: Verified,
-        made: Made,
-        workflow: str,
-        applied: Applied,
-        *,
-        seeds: tuple[int, ...],
-        seed_used: int,
-    ) -> None:
-        kept = KeptMesh(
-            image_sha256=image.sha256,
-            parameters=mesh_parameters(workflow, applied.sets),
-            seeds=tuple(dict.fromkeys(seeds)),
-            seed_used=seed_used,
-            job_id=made.job_id,
-            prompt_id=made.prompt_id,
-            sha256=mesh.sha256,
-            size_bytes=mesh.size_bytes,
-        )
-        try:
-            await asyncio.to_thread(self._memo.keep, kept, mesh)
-        except (LocalError, VerificationFailed) as error:
-            # The picture that was asked for is there; only the next call for its mesh will cost a run.
-            log.warning("mesh_not_kept", extra={"fields": {"job": made.job_id, "error": error.code}})
 
     # -- both at once --------------------------------------------------------------------------------------
 
@@ -216,15 +160,14 @@ class Generating:
         applied = apply(FLUX_MESH, steps)
 
         async def work() -> dict[str, Any]:
-            made, used = await self._flux_mesh(picture, prompt, _drawn(drawn), applied, "flux_mesh")
-            both = {places.FLUX_IMAGE: _result(made, "flux"), places.MESH: _result(made, "mesh")}
-            await self._publish(both)
+            request = JobRequest(FLUX_MESH, image=picture.path, prompt=prompt, seed=_drawn(drawn))
+            made = await self._run(request, applied, {places.FLUX_IMAGE: "flux", places.MESH: "mesh"})
             return {
                 "success": True,
                 "request_id": made.job_id,
                 "flux_image_path": str(places.FLUX_IMAGE),
                 "mesh_model_path": str(places.MESH),
-                "seed_used": used,
+                "seed_used": made.seeds[NOISE_SEED],
                 "steps_flux": given.steps_flux or STEPS_FLUX,
                 "steps_partpacker": mesh_parameters(FLUX_MESH, applied.sets).num_steps,
                 **self._facts(made, applied),
@@ -242,10 +185,24 @@ class Generating:
         limit = self._engine.app.settings.files.max_input_pixels
         return await asyncio.to_thread(snapshot, self._at.at(path), folder, max_pixels=limit)
 
-    async def _run(self, request: JobRequest, call: str) -> Made:
-        limit = request.timeout or self._engine.app.settings.comfy.execution_timeout
-        order = Order(replace(request, timeout=limit), self._where, {"call": call, "mode": self._mode})
-        return await self._engine.run(order)
+    async def _run(
+        self, request: JobRequest, applied: Applied, publish: Mapping[Path, str], *, picture: Snapshot | None = None
+    ) -> Made:
+        """Run a workflow and do all that follows from it."""
+        limit = self._engine.app.settings.comfy.execution_timeout
+        request = replace(request, sets=dict(applied.sets), timeout=limit)
+        follow = FollowUp(
+            workflow=str(request.workflow),
+            sets=dict(applied.sets),
+            seed=request.seed or 0,
+            root=str(self._at.root),
+            publish={place.as_posix(): name for place, name in publish.items()},
+            image_sha256=picture.sha256 if picture is not None else "",
+            mode=self._mode,
+        )
+        made = await self._engine.run(Order(request, self._where, follow.as_dict()))
+        await follow_up(self._engine, made, follow)
+        return made
 
     async def _publish(self, results: Mapping[Path, Verified]) -> None:
         async with self._engine.publishing:
@@ -303,15 +260,4 @@ def _named_seed(seed: int | None) -> int:
     return 0 if seed is None else seed
 
 
-def _result(made: Made, name: str) -> Verified:
-    output: Output | None = made.outputs.get(name)
-    if output is None:
-        raise GenerationFailed(
-            f"the job {made.job_id} brought no {name}",
-            hint="look at its manifest; the workflow may have been changed",
-            details={"job_id": made.job_id, "code": "output-missing"},
-        )
-    return Verified(output.path, output.size_bytes, output.sha256)
-
-
-__all__ = ["Generating", "NotApplied", "Unified"]
+__all__ = ["Generating", "Unified"]
