@@ -84,6 +84,7 @@ def create_app(backend: Backend) -> object:
             except ImportError:
                 continue
         install_errors(web)
+        import_module("launcher.routes.metrics").install_metrics(web, backend)
         backend.guard.install(web)
         return web
     return whole(backend)

@@ -43,5 +43,6 @@ def create_app(backend: Backend) -> FastAPI:
     for router in ROUTERS:
         web.include_router(router)
     install_errors(web)
+    metrics.install_metrics(web, backend)
     backend.guard.install(web)
     return web

@@ -35,12 +35,16 @@ BOOT_SECONDS = 2.0
 @click.option("--prompt", metavar="TEXT", default=PROMPT, show_default=False, help="What to make of it.")
 @click.option("--seed", type=int, help="For every seed; random unless given.")
 @click.option("--out", metavar="DIR", default="outputs/demo", show_default=True, help="Where the results go.")
-def demo(image: str | None, prompt: str, seed: int | None, out: str) -> int:
+@click.option("--serve", is_flag=True, help="Then show the page over the emulated cloud, until Ctrl+C.")
+def demo(image: str | None, prompt: str, seed: int | None, out: str, serve: bool) -> int:
     """Run the main job on an emulated cloud: no account, no GPU, no cost."""
-    return run_async(lambda interrupts: _demo(interrupts, image, prompt, seed, out))
+    page_at = Path(out).absolute() if serve else None
+    return run_async(lambda interrupts: _demo(interrupts, image, prompt, seed, out, page_at))
 
 
-async def _demo(interrupts: Interrupts, image: str | None, prompt: str, seed: int | None, out: str) -> int:
+async def _demo(
+    interrupts: Interrupts, image: str | None, prompt: str, seed: int | None, out: str, page_at: Path | None
+) -> int:
     from runcomfy.domain.job import JobRequest
     from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 
@@ -53,6 +57,10 @@ async def _demo(interrupts: Interrupts, image: str | None, prompt: str, seed: in
                 "generate_flux_mesh", image=image or str(shipped_picture()), prompt=prompt, seed=seed, out_dir=out
             )
             code = await _on(cloud, overrides, request, interrupts)
+            if page_at is not None and code == 0 and not interrupts.event.is_set():
+                from runcomfy.cli.demo_serve import serve_demo
+
+                await serve_demo(interrupts, overrides, request, Path(folder), page_at)
             return _prove(cloud) or code
 
 

@@ -97,7 +97,7 @@ async def work(interrupts: Interrupts, asked: Asked, where: Mapping[str, Any]) -
                 if asked.pool:
                     await _tell_cost(app, voice)
             if interrupts.event.is_set():
-                voice(_ended(asked, served, left=len(app.held())))
+                voice(_ended(served, left=len(app.held())) if asked.pool else _stopped(asked))
     return 0
 
 
@@ -139,11 +139,11 @@ def _options(app: App, asked: Asked, voice: Voice) -> ServeOptions:
     )
 
 
-def _ended(asked: Asked, served: bool, *, left: int) -> str:
-    if asked.no_queue:
-        return "stopped"
-    if not asked.pool:
-        return "stopped; the next start goes on where this one ended"
+def _stopped(asked: Asked) -> str:
+    return "stopped" if asked.no_queue else "stopped; the next start goes on where this one ended"
+
+
+def _ended(served: bool, *, left: int) -> str:
     if not served:
         return "stopped: this process only waited for its turn, and had no machines"
     if left:
