@@ -1,5 +1,8 @@
-"""Public door: the client of one ComfyUI server. It lives in `runcomfy.adapters.comfyui.client`."""
+"""Public door: the client of one ComfyUI server. It lives in `runcomfy.adapters.comfyui.client`.
 
-from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
+The form that CONJURE makes, to which each call names the server, lives in `runcomfy.conjure.workflow_client`.
+"""
 
-__all__ = ["ComfyUIWorkflowClient"]
+from runcomfy.conjure.workflow_client import ComfyUIWorkflowClient, ExecutionStatus, GeneratedResult, PromptExecution
+
+__all__ = ["ComfyUIWorkflowClient", "ExecutionStatus", "GeneratedResult", "PromptExecution"]

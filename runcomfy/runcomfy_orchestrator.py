@@ -1,5 +1,8 @@
-"""Public door: one job from request to files. It lives in `runcomfy.application.orchestrator`."""
+"""Public door: one job from request to files. It lives in `runcomfy.application.orchestrator`.
 
-from runcomfy.application.orchestrator import RunComfyOrchestrator
+CONJURE's form of it, for its image and mesh in one run, lives in `runcomfy.conjure.orchestrator`.
+"""
 
-__all__ = ["RunComfyOrchestrator"]
+from runcomfy.conjure.orchestrator import FluxMeshJob, JobStatus, RunComfyOrchestrator
+
+__all__ = ["FluxMeshJob", "JobStatus", "RunComfyOrchestrator"]

@@ -64,7 +64,8 @@ class ComfyUIWorkflowClient:
 
     Reading is repeated up to `settings.max_retries` times within one `request_timeout` when the connection fails or the
     server answers 5xx; a prompt is never sent twice without looking for it first. `http` is used if given and never
-    closed; otherwise a session is opened and closed with the client.
+    closed; otherwise a session is opened and closed with the client. `client_id`: as whom prompts are sent and their
+    events heard; random unless given.
 
     Raises SettingInvalid for an address that is none.
     """
@@ -76,11 +77,14 @@ class ComfyUIWorkflowClient:
         *,
         clock: Clock,
         http: aiohttp.ClientSession | None = None,
+        client_id: str | None = None,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._exchange = Exchange(url, settings, http)
         self._socket = Socket(self._exchange.address, settings)
+        if client_id is not None:
+            self._socket.client_id = client_id
         self._boot = _Boot(losses=0, at=float("-inf"))
         self._probing = asyncio.Lock()
         self._asking = asyncio.Semaphore(CONCURRENT_QUESTIONS)
