@@ -1,5 +1,6 @@
 import { useEffect, useRef } from "preact/hooks";
 
+import { Footer } from "./parts/footer";
 import { Header } from "./parts/header";
 import { Notices } from "./parts/notices";
 import { JobPage } from "./pages/job";
@@ -66,6 +67,7 @@ export function App() {
           </div>
         )}
       </main>
+      <Footer />
       <Notices />
     </>
   );

@@ -2,13 +2,13 @@
 
 import type { Job, Progress, TimeLeft } from "./types";
 
-/** Dollars: cents from one dollar on, else as many digits as say something. */
+/** Dollars: cents from ten cents on, else as many digits as say something. */
 export function usd(amount: string | number | null | undefined): string {
   if (amount === null || amount === undefined || amount === "") return "–";
   const value = Number(amount);
   if (!Number.isFinite(value)) return "–";
-  const digits = value === 0 || Math.abs(value) >= 1 ? 2 : Math.abs(value) >= 0.01 ? 3 : 4;
-  return `${value < 0 ? "−" : ""}$${Math.abs(value).toLocaleString("en-US", { minimumFractionDigits: digits === 2 ? 2 : digits, maximumFractionDigits: digits })}`;
+  const digits = value === 0 || Math.abs(value) >= 0.1 ? 2 : Math.abs(value) >= 0.01 ? 3 : 4;
+  return `${value < 0 ? "−" : ""}$${Math.abs(value).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits })}`;
 }
 
 /** Seconds as "45 s", "3 min 20 s", "2 h 5 min", "3 d 4 h". */
@@ -123,6 +123,6 @@ export function standing(job: Job): string {
 /** What a person knows a job by. */
 export const titleOf = (job: Job): string => job.prompt || job.name || `Job ${job.number}`;
 
-export const workflowName = (name: string): string => name.replaceAll("_", " ");
+export const workflowName = (name: string): string => name.replace(/^wf_/, "").replaceAll("_", " ");
 
 export const plural = (n: number, one: string, more = `${one}s`): string => `${n.toLocaleString("en-US")} ${n === 1 ? one : more}`;

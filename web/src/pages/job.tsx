@@ -150,7 +150,7 @@ function More({ job }: { job: JobDetail }) {
       {job.runs.length > 0 && (
         <details open={job.runs.length > 1}>
           <summary>{plural(job.runs.length, "attempt")}</summary>
-          <div class="scroll" tabIndex={0} role="region" aria-label="Attempts">
+          <div class="scroll" tabIndex={0} role="region" aria-label="Attempts, as a table">
             <table>
               <thead><tr><th scope="col">Attempt</th><th scope="col">Started</th><th scope="col">Ended</th><th scope="col">Outcome</th></tr></thead>
               <tbody>

@@ -116,6 +116,7 @@ export function MachinesPage() {
     <div class="single">
       <h1>Machines</h1>
       <Unlisted />
+      <h2 class="hidden">Running</h2>
       {open.length ? (
         <ul class="stack">{open.map((machine) => <MachineCard key={machine.id} machine={machine} whole />)}</ul>
       ) : (

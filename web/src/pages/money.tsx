@@ -58,7 +58,7 @@ export function MoneyGlance() {
         <>
           <dl class="sums"><Sum title="Today" spent={all.today} /><Sum title="This month" spent={all.month} /></dl>
           {all.budgets.length > 0 ? (
-            <ul class="stack plain">{all.budgets.slice(0, 3).map((one) => <Budget key={one.name + one.scope} budget={one} />)}</ul>
+            <ul class="stack budgets">{all.budgets.slice(0, 3).map((one) => <Budget key={one.name + one.scope} budget={one} />)}</ul>
           ) : (
             <p class="muted">No budget is set.</p>
           )}
@@ -83,7 +83,7 @@ export function MoneyPage() {
 function Figures({ all }: { all: Money }) {
   return (
     <>
-      <dl class="sums large">
+      <dl class="sums big">
         <Sum title="Today" spent={all.today} />
         <Sum title="This month" spent={all.month} />
         {all.forecast_month_usd !== null && <div class="sum"><dt>By the end of the month</dt><dd><b>about {usd(all.forecast_month_usd)}</b></dd></div>}
@@ -92,7 +92,7 @@ function Figures({ all }: { all: Money }) {
       <section aria-labelledby="budgets">
         <h2 id="budgets">Budgets</h2>
         {all.budgets.length ? (
-          <ul class="stack plain">{all.budgets.map((one) => <Budget key={one.name + one.scope} budget={one} />)}</ul>
+          <ul class="stack budgets">{all.budgets.map((one) => <Budget key={one.name + one.scope} budget={one} />)}</ul>
         ) : (
           <p class="muted">No budget is set. With one, nothing is rented past it.</p>
         )}

@@ -37,6 +37,9 @@ export function NewJob({ chosen }: { chosen: string }) {
   );
 }
 
+/** What most people leave as it is. */
+const extra = (input: WorkflowInput): boolean => input.kind === "number" && !input.required;
+
 interface Values {
   [name: string]: string;
 }
@@ -51,6 +54,7 @@ function Form({ workflow }: { workflow: Workflow }) {
   // One key as long as the job asked for is the same: a double click or a lost answer runs one job.
   const key = useRef({ body: "", key: "" });
   const form = useRef<HTMLFormElement>(null);
+  const settings = useRef<HTMLDetailsElement>(null);
   const pasted = inputs.find((one) => one.kind === "image")?.name;
   const seeded = workflow.seeds.length > 0 || workflow.inputs.some((one) => one.name === "seed");
   const uploading = Object.values(sending).some(Boolean);
@@ -81,19 +85,31 @@ function Form({ workflow }: { workflow: Workflow }) {
     }
   };
 
+  const field = (one: WorkflowInput) => (
+    <Field
+      key={one.name}
+      input={one}
+      value={values[one.name] ?? ""}
+      fault={faults[one.name]}
+      pastes={one.name === pasted}
+      onValue={(value) => set(one.name, value)}
+      onSending={(is) => setSending((before) => ({ ...before, [one.name]: is }))}
+    />
+  );
+  const extras = inputs.filter(extra);
+  useEffect(() => {
+    if (settings.current && extras.some((one) => faults[one.name])) settings.current.open = true;
+  }, [faults]);
+
   return (
     <form ref={form} noValidate onSubmit={(event) => { event.preventDefault(); void submit(); }}>
-      {inputs.map((one) => (
-        <Field
-          key={one.name}
-          input={one}
-          value={values[one.name] ?? ""}
-          fault={faults[one.name]}
-          pastes={one.name === pasted}
-          onValue={(value) => set(one.name, value)}
-          onSending={(is) => setSending((before) => ({ ...before, [one.name]: is }))}
-        />
-      ))}
+      {inputs.filter((one) => !extra(one)).map(field)}
+      {extras.length > 0 && (
+        <details class="settings" ref={settings}>
+          <summary>More settings</summary>
+          <div class="pair">{extras.map(field)}</div>
+        </details>
+      )}
       {seeded && <Seed value={seed} fault={faults["seed"]} onValue={(value) => { setSeed(value); setFaults(({ seed: _gone, ...rest }) => rest); }} />}
       <Cost workflow={workflow} />
       {faults[""] && <p class="error box" role="alert" tabIndex={-1}>{faults[""]}</p>}
@@ -270,6 +286,8 @@ function fieldOf({ details, message }: ApiError): string {
   if (details && typeof details === "object") {
     const known = details as Record<string, unknown>;
     for (const name of ["field", "input", "name", "target"]) if (typeof known[name] === "string") return known[name];
+    const missing: unknown = known["missing"];
+    if (Array.isArray(missing)) return String(missing[0] ?? "");
   }
   return /^(?:input |the )?["'“‘`]?(\w+)["'”’`]?\b/i.exec(message)?.[1] ?? "";
 }

@@ -1,7 +1,7 @@
 import { ask, wordsOf } from "../api";
 import { plural, usd } from "../format";
 import { place, type Place } from "../route";
-import { counts, link, loadQueue, money, queue, session, tell } from "../store";
+import { counts, link, loadQueue, money, queue, tell } from "../store";
 import { dark, switchTheme } from "../theme";
 
 const LINKS: { to: string; name: Place["name"]; text: string }[] = [
@@ -25,15 +25,6 @@ async function pause(paused: boolean): Promise<void> {
   }
 }
 
-async function logOut(): Promise<void> {
-  try {
-    await ask("POST", "/session/logout", { json: {} });
-    session.value = "none";
-  } catch (error) {
-    tell(wordsOf(error), true);
-  }
-}
-
 export function Header() {
   const here = place.value.name === "job" ? "jobs" : place.value.name;
   const [word, more] = CONNECTION[link.value];
@@ -41,7 +32,7 @@ export function Header() {
     <header class="top">
       <div class="bar">
         <a class="brand" href="#/" aria-label="comfyctl, to the jobs"><b>comfy</b>ctl</a>
-        <span class={`link ${link.value}`} title={more}><i aria-hidden="true" />{word}</span>
+        <span class={`link ${link.value}`} title={more}><i aria-hidden="true" /><span>{word}</span></span>
         <nav aria-label="Pages">
           {LINKS.map(({ to, name, text }) => (
             <a key={name} href={to} aria-current={here === name ? "page" : undefined}>{text}</a>
@@ -54,9 +45,6 @@ export function Header() {
               <path d="M10 3a7 7 0 0 1 0 14z" fill="currentColor" />
             </svg>
           </button>
-          {typeof session.value === "object" && session.value.kind === "session" && (
-            <button type="button" class="plain" onClick={() => void logOut()}>Log out</button>
-          )}
           <a class="button primary" href="#/new">New job</a>
         </div>
       </div>

@@ -9,7 +9,7 @@ export function Timeline({ nodes, running }: { nodes: NodeTime[]; running: boole
   return (
     <section aria-labelledby="nodes">
       <h2 id="nodes">Nodes</h2>
-      <div class="scroll" tabIndex={0} role="region" aria-label="Nodes">
+      <div class="scroll" tabIndex={0} role="region" aria-label="Nodes, as a table">
         <table class="timeline">
           <thead><tr><th scope="col">Node</th><th scope="col">Took</th><th scope="col" class="drawn">From start to end</th></tr></thead>
           <tbody>
