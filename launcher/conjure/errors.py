@@ -33,6 +33,14 @@ class ServiceUnavailable(ConfigurationError):
     """A generation mode cannot be used on this computer as it is set up."""
 
 
+class AgentMissing(ServiceUnavailable):
+    """CONJURE's own agents are not part of this process."""
+
+
+class MeshMissing(InputFileMissing, FileNotFoundError):
+    """A mesh that is to be imported does not exist."""
+
+
 class GenerationFailed(WorkflowFailed):
     """A job of a generation ended without its results; the job's own code is in `details["code"]`."""
 
@@ -45,12 +53,11 @@ class CalledFromEngine(RunComfyError, RuntimeError):
     """A synchronous call was made where it would wait for itself: on the engine's own event loop."""
 
 
-def error_of_job(facts: Mapping[str, Any], trace: str, job_id: str) -> GenerationFailed:
-    """Return the error of a job of the queue from what its row and its last attempt say."""
-    lines = [line.strip() for line in trace.strip().splitlines() if line.strip()]
-    message = str(facts.get("message") or (lines[0] if lines else "") or "the job ended without results")
+def error_of_job(said: Mapping[str, Any] | None, job_id: str) -> GenerationFailed:
+    """Return the error of a job of the queue from what clients are told of it (code, message, hint)."""
+    facts = said or {}
     return GenerationFailed(
-        foreign_text(message),
+        foreign_text(str(facts.get("message") or "the job ended without results")),
         hint=foreign_text(str(facts.get("hint") or f"`comfyctl queue show {job_id}` tells what happened")),
         details={"job_id": job_id, "code": foreign_text(str(facts.get("code") or "workflow-failed"), 80)},
     )

@@ -22,6 +22,7 @@ from launcher.backend import Backend
 from launcher.conjure.engine import CLOUD, Engine, Made, Order, run_directly
 from launcher.conjure.errors import error_of_job
 from launcher.conjure.follow_up import FollowUp, follow_up
+from launcher.views import error_of
 from runcomfy.adapters.files import make_private_dir, write_atomically
 from runcomfy.application.job_queue import workflow_id_of
 from runcomfy.bootstrap import App
@@ -81,18 +82,16 @@ class QueueEngine(Engine):
 
     async def _ended(self, job: QueuedJob) -> Made:
         try:
-            return await self._made(await self._backend.queue.wait(job))
+            return self._made(await self._backend.queue.wait(job))
         except (LocalError, asyncio.CancelledError):
             raise  # the job goes on
         except RunComfyError:
             await self.settled(job.uid)
             raise
 
-    async def _made(self, job: QueuedJob) -> Made:
+    def _made(self, job: QueuedJob) -> Made:
         if job.status is not QueueStatus.DONE:
-            attempts = await self._backend.queue.store.attempts(job.id)
-            facts = {"code": job.reason, **(attempts[-1].result.get("error", {}) if attempts else {})}
-            raise error_of_job(facts, job.error_trace or "", job.uid)
+            raise error_of_job(error_of(job), job.uid)
         result = job.result
         return Made(
             job_id=job.uid,
@@ -138,7 +137,7 @@ class QueueEngine(Engine):
             if await asyncio.to_thread(_outdated, follow, job):
                 await self.settled(job_id)  # something newer is there by now
                 return
-            await follow_up(self, await self._made(job), follow)
+            await follow_up(self, self._made(job), follow)
         except (LocalError, asyncio.CancelledError):
             raise  # left for the next process
         except RunComfyError as error:
