@@ -26,22 +26,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from runcomfy.application.job_queue import EVENTS_AT_ONCE, JobQueue
-from runcomfy.domain.exceptions import LocalError, RunComfyError, foreign_text
+from runcomfy.domain.exceptions import LocalError, RunComfyError, TooManyRequests, foreign_text
 from runcomfy.domain.job import JobId
 from runcomfy.domain.queued import LAST_WORDS, JobEvent, QueuedJob, QueueStatus, RowId
 
 if TYPE_CHECKING:
     from runcomfy.application.live import Live, LiveJob
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("runcomfy.http")
 
 PROGRESS_EVERY: Final = 0.2
 """Seconds between two snapshots of one job: five a second are as smooth as anybody needs."""
+ELSEWHERE_EVERY: Final = 2.0
 MACHINES_EVERY: Final = 2.0
 MONEY_EVERY: Final = 10.0
 HEARTBEAT: Final = 15.0
 WAITING_MOST: Final = 1_000
 """Durable events that may wait for one listener; who is farther behind is dropped, and reads the log instead."""
+MOVES_WAITING: Final = 10
+"""Turns of progress that may wait for one listener: two seconds of it."""
+LISTENERS_MOST: Final = 1_000
+"""At once; each is an open connection."""
 KEPT: Final = 2_000
 """Of the newest durable events, as bytes: many listeners that come back at once cost one reading."""
 TROUBLE_FIRST, TROUBLE_MOST = 1.0, 15.0
@@ -145,6 +150,7 @@ class Listener:
         self._waiting = 0
         self._fleeting: dict[str, bytes] = {}
         """What it is about -> the newest that is to be said of it."""
+        self._moves: deque[bytes] = deque(maxlen=MOVES_WAITING)
         self._awake = asyncio.Event()
         self._over = False
 
@@ -158,7 +164,6 @@ class Listener:
         if self._waiting > WAITING_MOST:
             self.dropped = True
             self._turns.clear()
-            self._fleeting.clear()
         else:
             self._turns.append(turn)
         self._awake.set()
@@ -167,6 +172,12 @@ class Listener:
         """Take what only matters now; it replaces what was said of it before."""
         if not self.dropped:
             self._fleeting[about] = said
+            self._awake.set()
+
+    def hear_moves(self, said: bytes) -> None:
+        """Take how far jobs are; of one that is far behind the oldest are forgotten."""
+        if not self.dropped:
+            self._moves.append(said)
             self._awake.set()
 
     def leave(self) -> None:
@@ -195,14 +206,17 @@ class Listener:
 
     def _taken(self) -> tuple[bytes, bool]:
         """Return what waits, and whether that was the last of it."""
-        turns, parts, over = self._turns, [], False
-        self._turns, self._waiting = deque(), 0
+        # How far jobs are comes first: after its last word nothing more is to be said of a job.
+        parts, over = [*self._fleeting.values(), *self._moves], False
+        self._fleeting.clear()
+        self._moves.clear()
+        turns, self._turns, self._waiting = self._turns, deque(), 0
         for turn in turns:
             parts.append(turn.after(self._seen))
             over = self.job_id is not None and any(told.ends and told.number > self._seen for told in turn.events)
             self._seen = max(self._seen, turn.events[-1].number)
-        fleeting, self._fleeting = self._fleeting, {}
-        parts += (END,) if over else fleeting.values()
+        if over:
+            parts.append(END)
         return b"".join(parts), over
 
     async def _replay(self, after: int) -> AsyncIterator[bytes]:
@@ -227,6 +241,7 @@ class Listener:
                 self._over = True
                 self._turns.clear()
                 self._fleeting.clear()
+                self._moves.clear()
                 yield END
             else:
                 return
@@ -265,8 +280,12 @@ class Hub:
         """Listen for the block, to one job or to everything.
 
         `after`: the number of the last event that was seen. None: everything from now on, or a job's whole story.
-        Raises LocalError.
+        Raises TooManyRequests, LocalError.
         """
+        if len(self._listeners) >= LISTENERS_MOST:
+            raise TooManyRequests(
+                f"{LISTENERS_MOST} clients listen already", hint="close some pages", details={"retry_after_s": 10}
+            )
         async with self._starting:
             if not self._work and not self._closed:
                 await self._start()
@@ -301,7 +320,14 @@ class Hub:
             at = page[-1].number
         self.at = self._kept_from = at
         self._kept.clear()
-        loops = [self._read, self._tell_progress, self._tell_machines, self._tell_money, self._beat]
+        loops = [
+            self._read,
+            self._tell_progress,
+            self._tell_elsewhere,
+            self._tell_machines,
+            self._tell_money,
+            self._beat,
+        ]
         self._work = [asyncio.create_task(loop(), name=f"hub{loop.__name__}") for loop in loops]
         for task in self._work:
             task.add_done_callback(self._fell)
@@ -403,10 +429,9 @@ class Hub:
 
     # -- what only matters now -----------------------------------------------------------------------------
 
-    def _tell_now(self, about: str, said: bytes, job_id: RowId | None = None) -> None:
+    def _tell_now(self, about: str, said: bytes) -> None:
         for listener in self._listeners:
-            if listener.job_id is None or listener.job_id == job_id:
-                listener.hear_now(about, said)
+            listener.hear_now(about, said)
 
     def _heard(self, live: LiveJob) -> None:
         """Hear of a running job; from its own loop, many times a second."""
@@ -422,6 +447,7 @@ class Hub:
             self._moving.clear()
             moved, self._moved = self._moved, {}
             with suppress(LocalError):  # the next snapshot says it
+                frames = {}
                 for uid, live in moved.items():
                     job = self._jobs.get(uid)
                     if job is None:
@@ -429,17 +455,38 @@ class Hub:
                         if found is None or found.ended:
                             continue  # not a job of the queue
                         job = self._jobs[uid] = found
-                    data = await self._words.progress(job, live)
-                    self._tell_now(f"job {job.id}", frame("progress", data), job.id)
+                    frames[job.id] = frame("progress", await self._words.progress(job, live))
+                self._tell_moves(frames)
             await asyncio.sleep(PROGRESS_EVERY)
+
+    async def _tell_elsewhere(self) -> None:
+        """Say how far jobs are that run in other processes, which write it down now and then and tell nobody."""
+        told: dict[RowId, tuple[float, str]] = {}
+        while True:
+            await asyncio.sleep(ELSEWHERE_EVERY)
+            with suppress(LocalError):
+                here = self._live.jobs() if self._live is not None else {}
+                running = await self._store.jobs(status=QueueStatus.PROCESSING)
+                now = {job.id: (job.progress, job.message) for job in running if job.uid not in here}
+                moved = [job for job in running if job.id in now and told.get(job.id, (0.0, "")) != now[job.id]]
+                told = now
+                self._tell_moves({job.id: frame("progress", await self._words.progress(job, None)) for job in moved})
+
+    def _tell_moves(self, frames: Mapping[RowId, bytes]) -> None:
+        if not frames:
+            return
+        everything = b"".join(frames.values())
+        for listener in self._listeners:
+            said = everything if listener.job_id is None else frames.get(listener.job_id)
+            if said is not None:
+                listener.hear_moves(said)
 
     async def _beat(self) -> None:
         """Say a word now and then: proxies and clients give silent connections up after 30 or 60 seconds."""
         beat = comment("still here")
         while True:
             await asyncio.sleep(HEARTBEAT)
-            for listener in self._listeners:
-                listener.hear_now("beat", beat)
+            self._tell_now("beat", beat)
 
     def _everybody(self) -> Collection[Listener]:
         return [listener for listener in self._listeners if listener.job_id is None]
@@ -452,11 +499,18 @@ class Hub:
 
     async def _tell_often(self, about: str, ask: Callable[[], Awaitable[Json]], every: float) -> None:
         """Say it whenever it is another than before."""
-        before = b""
+        before, failed = b"", False
         while True:
             if listeners := self._everybody():
-                with suppress(RunComfyError):  # whoever asks for it is told why
+                try:
                     said = frame(about, await ask())
+                except RunComfyError:
+                    pass  # whoever asks for it is told why
+                except Exception:
+                    if not failed:
+                        failed = True
+                        log.exception("not_told", extra={"fields": {"about": about}})
+                else:
                     if said != before:
                         before = self._fleeting[about] = said
                         for listener in listeners:
