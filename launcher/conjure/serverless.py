@@ -26,13 +26,14 @@ from typing import Any, ClassVar, Final, TypeVar
 from uuid import uuid4
 
 import workflows
-from launcher.conjure.engine import Accepted, Engine, Made, OnProgress, Order, shared_engine
+from launcher.conjure.engine import Engine, Made, Order, shared_engine
 from launcher.conjure.parameters import FLUX_IMAGE, FLUX_MESH, IMAGE_TO_MESH
 from launcher.conjure.services import MachineGenerationService
 from runcomfy.adapters.data_uri import png_data_uri
 from runcomfy.adapters.providers.runcomfy_serverless import unavailable
 from runcomfy.application.serverless_run import ServerlessDone, ServerlessOrder
 from runcomfy.bootstrap import App
+from runcomfy.conjure.progress_tracker import STAGED, progress_tracker
 from runcomfy.conjure.serverless_runs import (
     IMAGE,
     MAX_SEED,
@@ -82,25 +83,25 @@ class ServerlessEngine(Engine):
         """Do work, or join the same work, of this service object or another."""
         return await self._base.once(key, work)
 
-    async def run(
-        self, order: Order, *, on_progress: OnProgress | None = None, accepted: Accepted | None = None
-    ) -> Made:
-        """Run the order as one request, and cancel it if the caller leaves. Its id is the request's. On the loop."""
+    async def run(self, order: Order) -> Made:
+        """Run the order as one request, and cancel it if nobody wants it any more. Its id is the request's."""
         app, request = self.app, order.request
         settings = app.settings
         wanted = await asyncio.to_thread(order_of, request, max_pixels=settings.files.max_input_pixels)
-        wanted = replace(wanted, timeout=settings.serverless.request_timeout, facts=dict(order.call))
+        wanted = replace(wanted, timeout=settings.serverless.request_timeout, facts={"workflow": request.workflow})
+        told = _Told(str(request.workflow))
 
         def submitted(report: RequestReport) -> None:
-            if accepted is not None:
-                accepted(report.request_id)
+            self.accepted(report.request_id)
+            told.begin(report.request_id)
 
-        def heard(report: RequestReport) -> None:
-            if on_progress is not None:
-                on_progress(progress_of(report))
-
-        async with serverless_runs(settings, app.clock) as runs:
-            done = await runs.run(wanted, job_id=JobId(str(uuid4())), submitted=submitted, heard=heard)
+        try:
+            async with serverless_runs(settings, app.clock) as runs:
+                done = await runs.run(wanted, job_id=JobId(str(uuid4())), submitted=submitted, heard=told.hear)
+        except BaseException as error:
+            told.end(error.message if isinstance(error, RunComfyError) else type(error).__name__)
+            raise
+        told.end(None)
         return self._made(done, request)
 
     def _made(self, done: ServerlessDone, request: JobRequest) -> Made:
@@ -125,6 +126,27 @@ class ServerlessEngine(Engine):
     def folder(self) -> Path:
         """Where services keep what they know."""
         return self._base.folder
+
+
+class _Told:
+    """What CONJURE's progress endpoints show of a request."""
+
+    def __init__(self, workflow: str) -> None:
+        self._workflow, self._id = workflow, ""
+
+    def begin(self, request_id: str) -> None:
+        """The request has been taken in."""
+        self._id = request_id
+        progress_tracker.start_workflow_tracking(self._workflow, request_id, "", staged=self._workflow in STAGED)
+
+    def hear(self, report: RequestReport) -> None:
+        """A look at the request."""
+        progress_tracker.observe(self._id, progress_of(report), workflow_name=self._workflow)
+
+    def end(self, error: str | None) -> None:
+        """The request is over, and its results are here, or it has failed."""
+        if self._id:
+            progress_tracker.handle_workflow_completion(self._id, success=error is None, error_message=error or "")
 
 
 def seeds_of(request: JobRequest) -> dict[str, int]:

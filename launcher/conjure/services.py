@@ -308,7 +308,7 @@ def get_generation_service(
     if mode == "serverless":
         from launcher.conjure.serverless import ServerlessGenerationService
 
-        service: GenerationService = ServerlessGenerationService()
+        service: GenerationService = ServerlessGenerationService(engine, root=root)
         return service
     kind = _KINDS.get(str(mode))
     if kind is None:

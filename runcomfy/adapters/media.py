@@ -175,21 +175,22 @@ def check_input_image(path: str | os.PathLike[str], max_pixels: int) -> None:
                 hint="open it in a picture viewer and save it again, or take another file",
             ) from error
         except OSError as error:
-            raise _input_error(error, path) from error
+            raise input_error(error, path) from error
 
 
 def _open_input(path: str | os.PathLike[str]) -> BinaryIO:
     try:
         file = open_regular(path, follow=True)
     except (OSError, ValueError) as error:
-        raise _input_error(error, path) from error
+        raise input_error(error, path) from error
     if not os.fstat(file.fileno()).st_size:
         file.close()
         raise InputFileInvalid(f"{_shown(path)} is empty (0 bytes)", hint="take another file, or make it again")
     return file
 
 
-def _input_error(error: Exception, path: str | os.PathLike[str]) -> InputFileMissing | InputFileInvalid | LocalError:
+def input_error(error: Exception, path: str | os.PathLike[str]) -> InputFileMissing | InputFileInvalid | LocalError:
+    """Return what an operating system error about an input file means."""
     if isinstance(error, OSError) and is_exhausted(error):
         return local_error(error, path, "read")
     if os.path.isdir(path):  # noqa: PTH112 - never raises, whatever the path holds

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -95,7 +96,7 @@ def read_result(payload: Any, *, expected: RequestId) -> RequestResult:
     return RequestResult(
         request_id=expected,
         state=state,
-        files=tuple(_limited(_files(outputs))),
+        files=tuple(read_files(outputs)),
         faults=faults,
         created_at=read_time(body.get("created_at")),
         finished_at=read_time(body.get("finished_at")),
@@ -191,11 +192,9 @@ def read_time(value: Any) -> datetime | None:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def _limited(files: Iterator[RemoteFile]) -> Iterator[RemoteFile]:
-    for count, file in enumerate(files):
-        if count >= MAX_FILES:
-            return
-        yield file
+def read_files(outputs: Any) -> Iterator[RemoteFile]:
+    """Read the files of a result's outputs, at most `MAX_FILES`; what is none is passed over."""
+    return islice(_files(outputs), MAX_FILES)
 
 
 def _files(outputs: Any) -> Iterator[RemoteFile]:
