@@ -181,6 +181,11 @@ class Guard:
 
     # --- limits -------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def principal(kind: Literal["token", "session", "conjure"]) -> Principal:
+        """Return who has sent what came in by this way; for programs beside HTTP, and tests."""
+        return {"token": _TOKEN, "session": _SESSION, "conjure": _CONJURE}[kind]
+
     def principal_of(self, request: Request) -> Principal:
         """Return who sent a request that was let in."""
         principal: Principal = request.scope[PRINCIPAL]
