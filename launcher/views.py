@@ -21,11 +21,10 @@ from runcomfy.domain.job import JobId, JobRequest, OutputKind
 from runcomfy.domain.queued import Attempt, JobEvent, Pause, QueuedJob, QueueStatus
 
 if TYPE_CHECKING:
-    from runcomfy.application.live import LiveJob
-    from runcomfy.domain.time_left import TimeLeft
-
     from runcomfy.application.job_queue import JobStory
+    from runcomfy.application.live import LiveJob
     from runcomfy.domain.progress import Progress
+    from runcomfy.domain.time_left import TimeLeft
 
 Json = dict[str, Any]
 
@@ -392,6 +391,14 @@ def _shown(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_shown(item) for item in value]
     return value
+
+
+def manifest_view(job: QueuedJob, said: Mapping[str, Any]) -> Json:
+    """Return a job's manifest, as it lies beside the results or, without one, as the queue knows it; no paths."""
+    facts = dict(said) if said else {"job_id": job.uid, **job.result}
+    facts.pop("outputs", None)
+    files = [_output_view(f"/jobs/{quote(job.uid, safe='')}", n, entry) for n, entry in enumerate(outputs_of(job))]
+    return {str(name): _shown(value) for name, value in facts.items() if name not in _KEPT_BACK} | {"outputs": files}
 
 
 def log_text(story: JobStory) -> str:

@@ -102,6 +102,14 @@ class CostOptimizer:
         day, month = (forecast(str(period), window, pieces, machines, now=now) for period, window in windows)
         return day, month
 
+    async def bills(self, *, since: datetime | None = None) -> list[MachineBill]:
+        """Return the bill of every machine that was open at `since` or later (None: of all). Raises LocalError."""
+        return await self._bills(since, now=self._clock.now())
+
+    async def standing(self, budgets: Sequence[Budget]) -> Sequence[BudgetState]:
+        """Return how these budgets would stand now, whether they are set or not. Raises LocalError."""
+        return await self._store.budgets(budgets, now=self._clock.now())
+
     async def _bills(self, since: datetime | None, *, now: datetime) -> list[MachineBill]:
         books = self._books
         return await read_bills(self._store, provider=books.provider, account=books.account, now=now, since=since)

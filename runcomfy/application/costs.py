@@ -2,7 +2,8 @@
 Reports of money: the shares of every machine's bill, grouped by whatever is asked for.
 
 All tables are sums over the same numbers (machine x job x UTC day, see `shares`), so a table by day and one by job show
-the same total, to the millionth of a dollar, and both show that of the ledger.
+the same total, to the millionth of a dollar, and both show that of the ledger. A table by hour is cut finer, its total
+is that of the ledger, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 from runcomfy.application.ledger import MachineBill
@@ -27,7 +29,9 @@ class By(StrEnum):
     """What a report is grouped by."""
 
     DAY = "day"
+    HOUR = "hour"
     MACHINE = "machine"
+    TYPE = "type"
     JOB = "job"
     WORKFLOW = "workflow"
     USER = "user"
@@ -39,8 +43,8 @@ class Row:
     """One line of a report. Money is USD."""
 
     key: str | None
-    """The day (YYYY-MM-DD, UTC), the provider's id of the machine (ours, if it has none), the job's id, the workflow,
-    user or project; None: what belongs to nobody."""
+    """The day (YYYY-MM-DD, UTC) or hour (YYYY-MM-DDTHH:00Z), the provider's id of the machine (ours, if it has none),
+    its type, the job's id, the workflow, user or project; None: what belongs to nobody."""
     busy_usd: Decimal
     idle_usd: Decimal
     nobody_usd: Decimal
@@ -120,11 +124,20 @@ def forecast_dict(one: Forecast) -> dict[str, Any]:
 
 def days_between(since: datetime, until: datetime) -> list[datetime]:
     """Return every midnight (UTC) between two moments, both left out."""
-    day = since.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+    return _between(since.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0), until, timedelta(days=1))
+
+
+def hours_between(since: datetime, until: datetime) -> list[datetime]:
+    """Return every full hour (UTC) between two moments, both left out."""
+    return _between(since.astimezone(UTC).replace(minute=0, second=0, microsecond=0), until, timedelta(hours=1))
+
+
+def _between(begin: datetime, until: datetime, step: timedelta) -> list[datetime]:
     found = []
-    while day < until:
-        found.append(day)
-        day += timedelta(days=1)
+    at = begin + step
+    while at < until:
+        found.append(at)
+        at += step
     return found
 
 
@@ -138,16 +151,47 @@ def grouped(
     """
     sums: dict[str | None, _Sum] = {}
     total = _Sum()
-    for cell in _cells(bills, since=since, until=until, silence=silence):
+    between = hours_between if by is By.HOUR else days_between
+    for cell in _cells(bills, [since, *between(since, until), until], silence=silence):
         key, about = _key(by, cell)
         for one in (sums.setdefault(key, _Sum(about=about)), total):
             one.add(cell)
     rows = [found.row(key) for key, found in sums.items() if found.counts]
-    if by is By.DAY:
+    if by in (By.DAY, By.HOUR):
         rows.sort(key=lambda row: row.key or "")
     else:
         rows.sort(key=lambda row: (row.key is None, -row.usd, row.key or ""))
     return tuple(rows), total.row(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The money and the work of a stretch of time."""
+
+    start: datetime
+    end: datetime
+    usd: Decimal
+    busy: timedelta
+    """Computing time of all machines together."""
+    idle: timedelta
+    """Billed time in which nothing was computed."""
+    jobs: int
+    """Different jobs that were at a machine in it."""
+
+
+def slots(bills: Sequence[MachineBill], cuts: Sequence[datetime], *, silence: timedelta) -> list[Slot]:
+    """Return what was spent between each two cuts, all of them, also those without money. Blocks for many jobs."""
+    sums = {start: _Sum() for start in cuts[:-1]}
+    for cell in _cells(bills, cuts, silence=silence):
+        sums[cell.day].add(cell)
+    pieces = [(piece.start, piece.end) for bill in bills for piece in bill.pieces]
+    found = []
+    for start, end in pairwise(cuts):
+        billed = sum((max(timedelta(0), min(e, end) - max(s, start)) for s, e in pieces), timedelta(0))
+        one = sums[start]
+        usd = one.busy_usd + one.idle_usd
+        found.append(Slot(start, end, usd, one.busy, max(timedelta(0), billed - one.busy), len(one.jobs)))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +202,14 @@ class _Cell:
     machine: Machine
     work: Work | None
     day: datetime
+    """Since when: the cut before it."""
     grows: bool
     """Whether the machine still runs in it."""
 
 
-def _cells(bills: Sequence[MachineBill], *, since: datetime, until: datetime, silence: timedelta) -> Iterator[_Cell]:
-    """Yield the shares within the time."""
-    cuts = [since, *days_between(since, until), until]
+def _cells(bills: Sequence[MachineBill], cuts: Sequence[datetime], *, silence: timedelta) -> Iterator[_Cell]:
+    """Yield the shares between the first cut and the last."""
+    since = cuts[0]
     for bill in bills:
         works = {work.job_id: work for work in bill.works}
         grows_at = max((piece.end for piece in bill.pieces), default=since) if bill.machine.bills else None
@@ -180,6 +225,10 @@ def _key(by: By, cell: _Cell) -> tuple[str | None, str]:
     match by:
         case By.DAY:
             return cell.day.astimezone(UTC).date().isoformat(), ""
+        case By.HOUR:
+            return f"{cell.day.astimezone(UTC):%Y-%m-%dT%H:00Z}", ""
+        case By.TYPE:
+            return cell.machine.server_type, ""
         case By.MACHINE:
             return cell.machine.server_id or cell.machine.id, cell.machine.server_type
         case By.JOB:

@@ -21,10 +21,11 @@ from runcomfy.cli.app import open_app
 from runcomfy.cli.output import show_json, table, tell
 from runcomfy.cli.runner import Interrupts
 from runcomfy.domain.budget import BudgetState
-from runcomfy.domain.durations import parse_duration, show_duration
+from runcomfy.domain.durations import show_duration
 from runcomfy.domain.estimate import Basis
-from runcomfy.domain.exceptions import ValueInvalid, foreign_text
+from runcomfy.domain.exceptions import foreign_text
 from runcomfy.domain.job import JobRequest
+from runcomfy.domain.moment import moment
 from runcomfy.domain.money import show_usd
 
 if TYPE_CHECKING:
@@ -45,28 +46,6 @@ _UNNAMED: Final = "(none)"
 async def _money(interrupts: Interrupts, *, quiet: bool = False) -> AsyncIterator[tuple[CostOptimizer, App]]:
     async with open_app(interrupts, require_cloud=True, launches=False, quiet=quiet) as app:
         yield await app.costs(), app
-
-
-def moment(text: str, *, now: datetime, whole_days: bool = False) -> datetime:
-    """Return the time that `text` names: so long ago (`7d`), a day, or a time (UTC if it names no zone).
-
-    `whole_days`: days ago count from the midnight before. Raises ValueInvalid.
-    """
-    words = text.strip()
-    try:
-        at = datetime.fromisoformat(words)
-    except ValueError:
-        try:
-            ago = parse_duration(words)
-            at = now - ago
-        except (ValueInvalid, OverflowError):
-            raise ValueInvalid(
-                f"{foreign_text(text, 40)!r} is no time",
-                hint="write how long ago (7d, 12h, 90m), a day (2026-05-01), or a time (2026-05-01T12:00)",
-            ) from None
-        whole = whole_days and ago >= timedelta(days=1)
-        return at.replace(hour=0, minute=0, second=0, microsecond=0) if whole else at
-    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
 
 
 # -- the report ------------------------------------------------------------------------------------------------

@@ -52,13 +52,14 @@ def stop(server_id: str) -> int:
 
 
 async def _stop(interrupts: Interrupts, server_id: str) -> int:
+    from runcomfy.application.by_order import stop_whosever
     from runcomfy.application.finish import finish
     from runcomfy.cli.app import open_app
 
     _checked(server_id)
     async with open_app(interrupts, require_cloud=True, launches=False, to_stop=True) as app:
         cloud, _ = await cloud_or_memory(app)
-        ended = await finish(_stop_whosever(cloud, server_id))
+        ended = await finish(stop_whosever(cloud, server_id, note="stop asked for by the user"))
         _say_ended(ended, cloud)
     return 0
 
@@ -69,40 +70,6 @@ def _checked(server_id: str) -> None:
 
     if not server_id.strip():
         raise ValueInvalid("the machine's id is empty", hint="`comfyctl machines ls` lists the machines with their ids")
-
-
-async def _stop_whosever(cloud: Machines, server_id: str) -> Machine:
-    note = "stop asked for by the user"
-    machine = await _open_row(cloud, server_id)
-    if machine is None:
-        machine = await _taken(cloud, server_id, note=note)
-    elif machine.owner_id != cloud.books.owner.id:
-        machine = await cloud.books.take_over(machine, note=note)
-    return await cloud.stop(machine, reason=note)
-
-
-async def _open_row(cloud: Machines, server_id: str) -> Machine | None:
-    from runcomfy.domain.machine import ServerId
-
-    row = await cloud.books.row_of(ServerId(server_id))
-    return row if row is not None and row.is_open else None
-
-
-async def _taken(cloud: Machines, server_id: str, *, note: str) -> Machine:
-    """Take a machine that the account runs, and that is not in our books, into them, with us as its owner."""
-    from runcomfy.domain.exceptions import MachineNotFound, foreign_text
-    from runcomfy.domain.machine import Purpose, ServerId
-
-    wanted = ServerId(server_id)
-    report = next((r for r in await cloud.provider.list_machines(urgent=True) if r.server_id == wanted), None)
-    if report is None:
-        report = await cloud.provider.get_machine_status(wanted, urgent=True)
-    if report is None:
-        raise MachineNotFound(
-            f"the account has no machine {foreign_text(server_id, 60)}",
-            hint="`comfyctl machines ls` lists what it has; a machine that is gone bills no longer",
-        )
-    return await cloud.adopt(report, purpose=Purpose.TAKEN, reason=note)
 
 
 def _say_ended(machine: Machine, cloud: Machines) -> None:
@@ -137,13 +104,14 @@ async def _adopt(interrupts: Interrupts, server_id: str) -> int:
 
 async def _adopted(cloud: Machines, server_id: str) -> Machine:
     """Put a machine into our books as one that is kept without a process until its planned stop."""
+    from runcomfy.application.by_order import open_row, taken
     from runcomfy.domain.exceptions import ValueInvalid
     from runcomfy.domain.machine import MachineState, Purpose
 
     note = "adopted by the user"
-    machine = await _open_row(cloud, server_id)
+    machine = await open_row(cloud, server_id)
     if machine is None:
-        machine = await _taken(cloud, server_id, note=note)
+        machine = await taken(cloud, server_id, note=note)
     else:
         owner = (await cloud.store.owners([machine.owner_id])).get(machine.owner_id) if machine.owner_id else None
         if machine.state is MachineState.STOPPING or (

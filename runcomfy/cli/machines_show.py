@@ -5,22 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from runcomfy.application.monitors import looks_only
-from runcomfy.application.reaper import Reaper, Verdict
+from runcomfy.application.machine_rows import machine_rows
 from runcomfy.cli.output import show_json, table, tell
 from runcomfy.cli.words import show_span, show_time
 from runcomfy.domain.exceptions import LocalError, MachineNotFound, ProviderError, foreign_text
-from runcomfy.domain.lease import Use
-from runcomfy.domain.machine import Machine, MachineId, MachineReport, MachineState, Phase, ServerId
+from runcomfy.domain.machine import Machine, MachineReport
 from runcomfy.domain.money import cost_of, show_usd, total
 from runcomfy.domain.work import Work
 
@@ -32,33 +29,6 @@ HEADERS: Final = ("machine", "type", "state", "jobs", "whose", "price", "spent",
 LOOK_EVERY: Final = 1.0
 """Seconds between two looks of `--watch` into our books; the provider is asked as rarely as the settings say."""
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Busy:
-    """Who is at a machine."""
-
-    uses: Sequence[Use] = ()
-    works: Sequence[Work] = ()
-
-    @property
-    def jobs(self) -> list[str]:
-        """The jobs, each once, with what is known of them."""
-        found: dict[str, str] = {work.job_id: work.workflow for work in self.works if work.ended_at is None}
-        for use in self.uses:
-            if not looks_only(use):
-                found.setdefault(use.job_id, "")
-        return [f"{job[:8]} {workflow}".strip() for job, workflow in found.items()]
-
-    @property
-    def computes(self) -> bool:
-        """Whether a prompt is being worked on there."""
-        return any(work.computing_at and not work.computed_at and not work.ended_at for work in self.works)
-
-    @property
-    def monitored(self) -> bool:
-        """Whether somebody looks at it."""
-        return any(looks_only(use) for use in self.uses)
 
 
 # -- ls ----------------------------------------------------------------------------------------------------
@@ -89,102 +59,7 @@ async def list_machines(interrupts: Interrupts, *, as_json: bool, watch: bool) -
 
 async def rows_of(cloud: Machines, listed: Sequence[MachineReport], *, has_books: bool) -> list[Row]:
     """Return a row for each machine that our books have open or the account lists."""
-    reports = {report.server_id: report for report in listed}
-    verdicts = await Reaper(cloud).verdicts(listed)
-    busy = await _busy(cloud, [verdict.machine.id for verdict in verdicts])
-    rows = [_row(verdict, reports, busy.get(verdict.machine.id, Busy()), cloud) for verdict in verdicts]
-    shown = {verdict.machine.server_id for verdict in verdicts}
-    closed = {row.server_id: row for row in await cloud.books.rows(open_only=False) if not row.is_open}
-    for server_id, report in reports.items():
-        if server_id in closed and server_id not in shown:
-            rows.append(_row(_ended(closed[server_id], report), reports, Busy(), cloud))
-        elif server_id not in shown:
-            rows.append(_foreign(report, has_books=has_books))
-    return rows
-
-
-async def _busy(cloud: Machines, ids: Sequence[MachineId]) -> Mapping[MachineId, Busy]:
-    """Return who is at each of the machines; a job whose process died is not."""
-    if not ids:
-        return {}
-    now = cloud.clock.now()
-    uses = await cloud.store.uses(ids)
-    users = await cloud.store.owners({use.owner_id for use in uses})
-    living = [u for u in uses if u.owner_id in users and cloud.processes.lives(users[u.owner_id], now=now)]
-    works = [work for work in await cloud.store.works(machine_ids=ids) if work.ended_at is None]
-    return {
-        machine_id: Busy(
-            [use for use in living if use.machine_id == machine_id],
-            [work for work in works if work.machine_id == machine_id],
-        )
-        for machine_id in ids
-    }
-
-
-def _ended(machine: Machine, report: MachineReport) -> Verdict:
-    """Return what is to be said of a machine that our books have ended and the account still lists."""
-    back = report.phase in (Phase.READY, Phase.STARTING)
-    return Verdict(machine, end=back, why="it was gone and runs again" if back else "ended; not yet off the list")
-
-
-def _row(verdict: Verdict, reports: Mapping[ServerId, MachineReport], busy: Busy, cloud: Machines) -> Row:
-    machine, now = verdict.machine, cloud.clock.now()
-    report = reports.get(machine.server_id) if machine.server_id is not None else None
-    # A job of a dead process is on no machine, whatever its row says.
-    jobs = [] if verdict.end else busy.jobs
-    return {
-        "server_id": machine.server_id or "(not answered yet)",
-        "machine_id": machine.id,
-        "type": machine.server_type,
-        "status": report.status if report else "not listed",
-        "ours": True,
-        "state": str(machine.state),
-        "shown": _state(machine, jobs, busy, now),
-        "jobs": jobs,
-        "monitored": busy.monitored,
-        "draining": machine.draining,
-        "purpose": str(machine.purpose),
-        "why": verdict.why + ("; `comfyctl machines reap` would end it" if verdict.end else ""),
-        "usd_per_hour": str(machine.usd_per_hour),
-        "spent_usd": format(cost_of(machine, now=now), "f"),
-        "stops_at": (report.stopping_at if report else None) or machine.planned_stop_at,
-        "reason": machine.reason,
-    }
-
-
-def _state(machine: Machine, jobs: Sequence[str], busy: Busy, now: datetime) -> str:
-    """Return a machine's state for people: what it does, and since when it does nothing."""
-    if machine.state is not MachineState.READY:
-        return f"{machine.state} {show_span(now - machine.since)}"
-    if machine.draining:
-        return f"draining: {machine.draining}"
-    if jobs:
-        return "computing" if busy.computes else "busy"
-    since = max(filter(None, (machine.last_used_at, machine.ready_at)), default=now)
-    return f"idle {show_span(now - since)}" + (", monitored" if busy.monitored else "")
-
-
-def _foreign(report: MachineReport, *, has_books: bool) -> Row:
-    """Return the row of a machine that our books do not have; `ours` is None where they cannot be read."""
-    why = "not in our books: never touched; `comfyctl machines adopt ID` takes it over"
-    return {
-        "server_id": report.server_id,
-        "machine_id": None,
-        "type": report.server_type or "?",
-        "status": report.status,
-        "ours": False if has_books else None,
-        "state": "",
-        "shown": report.status,
-        "jobs": [],
-        "monitored": False,
-        "draining": "",
-        "purpose": "",
-        "why": why if has_books else "our books cannot be read; `comfyctl machines stop ID` stops it all the same",
-        "usd_per_hour": None,
-        "spent_usd": None,
-        "stops_at": report.stopping_at,
-        "reason": "",
-    }
+    return [row.as_dict() for row in await machine_rows(cloud, listed, has_books=has_books)]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

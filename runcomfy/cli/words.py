@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 
+from runcomfy.domain.durations import show_span
 from runcomfy.domain.machine import Machine, MachineState
+
+__all__ = ["ended_well", "show_span", "show_time", "still_billing"]
 
 
 def still_billing(held: Sequence[Machine]) -> list[str]:
@@ -42,11 +45,3 @@ def _bills(opening: str, held: Sequence[Machine]) -> list[str]:
 def show_time(at: datetime | None) -> str:
     """Return a time in the user's own zone, to the second."""
     return at.astimezone().strftime("%Y-%m-%d %H:%M:%S") if at is not None else "-"
-
-
-def show_span(span: timedelta) -> str:
-    """Return a duration for people: `1h 5m`, `3m 20s`, `8s`."""
-    seconds = max(0, int(span.total_seconds()))
-    if seconds >= 3600:
-        return f"{seconds // 3600}h {seconds % 3600 // 60}m"
-    return f"{seconds // 60}m {seconds % 60}s" if seconds >= 60 else f"{seconds}s"

@@ -62,3 +62,11 @@ def show_duration(duration: timedelta) -> str:
         fraction = f".{rest:06d}".rstrip("0") if rest else ""
         parts.append(f"{seconds}{fraction}s")
     return sign + "".join(parts)
+
+
+def show_span(span: timedelta) -> str:
+    """Return a duration for people, to the second: `1h 5m`, `3m 20s`, `8s`."""
+    seconds = max(0, int(span.total_seconds()))
+    if seconds >= 3600:
+        return f"{seconds // 3600}h {seconds % 3600 // 60}m"
+    return f"{seconds // 60}m {seconds % 60}s" if seconds >= 60 else f"{seconds}s"

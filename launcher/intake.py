@@ -1,0 +1,573 @@
+"""
+From a request to a job in the queue.
+
+Everything a client sends is looked at before anything is queued: the shape (`schemas.JobOrder`), the files (read to
+their end and judged by their content), what the workflow would do with it. Over HTTP nothing names a file of this
+computer: files are uploads, workflows are known by name or are graphs, results go where the queue puts them.
+
+The same idempotency key with the same body is the same job, also if a picture comes along: its folder is named by the
+key and the picture's own bytes, so that a repeated request means the same file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
+
+import workflows
+from launcher.backend import Backend
+from launcher.errors import NotSupported, TooLarge
+from launcher.multipart import Form, read_form
+from launcher.schemas import JobOrder
+from launcher.teller import teller_of
+from launcher.upload_store import Incoming, Kept, UploadStore, made_id
+from launcher.views import input_files
+from runcomfy.adapters.workflow_registry import Resolved, WorkflowRegistry
+from runcomfy.application.job_queue import INLINE, JobQueue
+from runcomfy.bootstrap import App
+from runcomfy.domain.exceptions import BadInput, IdempotencyConflict, RunComfyError, ValueInvalid, foreign_text
+from runcomfy.domain.job import JobRequest
+from runcomfy.domain.named_inputs import meaning_of, names_a_file
+from runcomfy.domain.queued import NewJob, QueuedJob, QueueStatus
+from runcomfy.domain.sidecar import Sidecar
+from runcomfy.domain.workflow import Workflow
+
+KEY_MOST: Final = 255
+"""Characters of an idempotency key."""
+TEXT_MOST: Final = 100_000
+DEPTH_MOST: Final = 64
+METADATA_MOST: Final = 16 * 1024
+UPLOAD: Final = "upload:"
+JSON: Final = "application/json"
+MULTIPART: Final = "multipart/form-data"
+_JSON_FIELDS: Final = frozenset(
+    {"inputs", "sets", "metadata", "seed", "priority", "timeout_s", "retry_limit", "dry_run"}
+)
+_WORKFLOW: Final = "workflow"
+_NEGATIVE: Final = ("negative", "negative_prompt")
+
+
+def _schema(files: bool) -> dict[str, Any]:
+    schema = JobOrder.model_json_schema()
+    if files:
+        schema["properties"] = {
+            **schema["properties"],
+            "job": {"type": "string", "description": "All other fields as one JSON text."},
+            "image": {"type": "string", "format": "binary"},
+        }
+        schema["required"] = []
+        schema["additionalProperties"] = {"type": "string", "format": "binary"}
+        schema["description"] = "The fields of the JSON body one by one, or as `job`; files by the names of inputs."
+    return schema
+
+
+MAKE_JOB: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {JSON: {"schema": _schema(files=False)}, MULTIPART: {"schema": _schema(files=True)}},
+    },
+    "parameters": [
+        {
+            "name": "Idempotency-Key",
+            "in": "header",
+            "required": False,
+            "description": "The same key with the same body is the same job, for as long as the job is kept.",
+            "schema": {"type": "string", "minLength": 1, "maxLength": KEY_MOST, "pattern": "^[!-~]+$"},
+        }
+    ],
+}
+"""What FastAPI cannot tell by itself of a body that may come in two forms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What own history says a job would take and cost; None: it says nothing, or there are no prices."""
+
+    value: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What came of a request: a job, or an estimate if that was all it asked for."""
+
+    job: QueuedJob | None = None
+    replayed: bool = False
+    estimate: Estimate | None = None
+
+
+@dataclass(slots=True)
+class _Given:
+    """A request's body, read whole."""
+
+    order: JobOrder
+    form: Form = field(default_factory=Form)
+
+
+class _State:
+    """What lasts longer than a request."""
+
+    def __init__(self, app: App) -> None:
+        files = app.settings.files
+        self.uploads = UploadStore(
+            files.state_dir, most_bytes=app.settings.http.max_upload_bytes, max_pixels=files.max_input_pixels
+        )
+        settings = app.queue_settings
+        self.registry = WorkflowRegistry(
+            root=settings.root, workflows_file=settings.workflows_file, shipped=workflows.names
+        )
+        self.alone: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+
+_STATES: WeakKeyDictionary[App, _State] = WeakKeyDictionary()
+
+
+def _state_of(app: App) -> _State:
+    found = _STATES.get(app)
+    if found is None:
+        found = _STATES[app] = _State(app)
+    return found
+
+
+def uploads_of(app: App) -> UploadStore:
+    """Return where the app's uploads are kept."""
+    return _state_of(app).uploads
+
+
+def registry_of(app: App) -> WorkflowRegistry:
+    """Return what knows workflows by name: the project's own, then those that ship."""
+    return _state_of(app).registry
+
+
+class Intake:
+    """Takes the requests of one backend; made anew for each."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self._app = backend, backend.app
+        self._uploads, self._registry = uploads_of(backend.app), registry_of(backend.app)
+        self._brought: list[Kept] = []
+
+    # -- the whole way -------------------------------------------------------------------------------------
+
+    async def take(self, request: Request) -> Taken:
+        """Read a request to its end and put its job in.
+
+        Raises BadInput, TooLarge, TooManyRequests, RequestValidationError: nothing was queued and nothing is kept;
+        LocalError.
+        """
+        backend, store = self._backend, self._backend.queue.store
+        client = self._client(request)
+        said = _key_of(request)
+        key = f"{client}{said}" if said is not None else f"{client}/{uuid4()}"
+        async with self._alone(key):
+            known = said is not None and key in await store.known_keys([key])
+            if not known:
+                backend.guard.admit_jobs(backend.guard.principal_of(request), 1, waiting=await self._waiting(client))
+                await self._uploads.sweep_now_and_then(store.known_keys)
+            form = Form()
+            try:
+                given = await self._read(request)
+                form = given.form
+                new = await self._new_job(given, key, repeatable=said is not None)
+                if given.order.dry_run:
+                    await self._check(new.request)
+                    taken = Taken(estimate=Estimate(await self._estimate(new, given.order)))
+                    await self._uploads.forget(self._brought)
+                    return taken
+                await self._uploads.use([path for _, path in input_files(new.request)], key)
+                job = await self._queue().enqueue(new)
+            except (BadInput, TooLarge, NotSupported, RequestValidationError) as error:
+                await form.abort()
+                if not isinstance(error, IdempotencyConflict):
+                    await self._uploads.forget(self._brought)
+                raise
+            return Taken(job, replayed=known)
+
+    async def again(self, request: Request, job: QueuedJob, seed: int | None) -> QueuedJob:
+        """Put the same job in once more, with another seed. Raises BadInput, TooManyRequests, LocalError."""
+        if job.request is None:
+            raise ValueInvalid("the job's row says nothing of what to run", hint="put a new job in")
+        client, guard = self._client(request), self._backend.guard
+        guard.admit_jobs(guard.principal_of(request), 1, waiting=await self._waiting(client))
+        key = f"{client}/{uuid4()}"
+        inputs = {name: value for name, value in job.request.inputs.items() if name != "seed"}
+        fresh = replace(job.request, job_id=None, seed=seed, inputs=inputs, out_file=None, earlier_outputs={})
+        if "seed" in job.request.required_inputs and seed is None:
+            names = tuple(name for name in job.request.required_inputs if name != "seed")
+            fresh = replace(fresh, required_inputs=names)
+        await self._uploads.use([path for _, path in input_files(fresh)], key)
+        new = NewJob(
+            fresh,
+            job.workflow_id,
+            job_type=job.job_type,
+            priority=job.priority,
+            retry_limit=job.retry_limit,
+            metadata=job.metadata,
+            user=job.user,
+            project=job.project,
+            idempotency_key=key,
+        )
+        return await self._backend.queue.enqueue(new)
+
+    def _client(self, request: Request) -> str:
+        """Return what the idempotency keys of a client begin with: no client sees another one's."""
+        principal = self._backend.guard.principal_of(request)
+        return f"http/{principal.kind}/{principal.name}/"
+
+    @asynccontextmanager
+    async def _alone(self, key: str) -> AsyncIterator[None]:
+        """Let requests with the same key come one after another: all but the first are repetitions."""
+        lock = _state_of(self._app).alone.setdefault(key, asyncio.Lock())
+        async with lock:
+            yield
+
+    async def _waiting(self, client: str) -> int:
+        """Return how many jobs of a client wait. Only when many wait at all is it looked whose they are."""
+        queue = self._backend.queue
+        pending = (await queue.counts()).get(QueueStatus.PENDING, 0)
+        if pending < self._backend.guard.http.max_waiting:
+            return 0
+        waiting = await queue.list(status=QueueStatus.PENDING)
+        return sum((job.idempotency_key or "").startswith(client) for job in waiting)
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    async def _read(self, request: Request) -> _Given:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        http = self._backend.guard.http
+        if kind == JSON:
+            most = http.max_upload_bytes * 4 // 3 + http.max_body_bytes
+            return _Given(_order(strict_json(await _body(request, most))))
+        if kind != MULTIPART:
+            raise NotSupported(
+                "a job is sent as application/json or multipart/form-data", hint="say which with Content-Type"
+            )
+
+        async def open_sink(_: str, file_name: str) -> Incoming:
+            return await self._uploads.open(file_name)
+
+        form = await read_form(request, open_sink, field_most=http.max_body_bytes)
+        try:
+            return _Given(_order(_merged(form)), form)
+        except BaseException:
+            await form.abort()
+            raise
+
+    # -- building ------------------------------------------------------------------------------------------
+
+    async def _new_job(self, given: _Given, key: str, *, repeatable: bool) -> NewJob:
+        order = given.order
+        as_id = key if repeatable else None
+        self._check_order(order)
+        resolved = await self._resolved(order)
+        for name, sink in given.form.files:
+            if not isinstance(sink, Incoming):  # there are no others
+                raise TypeError(type(sink).__name__)
+            kept = await sink.keep(as_id=as_id, salt=name)
+            self._brought.append(kept)
+            if name == "image":
+                _once(order.image is None and order.image_url is None)
+                order.image = f"{UPLOAD}{kept.id}"
+            elif name in order.inputs or name in order.sets:
+                raise ValueInvalid(f"{foreign_text(name, 80)} is given twice", hint="as a file or as a value")
+            else:
+                order.inputs[name] = f"{UPLOAD}{kept.id}"
+        inputs = {name: await self._value(f"inputs.{name}", value, as_id) for name, value in order.inputs.items()}
+        sets = {name: await self._value(f"sets.{name}", value, as_id) for name, value in order.sets.items()}
+        if order.negative is not None:
+            name = await self._negative(resolved, inputs)
+            inputs[name] = _literal(order.negative)
+        request = JobRequest(
+            resolved.workflow if isinstance(order.workflow, str) else order.workflow,
+            image=await self._image(order, as_id),
+            prompt=order.prompt,
+            seed=order.seed,
+            sets=sets,
+            inputs=inputs,
+            timeout=timedelta(seconds=order.timeout_s) if order.timeout_s is not None else None,
+            convert=order.convert,
+            server_type=order.server_type or None,
+            input_names=resolved.input_names,
+            required_inputs=resolved.required_inputs,
+        )
+        return NewJob(
+            request,
+            order.workflow if isinstance(order.workflow, str) else INLINE,
+            job_type=order.job_type or "JOB",
+            priority=order.priority,
+            retry_limit=order.retry_limit,
+            metadata={**order.metadata, **({"webhook_url": order.webhook_url} if order.webhook_url else {})},
+            user=order.user,
+            project=order.project,
+            idempotency_key=key,
+        )
+
+    def _check_order(self, order: JobOrder) -> None:
+        """Refuse what no route, queue or database should have to carry. Raises BadInput."""
+        from launcher.guarding.addresses import checked_url
+
+        for name, value in (("workflow", order.workflow), ("inputs", order.inputs), ("sets", order.sets)):
+            _check_texts(value, name)
+        _check_texts(order.metadata, "metadata")
+        if len(json.dumps(order.metadata)) > METADATA_MOST:
+            raise ValueInvalid(f"the metadata has more than {METADATA_MOST} bytes", hint="keep large things elsewhere")
+        if "webhook_url" in order.metadata:
+            raise ValueInvalid("metadata cannot say where a webhook goes", hint="use the field webhook_url")
+        for url in filter(None, (order.webhook_url, order.image_url)):
+            checked_url(url, allow_private=self._app.settings.http.allow_private)
+        types = self._app.pool_types()
+        if order.server_type and order.server_type not in types:
+            raise ValueInvalid(
+                f"{foreign_text(order.server_type, 60)!r} is no machine type that jobs may ask for",
+                hint=f"use one of {', '.join(types)}, or leave it out",
+            )
+
+    async def _resolved(self, order: JobOrder) -> Resolved:
+        if not isinstance(order.workflow, str):
+            return Resolved(INLINE)
+        return await asyncio.to_thread(self._registry.resolve, order.workflow)
+
+    async def _negative(self, resolved: Resolved, inputs: Mapping[str, Any]) -> str:
+        """Return what the workflow calls its negative prompt; what is not there is refused when it is bound."""
+        found = [name for name in _NEGATIVE if name in resolved.input_names]
+        if not found and resolved.workflow != INLINE:
+            toml = (await asyncio.to_thread(self._app.workflow_files(), resolved.workflow))[1]
+            sidecar = Sidecar.parse(toml, resolved.workflow) if toml is not None else Sidecar()
+            found = [name for name in _NEGATIVE if name in sidecar.inputs]
+        name = found[0] if found else _NEGATIVE[0]
+        if name in inputs:
+            raise ValueInvalid(f"the negative prompt is given twice, as negative and as inputs.{name}")
+        return name
+
+    async def _value(self, name: str, value: Any, as_id: str | None) -> Any:
+        """Return a value as the queue takes it: files as `@path` of an upload. Raises BadInput, NotFound."""
+        if not isinstance(value, str):
+            return value
+        plain = value.removeprefix("@") if value.startswith("@") and not value.startswith("@@") else value
+        if plain.startswith(UPLOAD):
+            return f"@{await self._uploads.find(plain.removeprefix(UPLOAD))}"
+        if plain.startswith("data:") and ";base64," in plain[:200]:
+            return f"@{(await self._decoded(name, plain, as_id)).path}"
+        if plain != value or value == "@":
+            raise ValueInvalid(
+                f"{foreign_text(name, 80)}: over HTTP a value that begins with @ names an upload",
+                hint="send the file with POST /uploads and write upload:ID; write @@ for a text that begins with @",
+            )
+        return value
+
+    async def _image(self, order: JobOrder, as_id: str | None) -> str | None:
+        if order.image_url is not None:
+            _once(order.image is None)
+            return await self._fetched(order.image_url, as_id)
+        if order.image is None:
+            return None
+        found = await self._value("image", order.image, as_id)
+        if not isinstance(found, str) or not found.startswith("@") or found.startswith("@@"):
+            raise ValueInvalid(
+                "image is neither an upload nor a data URL",
+                hint="send the file as multipart, or with POST /uploads and write upload:ID",
+            )
+        return found.removeprefix("@")
+
+    async def _decoded(self, name: str, url: str, as_id: str | None) -> Kept:
+        head, _, text = url.partition(",")
+        try:
+            data = await asyncio.to_thread(base64.b64decode, text.encode("ascii"), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueInvalid(
+                f"{foreign_text(name, 80)}: the data URL is not base64", hint=foreign_text(head)
+            ) from error
+        kept = await self._uploads.keep(data, f"{name.rpartition('.')[2]}.bin", as_id=as_id, salt=name)
+        self._brought.append(kept)
+        return kept
+
+    async def _fetched(self, url: str, as_id: str | None) -> str:
+        from launcher.guarding.fetching import fetch_public
+
+        http = self._app.settings.http
+        if as_id is not None:
+            noted = self._uploads.folder / made_id(as_id, "url", url)
+            if (path := await asyncio.to_thread(_only_file, noted)) is not None:
+                return path
+        incoming = await self._uploads.open(Path(url.partition("?")[0]).name or "image")
+        spot = incoming.folder / ".fetched"
+        try:
+            await fetch_public(url, spot, limit_bytes=http.max_upload_bytes, allow_private=http.allow_private)
+            await incoming.take(spot)
+        except BaseException:
+            await incoming.abort()
+            raise
+        kept = await incoming.keep(named=made_id(as_id, "url", url) if as_id is not None else None)
+        self._brought.append(kept)
+        return kept.path
+
+    # -- checking ------------------------------------------------------------------------------------------
+
+    def _queue(self) -> JobQueue:
+        queue = self._backend.queue
+        return JobQueue(queue.store, queue.settings, check=self._check, processes=self._app.processes)
+
+    async def _check(self, request: JobRequest) -> None:
+        """Refuse what could never be run, and what would read a file of this computer that is no upload.
+
+        A plain text where a workflow takes a file would be read from here if a file of that name is here when the job
+        runs, which nobody can know now.
+        """
+        prepared = await self._app.orchestrator().prepare(request)
+        workflow, sidecar = prepared.workflow, prepared.sidecar or Sidecar()
+        for name, value in request.inputs.items():
+            plain = isinstance(value, str) and not value.startswith("@")
+            if plain and _takes_file(name, workflow, sidecar, request):
+                shown = foreign_text(value, 60)
+                raise ValueInvalid(
+                    f"inputs.{foreign_text(name, 80)} takes a file, and {shown!r} is none that was sent",
+                    hint="send it with POST /uploads and write upload:ID; a file on ComfyUI's side is named in sets",
+                )
+        given = {path for _, path in input_files(request)}
+        if any(upload.path in given and not self._uploads.holds(upload.path) for upload in prepared.bound.uploads):
+            raise ValueInvalid("over HTTP only uploads can be inputs", hint="send the file with POST /uploads")
+
+    async def _estimate(self, new: NewJob, order: JobOrder) -> Mapping[str, Any] | None:
+        try:
+            return await teller_of(self._app).glances.estimate(new.workflow_id, server_type=order.server_type, count=1)
+        except RunComfyError:
+            return None  # no price of the type, or no history that can be read: valid all the same
+
+
+def _takes_file(name: str, workflow: Workflow, sidecar: Sidecar, request: JobRequest) -> bool:
+    meaning = meaning_of(name, workflow, sidecar, request.input_names)
+    kinds = {workflow.resolve(target): item.kind for item in sidecar.inputs.values() for target in item.targets}
+    return any(
+        names_a_file(place, workflow, meaning.named.kind if meaning.named else kinds.get(place, ""))
+        for place in meaning.places
+    )
+
+
+# -- small things --------------------------------------------------------------------------------------------
+
+
+def _key_of(request: Request) -> str | None:
+    said = request.headers.getlist("idempotency-key")
+    if not said:
+        return None
+    if len(said) > 1 or not 0 < len(said[0]) <= KEY_MOST or not (said[0].isascii() and said[0].isprintable()):
+        raise ValueInvalid(
+            "the Idempotency-Key cannot be used", hint=f"send one of 1 to {KEY_MOST} printable ASCII characters"
+        )
+    return said[0]
+
+
+async def _body(request: Request, most: int) -> bytes:
+    data = bytearray()
+    try:
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > most:
+                raise TooLarge(f"the body has more than {most} bytes", hint="send files as multipart")
+    except ClientDisconnect as error:
+        raise BadInput("the client left before the body was whole") from error
+    return bytes(data)
+
+
+def strict_json(data: bytes | str) -> Any:
+    """Return what a JSON text says: no NaN, no name twice, nothing that is no Unicode.
+
+    Raises RequestValidationError.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name is there twice")
+        return found
+
+    def no_constant(word: str) -> Any:
+        raise ValueError(f"{word} is no JSON")
+
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        said = json.loads(text, object_pairs_hook=once, parse_constant=no_constant)
+        json.dumps(said, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else foreign_text(error, 120)
+        raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": f"not JSON: {why}"}]) from error
+    return said
+
+
+def _order(said: Any) -> JobOrder:
+    try:
+        return JobOrder.model_validate(said)
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors(include_url=False)]
+        raise RequestValidationError(problems) from error
+
+
+def _merged(form: Form) -> dict[str, Any]:
+    """Return the fields of a form as the JSON body has them. Raises BadInput, RequestValidationError."""
+    fields = dict(form.fields)
+    whole = fields.pop("job", None)
+    said = strict_json(whole) if whole is not None else {}
+    if not isinstance(said, dict):
+        raise ValueInvalid("the field job is no JSON object")
+    for name, text in fields.items():
+        if name in said:
+            raise ValueInvalid(f"{foreign_text(name, 80)!r} is given twice", hint="as a field, or in job")
+        is_graph = name == _WORKFLOW and text.lstrip().startswith("{")
+        said[name] = strict_json(text) if is_graph or (name in _JSON_FIELDS and text.strip()) else text
+        if name in _JSON_FIELDS and not text.strip():
+            del said[name]  # a form sends what was left empty
+    return said
+
+
+def _check_texts(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse texts that are too long or hold control characters, and what is nested too deep. Raises ValueInvalid."""
+    if depth > DEPTH_MOST:
+        raise ValueInvalid(f"{where} is nested too deep", hint=f"at most {DEPTH_MOST} levels")
+    match value:
+        case str():
+            if value.startswith("data:") and where in ("inputs", "sets"):
+                return
+            if len(value) > TEXT_MOST:
+                raise ValueInvalid(f"{where} holds a text of more than {TEXT_MOST} characters")
+            if any(ord(c) < 32 and c not in "\t\n\r" for c in value) or "\x7f" in value:
+                raise ValueInvalid(f"{where} holds a text with control characters", hint="write plain text")
+        case Mapping():
+            for name, item in value.items():
+                _check_texts(name, where, depth + 1)
+                _check_texts(item, where, depth + 1)
+        case list():
+            for item in value:
+                _check_texts(item, where, depth + 1)
+        case _:
+            return
+
+
+def _literal(text: str) -> str:
+    """Return a text so that an @ at its beginning means nothing."""
+    return f"@{text}" if text.startswith("@") else text
+
+
+def _once(right: bool) -> None:
+    if not right:
+        raise ValueInvalid("the image is given twice", hint="as a file, as image, or as image_url")
+
+
+def _only_file(folder: Path) -> str | None:
+    try:
+        return next((str(entry) for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")), None)
+    except OSError:
+        return None
