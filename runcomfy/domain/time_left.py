@@ -51,6 +51,8 @@ _BY_CLASS: Final = 1.5
 """By how much a range is widened that only the classes of the nodes tell."""
 _OWN_PACE: Final = 0.15
 """How far a node must be for its own pace to count as much as earlier runs do."""
+_TOO_SMALL: Final = 1e-4
+"""Progress below this says nothing yet."""
 _NARROW: Final = 0.6
 """How wide a range may be, against what is expected, for one number to be told. A choice of ours."""
 _NARROW_OF_ALL: Final = 0.1
@@ -386,6 +388,8 @@ def _rest_of_node(node: NodeTime, line: Timeline, usual: Span, now_s: float) -> 
     if pace is None or pace.node_id != node.node_id or pace.value <= 0 or pace.at_s <= node.started_s:
         return _passing(usual, elapsed)
     part = min(1.0, pace.value / pace.maximum)
+    if part < _TOO_SMALL:
+        return _passing(usual, elapsed)
     own = (pace.at_s - node.started_s) / part
     weight = 1.0 if usual.mid <= 0 else part / (part + _OWN_PACE)
     mid = weight * own + (1 - weight) * usual.mid
