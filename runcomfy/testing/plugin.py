@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.postgres import NoPostgres, PostgresForTests
+from runcomfy.testing.web import Web, serving_web
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -95,3 +98,17 @@ def postgres_dsn(postgres_server: PostgresForTests) -> Iterator[str]:
     dsn = postgres_server.database()
     yield dsn
     postgres_server.drop(dsn)
+
+
+@pytest_asyncio.fixture
+async def comfyui_server() -> AsyncIterator[ComfyUIEmulator]:
+    """An emulated ComfyUI."""
+    async with ComfyUIEmulator() as emulator:
+        yield emulator
+
+
+@pytest_asyncio.fixture
+async def api(comfyui_server: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> AsyncIterator[Web]:
+    """The HTTP API with a worker over `comfyui_server`; `api.ask` has the token."""
+    async with serving_web(tmp_path, clock, comfyui=comfyui_server.url) as web:
+        yield web
