@@ -28,7 +28,9 @@ from launcher.conjure.queued import QueueEngine
 from launcher.conjure.services import GenerationService, get_generation_service
 from launcher.conjure.state_file import StateFile
 from runcomfy.adapters.files import open_regular
-from runcomfy.domain.exceptions import InputFileInvalid, RunComfyError, ValueInvalid, foreign_text
+from runcomfy.conjure.progress_tracker import STAGED, FluxMeshProgressTracker, progress_tracker
+from runcomfy.domain.exceptions import InputFileInvalid, LocalError, RunComfyError, ValueInvalid, foreign_text
+from runcomfy.domain.progress import Progress, Step
 from runcomfy.domain.queued import QueuedJob, QueueStatus
 
 AVAILABLE_SECONDS: Final = 5.0
@@ -56,6 +58,7 @@ class Desk:
         self._known: dict[str, tuple[float, bool, str]] = {}
         self._obeyed: dict[str, float] = {}
         self._agents = _Agents()
+        self._tracker = FluxMeshProgressTracker(clock=backend.app.clock)
         self._resumed = False
 
     async def begin(self) -> None:
@@ -67,12 +70,11 @@ class Desk:
     # -- modes and services --------------------------------------------------------------------------------
 
     async def mode(self) -> Mode:
-        """Return the mode that holds. Raises LocalError (the state file)."""
-        return self._memory.of(await asyncio.to_thread(self.state.read))
-
-    def last_mode(self) -> str:
-        """Return the mode that holds as far as is known without the state file."""
-        return self._memory.of({}).name
+        """Return the mode that holds; by what was last read if the state file cannot be read now. Never raises."""
+        try:
+            return self._memory.of(await asyncio.to_thread(self.state.read))
+        except LocalError as error:
+            return Mode(self._memory.of(self.state.last).name, error.message)
 
     def service(self, mode: str) -> GenerationService:
         """Return the service of a mode. Raises ServiceUnavailable, ModeUnknown, ConfigurationError."""
@@ -108,11 +110,12 @@ class Desk:
         Raises ServiceUnavailable: the mode has no such call, or cannot be used.
         """
         service = await asyncio.to_thread(self.service, mode)
-        twin = getattr(service, f"a_{call}", None)
-        plain = getattr(service, call, None)
+        twin: Any = getattr(service, f"a_{call}", None)
+        plain: Any = getattr(service, call, None)
         if twin is None and plain is None:
             raise ServiceUnavailable(f"the mode {mode} cannot do that", hint="choose another generation mode")
-        found: dict[str, Any] = await (twin or partial(asyncio.to_thread, plain))(*args, **kwargs)
+        calling: Any = twin or partial(asyncio.to_thread, plain)
+        found: dict[str, Any] = await calling(*args, **kwargs)
         return found
 
     # -- Blender -------------------------------------------------------------------------------------------
@@ -190,8 +193,6 @@ class Desk:
 
     async def progress(self, prompt_id: str) -> dict[str, Any] | None:
         """Return the summary of a workflow by the id of its prompt or its job; None: there is none."""
-        from runcomfy.conjure.progress_tracker import progress_tracker
-
         job = await self._job(prompt_id)
         if job is None:
             return progress_tracker.get_workflow_summary(prompt_id)
@@ -199,14 +200,12 @@ class Desk:
 
     async def all_progress(self) -> list[dict[str, Any]]:
         """Return the summaries of everything that runs or waits, or was run without the queue."""
-        from runcomfy.conjure.progress_tracker import progress_tracker
-
         active: list[QueuedJob] = []
         for status in (QueueStatus.PROCESSING, QueueStatus.PENDING):
             active += await self.backend.queue.list(status=status, limit=100)
         summaries = {job.uid: self._summary(job) for job in active}
-        others = [s for s in progress_tracker.summaries() if s["prompt_id"] not in summaries]
-        return [*summaries.values(), *(s for s in others if s["status"] in ("pending", "running"))]
+        direct = (each for each in progress_tracker.summaries() if each["status"] in ("pending", "running"))
+        return [*summaries.values(), *direct]
 
     async def _job(self, key: str) -> QueuedJob | None:
         store = self.backend.queue.store
@@ -219,20 +218,17 @@ class Desk:
         return None
 
     def _summary(self, job: QueuedJob) -> dict[str, Any]:
-        from runcomfy.conjure.progress_tracker import STAGED, progress_tracker
-        from runcomfy.domain.progress import Progress, Step
-
         live = self.backend.app.live.job(job.uid)
         seen = live.progress if live is not None else Progress(Step.QUEUED, job.progress, job.message)
         name = job.workflow_id
-        if progress_tracker.get_workflow_summary(job.uid) is None:
-            progress_tracker.start_workflow_tracking(name, job.uid, "", staged=name in STAGED)
-        progress_tracker.observe(job.uid, seen, workflow_name=name)
+        if self._tracker.get_workflow_summary(job.uid) is None:
+            self._tracker.start_workflow_tracking(name, job.uid, "", staged=name in STAGED)
+        self._tracker.observe(job.uid, seen, workflow_name=name)
         if job.ended:
             done = job.status is QueueStatus.DONE
             words = "" if done else foreign_text(job.message or job.reason)
-            progress_tracker.handle_workflow_completion(job.uid, success=done, error_message=words)
-        summary = progress_tracker.get_workflow_summary(job.uid) or {}
+            self._tracker.handle_workflow_completion(job.uid, success=done, error_message=words)
+        summary = self._tracker.get_workflow_summary(job.uid) or {}
         if job.status is QueueStatus.PENDING:
             summary["status"] = "pending"
         prompt_id = job.prompt_id or job.result.get("prompt_id") or job.uid

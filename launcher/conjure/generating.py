@@ -31,7 +31,7 @@ from launcher.conjure.parameters import (
 from launcher.conjure.places import Places, Verified
 from launcher.conjure.snapshots import Snapshot, snapshot, sweep
 from runcomfy.domain.binding import into_range
-from runcomfy.domain.exceptions import RunComfyError, ValueInvalid, foreign_text
+from runcomfy.domain.exceptions import InputFileMissing, RunComfyError, ValueInvalid, foreign_text
 from runcomfy.domain.job import JobRequest
 
 MESH_SEED_MAX: Final = 2**31 - 1
@@ -153,7 +153,7 @@ class Generating:
         if prompt is None:
             prompt = await asyncio.to_thread(self._at.user_prompt)
         if not prompt.strip():
-            raise ValueInvalid("there is no prompt", hint=f"write one into {places.USER_PROMPT}, or give one")
+            raise InputFileMissing("there is no prompt", hint=f"write one into {places.USER_PROMPT}, or give one")
         picture = await self._snapshot(given.render_image_path or str(places.RENDER))
         drawn = None if given.seed is None else _wished_seed(given.seed, randomize=False)
         steps = {"num_inference_steps": given.steps_flux, "num_steps": given.steps_partpacker}
@@ -226,7 +226,12 @@ class Generating:
 
 STEPS_FLUX: Final = 20
 """Of node 3 in generate_flux_mesh."""
-_KNOWN_OF_FAILURES: Final = (("request_id", "job_id"), ("prompt_id", "prompt_id"), ("status", "status"))
+_KNOWN_OF_FAILURES: Final = (
+    ("request_id", "job_id"),
+    ("request_id", "request_id"),
+    ("prompt_id", "prompt_id"),
+    ("status", "status"),
+)
 
 
 def _key_part(part: Any) -> Any:

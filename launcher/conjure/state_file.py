@@ -58,6 +58,11 @@ class StateFile:
         """Where it is."""
         return self._path
 
+    @property
+    def last(self) -> State:
+        """What was last read or written, without looking; nothing if nothing was."""
+        return dict(self._last or {})
+
     def read(self) -> State:
         """Return what the file holds; nothing if there is none. Raises StateUnreadable, LocalError."""
         reason = ""

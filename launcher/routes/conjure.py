@@ -25,7 +25,6 @@ from launcher.backend import Backend, backend_of
 from launcher.conjure.desk import Desk, digest_of
 from launcher.conjure.engine import WATCHED, Shared
 from launcher.conjure.errors import AgentMissing, ServiceUnavailable
-from launcher.conjure.modes import Mode
 from launcher.conjure.services import MODES
 from launcher.errors import error_body
 from runcomfy.domain.exceptions import Interrupted, RunComfyError, ValueInvalid, foreign_text
@@ -131,7 +130,7 @@ def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem} for status in (400, 401, 403, 413, 415, 422, 500, 503, *statuses)}
 
 
-def desk_of(request: Request, backend: Annotated[Backend, Depends(backend_of)]) -> Desk:
+async def desk_of(request: Request, backend: Annotated[Backend, Depends(backend_of)]) -> Desk:
     """Return the desk of the app that got the request."""
     desk: Desk | None = getattr(request.app.state, "conjure", None)
     if desk is None:
@@ -215,9 +214,9 @@ def _unsuccessful(found: Mapping[str, Any], doing: str, job_id: str = "") -> JSO
     said = foreign_text(found.get("error") or "it did not succeed", 1_000)
     facts = {"code": str(found.get("error_code") or "workflow-failed"), "message": said, "hint": "", "details": {}}
     job_id = job_id or str(found.get("request_id") or found.get("job_id") or "")
-    return JSONResponse(
-        {"detail": f"{doing}: {said}", "error": facts}, 500, headers={JOB_HEADER: job_id} if job_id else None
-    )
+    status = 422 if facts["code"] == ValueInvalid.code else 500
+    headers = {JOB_HEADER: job_id} if job_id else None
+    return JSONResponse({"detail": f"{doing}: {said}", "error": facts}, status, headers=headers)
 
 
 def _name_job(response: Response, found: Mapping[str, Any], watched: list[Shared]) -> None:
@@ -270,10 +269,7 @@ DESCRIBED: Final[Mapping[str, tuple[str, str, str]]] = {
 @router.get("/mode", responses=_fails())
 async def mode(desk: At) -> dict[str, Any]:
     """Say which generation mode holds, and for each whether it can be used, and why not."""
-    try:
-        holds = await desk.mode()
-    except RunComfyError as error:
-        holds = Mode(desk.last_mode(), error.message)
+    holds = await desk.mode()
     looks = await asyncio.gather(*(desk.available(name) for name in MODES))
     found = dict(zip(MODES, looks, strict=True))
     services = {
@@ -371,10 +367,7 @@ async def serverless_unified(desk: At, response: Response) -> APIResponse | JSON
     CONJURE calls this in its mode `cloud_legacy`, too: then, and in mode `cloud`, it runs on the account's machines.
     """
     doing = "Error in serverless generation"
-    try:
-        holds = await desk.mode()
-    except RunComfyError as error:
-        return refusal(error, doing)
+    holds = await desk.mode()
     name = holds.name if holds.name in ("cloud", "cloud_legacy") else "serverless"
     found = await _unified(desk, response, name, "generate_flux_mesh_unified", doing, "mesh_model_path")
     if isinstance(found, JSONResponse):

@@ -1,0 +1,448 @@
+"""CONJURE's endpoints over HTTP: their envelopes, what they write, and that none holds up another."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from fastapi import FastAPI
+from PIL import Image
+
+from launcher.conjure.desk import Desk
+from launcher.errors import install_errors
+from launcher.listening import answering, bound
+from launcher.part import open_backend
+from launcher.routes import conjure
+from runcomfy.application.service import ServeOptions
+from runcomfy.bootstrap import App
+from runcomfy.domain.queued import QueueStatus
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+
+FLUX = Path("data/generated_images/flux/flux.png")
+MESH = Path("data/generated_models/partpacker_results/partpacker_result_0.glb")
+RENDER = Path("data/generated_images/gestureCamera/render.png")
+STATE = Path("data/input/state.json")
+PROMPT = Path("data/generated_text/userPrompt.txt")
+DEPTH = {"control_image_path": str(RENDER), "prompt": "a bronze statue", "seed": 7, "randomize_seed": False}
+
+
+def draw(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.radial_gradient("L").resize((128, 128)).convert("RGBA").save(path)
+
+
+def write_state(root: Path, **state: Any) -> None:
+    (root / STATE).parent.mkdir(parents=True, exist_ok=True)
+    (root / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def state_of(root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / STATE).read_text(encoding="utf-8"))
+    return found
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CONJURE's folder with the user's prompt and render in it."""
+    root = tmp_path / "CONJURE"
+    draw(root / RENDER)
+    (root / PROMPT).parent.mkdir(parents=True)
+    (root / PROMPT).write_text("a bronze statue\n", encoding="utf-8")
+    write_state(root, generation_mode="local_comfyui", app_status="running")
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest_asyncio.fixture
+async def comfyui() -> AsyncIterator[ComfyUIEmulator]:
+    async with ComfyUIEmulator() as running:
+        yield running
+
+
+@dataclass
+class Client:
+    """Talks to a served API as CONJURE does: JSON, no token."""
+
+    http: aiohttp.ClientSession
+    base: str
+    web: FastAPI
+    app: App
+    shut: list[bool]
+
+    async def send(self, method: str, path: str, body: Any = None) -> tuple[int, Any, Any]:
+        async with self.http.request(method, f"{self.base}{path}", json=body) as answer:
+            return answer.status, await answer.json(), answer.headers
+
+    async def get(self, path: str) -> Any:
+        status, found, _ = await self.send("GET", path)
+        assert status == 200, found
+        return found
+
+    async def post(self, path: str, body: Any = None) -> Any:
+        status, found, _ = await self.send("POST", path, body)
+        assert status == 200, found
+        return found
+
+    @property
+    def desk(self) -> Desk:
+        desk: Desk = self.web.state.conjure
+        return desk
+
+
+@asynccontextmanager
+async def serving(clock: LoopClock, *, works: bool = True, **queue: Any) -> AsyncIterator[Client]:
+    """Serve CONJURE's endpoints in the working directory, with an executor beside."""
+    shut: list[bool] = []
+    options = ServeOptions(pool=False, shut_down=lambda: shut.append(True))
+    async with AsyncExitStack() as stack:
+        app = await stack.enter_async_context(App(clock=clock, queue=queue))
+        backend = await stack.enter_async_context(open_backend(app, options, host="127.0.0.1"))
+        web = FastAPI()
+        web.state.backend = backend
+        web.include_router(conjure.router)
+        install_errors(web)
+        backend.guard.install(web)
+        sockets = await bound("127.0.0.1", 0)
+        port = sockets[0].getsockname()[1]
+        stop = asyncio.Event()
+        work = asyncio.create_task((await app.executor()).run(stop)) if works else None
+        await stack.enter_async_context(answering(web, sockets))
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        client = Client(http, f"http://127.0.0.1:{port}", web, app, shut)
+        try:
+            yield client
+        finally:
+            backend.closing.set()
+            await backend.hub.close()
+            if getattr(web.state, "conjure", None) is not None:
+                await client.desk.close()
+            stop.set()
+            if work is not None:
+                await work
+
+
+@pytest_asyncio.fixture
+async def api(project: Path, comfyui: ComfyUIEmulator, clock: LoopClock) -> AsyncIterator[Client]:
+    async with serving(clock, where="server", api_base_url=comfyui.url) as client:
+        yield client
+
+
+async def test_the_pipeline_of_three_calls_is_one_run(api: Client, comfyui: ComfyUIEmulator) -> None:
+    render = content(RENDER)
+    status, picture, headers = await api.send("POST", "/flux/depth", DEPTH | {"guidance_scale": 10})
+    assert (status, picture["success"]) == (200, True)
+    assert picture["data"]["image_path"] == str(FLUX)
+    assert picture["data"]["seed_used"] == 7
+    assert picture["data"]["generation_mode"] == "local_comfyui"
+    assert headers["X-Job-Id"] == picture["data"]["job_id"]
+    mesh = await api.post("/partpacker/generate_3d", {"image_path": picture["data"]["image_path"], "seed": 7})
+    assert mesh["data"]["model_path"] == str(MESH)
+    imported = await api.post("/blender/import_mesh", {"mesh_path": mesh["data"]["model_path"]})
+    assert imported["data"] == {"mesh_path": str(MESH), "min_volume_threshold": 0.001}
+    assert len(comfyui.run_log) == 1
+    state = state_of(Path())
+    assert state["command"] == "import_and_process_mesh"
+    assert state["mesh_path"] == str(MESH)
+    assert state["app_status"] == "running"
+    assert content(RENDER) == render
+    assert content(PROMPT) == b"a bronze statue\n"
+    job = await api.app.job_store()
+    (row,) = await job.jobs(status=QueueStatus.DONE)
+    assert row.uid == picture["data"]["job_id"]
+
+
+def there(path: Path) -> bool:
+    return path.exists()
+
+
+async def when(condition: Any, what: str) -> None:
+    for _ in range(10_000):
+        found = condition()
+        if await found if asyncio.iscoroutine(found) else found:
+            return
+        await asyncio.sleep(0.25)
+    pytest.fail(f"did not happen: {what}")
+
+
+async def test_everything_else_answers_while_a_generation_runs(api: Client, comfyui: ComfyUIEmulator) -> None:
+    running = asyncio.create_task(api.post("/flux/depth", DEPTH))
+
+    async def runs() -> bool:
+        active = (await api.get("/workflow/progress"))["data"]["active_workflows"]
+        return bool(active) and active[0]["overall_progress"] > 5
+
+    await when(runs, "the prompt runs")
+    assert not running.done()
+    assert (await api.get("/health"))["status"] == "healthy"
+    assert (await api.get("/state"))["data"]["generation_mode"] == "local_comfyui"
+    active = (await api.get("/workflow/progress"))["data"]
+    assert active["total_count"] == 1
+    (summary,) = active["active_workflows"]
+    assert summary["status"] == "running"
+    one = (await api.get(f"/workflow/progress/{summary['prompt_id']}"))["data"]
+    assert one["workflow_name"] == "generate_flux_mesh"
+    assert {"stages", "overall_progress", "current_stage", "error_message"} <= set(one)
+    assert not running.done()
+    picture = await running
+    done = (await api.get(f"/workflow/progress/{picture['data']['job_id']}"))["data"]
+    assert (done["status"], done["overall_progress"]) == ("completed", 100.0)
+    again = (await api.get(f"/workflow/progress/{picture['data']['prompt_id']}"))["data"]
+    assert again["status"] == "completed"
+    status, found, _ = await api.send("GET", "/workflow/progress/nobody")
+    assert (status, found["detail"]) == (404, "Workflow not found")
+
+
+async def test_a_client_that_gives_up_loses_nothing(api: Client, comfyui: ComfyUIEmulator) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.5):
+            await api.post("/flux/depth", DEPTH)
+    assert not there(FLUX)
+    active = (await api.get("/workflow/progress"))["data"]["active_workflows"]
+    job_id = active[0]["job_id"]
+    joined = await api.post("/flux/depth", DEPTH)  # the same request once more
+    assert joined["data"]["job_id"] == job_id
+    assert content(FLUX)[:4] == b"\x89PNG"
+    assert len(comfyui.run_log) == 1
+
+
+async def test_results_get_their_places_though_nobody_waits(api: Client, comfyui: ComfyUIEmulator) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.5):
+            await api.post("/flux/depth", DEPTH)
+    await when(FLUX.exists, "the picture is at its place")
+    assert len(comfyui.run_log) == 1
+
+
+async def test_a_new_process_does_what_the_last_one_left_undone(
+    project: Path, comfyui: ComfyUIEmulator, clock: LoopClock
+) -> None:
+    where: dict[str, Any] = {"where": "server", "api_base_url": comfyui.url}
+    async with serving(clock, works=False, **where) as first:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.5):
+                await first.post("/flux/depth", DEPTH)
+    assert not there(FLUX)
+    async with serving(clock, **where) as second:
+        await second.get("/workflow/progress")
+        await when(FLUX.exists, "the picture is at its place")
+        mesh = await second.post("/partpacker/generate_3d", {"image_path": str(FLUX), "seed": 7})
+    assert mesh["data"]["reused"] is True
+    assert len(comfyui.run_log) == 1
+    assert list((project.parent / "state" / "conjure" / "pending").iterdir()) == []
+
+
+async def test_old_results_do_not_replace_what_came_after_them(
+    project: Path, comfyui: ComfyUIEmulator, clock: LoopClock
+) -> None:
+    where: dict[str, Any] = {"where": "server", "api_base_url": comfyui.url}
+    async with serving(clock, works=False, **where) as first:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.5):
+                await first.post("/flux/depth", DEPTH)
+    draw(project / FLUX)
+    later = 4_000_000_000
+    os.utime(project / FLUX, (later, later))
+    newer = content(FLUX)
+    async with serving(clock, **where) as second:
+        await second.get("/workflow/progress")
+        pending = project.parent / "state" / "conjure" / "pending"
+        await when(lambda: not list(pending.iterdir()), "nothing is left to do")
+    assert content(FLUX) == newer
+
+
+async def test_a_service_that_shuts_down_tells_who_waits_and_keeps_the_job(
+    project: Path, comfyui: ComfyUIEmulator, clock: LoopClock
+) -> None:
+    async with serving(clock, works=False, where="server", api_base_url=comfyui.url) as client:
+        waiting = asyncio.create_task(client.send("POST", "/flux/depth", DEPTH))
+        store = await client.app.job_store()
+
+        async def queued() -> bool:
+            return bool(await store.jobs(status=QueueStatus.PENDING))
+
+        await when(queued, "the job is in the queue")
+        client.web.state.backend.closing.set()
+        status, found, headers = await waiting
+        (row,) = await store.jobs(status=QueueStatus.PENDING)
+    assert status == 503
+    assert "shutting down" in found["detail"]
+    assert headers["X-Job-Id"] == row.uid
+
+
+async def test_a_job_that_fails_is_told_with_its_reason(api: Client, project: Path, comfyui: ComfyUIEmulator) -> None:
+    status, found, _ = await api.send("POST", "/flux/depth", DEPTH | {"control_image_path": "data/nothing.png"})
+    assert status == 500
+    assert "there is no file" in found["detail"]
+    status, found, _ = await api.send("POST", "/flux/depth", DEPTH | {"num_inference_steps": 0})
+    assert status == 422
+    assert "num_inference_steps" in found["detail"]
+    status, found, _ = await api.send("POST", "/flux/depth", {"prompt": "x"})
+    assert status == 422
+    assert found["detail"][0]["loc"] == ["body", "control_image_path"]
+    (project / "broken.png").write_text("this is no picture", encoding="utf-8")
+    status, found, _ = await api.send("POST", "/flux/depth", DEPTH | {"control_image_path": "broken.png"})
+    assert status == 500
+    assert "is not a picture" in found["detail"]
+    assert comfyui.run_log == []
+
+
+@pytest.mark.parametrize("written", ["standard", "turbo", "nonsense", 7])
+async def test_the_add_ons_own_modes_do_not_break_the_api(api: Client, project: Path, written: Any) -> None:
+    assert (await api.get("/mode"))["generation_mode"] == "local_comfyui"
+    write_state(project, generation_mode=written)
+    found = await api.get("/mode")
+    assert found["generation_mode"] == "local_comfyui"
+    assert str(written) in found["note"]
+    picture = await api.post("/flux/depth", DEPTH)
+    assert picture["data"]["generation_mode"] == "local_comfyui"
+
+
+async def test_mode_says_what_can_be_used_and_why_not(
+    api: Client, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = await api.get("/mode")
+    assert found["local_available"] is True
+    assert found["cloud_available"] is False
+    assert found["serverless_available"] is False
+    assert found["cloud_legacy_available"] is False
+    assert set(found["services"]) == set(found["available_modes"])
+    assert {"local", "cloud", "serverless", "cloud_legacy", "huggingface"} <= set(found["services"])
+    for service in found["services"].values():
+        assert {"name", "description", "available", "requirements"} <= set(service)
+        assert service["available"] or service["why_not"]
+    assert "RUNCOMFY_API_TOKEN" in found["services"]["cloud"]["why_not"]
+    write_state(project)
+    assert (await api.get("/mode"))["note"] is None
+    fresh = Desk(api.web.state.backend)
+    assert (await fresh.mode()).name == "local"
+    monkeypatch.setenv("CONJURE_GENERATION_MODE", "cloud")
+    assert (await fresh.mode()).name == "cloud"
+
+
+async def test_the_state_can_be_read_and_changed(api: Client, project: Path) -> None:
+    assert (await api.post("/state/update", {"updates": {"command": "fuse_mesh", "flux_seed": 3}}))["data"] is None
+    assert (await api.post("/state/set/selection_request", {"value": 2}))["success"] is True
+    state = (await api.get("/state"))["data"]
+    assert state == {
+        "generation_mode": "local_comfyui",
+        "app_status": "running",
+        "command": "fuse_mesh",
+        "flux_seed": 3,
+        "selection_request": 2,
+    }
+    status, _, _ = await api.send("POST", "/state/update", {"updates": {"__proto__": 1}})
+    assert status == 422
+    (project / STATE).write_text('{"half', encoding="utf-8")
+    status, found, _ = await api.send("GET", "/state")
+    assert status == 500
+    assert "holds no JSON object" in found["detail"]
+    assert content(project / STATE) == b'{"half'
+    assert (await api.get("/mode"))["generation_mode"] == "local_comfyui"
+
+
+async def test_both_unified_calls_have_blender_import_the_mesh(
+    api: Client, project: Path, comfyui: ComfyUIEmulator
+) -> None:
+    status, found, _ = await api.send("POST", "/serverless/flux_mesh_unified")
+    assert status == 503
+    assert "serverless" in found["detail"]
+    assert "command" not in state_of(project)
+    made = await api.post("/local_comfyui/flux_mesh_unified")
+    assert made["data"]["flux_image_path"] == str(FLUX)
+    assert made["data"]["mesh_model_path"] == str(MESH)
+    assert made["data"]["prompt_id"] == comfyui.run_log[0].prompt_id
+    told = {"command": "import_and_process_mesh", "mesh_path": str(MESH), "min_volume_threshold": 0.001}
+    assert told.items() <= state_of(project).items()
+    (project / PROMPT).write_text("  \n", encoding="utf-8")
+    status, found, _ = await api.send("POST", "/local_comfyui/flux_mesh_unified")
+    assert status == 500
+    assert "there is no prompt" in found["detail"]
+
+
+async def test_a_mesh_must_be_there_and_be_one(api: Client, project: Path) -> None:
+    status, found, _ = await api.send("POST", "/blender/import_mesh", {"mesh_path": "data/none.glb"})
+    assert status == 500
+    assert "not found" in found["detail"]
+    (project / "text.glb").write_text("this is no mesh at all", encoding="utf-8")
+    status, found, _ = await api.send("POST", "/blender/import_mesh", {"mesh_path": "text.glb"})
+    assert status == 500
+    assert "no binary glTF" in found["detail"]
+    assert "command" not in state_of(project)
+
+
+async def test_an_old_render_does_not_count_as_a_new_one(api: Client, project: Path) -> None:
+    status, found, _ = await api.send("POST", "/blender/render_gesture_camera")
+    assert status == 500
+    assert "no new picture" in found["detail"]
+
+    async def blender() -> None:
+        await when(lambda: state_of(project).get("command") == "render_gesture_camera", "Blender is told")
+        await asyncio.to_thread(draw, project / RENDER)
+
+    write_state(project, command=None)
+    answer, _ = await asyncio.gather(api.post("/blender/render_gesture_camera"), blender())
+    assert answer["data"] == {"render_path": str(RENDER)}
+
+
+async def test_conjures_agents_do_what_is_theirs_or_say_that_they_are_not_here(
+    api: Client, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instruction = {"tool_name": "spawn_primitive", "parameters": {"primitive_type": "Cube"}}
+    status, found, _ = await api.send("POST", "/execute_instruction", {"instruction": instruction})
+    assert status == 501
+    assert "comfyctl conjure install" in found["error"]["hint"]
+    status, _, _ = await api.send("POST", "/process_conversation", {"conversation_history": "hello"})
+    assert status == 501
+    folder = project / "launcher"
+    folder.mkdir()
+    manager = "class InstructionManager:\n    obeyed = []\n    def __init__(self, state): pass\n"
+    manager += "    def execute_instruction(self, it): self.obeyed.append(it)\n"
+    agent = "class BackendAgent:\n    def __init__(self, instruction_manager): pass\n"
+    agent += "    def get_response(self, conversation_history): return {'tool_name': conversation_history}\n"
+    (folder / "instruction_manager.py").write_text(manager, encoding="utf-8")
+    (folder / "backend_agent.py").write_text(agent, encoding="utf-8")
+    (folder / "state_manager.py").write_text("class StateManager:\n    pass\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+    done = await api.post("/execute_instruction", {"instruction": instruction})
+    assert done["data"] == {"instruction": instruction}
+    again = await api.post("/execute_instruction", {"instruction": instruction})
+    assert again["data"]["duplicate_blocked"] is True
+    import instruction_manager  # type: ignore[import-not-found]
+
+    assert instruction_manager.InstructionManager.obeyed == [instruction]
+    said = await api.post("/process_conversation", {"conversation_history": "hello", "include_image": False})
+    assert said["data"] == {"instruction": {"tool_name": "hello"}}
+    (folder / "session_cleaner.py").write_text("", encoding="utf-8")  # the newer revision has it
+    other = {"tool_name": "fuse_mesh", "parameters": {}}
+    listened = await api.post("/execute_instruction", {"instruction": other})
+    assert listened["data"]["demo_mode"] is True
+    assert instruction_manager.InstructionManager.obeyed == [instruction]
+
+
+async def test_shutting_down_is_answered_first_and_conjures_launcher_is_told(api: Client, project: Path) -> None:
+    answer = await api.post("/shutdown")
+    assert answer["status"] == "success"
+    await when(lambda: api.shut == [True], "the service is shut down")
+    assert state_of(project)["app_status"] == "shutting_down"
+
+
+async def test_a_foreign_page_gets_nothing(api: Client) -> None:
+    async with api.http.post(f"{api.base}/shutdown", headers={"Origin": "https://evil.example"}) as answer:
+        assert answer.status == 403
+    async with api.http.get(f"{api.base}/state", headers={"Host": "evil.example"}) as answer:
+        assert answer.status == 403
+    assert api.shut == []
