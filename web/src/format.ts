@@ -125,4 +125,10 @@ export const titleOf = (job: Job): string => job.prompt || job.name || `Job ${jo
 
 export const workflowName = (name: string): string => name.replace(/^wf_/, "").replaceAll("_", " ");
 
+/** A name out of a program, as the beginning of a line. */
+export const labelled = (name: string): string => {
+  const words = workflowName(name);
+  return words.charAt(0).toUpperCase() + words.slice(1);
+};
+
 export const plural = (n: number, one: string, more = `${one}s`): string => `${n.toLocaleString("en-US")} ${n === 1 ? one : more}`;

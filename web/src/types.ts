@@ -134,7 +134,8 @@ export interface Queue {
 }
 
 export interface Machine {
-  id: string;
+  /** Our own; a machine that somebody else started has only the provider's. */
+  id: string | null;
   server_id: string | null;
   server_type: string;
   state: string;

@@ -1,7 +1,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 
 import { ApiError, get, getText, jobUrl, wordsOf } from "../api";
-import { ago, bytes, moment, plural, span, titleOf, usd, workflowName } from "../format";
+import { ago, bytes, labelled, moment, plural, span, titleOf, usd, workflowName } from "../format";
 import { Actions } from "../parts/actions";
 import { Media } from "../parts/media";
 import { Badge, Picture, ProgressLine } from "../parts/pieces";
@@ -134,7 +134,7 @@ function Facts({ job }: { job: JobDetail }) {
     <section aria-labelledby="facts">
       <h2 id="facts">Facts</h2>
       <dl class="facts">
-        {rows.map(([name, value]) => <div key={name}><dt>{name}</dt><dd>{value}</dd></div>)}
+        {rows.map(([name, value]) => <div key={name}><dt>{labelled(name)}</dt><dd>{value}</dd></div>)}
       </dl>
     </section>
   );

@@ -10,20 +10,25 @@ import type { Machine } from "../types";
 const GONE = new Set(["stopped", "never"]);
 const bills = (machine: Machine): boolean => !GONE.has(machine.state);
 
+const idOf = (machine: Machine): string => machine.id ?? machine.server_id ?? "";
+
 async function stop(machine: Machine): Promise<void> {
   const jobs = machine.jobs.length;
   const sure = await askPerson(
     `Stop the ${machine.server_type} machine?`,
-    jobs
+    machine.whose === "not ours"
+      ? "It was not started from here: somebody else may be working on it. Whatever runs on it is lost."
+      : jobs
       ? `${plural(jobs, "job")} ${jobs === 1 ? "is" : "are"} on it and will have to start again elsewhere. Nothing more is billed once it is gone.`
       : "Nothing runs on it. Nothing more is billed once it is gone.",
     "Stop the machine",
     "Let it run",
   );
   if (!sure) return;
+  tell(`The ${machine.server_type} machine is being stopped.`);
   try {
-    await ask("POST", `/machines/${encodeURIComponent(machine.id)}/stop`, { json: { confirm: true } });
-    tell(`The ${machine.server_type} machine is being stopped.`);
+    const after = await ask<Machine>("POST", `/machines/${encodeURIComponent(idOf(machine))}/stop`, { json: { confirm: true } });
+    if (GONE.has(after.state)) tell(`The ${machine.server_type} machine is gone; it no longer bills.`);
   } catch (error) {
     tell(wordsOf(error), true);
   }
@@ -32,7 +37,7 @@ async function stop(machine: Machine): Promise<void> {
 
 function StopButton({ machine }: { machine: Machine }) {
   const [busy, setBusy] = useState(false);
-  if (!bills(machine) || machine.state === "stopping") return null;
+  if (!bills(machine) || machine.state === "stopping" || !idOf(machine)) return null;
   const go = (): void => {
     setBusy(true);
     void stop(machine).finally(() => setBusy(false));
@@ -100,7 +105,7 @@ export function MachinesGlance() {
       <h2><a href="#/machines">Machines</a>{open.length > 0 && <small>{usd(hourly)} an hour</small>}</h2>
       <Unlisted />
       {open.length ? (
-        <ul class="stack">{open.slice(0, 8).map((machine) => <MachineCard key={machine.id} machine={machine} whole={false} />)}</ul>
+        <ul class="stack">{open.slice(0, 8).map((machine) => <MachineCard key={idOf(machine)} machine={machine} whole={false} />)}</ul>
       ) : (
         <p class="muted">{all ? "None is running; nothing bills." : "Loading…"}</p>
       )}
@@ -118,14 +123,14 @@ export function MachinesPage() {
       <Unlisted />
       <h2 class="hidden">Running</h2>
       {open.length ? (
-        <ul class="stack">{open.map((machine) => <MachineCard key={machine.id} machine={machine} whole />)}</ul>
+        <ul class="stack">{open.map((machine) => <MachineCard key={idOf(machine)} machine={machine} whole />)}</ul>
       ) : (
         <p class="muted">{all ? "None is running; nothing bills. The next job that needs one rents it." : "Loading…"}</p>
       )}
       {gone.length > 0 && (
         <details>
           <summary>{plural(gone.length, "machine")} stopped lately</summary>
-          <ul class="stack">{gone.map((machine) => <MachineCard key={machine.id} machine={machine} whole />)}</ul>
+          <ul class="stack">{gone.map((machine) => <MachineCard key={idOf(machine)} machine={machine} whole />)}</ul>
         </details>
       )}
     </div>

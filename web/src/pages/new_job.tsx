@@ -1,7 +1,7 @@
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 
 import { ApiError, ask, newKey, wordsOf } from "../api";
-import { between, plural, usd, workflowName } from "../format";
+import { between, labelled, plural, usd, workflowName } from "../format";
 import { Drop } from "../parts/drop";
 import { go, jobPage } from "../route";
 import { loadWorkflows, tell, workflows } from "../store";
@@ -127,7 +127,7 @@ function Field({ input, value, fault, pastes, onValue, onSending }: {
   onSending: (is: boolean) => void;
 }) {
   const id = `in-${input.name}`;
-  const label = workflowName(input.name);
+  const label = labelled(input.name);
   const told = [`${id}-help`, fault ? `${id}-wrong` : ""].filter(Boolean).join(" ");
   const common = { id, required: input.required, "aria-describedby": told, "aria-invalid": fault !== undefined } as const;
   const usual = input.default === null || input.default === undefined ? "" : String(input.default);
@@ -179,7 +179,7 @@ function Seed({ value, fault, onValue }: { value: string; fault: string | undefi
   const random = (): void => onValue(String(crypto.getRandomValues(new Uint32Array(1))[0] ?? 0));
   return (
     <div class="field">
-      <label class="name" for="in-seed">seed<small> optional</small></label>
+      <label class="name" for="in-seed">Seed<small> optional</small></label>
       <div class="row">
         <input id="in-seed" inputMode="numeric" value={value} placeholder="random" aria-describedby={fault ? "in-seed-help in-seed-wrong" : "in-seed-help"} aria-invalid={fault !== undefined} onInput={(event) => onValue(event.currentTarget.value.trim())} />
         <button type="button" onClick={random}>Roll one</button>

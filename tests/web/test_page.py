@@ -1,0 +1,201 @@
+"""The page as a person uses it: in a real Chromium, over a real `serve` process on the emulated cloud."""
+
+import base64
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page, Route
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+
+PICTURE = Path(__file__).parents[2] / "examples" / "render.png"
+STRICT = "default-src 'self'; img-src 'self' blob: data:"
+"""The least that the page needs; what the server sends may allow no less."""
+SOON = 15_000
+A_JOB = 60_000
+
+
+class Visit:
+    """One person at the page, and everything that a visit must never show."""
+
+    def __init__(self, browser: "Browser", server: Any, **how: Any) -> None:
+        how = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", "locale": "en-GB", **how}
+        self.context = browser.new_context(**how)
+        self.context.set_default_timeout(SOON)
+        self.page: Page = self.context.new_page()
+        self.server, self.wrong, self.foreign = server, list[str](), list[str]()
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("console", lambda said: self.wrong.append(said.text) if said.type == "error" else None)
+        self.page.on("request", self._asked)
+
+    def _asked(self, request: Any) -> None:
+        if not request.url.startswith((self.server.address + "/", "blob:", "data:")):
+            self.foreign.append(request.url)
+
+    def log_in(self) -> "Page":
+        self.page.goto(self.server.login)
+        self.page.route(re.compile(re.escape(self.server.address) + "/$"), _strictly)
+        self.page.reload()
+        self.page.get_by_text("Live", exact=True).wait_for(state="attached")
+        return self.page
+
+    def go(self, to: str, heading: str) -> None:
+        self.page.evaluate("to => { location.hash = to }", to)
+        self.page.get_by_role("heading", name=heading).first.wait_for()
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """Ask the API as the page does."""
+        return self.page.evaluate(
+            """async ([method, path, body]) => {
+                const answer = await fetch(path, {method, body: body && JSON.stringify(body),
+                                                  headers: body ? {"Content-Type": "application/json"} : {}});
+                return {status: answer.status, body: await answer.json()};
+            }""",
+            [method, path, body],
+        )
+
+
+def _strictly(route: "Route") -> None:
+    answer = route.fetch()
+    route.fulfill(response=answer, headers={**answer.headers, "content-security-policy": STRICT})
+
+
+def slow(seconds: float, prompt: str = "") -> dict[str, Any]:
+    """A job that takes its time: a graph of the emulated server's."""
+    steps = {"steps": 20, "seconds_per_step": seconds / 20, "preview": True, "seed": 7}
+    graph = {
+        "1": {"class_type": "ProbeSteps", "inputs": steps, "_meta": {"title": "<b>Slow</b> sampler"}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "slow"}},
+    }
+    return {"workflow": graph, "metadata": {"note": prompt}}
+
+
+def drop(page: "Page", place: "Locator", file: Path) -> None:
+    """Drop a file as a person does who drags it out of a folder."""
+    data = page.evaluate_handle(
+        """([text, name]) => {
+            const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([bytes], name, {type: "image/png"}));
+            return transfer;
+        }""",
+        [base64.b64encode(file.read_bytes()).decode(), file.name],
+    )
+    place.dispatch_event("dragover", {"dataTransfer": data})
+    place.dispatch_event("drop", {"dataTransfer": data})
+
+
+def serious(page: "Page") -> list[str]:
+    """What axe finds that keeps somebody out."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    bad = [one for one in found if one["impact"] in ("serious", "critical")]
+    return [f"{one['id']}: {one['help']}: {one['nodes'][0]['html'][:200]}" for one in bad]
+
+
+def too_wide(page: "Page") -> bool:
+    return bool(page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"))
+
+
+def test_a_picture_becomes_a_mesh_and_the_rest_of_the_day(
+    serve: Callable[..., Any], browser: "Browser", tmp_path: Path
+) -> None:
+    from playwright.sync_api import expect
+
+    visit = Visit(browser, serve())
+    page = visit.log_in()
+    assert "code=" not in page.url
+    page.screenshot(path=tmp_path / "empty.png")
+
+    # Drop a picture, say what to paint, send it.
+    page.get_by_role("link", name="New job").click()
+    page.get_by_label("Workflow").select_option("generate_flux_mesh")
+    drop(page, page.locator(".drop"), PICTURE)
+    expect(page.get_by_alt_text("The chosen picture")).to_be_visible()
+    page.get_by_label("Prompt", exact=True).fill("a helmet <img src=x onerror=alert(1)>")
+    page.get_by_label("Seed").fill("18446744073709551557")
+    send = page.get_by_role("button", name="Run it")
+    expect(send).to_be_visible()
+    send.dblclick()
+
+    # Its own page; progress moves, and the result appears by itself.
+    expect(page.get_by_role("heading", level=1)).to_contain_text("<img src=x")
+    bar = page.get_by_role("progressbar", name=re.compile("Progress of job"))
+    expect(bar).to_have_attribute("value", re.compile(r"[1-9]"), timeout=A_JOB)
+    page.screenshot(path=tmp_path / "running.png")
+    expect(page.locator(".title .badge")).to_have_text("done", timeout=A_JOB)
+    assert len(visit.ask("GET", "/jobs")["body"]["jobs"]) == 1, "a double click is one job"
+    expect(page.get_by_role("region", name="Nodes, as a table")).to_be_visible()
+    expect(page.locator(".facts")).to_contain_text("18446744073709551557")  # exact, beyond what a double holds
+
+    # Turn the mesh.
+    canvas = page.locator("canvas[data-state=shown]")
+    canvas.scroll_into_view_if_needed()
+    before = canvas.screenshot()
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2 + 160, box["y"] + box["height"] / 2 + 20, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(400)
+    dragged = canvas.screenshot()
+    assert dragged != before, "dragging turns the mesh"
+    canvas.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(200)
+    assert canvas.screenshot() != dragged, "so do the arrow keys"
+    page.screenshot(path=tmp_path / "job.png", full_page=True)
+
+    # Cancel another: it appears in the list by itself, and is asked for first.
+    visit.go("#/", "Finished")
+    other = visit.ask("POST", "/jobs", slow(90))["body"]
+    card = page.locator("li.job", has_text=f"#{other['number']} ")
+    expect(card.get_by_role("progressbar")).to_be_visible(timeout=A_JOB)
+    page.screenshot(path=tmp_path / "jobs.png")
+    cancel = card.get_by_role("button", name=re.compile("Cancel"))
+    cancel.click()
+    question = page.get_by_role("dialog")
+    expect(question).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(question).to_have_count(0)
+    assert visit.ask("GET", f"/jobs/{other['id']}")["body"]["status"] == "processing"
+    cancel.click()
+    question.get_by_role("button", name="Cancel the job").click()
+    expect(card.locator(".badge")).to_have_text("cancelled")
+
+    # Stop the machine, which is asked for too; then nothing bills.
+    visit.go("#/machines", "Machines")
+    page.get_by_role("button", name=re.compile("^Stop")).first.click()
+    page.get_by_role("dialog").get_by_role("button", name="Stop the machine").click()
+    expect(page.get_by_role("button", name=re.compile("^Stop"))).to_have_count(0, timeout=A_JOB)
+
+    # Read the money.
+    visit.go("#/money", "Money")
+    expect(page.get_by_test_id("today")).to_have_text(re.compile(r"^\$0\.\d*[1-9]"))
+    expect(page.locator("main")).to_contain_text("of $25.00")
+    page.get_by_text("As a table").click()
+    expect(page.get_by_role("region", name="Spent over time").get_by_role("row")).not_to_have_count(1)
+    page.screenshot(path=tmp_path / "money.png", full_page=True)
+
+    # By axe, and at every width, in light and dark.
+    faults = []
+    places = {"": "Finished", "new": "New job", "machines": "Machines", "money": "Money", "jobs/1": "a helmet"}
+    for scheme, width in (("light", 1280), ("dark", 1280), ("light", 360)):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.set_viewport_size({"width": width, "height": 800})
+        for place, heading in places.items():
+            visit.go(f"#/{place}", heading)
+            page.screenshot(path=tmp_path / f"{scheme}-{width}-{place.replace('/', '')}.png", full_page=True)
+            faults += [f"{scheme} {width} #/{place}: {fault}" for fault in serious(page)]
+            if too_wide(page):
+                faults.append(f"{scheme} {width} #/{place}: it has to be scrolled sideways")
+    assert faults == []
+    assert visit.foreign == [], "nothing is loaded from elsewhere"
+    assert visit.wrong == []
