@@ -329,6 +329,7 @@ class RunComfyOrchestrator:
             run.step("attach")
             if (found := await prompting.find_earlier()) is not None and run.prompt_id is not None:
                 run.step("execute")
+                run.joined = True
                 ended = await prompting.attach(found, run.prompt_id, _labels(prepared.workflow, prepared.bound.graph))
                 return await self._as_submitted(run, prepared.bound, place.server), ended
         if run.journal.prompt_id != run.drawn_for:

@@ -36,6 +36,8 @@ class RunRecord:
     bill: tuple[BillLine, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
     place: Place | None = None
+    joined: bool = False
+    """Whether the prompt of an earlier attempt is gone on with."""
     timeline: Timeline = field(default_factory=Timeline)
     _step: str | None = None
     _since: float = 0.0
@@ -49,10 +51,11 @@ class RunRecord:
     def show(self, progress: Progress) -> None:
         """Take a snapshot, and pass it on with the time since the job began and the machine's type."""
         seconds = asyncio.get_running_loop().time() - self.started
+        elapsed = timedelta(seconds=seconds)
+        progress = replace(progress, elapsed=elapsed, server_type=self.server_type, joined=self.joined)
         self.timeline = self.timeline.seen(progress, seconds)
         if self.on_progress is not None:
-            elapsed = timedelta(seconds=seconds)
-            self.on_progress(replace(progress, elapsed=elapsed, server_type=self.server_type))
+            self.on_progress(progress)
 
     def step(self, name: str) -> None:
         """Begin a step; the one before ends here."""

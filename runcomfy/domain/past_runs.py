@@ -52,6 +52,10 @@ class RunPast:
 
 def past_of(workflow: str, ended_at: datetime, result: Mapping[str, Any]) -> RunPast | None:
     """Return what a job's `result` tells of its run; None: nothing that could be learned from."""
+    timings = result.get("timings")
+    times = timings if isinstance(timings, Mapping) else {}
+    if "attach" in times:  # it went on with a prompt that another worker had begun: what that took is not known
+        return None
     nodes: dict[str, NodePast] = {}
     cached: set[str] = set()
     first, last = math.inf, 0.0
@@ -66,8 +70,6 @@ def past_of(workflow: str, ended_at: datetime, result: Mapping[str, Any]) -> Run
         nodes[node] = NodePast(kind if isinstance(kind, str) else "", seconds)
         if began is not None and seconds is not None:
             first, last = min(first, began), max(last, began + seconds)
-    timings = result.get("timings")
-    times = timings if isinstance(timings, Mapping) else {}
     computing = last - first if first < last else _seconds(times.get("execute"))
     if computing is None and not cached:
         return None

@@ -69,6 +69,8 @@ class Progress:
     """Every node of the graph that was sent, where it is known."""
     server_type: str = ""
     """The type of the rented machine the job is at; empty before, and on a server that was given."""
+    joined: bool = False
+    """Whether the prompt of an earlier attempt is gone on with: what ran before was not heard."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ Rule 1: a node begins when it is first named as the one that runs, and ends when
         ended; where the server never tells that, when another node took its place. A late word corrects the guess.
 Rule 2: if one snapshot brings the end of nodes that nobody saw running, messages were missed: the nodes that begin or
         end with it have no `seconds`.
+        The same holds for the node that runs when a prompt that others began is gone on with.
 Rule 3: cached nodes took no time.
 Rule 4: a prompt that has to be sent again begins the nodes anew; the steps are those of the whole job.
 
@@ -198,6 +199,9 @@ class _Draft:
         self.nodes, self.since, self.spent = dict(line.by_id), dict(line._since), dict(line._spent)
         self.unsure = set(line._unsure)
         self._gap = False
+        queued = len(line.steps) > 1 and line.steps[-2].step is Step.QUEUED
+        self._late = progress.joined and line._current is None and not queued
+        """Whether the node that is first heard of may have run for long."""
 
     def end(self, fresh: frozenset[str], current: str | None) -> None:
         """Take in which nodes are told to have ended, besides those of which that is known."""
@@ -224,7 +228,7 @@ class _Draft:
             return
         if node not in self.nodes:
             self._add(node)
-            if self._gap:
+            if self._gap or self._late:
                 self.unsure.add(node)
         elif node in self.since and node not in self._progress.done and not self.nodes[node].cached:
             self.spent[node] = self.nodes[node].seconds or 0.0

@@ -286,6 +286,7 @@ def test_runs_that_differ_wildly_are_never_told_as_a_number() -> None:
         {"timings": {"execute": -4}},
         {"timings": {"execute": True}, "server_type": 5, "place": []},
         {"text": "not JSON"},
+        result(timings={"attach": 0.1, "execute": 4.0}),
     ],
 )
 def test_results_that_make_no_sense_teach_nothing(said: dict[str, Any]) -> None:

@@ -112,6 +112,13 @@ def test_after_missed_messages_what_is_not_known_is_left_open() -> None:
     assert times(line) == {"1": (0, None), "2": (60, None), "3": (60, None), "4": (70, 2)}
 
 
+def test_of_a_prompt_that_others_began_the_first_node_has_no_beginning() -> None:
+    line = told((0, running("2", joined=True)), (9, running("3", done="2", joined=True)), (11, Progress(Step.FETCHING)))
+    assert times(line) == {"2": (0, None), "3": (9, 2)}
+    waited = told((0, Progress(Step.QUEUED, joined=True)), (5, running("2", joined=True)), (9, Progress(Step.FETCHING)))
+    assert times(waited) == {"2": (5, 4)}
+
+
 def test_a_prompt_that_is_sent_again_begins_its_nodes_anew() -> None:
     line = told((0, running("1")), (5, running("2", done="1")), (9, Progress(Step.QUEUED)), (12, running("1")))
     assert times(line) == {"1": (12, None)}
