@@ -76,7 +76,9 @@ async def bound(host: str, port: int) -> list[socket.socket]:
     """
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = await loop.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+        )
     except (OSError, UnicodeError) as error:
         raise SettingInvalid(
             f"{foreign_text(host, 80)!r} is no address of this computer: {foreign_text(error)}",
@@ -85,9 +87,9 @@ async def bound(host: str, port: int) -> list[socket.socket]:
         ) from error
     sockets: list[socket.socket] = []
     try:
-        for family, _, _, _, address in dict.fromkeys(found):
+        for family, _, proto, _, address in dict.fromkeys(found):
             at = (address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:])
-            sockets.append(_bind(family, at))
+            sockets.append(_bind(family, proto, at))
     except OSError as error:
         for each in sockets:
             each.close()
@@ -105,8 +107,9 @@ async def bound(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def _bind(family: int, address: Any) -> socket.socket:
-    listening = socket.socket(family, socket.SOCK_STREAM)
+def _bind(family: int, proto: int, address: Any) -> socket.socket:
+    # With the protocol named, the event loop knows TCP when it sees it, and lets no small answer wait (TCP_NODELAY).
+    listening = socket.socket(family, socket.SOCK_STREAM, proto)
     try:
         if sys.platform == "win32":
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)

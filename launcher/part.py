@@ -54,16 +54,25 @@ async def open_backend(app: App, options: ServeOptions, *, host: str) -> AsyncIt
     from launcher.guarding.guard import Guard
     from launcher.hub import Hub
     from launcher.teller import teller_of
+    from launcher.webhooks import Webhooks
+    from runcomfy.application.service import first_of
 
     queue = await app.job_queue()
     guard = await asyncio.to_thread(
         Guard.open, Path(app.settings.files.state_dir), app.settings.http, bound_host=host, clock=app.clock
     )
-    hub = Hub(queue, app.live, teller_of(app))
+    hub, webhooks = Hub(queue, app.live, teller_of(app)), await Webhooks.open(app)
+    backend = Backend(app, queue, hub, guard, options.shut_down, parts=options.parts | {"http"})
     try:
-        yield Backend(app, queue, hub, guard, options.shut_down, parts=options.parts | {"http"})
-    finally:
-        await hub.close()
+        async with asyncio.TaskGroup() as group:
+            delivering = group.create_task(webhooks.run(), name="webhooks")
+            try:
+                yield backend
+            finally:
+                delivering.cancel()
+                await hub.close()
+    except BaseExceptionGroup as errors:
+        raise first_of(errors) from errors
 
 
 def create_app(backend: Backend) -> object:
@@ -78,7 +87,19 @@ def create_app(backend: Backend) -> object:
 
         web = FastAPI()
         web.state.backend = backend
-        for name in "page jobs uploads events machines costs presence workflows metrics conjure session".split():
+        for name in [
+            "page",
+            "jobs",
+            "uploads",
+            "events",
+            "machines",
+            "costs",
+            "presence",
+            "workflows",
+            "metrics",
+            "conjure",
+            "session",
+        ]:
             try:
                 web.include_router(import_module(f"launcher.routes.{name}").router)
             except ImportError:
