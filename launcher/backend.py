@@ -34,7 +34,10 @@ class Backend:
     """What of `comfyctl serve` is switched on in this process."""
 
 
-def backend_of(request: Request) -> Backend:
-    """Return the backend of the app that got the request; for `Depends`."""
+async def backend_of(request: Request) -> Backend:
+    """Return the backend of the app that got the request; for `Depends`.
+
+    A coroutine because FastAPI would run a plain function in a thread, which takes longer than the whole request.
+    """
     backend: Backend = request.app.state.backend
     return backend

@@ -29,6 +29,7 @@ async def http(app: App, options: ServeOptions) -> AsyncIterator[None]:
         yield
         return
     from launcher.listening import answering, bound
+    from launcher.web_app import create_app
 
     settings = app.settings.http
     host = asked.host or settings.host
@@ -73,42 +74,6 @@ async def open_backend(app: App, options: ServeOptions, *, host: str) -> AsyncIt
                 await hub.close()
     except BaseExceptionGroup as errors:
         raise first_of(errors) from errors
-
-
-def create_app(backend: Backend) -> object:
-    try:
-        from launcher.web_app import create_app as whole
-    except ImportError:  # some routes are still being written
-        from importlib import import_module
-
-        from fastapi import FastAPI
-
-        from launcher.errors import install_errors
-
-        web = FastAPI()
-        web.state.backend = backend
-        for name in [
-            "page",
-            "jobs",
-            "uploads",
-            "events",
-            "machines",
-            "costs",
-            "presence",
-            "workflows",
-            "metrics",
-            "conjure",
-            "session",
-        ]:
-            try:
-                web.include_router(import_module(f"launcher.routes.{name}").router)
-            except ImportError:
-                continue
-        install_errors(web)
-        import_module("launcher.routes.metrics").install_metrics(web, backend)
-        backend.guard.install(web)
-        return web
-    return whole(backend)
 
 
 def page_of(backend: Backend, host: str, port: int) -> Listening:
