@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
@@ -14,15 +16,29 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runcomfy.adapters.config import load_settings
+from runcomfy.adapters.providers import runcomfy_serverless_wire as wire
 from runcomfy.adapters.providers.runcomfy_serverless import RunComfyServerless
 from runcomfy.adapters.results import DiskResults
 from runcomfy.application.serverless_run import ServerlessDone, ServerlessOrder, ServerlessRuns
 from runcomfy.domain import exceptions as errors
 from runcomfy.domain.exceptions import RunComfyError
 from runcomfy.domain.job import JobId, OutputKind
-from runcomfy.domain.serverless import CODES, RequestReport, RequestState, Submitted, Wanted
+from runcomfy.domain.secret import Secret, SecretUrl
+from runcomfy.domain.serverless import (
+    CODES,
+    RemoteFile,
+    RequestId,
+    RequestReport,
+    RequestState,
+    Submitted,
+    Wanted,
+    find_file,
+    outcome,
+)
 from runcomfy.domain.settings import Settings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.serverless import ServerlessEmulator
@@ -79,13 +95,648 @@ async def test_a_request_brings_picture_and_mesh_verified(
     done = await runs.run(order(), job_id=JobId("j-1"), heard=heard.append)
     assert set(done.outputs) == {"flux", "mesh"}
     assert Path(done.outputs["flux"].path) == tmp_path / "out" / "j-1" / "flux.png"
-    assert Path(done.outputs["mesh"].path).read_bytes()[:4] == b"glTF"
+    assert content(done.outputs["mesh"].path)[:4] == b"glTF"
     (ran,) = deployment.run_log
     assert ran.graph["42"]["inputs"]["value"] == 7
     assert ran.graph["41"]["inputs"]["value"] == "a bronze statue"
-    assert [report.state for report in heard][0] is RequestState.IN_QUEUE
+    assert heard[0].state is RequestState.IN_QUEUE
     assert heard[0].queue_position == 0
     assert RequestState.IN_PROGRESS in {report.state for report in heard}
-    manifest = json.loads((tmp_path / "out" / "j-1" / "manifest.json").read_text())
+    manifest = json.loads(content(tmp_path / "out" / "j-1" / "manifest.json"))
     assert manifest["request_id"] == done.request.request_id
     assert {entry["name"] for entry in manifest["outputs"]} == {"flux", "mesh"}
+
+
+def content(path: str | Path) -> bytes:
+    return Path(path).read_bytes()
+
+
+def left(folder: Path) -> list[str]:
+    """Every file below a folder."""
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+async def run(runs: ServerlessRuns, **options: Any) -> ServerlessDone:
+    return await runs.run(order(**options), job_id=JobId("j-1"))
+
+
+# --- what it does when all is well -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", ["naive", "offset", "zulu"])
+async def test_times_are_read_however_they_are_written(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, times: str
+) -> None:
+    deployment.times = times
+    done = await run(runs)
+    (ran,) = deployment.run_log
+    assert (done.result.created_at, done.result.finished_at) == (ran.created_at, ran.finished_at)
+
+
+async def test_the_first_version_of_the_api_does_as_well(
+    deployment: ServerlessEmulator, settings: Settings, clock: LoopClock
+) -> None:
+    deployment.tells_urls = False
+    chosen = replace(settings, serverless=replace(settings.serverless, api_version="v1"))
+    async with RunComfyServerless(chosen.serverless, chosen.cloud, clock=clock) as api:
+        await run(ServerlessRuns(api, DiskResults(chosen.files), chosen, clock))
+    assert len(deployment.run_log) == 1
+
+
+async def test_a_second_request_waits_behind_the_first_and_finds_the_instance_awake(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    positions: set[int | None] = set()
+
+    def heard(report: RequestReport) -> None:
+        positions.add(report.queue_position)
+
+    await asyncio.gather(runs.run(order(1), job_id=JobId("j-1")), runs.run(order(2), job_id=JobId("j-2"), heard=heard))
+    assert positions >= {1, 0, None}
+    assert len(deployment.instances) == 1
+
+
+async def test_the_token_goes_to_the_api_and_never_to_where_results_lie(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG"):
+        await run(runs)
+    assert {call.token for call in deployment.calls} == {1}
+    assert len(deployment.file_calls) == 2
+    for _, headers in deployment.file_calls:
+        assert "authorization" not in {name.lower() for name in headers}
+    assert deployment.token not in caplog.text
+    assert "a bronze statue" not in caplog.text
+
+
+# --- a submit is sent once -------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("reply", ["lost", "reset", "never", "truncated", "html", "empty"])
+async def test_a_submit_whose_answer_is_lost_is_not_repeated_and_told_as_unclear(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, tmp_path: Path, reply: str
+) -> None:
+    deployment.next_call("POST inference", reply=reply)
+    with pytest.raises(errors.RequestUnclear, match="may run, and be billed, once") as caught:
+        await run(runs)
+    assert len(deployment.requests) == 1
+    assert caught.value.details["cause"]
+    assert "before another run" in caught.value.hint
+    assert left(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+async def test_a_servers_error_to_a_submit_leaves_it_open_whether_it_runs(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, status: int
+) -> None:
+    deployment.next_call("POST inference", status=status, works=True)
+    with pytest.raises(errors.RequestUnclear):
+        await run(runs)
+    assert len(deployment.requests) == 1
+
+
+async def test_a_submit_that_was_rate_limited_is_sent_again_when_it_may(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, clock: LoopClock
+) -> None:
+    before = clock.now()
+    deployment.next_call("POST inference", status=429, headers={"Retry-After": "17"}, times=2)
+    await run(runs)
+    (ran,) = deployment.requests.values()
+    assert ran.created_at - before >= timedelta(seconds=34)
+
+
+async def test_a_retry_after_of_days_is_not_obeyed_to_the_letter(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, clock: LoopClock
+) -> None:
+    before = clock.now()
+    deployment.next_call("POST inference", status=429, headers={"Retry-After": "864000"})
+    await run(runs)
+    (ran,) = deployment.requests.values()
+    assert ran.created_at - before < timedelta(minutes=2)
+
+
+async def test_nobody_there_is_nobody_asked(runs: ServerlessRuns, deployment: ServerlessEmulator) -> None:
+    await deployment.stop()
+    with pytest.raises(errors.ProviderBusy, match="cannot be reached"):
+        await run(runs)
+
+
+@pytest.mark.parametrize("status", [200, 403])
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (10001, errors.OutOfCredit),
+        (10002, errors.DeploymentUnusable),
+        (10003, errors.DeploymentUnusable),
+        (10013, errors.DeploymentUnusable),
+    ],
+)
+async def test_what_gates_a_deployment_is_told_with_what_to_do_whatever_the_status(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, code: int, kind: type[RunComfyError], status: int
+) -> None:
+    deployment.gate, deployment.gate_status = code, status
+    with pytest.raises(kind, match=str(code)) as caught:
+        await run(runs)
+    assert caught.value.hint == CODES[code][2]
+    assert not deployment.requests
+
+
+async def test_a_wrong_token_is_not_tried_for_ever(runs: ServerlessRuns, deployment: ServerlessEmulator) -> None:
+    deployment.token = "another"
+    with pytest.raises(errors.AuthRejected):
+        await run(runs)
+    assert len(deployment.calls) == 1
+
+
+async def test_the_second_token_is_used_when_the_first_is_refused(
+    deployment: ServerlessEmulator, settings: Settings, clock: LoopClock
+) -> None:
+    tokens = (Secret("rotated-away"), *settings.cloud.tokens)
+    async with RunComfyServerless(settings.serverless, replace(settings.cloud, tokens=tokens), clock=clock) as api:
+        await run(ServerlessRuns(api, DiskResults(settings.files), settings, clock))
+    assert len(deployment.run_log) == 1
+
+
+async def test_an_unknown_deployment_is_said_to_be_that(
+    deployment: ServerlessEmulator, settings: Settings, clock: LoopClock
+) -> None:
+    other = replace(settings.serverless, deployment_id="../../users/me")
+    async with RunComfyServerless(other, settings.cloud, clock=clock) as api:
+        with pytest.raises(errors.DeploymentUnusable, match="knows no deployment"):
+            await api.submit({})
+        with pytest.raises(errors.DeploymentUnusable, match="knows no deployment"):
+            await api.deployment()
+
+
+async def test_a_node_that_the_deployment_does_not_have_is_named(
+    api: RunComfyServerless, deployment: ServerlessEmulator
+) -> None:
+    with pytest.raises(errors.ValueInvalid, match="there is no node 99"):
+        await api.submit({"99": {"inputs": {"value": 1}}})
+
+
+async def test_a_request_larger_than_the_gateway_takes_is_not_sent(
+    api: RunComfyServerless, deployment: ServerlessEmulator
+) -> None:
+    with pytest.raises(errors.InputFileInvalid, match="RunComfy takes"):
+        await api.submit({"16": {"inputs": {"image": "data:image/png;base64," + "A" * 11_000_000}}})
+    assert not deployment.calls
+
+
+def test_without_a_deployment_or_a_token_nothing_is_opened(settings: Settings, clock: LoopClock) -> None:
+    with pytest.raises(errors.SettingInvalid, match="deployment"):
+        RunComfyServerless(replace(settings.serverless, deployment_id=""), settings.cloud, clock=clock)
+    with pytest.raises(errors.CredentialsMissing, match="token"):
+        RunComfyServerless(settings.serverless, replace(settings.cloud, tokens=()), clock=clock)
+    plain = replace(settings.cloud, base_url="http://api.example.com")
+    with pytest.raises(errors.InsecureUrl):
+        RunComfyServerless(settings.serverless, plain, clock=clock)
+
+
+# --- looking goes on -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 502, "times": 12},
+        {"status": 504, "body": "<html>gateway</html>", "times": 12},
+        {"reply": "lost", "times": 12},
+        {"reply": "truncated", "times": 12},
+        {"status": 429, "times": 6},
+        {"body": {"request_id": "somebody-elses", "status": "completed"}, "times": 12},
+        {"body": {"status": "resting"}, "times": 6},
+        {"body": [], "times": 12},
+        {"status": 200, "body": {"error_code": 500001, "error_message": "oops"}, "times": 12},
+    ],
+    ids=lambda fault: str(next(iter(fault.values())))[:12],
+)
+async def test_trouble_while_looking_ends_nothing(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, fault: dict[str, Any]
+) -> None:
+    deployment.next_call("GET requests/*/status", skip=2, **fault)
+    done = await run(runs)
+    assert set(done.outputs) == {"flux", "mesh"}
+    assert len(deployment.requests) == 1
+
+
+async def test_results_that_cannot_be_read_at_first_are_read_later(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    deployment.next_call("GET requests/*/result", status=503, times=9)
+    assert set((await run(runs)).outputs) == {"flux", "mesh"}
+
+
+async def test_a_status_that_never_changes_does_not_hide_the_result(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    deployment.next_request(stuck=True)
+    assert set((await run(runs)).outputs) == {"flux", "mesh"}
+
+
+async def test_a_request_that_is_not_visible_yet_is_waited_for(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    deployment.next_request(hidden=45.0)
+    assert set((await run(runs)).outputs) == {"flux", "mesh"}
+
+
+async def test_a_request_that_stays_unknown_is_given_up(runs: ServerlessRuns, deployment: ServerlessEmulator) -> None:
+    deployment.next_request(hidden=100_000.0)
+    with pytest.raises(errors.RequestNotFound):
+        await run(runs)
+
+
+async def test_silence_of_minutes_ends_the_wait_and_names_the_request(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    deployment.next_call("GET requests/*", status=502, times=None)
+    with pytest.raises(errors.ProviderBusy) as caught:
+        await run(runs)
+    (request,) = deployment.requests.values()
+    assert caught.value.details["request_id"] == request.request_id
+    assert request.cancel_wanted.is_set()
+
+
+async def test_addresses_that_lead_elsewhere_are_not_followed(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    def elsewhere(answer: dict[str, Any]) -> dict[str, Any]:
+        return {name: "http://127.0.0.1:1/steal/token" if name.endswith("_url") else v for name, v in answer.items()}
+
+    deployment.next_call("POST inference", change=elsewhere)
+    assert set((await run(runs)).outputs) == {"flux", "mesh"}
+
+
+# --- how requests end ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", sorted(set(CODES) - {401001, 403003, 404001, 422001, 500001, 200001}))
+async def test_every_code_of_a_failed_request_is_explained(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, tmp_path: Path, code: int
+) -> None:
+    deployment.next_request(fails=code, words="the words of RunComfy")
+    kind, _, hint = CODES[code]
+    with pytest.raises(kind, match="the words of RunComfy") as caught:
+        await run(runs)
+    assert type(caught.value) is kind
+    assert caught.value.hint == hint
+    assert caught.value.details["runcomfy_code"] == code
+    assert caught.value.details["request_id"] in deployment.requests
+    assert left(tmp_path / "out") == []
+
+
+async def test_a_code_that_nobody_knows_keeps_its_words(runs: ServerlessRuns, deployment: ServerlessEmulator) -> None:
+    deployment.next_request(fails=10999, words="new trouble\x1b[31m")
+    with pytest.raises(errors.RequestFailed, match=r"10999\): new trouble\[31m$"):
+        await run(runs)
+
+
+async def test_a_workflow_that_fails_is_told_in_comfyuis_words(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    deployment.workflow["10"]["inputs"]["unet_name"] = "no-such-model.safetensors"
+    with pytest.raises(errors.PromptRejected, match="10008"):
+        await run(runs)
+
+
+async def test_a_picture_that_cannot_be_fetched_is_said(runs: ServerlessRuns, deployment: ServerlessEmulator) -> None:
+    wanted = order()
+    broken = {**wanted.overrides, "16": {"inputs": {"image": "render.png"}}}
+    with pytest.raises(errors.InputFileInvalid, match="10009"):
+        await runs.run(replace(wanted, overrides=broken), job_id=JobId("j-1"))
+
+
+async def test_a_success_without_new_files_is_none(runs: ServerlessRuns, deployment: ServerlessEmulator) -> None:
+    deployment.next_request(without_urls=True)
+    with pytest.raises(errors.OutputMissing, match="cache"):
+        await run(runs)
+
+
+async def test_a_success_without_the_mesh_is_none_and_nothing_is_fetched(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, tmp_path: Path
+) -> None:
+    deployment.next_request(only=("24",))
+    with pytest.raises(errors.OutputMissing, match="node 33"):
+        await run(runs)
+    assert not deployment.file_calls
+    assert left(tmp_path / "out") == []
+
+
+async def test_an_instance_that_crashes_is_billed_until_then(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    deployment.next_request(crashes=True)
+    with pytest.raises(errors.RequestFailed, match="10012"):
+        await run(runs)
+    assert not deployment.billing
+    assert deployment.total_usd > 0
+
+
+# --- whoever leaves cancels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("british", [False, True])
+@pytest.mark.parametrize("after", [10, 245])
+async def test_a_caller_that_leaves_ends_its_request(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, tmp_path: Path, after: float, british: bool
+) -> None:
+    deployment.british = british
+    deployment.next_request(never_ends=True)
+    task = asyncio.create_task(run(runs))
+    await asyncio.sleep(after)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(2)
+    assert not deployment.going_on
+    assert left(tmp_path / "out") == []
+
+
+async def test_a_caller_that_leaves_while_it_submits_ends_what_that_brought(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    deployment.next_call("POST inference", delay=5)
+    task = asyncio.create_task(run(runs))
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(deployment.requests) == 1
+    assert not deployment.going_on
+
+
+async def test_a_cancellation_that_is_not_answered_holds_nobody_up_for_long(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, clock: LoopClock
+) -> None:
+    deployment.next_request(never_ends=True)
+    deployment.next_call("POST requests/*/cancel", reply="never", times=None)
+    task = asyncio.create_task(run(runs))
+    await asyncio.sleep(10)
+    task.cancel()
+    left_at = clock.now()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert clock.now() - left_at <= timedelta(seconds=31)
+
+
+async def test_the_limit_of_time_ends_the_request(runs: ServerlessRuns, deployment: ServerlessEmulator) -> None:
+    deployment.next_request(never_ends=True)
+    with pytest.raises(errors.JobTimeout, match="in_progress") as caught:
+        await run(runs, timeout=timedelta(minutes=6))
+    await asyncio.sleep(2)
+    assert not deployment.going_on
+    assert caught.value.details["status"] == "in_progress"
+
+
+async def test_a_request_that_somebody_else_cancels_is_told_as_cancelled(
+    runs: ServerlessRuns, api: RunComfyServerless, deployment: ServerlessEmulator
+) -> None:
+    task = asyncio.create_task(run(runs))
+    await asyncio.sleep(10)
+    (request_id,) = deployment.requests
+    assert await api.cancel(Submitted(RequestId(request_id))) is True
+    with pytest.raises(errors.PromptInterrupted):
+        await task
+    assert await api.cancel(Submitted(RequestId(request_id))) is False
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["lost", "502", "truncated", "reset"])
+async def test_a_download_that_breaks_is_repeated(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, fault: str
+) -> None:
+    deployment.file_faults = [fault, fault]
+    done = await run(runs)
+    assert content(done.outputs["mesh"].path)[:4] == b"glTF"
+    assert len(deployment.file_calls) == 4
+
+
+async def test_a_page_in_the_place_of_a_file_is_fetched_once_more(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    deployment.file_faults = ["html"]
+    assert set((await run(runs)).outputs) == {"flux", "mesh"}
+
+
+@pytest.mark.parametrize("how", ["html", "cut"])
+async def test_a_result_that_is_broken_is_no_result(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, tmp_path: Path, how: str
+) -> None:
+    deployment.next_request(corrupt=how)
+    with pytest.raises(errors.OutputCorrupt):
+        await run(runs)
+    assert all(name.startswith("rejected-") for name in left(tmp_path / "out"))
+
+
+async def test_an_empty_result_is_no_result(runs: ServerlessRuns, deployment: ServerlessEmulator) -> None:
+    deployment.next_request(corrupt="empty")
+    with pytest.raises(errors.DownloadFailed, match="empty"):
+        await run(runs)
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("404", errors.OutputMissing), ("redirect", errors.DownloadFailed)])
+async def test_a_result_that_is_gone_or_elsewhere_is_told_at_once(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, fault: str, kind: type[RunComfyError]
+) -> None:
+    deployment.file_faults = [fault]
+    with pytest.raises(kind):
+        await run(runs)
+    assert len(deployment.file_calls) == 1
+    assert not [call for call in deployment.calls if "elsewhere" in call.path]
+
+
+async def test_a_result_beyond_the_limit_is_not_kept(
+    deployment: ServerlessEmulator, settings: Settings, clock: LoopClock, tmp_path: Path
+) -> None:
+    small = replace(settings.comfy, max_output_bytes=100)
+    async with RunComfyServerless(settings.serverless, settings.cloud, clock=clock, files=small) as api:
+        with pytest.raises(errors.DownloadFailed, match="larger than the 100 bytes"):
+            await run(ServerlessRuns(api, DiskResults(settings.files), settings, clock))
+    assert left(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "https://169.254.169.254/latest",
+        "https://[::1]/x",
+        "http://serverless-api-storage.runcomfy.net/x",
+        "https://runcomfy.net.example.com/x",
+        "https://evilruncomfy.net/x",
+        "https://user@serverless-api-storage.runcomfy.net/x",
+        "https://10.0.0.1:8188/view",
+    ],
+)
+async def test_results_are_fetched_from_runcomfys_hosts_only(
+    settings: Settings, clock: LoopClock, tmp_path: Path, url: str
+) -> None:
+    cloud = replace(settings.cloud, base_url="https://api.runcomfy.net")
+    async with RunComfyServerless(settings.serverless, cloud, clock=clock) as api:
+        with pytest.raises(errors.DownloadFailed, match="was not fetched"):
+            await api.fetch(RemoteFile("24", "images", "x.png", url=SecretUrl(url)), str(tmp_path / "x"))
+    assert not left(tmp_path / "out")
+
+
+# --- money -----------------------------------------------------------------------------------------------------
+
+
+async def test_the_estimate_brackets_the_bill_and_stands_in_the_manifest(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, tmp_path: Path
+) -> None:
+    done = await run(runs)
+    await asyncio.sleep(120)
+    assert done.cost is not None
+    assert done.cost.usd_per_hour == Decimal("2.50")
+    assert done.cost.low_usd < done.cost.usd < done.cost.high_usd
+    assert done.cost.low_usd < deployment.total_usd <= done.cost.high_usd * Decimal("1.02")
+    manifest = json.loads(content(tmp_path / "out" / "j-1" / "manifest.json"))
+    assert manifest["cost_estimate"]["estimate"] is True
+    assert Decimal(manifest["cost_estimate"]["usd"]) == done.cost.usd
+
+
+async def test_without_a_price_there_is_no_estimate_rather_than_a_made_up_one(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    deployment.hardware = "NEW_400"
+    assert (await run(runs)).cost is None
+
+
+async def test_a_price_of_ones_own_counts_where_runcomfy_says_nothing(
+    deployment: ServerlessEmulator, api: RunComfyServerless, settings: Settings, clock: LoopClock
+) -> None:
+    deployment.deployment_told = False
+    own = replace(settings, serverless=replace(settings.serverless, usd_per_hour=Decimal(36)))
+    done = await run(ServerlessRuns(api, DiskResults(own.files), own, clock))
+    assert done.cost is not None
+    (ran,) = deployment.run_log
+    assert ran.finished_at is not None
+    assert done.cost.usd == pytest.approx(Decimal(str((ran.finished_at - ran.created_at).total_seconds())) / 100)
+
+
+async def test_nothing_is_asked_about_costs_where_they_are_not_tracked(
+    deployment: ServerlessEmulator, api: RunComfyServerless, settings: Settings, clock: LoopClock
+) -> None:
+    off = replace(settings, serverless=replace(settings.serverless, cost_tracking=False))
+    done = await run(ServerlessRuns(api, DiskResults(off.files), off, clock))
+    assert done.cost is None
+    assert "deployment" not in {call.path for call in deployment.calls}
+
+
+# --- settings --------------------------------------------------------------------------------------------------
+
+
+def test_the_variables_have_conjures_names_and_defaults(tmp_path: Path) -> None:
+    plain = load_settings(env={}, cwd=tmp_path).serverless
+    assert (plain.steps_flux, plain.steps_partpacker, plain.cost_tracking) == (20, 50, True)
+    assert (plain.request_timeout, plain.poll_interval) == (timedelta(seconds=1800), timedelta(seconds=2))
+    given = load_settings(
+        env={
+            "RUNCOMFY_DEPLOYMENT_ID": "d-1",
+            "RUNCOMFY_DEFAULT_STEPS_FLUX": "8",
+            "RUNCOMFY_DEFAULT_STEPS_PARTPACKER": "9",
+            "RUNCOMFY_COST_TRACKING": "false",
+            "RUNCOMFY_REQUEST_TIMEOUT": "60",
+            "RUNCOMFY_POLL_INTERVAL": "7",
+            "RUNCOMFY_SERVERLESS_USD_PER_HOUR": "2.99",
+            "RUNCOMFY_SERVERLESS_API": "V1",
+            "RUNCOMFY_SERVERLESS_FILE_HOSTS": "files.example.com, other.example.com",
+        },
+        cwd=tmp_path,
+    ).serverless
+    assert (given.deployment_id, given.steps_flux, given.steps_partpacker, given.cost_tracking) == ("d-1", 8, 9, False)
+    assert (given.request_timeout, given.poll_interval) == (timedelta(minutes=1), timedelta(seconds=7))
+    assert (given.usd_per_hour, given.api_version) == (Decimal("2.99"), "v1")
+    assert given.file_hosts == ("files.example.com", "other.example.com")
+
+
+# --- answers that nobody expects -------------------------------------------------------------------------------
+
+_scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40)
+_words = st.sampled_from(
+    [
+        "request_id",
+        "status",
+        "outputs",
+        "error",
+        "errorCode",
+        "error_code",
+        "queue_position",
+        "created_at",
+        "finished_at",
+        "url",
+        "filename",
+        "type",
+        "24",
+        "33",
+        "images",
+        "3d",
+        "files",
+        "outcome",
+        "message",
+        "details",
+        "debugInfo",
+        "data",
+    ]
+)
+_known = st.sampled_from(
+    ["r-1", "completed", "succeeded", "failed", "in_queue", "canceled", "not_cancellable", "cancelled"]
+)
+_json = st.recursive(
+    _scalars | _known,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_words | st.text(max_size=6), inner, max_size=6),
+    max_leaves=20,
+)
+
+
+@given(_json)
+def test_no_answer_is_read_as_anything_but_a_value_or_a_refusal(payload: Any) -> None:
+    expected = RequestId("r-1")
+    for read in (
+        wire.read_submitted,
+        lambda body: wire.read_status(body, expected=expected),
+        lambda body: wire.read_result(body, expected=expected),
+        wire.read_cancelled,
+        wire.read_deployment,
+    ):
+        with suppress(wire.Unreadable):
+            read(payload)
+    wire.read_refusal(payload)
+    assert len(list(wire.read_files(payload))) <= wire.MAX_FILES
+
+
+@given(_json)
+def test_a_result_is_whole_or_an_error_and_never_a_success_by_chance(payload: Any) -> None:
+    try:
+        result = wire.read_result(payload, expected=RequestId("r-1"))
+    except wire.Unreadable:
+        return
+    error = outcome(result) if result.state.over else None
+    if error is not None:
+        assert error.message.isprintable()
+        assert len(error.message) < 1_000
+    for wanted in WANTED:
+        with suppress(errors.OutputMissing):
+            found = find_file(result, wanted)
+            assert found.node == wanted.node
+            assert found.url is not None
+
+
+@given(st.binary(max_size=200))
+def test_a_body_of_any_bytes_is_json_or_unreadable(body: bytes) -> None:
+    with suppress(wire.Unreadable):
+        wire.read_json(body)
+
+
+@given(
+    st.text(alphabet="abcdefghij-_.:/?#%\\ \n\0é", min_size=1, max_size=30).filter(
+        lambda text: not re.fullmatch(r"[a-z_][a-z_.:-]*", text)
+    )
+)
+def test_an_id_that_could_lead_elsewhere_is_none(request_id: str) -> None:
+    with pytest.raises(wire.Unreadable):
+        wire.read_submitted({"request_id": request_id})

@@ -130,13 +130,16 @@ class ServerlessRuns:
             request = await self.submit(order)
             if submitted is not None:
                 submitted(RequestReport(request.request_id, RequestState.IN_QUEUE))
-            waited = await self.wait_or_cancel(request, timeout=order.timeout, heard=heard)
-            error = outcome(waited.result)
-            if error is not None:
-                raise error
-            files = await self._fetched(order.wanted, waited.result, folder)
-            cost = await self.cost_of(waited, begun=begun)
-            outputs = await folder.commit(files, self._manifest(job_id, order, request, waited, cost))
+            try:
+                waited = await self.wait_or_cancel(request, timeout=order.timeout, heard=heard)
+                if (error := outcome(waited.result)) is not None:
+                    raise error
+                files = await self._fetched(order.wanted, waited.result, folder)
+                cost = await self.cost_of(waited, begun=begun)
+                outputs = await folder.commit(files, self._manifest(job_id, order, request, waited, cost))
+            except RunComfyError as error:
+                error.details.setdefault("request_id", request.request_id)
+                raise
         finally:
             await finish(folder.abandon())
         named = {output.name: output for output in outputs}

@@ -290,7 +290,7 @@ def error_of(fault: Fault, *, details: Mapping[str, Any]) -> RunComfyError:
 
 def outcome(result: RequestResult) -> RunComfyError | None:
     """Return why a request that is over did not succeed; None if it did."""
-    details = {"request_id": result.request_id}
+    details = {"request_id": result.request_id, "status": result.state.value}
     if result.state is RequestState.SUCCEEDED:
         return None
     if result.state is RequestState.CANCELED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any, Final
@@ -67,13 +68,15 @@ class Runner:
                 given = request.overrides.get(node_id, {}).get("inputs", {}) if request.overrides else node["inputs"]
                 is_media = isinstance(value, str) and value.startswith(("data:", "http://", "https://"))
                 if is_media:
-                    node["inputs"][name] = await self._upload(f"{request.request_id}-{node_id}", value)
+                    node["inputs"][name] = await self._upload(value)
                 elif node.get("class_type") == "LoadImage" and name == "image" and name in given:
                     raise Failed(10009, f"node {node_id}: a plain file name cannot be fetched")
 
-    async def _upload(self, stem: str, value: str) -> str:
+    async def _upload(self, value: str) -> str:
+        """Put a file into ComfyUI's input folder, named by its content: the same one twice is the same input."""
         kind, data = await self._media(value)
-        form = aiohttp.FormData()
+        stem = hashlib.sha256(data).hexdigest()[:16]
+        form = aiohttp.FormData({"overwrite": "true"})
         form.add_field("image", data, filename=f"{stem}.{kind}", content_type=f"image/{kind}")
         async with self._http.post(f"{self._url}/upload/image", data=form) as answer:
             if answer.status != 200:

@@ -110,6 +110,7 @@ class ServerlessEmulator:
         self._errors: list[BaseException] = []
         self._folder, self._clock = folder, now
         self._origin: tuple[datetime, float] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._host, self._port = host, port
         self._stack = AsyncExitStack()
         self._closing = asyncio.Event()
@@ -189,7 +190,9 @@ class ServerlessEmulator:
         """The cloud's time."""
         if self._clock is not None:
             return self._clock()
-        at = asyncio.get_running_loop().time()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()  # kept: nodes of an instance ask from other threads
+        at = self._loop.time()
         if self._origin is None:
             self._origin = datetime.now(UTC), at
         start, zero = self._origin
