@@ -18,10 +18,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from launcher.conjure import places
+from launcher.conjure import hugging_face, places
 from launcher.conjure.engine import CLOUD, LOCAL, Engine, shared_engine
 from launcher.conjure.errors import ModeUnknown
 from launcher.conjure.generating import Generating, Unified
+from launcher.conjure.hugging_face import SpacesGenerating
 from launcher.conjure.probe import answers
 from runcomfy.domain.exceptions import RunComfyError, foreign_text
 
@@ -71,7 +72,7 @@ class MachineGenerationService(GenerationService):
         self._engine = engine or shared_engine()
         self._root = root
 
-    def _generating(self) -> Generating:
+    def _generating(self) -> Generating | SpacesGenerating:
         return Generating(
             self._engine,
             self._places(),
@@ -204,19 +205,46 @@ class CloudGenerationService_Legacy(CloudGenerationService):  # noqa: N801 - CON
 
 
 class LocalGenerationService(MachineGenerationService):
-    """Generates on the user's own ComfyUI; nothing is rented."""
+    """Generates on the user's own ComfyUI, or on Hugging Face Spaces if that is chosen; nothing is rented."""
 
     mode = "local"
     where = LOCAL
     fixed_places = False
 
+    def __init__(
+        self, engine: Engine | None = None, *, root: str | None = None, spaces: hugging_face.Spaces | None = None
+    ) -> None:
+        """As the others. `spaces`: what calls Hugging Face Spaces, where those are chosen."""
+        super().__init__(engine, root=root)
+        self._spaces = spaces
+
+    def _on_spaces(self) -> bool:
+        """Whether Spaces are chosen. Raises ValueInvalid."""
+        return hugging_face.chosen_backend() == hugging_face.HUGGING_FACE
+
+    def _generating(self) -> Generating | SpacesGenerating:
+        if self._on_spaces():
+            return SpacesGenerating(self._engine, self._places(), mode=self.mode, spaces=self._spaces)
+        return super()._generating()
+
     def availability(self) -> tuple[bool, str]:
-        """Return whether the ComfyUI answers; blocks for two seconds at most."""
+        """Return whether the ComfyUI answers; blocks for two seconds at most. Of Spaces nobody is asked."""
         try:
+            if self._on_spaces():
+                return (True, "") if self._spaces is not None else hugging_face.availability()
             url = self._engine.app.queue_settings.api_base_url
         except RunComfyError as error:
             return False, error.message
         return answers(url)
+
+
+class HuggingFaceGenerationService(LocalGenerationService):
+    """Generates on Hugging Face Spaces, whatever is chosen for local mode."""
+
+    mode = "huggingface"
+
+    def _on_spaces(self) -> bool:
+        return True
 
 
 class LocalComfyUIService(LocalGenerationService):
@@ -224,6 +252,9 @@ class LocalComfyUIService(LocalGenerationService):
 
     mode = "local_comfyui"
     fixed_places = True
+
+    def _on_spaces(self) -> bool:
+        return False
 
     def generate_flux_image(self, prompt: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
         """Make a picture from words, or return `success: False` and the error."""
@@ -323,4 +354,5 @@ _KINDS: Final[dict[str, type[MachineGenerationService]]] = {
     "cloud": CloudGenerationService,
     "cloud_legacy": CloudGenerationService_Legacy,
     "local_comfyui": LocalComfyUIService,
+    "huggingface": HuggingFaceGenerationService,
 }
