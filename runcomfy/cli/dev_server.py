@@ -7,7 +7,9 @@ The script keeps the flags that CONJURE's own has; what each verb does is in `ru
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+from collections.abc import Awaitable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
     from runcomfy.application.dev_server import DevServer, DevServerStatus
     from runcomfy.bootstrap import App
     from runcomfy.domain.machine import Machine, MachineReport
+    from runcomfy.domain.settings import Settings
 
 NONE_RUNS = "there is no active development server"
+SCRIPT = "dev_server_startup.py"
 LEFT_RUNNING = "left running, and billing; `comfyctl dev shutdown` stops it"
 
 
@@ -51,18 +55,30 @@ def restart_command(
 
     async def work(interrupts: Interrupts) -> int:
         async with _app(interrupts, launches=True) as app:
-            machines, dev = await app.cloud()
-            rows = await dev.rows()
-            kind = server_type or (rows[-1].server_type if rows else app.settings.cloud.server_type)
-            seconds = _duration(duration) or (rows[-1].duration if rows else None) or app.settings.cloud.duration
-            machines.books.price(kind)  # what cannot be launched again is not stopped
-            await _shutdown(app, dev)
-            await _start(app, kind, seconds, warm_up=warm_up, show_url=show_url, interrupts=interrupts)
+            await _restart(app, server_type, duration, warm_up=warm_up, show_url=show_url, interrupts=interrupts)
             if monitor:
                 return await _monitor(app, interrupts, ask=not no_interactive)
         return 0
 
     return run_async(work)
+
+
+async def _restart(
+    app: App,
+    server_type: str | None,
+    duration: str | None,
+    *,
+    warm_up: bool,
+    show_url: bool,
+    interrupts: Interrupts | None = None,
+) -> None:
+    machines, dev = await app.cloud()
+    rows = await dev.rows()
+    kind = server_type or (rows[-1].server_type if rows else app.settings.cloud.server_type)
+    seconds = _duration(duration) or (rows[-1].duration if rows else None) or app.settings.cloud.duration
+    machines.books.price(kind)  # what cannot be launched again is not stopped
+    await _shutdown(app, dev)
+    await _start(app, kind, seconds, warm_up=warm_up, show_url=show_url, interrupts=interrupts)
 
 
 def _app(interrupts: Interrupts, *, launches: bool = False) -> App:
@@ -372,31 +388,110 @@ def script(verb: str | None, extend: str | None, **options: Any) -> int:
     return restart_command(**options) if verb == "restart" else start_command(**options)
 
 
-def main() -> None:
-    """Run the script and exit with its code."""
+def main() -> Awaitable[None]:
+    """Run the script and exit with its code.
+
+    CONJURE's own is a coroutine. So, called within a running event loop, this returns one: `await main()` does the same
+    with the `DevServerManager` of `runcomfy.dev_server_startup`, whoever stands in for it there.
+    """
     from runcomfy.cli.main import call
 
-    sys.exit(call(script, name="dev_server_startup.py"))
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        sys.exit(call(script, name=SCRIPT))
+    return _main_in_loop(sys.argv[1:])
+
+
+async def _main_in_loop(arguments: list[str]) -> None:
+    from runcomfy.cli.main import call
+
+    try:
+        with script.make_context(SCRIPT, list(arguments)) as context:
+            given = dict(context.params)
+    except (click.ClickException, click.exceptions.Exit):  # wrong, or a question for help: the script says it
+        sys.exit(await asyncio.to_thread(call, script, arguments, name=SCRIPT))
+    verb, extras = given.pop("verb"), ("extend", "warm_up", "monitor", "show_url")
+    if any(given[name] for name in extras):
+        sys.exit(await asyncio.to_thread(call, script, arguments, name=SCRIPT))
+    door = sys.modules.get("runcomfy.dev_server_startup")
+    manager: DevServerManager = getattr(door, "DevServerManager", DevServerManager)()
+    if verb == "status":
+        await manager.show_status()
+        sys.exit(0)
+    interactive = not given["no_interactive"]
+    if verb == "shutdown":
+        done = await manager.shutdown_server()
+    elif verb == "restart":
+        done = await manager.restart_server(interactive=interactive)
+    else:
+        span = _duration(given["duration"])
+        seconds = span.total_seconds() if span is not None else None
+        done = await manager.launch_server(given["server_type"], seconds, interactive=interactive)
+    sys.exit(0 if done else 1)
 
 
 class DevServerManager:
     """The verbs as coroutines, for programs; credentials come from the environment and credentials.txt."""
 
+    def __init__(self) -> None:
+        """Read the credentials; nothing is sent. Raises CredentialsMissing, a FileNotFoundError: there are none."""
+        from runcomfy.adapters.config import load_settings
+        from runcomfy.conjure.client import ConjureAPIClient
+        from runcomfy.conjure.dev_server_state import DevServerStateManager
+
+        settings = load_settings()
+        self.credentials: dict[str, str] = _credentials(settings)
+        self.state_manager = DevServerStateManager(
+            os.path.join(settings.files.state_dir, "dev_server_state.json"),  # noqa: PTH118 - text in, text out
+            copies=settings.files.state_copies,
+        )
+        self.client: ConjureAPIClient = ConjureAPIClient(settings=settings)
+
     async def launch_server(
-        self, server_type: str | None = None, duration: float | None = None, interactive: bool = False
+        self, server_type: str | None = None, duration: float | None = None, interactive: bool = True
     ) -> bool:
-        """Launch or reuse the dev server; raises RunComfyError if that fails. `interactive` reads nothing today."""
-        async with self._open() as app:
-            span = timedelta(seconds=duration) if duration is not None else app.settings.cloud.duration
-            await _start(app, server_type or app.settings.cloud.server_type, span, warm_up=False, show_url=False)
-        return True
+        """Launch or reuse the dev server, for `duration` seconds (None: RUNCOMFY_DEFAULT_DURATION); whether it is up.
+
+        What went wrong is said on stderr. `interactive`: nothing is asked, either way.
+        """
+
+        async def work() -> None:
+            async with self._open() as app:
+                span = timedelta(seconds=duration) if duration is not None else app.settings.cloud.duration
+                await _start(app, server_type or app.settings.cloud.server_type, span, warm_up=False, show_url=False)
+
+        return await _done(work())
 
     async def shutdown_server(self) -> bool:
-        """Stop the dev server; nothing running counts as success."""
+        """Stop the dev server; nothing running counts as success. What went wrong is said on stderr."""
+
+        async def work() -> None:
+            async with self._open() as app:
+                _, dev = await app.cloud()
+                await _shutdown(app, dev)
+
+        return await _done(work())
+
+    async def restart_server(self, interactive: bool = True) -> bool:
+        """Stop the dev server and launch one like it; whether it is up. What went wrong is said on stderr."""
+
+        async def work() -> None:
+            async with self._open() as app:
+                await _restart(app, None, None, warm_up=False, show_url=False)
+
+        return await _done(work())
+
+    async def show_status(self) -> None:
+        """Print the dev server as it really is."""
         async with self._open() as app:
             _, dev = await app.cloud()
-            await _shutdown(app, dev)
-        return True
+            status = await dev.status()
+            idle_after, warning = app.settings.app.idle_timeout, app.settings.pool.idle_warning
+        if status is None:
+            click.echo(NONE_RUNS)
+        else:
+            _print_status(status, _facts(status, show_url=False), idle_after, warning)
 
     async def get_status(self) -> DevServerStatus | None:
         """Return the dev server as it really is."""
@@ -409,3 +504,32 @@ class DevServerManager:
         from runcomfy.cli.app import load
 
         return App(load(require_cloud=True))
+
+
+async def _done(work: Awaitable[None]) -> bool:
+    from runcomfy.cli.output import show_error
+    from runcomfy.domain.exceptions import RunComfyError
+
+    try:
+        await work
+    except RunComfyError as error:
+        show_error(error)
+        return False
+    return True
+
+
+def _credentials(settings: Settings) -> dict[str, str]:
+    """Return the credentials by CONJURE's keys. Raises CredentialsMissing if there are none at all."""
+    from runcomfy.conjure.errors import also
+    from runcomfy.domain.exceptions import CredentialsMissing
+
+    cloud = settings.cloud
+    if not cloud.user_id and not cloud.tokens:
+        missing = CredentialsMissing(
+            "no RunComfy credentials were found",
+            hint="write userID and RUNCOMFY_API_TOKEN into credentials.txt (see credentials.example.txt), or set "
+            "RUNCOMFY_USER_ID and RUNCOMFY_API_TOKEN",
+        )
+        raise also(missing, FileNotFoundError)
+    token = cloud.tokens[0].reveal() if cloud.tokens else ""
+    return {"userID": cloud.user_id, "RUNCOMFY_API_TOKEN": token, "version_id": cloud.workflow_version_id}

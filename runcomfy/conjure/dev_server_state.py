@@ -95,8 +95,12 @@ async def validate_dev_server() -> bool:
 
 
 async def _health(base_url: str) -> str:
-    parts = urlsplit(base_url) if len(base_url) < 2_000 else urlsplit("")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:  # it came out of a file and may be anything
+        parts = urlsplit(base_url if len(base_url) < 2_000 else "")
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
         return "unreachable"
     answered = False
     async with _asking() as ask:
