@@ -159,11 +159,15 @@ class JobQueue:
         """Return a job with every attempt and every event. Raises JobNotFound."""
         job = await self.job(which)
         events: list[JobEvent] = []
-        while page := await self.store.events(
-            after=events[-1].number if events else 0, job_id=job.id, limit=EVENTS_AT_ONCE
-        ):
+        # Asked for together: nearly every story is one page.
+        attempts, page = await asyncio.gather(
+            self.store.attempts(job.id), self.store.events(job_id=job.id, limit=EVENTS_AT_ONCE)
+        )
+        events += page
+        while len(page) == EVENTS_AT_ONCE:
+            page = await self.store.events(after=events[-1].number, job_id=job.id, limit=EVENTS_AT_ONCE)
             events += page
-        return JobStory(job, await self.store.attempts(job.id), events)
+        return JobStory(job, attempts, events)
 
     async def list(
         self, *, status: QueueStatus | None = None, limit: int | None = None, newest_first: bool = False
