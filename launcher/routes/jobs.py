@@ -85,15 +85,22 @@ async def list_jobs(
     user: Annotated[str | None, Query(max_length=200)] = None,
     limit: Annotated[int, Query(ge=1, le=PAGE_MOST)] = 50,
     before: Annotated[int | None, Query(ge=0, le=BIGGEST, description="A job's number.")] = None,
+    order: Annotated[
+        Literal["newest", "queue"],
+        Query(description="queue: those that wait, the next one first; one page, whatever else is asked for."),
+    ] = "newest",
 ) -> JSONResponse:
     """List jobs, the newest first."""
-    found = await backend.queue.store.newest(
-        before=before,
-        status=QueueStatus(status) if status is not None else None,
-        workflow_id=workflow,
-        user=user,
-        limit=limit + 1,
-    )
+    if order == "queue":
+        found = await backend.queue.store.jobs(status=QueueStatus.PENDING, limit=limit)
+    else:
+        found = await backend.queue.store.newest(
+            before=before,
+            status=QueueStatus(status) if status is not None else None,
+            workflow_id=workflow,
+            user=user,
+            limit=limit + 1,
+        )
     page = found[:limit]
     counts = await backend.queue.counts()
     return JSONResponse(

@@ -11,10 +11,17 @@ export function usd(amount: string | number | null | undefined): string {
   return `${value < 0 ? "−" : ""}$${Math.abs(value).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits })}`;
 }
 
+/** A sum of bills: cents; what has begun to cost is never shown as nothing. */
+export function total(amount: string | number | null | undefined): string {
+  const value = Number(amount ?? Number.NaN);
+  return value > 0 && value < 0.01 ? "< $0.01" : value >= 0.01 && value < 0.1 ? `$${value.toFixed(2)}` : usd(amount);
+}
+
 /** Seconds as "45 s", "3 min 20 s", "2 h 5 min", "3 d 4 h". */
 export function span(seconds: number | null | undefined): string {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
   const s = Math.max(0, seconds);
+  if (s < 0.05) return "0 s";
   if (s < 10) return `${s.toFixed(1)} s`;
   const whole = Math.round(s);
   if (whole < 60) return `${whole} s`;
@@ -120,8 +127,11 @@ export function standing(job: Job): string {
   return job.reason === "quarantined" ? "set aside" : "failed";
 }
 
-/** What a person knows a job by. */
-export const titleOf = (job: Job): string => job.prompt || job.name || `Job ${job.number}`;
+const MADE_UP = /_\d{14}_[0-9a-f]+$/;
+
+/** What a person knows a job by: its prompt, or the name of its job file; a name that was made up says nothing. */
+export const titleOf = (job: Job): string =>
+  job.prompt || (job.name && !MADE_UP.test(job.name) ? job.name : `${labelled(job.workflow)} ${job.number}`);
 
 export const workflowName = (name: string): string => name.replace(/^wf_/, "").replaceAll("_", " ");
 

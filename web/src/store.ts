@@ -25,6 +25,8 @@ export const touched = signal<{ id: string; count: number }>({ id: "", count: 0 
 export const today = computed(() => money.value?.today ?? null);
 
 const PAGE = 30;
+/** The largest page the server gives. */
+const MOST = 500;
 const NOTICE_MS = 7000;
 
 hooks.loggedOut = () => {
@@ -92,12 +94,20 @@ class JobList {
   }
 
   private async fetch(before: number | null): Promise<JobPage> {
+    if (this.statuses.includes("pending") && !filter.value.workflow) return this.nextOnes(before !== null);
     const query = new URLSearchParams({ limit: String(PAGE) });
     if (this.statuses.length === 1) query.set("status", this.statuses[0] as string);
-    if (this.statuses.includes("pending")) query.set("order", "queue");
     if (filter.value.workflow) query.set("workflow", filter.value.workflow);
     if (before !== null) query.set("before", String(before));
     return get<JobPage>(`/jobs?${query}`);
+  }
+
+  /** Those that wait are told in the order in which they will be begun: as one page, which grows. */
+  private async nextOnes(more: boolean): Promise<JobPage> {
+    const limit = Math.min(MOST, Math.max(PAGE, this.ids.value.length + (more ? PAGE : 0)));
+    const page = await get<JobPage>(`/jobs?order=queue&limit=${limit}`);
+    const all = page.jobs.length >= page.counts.pending || limit === MOST;
+    return { ...page, next: all ? null : (page.jobs.at(-1)?.number ?? null) };
   }
 
   /** Put a job in, move it or take it out, whatever its status now says. */

@@ -1,7 +1,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 
 import { ApiError, get, getText, jobUrl, wordsOf } from "../api";
-import { ago, bytes, labelled, moment, plural, span, titleOf, usd, workflowName } from "../format";
+import { ago, bytes, labelled, moment, plural, span, standing, titleOf, usd, workflowName } from "../format";
 import { Actions } from "../parts/actions";
 import { Media } from "../parts/media";
 import { Badge, Picture, ProgressLine } from "../parts/pieces";
@@ -79,7 +79,7 @@ function Shown({ job }: { job: JobDetail }) {
         <Actions job={job} open />
       </header>
       {job.status === "processing" && <ProgressLine job={job} label={`Progress of job ${job.number}`} />}
-      {job.error && (
+      {job.error && standing(job) !== "cancelled" && (
         <div class="error box" role="alert">
           <p><b>{job.error.message}</b></p>
           {job.error.hint && <p>{job.error.hint}</p>}

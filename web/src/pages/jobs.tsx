@@ -104,7 +104,7 @@ function JobCard({ id }: { id: string }) {
           <Facts job={job} />
         </p>
         {job.status === "processing" && <ProgressLine job={job} label={`Progress of job ${job.number}`} />}
-        {job.status === "failed" && job.error && <p class="error">{job.error.message}</p>}
+        {job.status === "failed" && job.error && standing(job) !== "cancelled" && <p class="error">{job.error.message}</p>}
       </div>
       <Actions job={job} />
     </li>

@@ -1,12 +1,13 @@
 import { useMemo, useState } from "preact/hooks";
 
-import { moment, plural, span, usd } from "../format";
+import { moment, plural, span, total, usd } from "../format";
 import { Chart } from "../parts/chart";
 import { Meter } from "../parts/pieces";
 import { money } from "../store";
 import type { Bucket, BudgetState, Money, Spent } from "../types";
 
 const ALMOST = 0.8;
+const PERIODS: Record<string, string> = { run: "This run", hour: "This hour", day: "Today", month: "This month" };
 
 function Budget({ budget }: { budget: BudgetState }) {
   const spent = Number(budget.spent);
@@ -15,19 +16,20 @@ function Budget({ budget }: { budget: BudgetState }) {
   const over = cap !== null && spent >= cap;
   const near = !over && ((alert !== null && spent >= alert) || (cap !== null && spent >= cap * ALMOST));
   const limit = cap ?? alert;
-  const title = budget.name || budget.scope;
+  const whose = budget.scope === "all" ? "" : budget.scope;
+  const title = PERIODS[budget.name] ?? (budget.name || whose || "Budget");
   return (
     <li class="budget">
       <p>
-        <span>{title}{budget.scope && budget.scope !== title && <small> {budget.scope}</small>}</span>
-        <span>{usd(budget.spent)}{limit !== null && <small> of {usd(limit)}</small>}</span>
+        <span>{title}{whose && whose !== title && <small> {whose}</small>}</span>
+        <span>{total(budget.spent)}{limit !== null && <small> of {usd(limit)}</small>}</span>
       </p>
-      {limit !== null && <Meter value={spent} max={limit} label={`${title}: ${usd(budget.spent)} of ${usd(limit)}`} tone={over ? "over" : near ? "near" : undefined} />}
+      {limit !== null && <Meter value={spent} max={limit} label={`${title}: ${total(budget.spent)} of ${usd(limit)}`} tone={over ? "over" : near ? "near" : undefined} />}
       <p class="meta">
         {over && <span class="error">Used up: nothing more is rented{budget.ends_at ? ` until ${moment(budget.ends_at)}` : ""}.</span>}
         {near && <span class="warn">{cap === null ? "Past its alert" : "Almost used up"}.</span>}
         {!over && budget.left !== null && <span>{usd(budget.left)} left</span>}
-        {budget.committed !== null && Number(budget.committed) > spent && <span>{usd(budget.committed)} with what is promised</span>}
+        {budget.committed !== null && Number(budget.committed) > spent && <span>{total(budget.committed)} with what is promised</span>}
       </p>
     </li>
   );
@@ -39,7 +41,7 @@ function Sum({ title, spent }: { title: string; spent: Spent }) {
     <div class="sum">
       <dt>{title}</dt>
       <dd>
-        <b>{usd(spent.usd)}</b>
+        <b>{total(spent.usd)}</b>
         <span class="meta">
           {spent.jobs !== undefined && <span>{plural(spent.jobs, "job")}</span>}
           {whole > 0 && <span>{Math.round((100 * spent.busy_s) / whole)} % busy</span>}
@@ -86,8 +88,8 @@ function Figures({ all }: { all: Money }) {
       <dl class="sums big">
         <Sum title="Today" spent={all.today} />
         <Sum title="This month" spent={all.month} />
-        {all.forecast_month_usd !== null && <div class="sum"><dt>By the end of the month</dt><dd><b>about {usd(all.forecast_month_usd)}</b></dd></div>}
-        {all.committed_usd !== null && <div class="sum"><dt>Promised by what runs now</dt><dd><b>{usd(all.committed_usd)}</b></dd></div>}
+        {all.forecast_month_usd !== null && <div class="sum"><dt>By the end of the month</dt><dd><b>about {total(all.forecast_month_usd)}</b></dd></div>}
+        {all.committed_usd !== null && <div class="sum"><dt>Promised by what runs now</dt><dd><b>{total(all.committed_usd)}</b></dd></div>}
       </dl>
       <section aria-labelledby="budgets">
         <h2 id="budgets">Budgets</h2>

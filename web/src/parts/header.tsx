@@ -1,5 +1,5 @@
 import { ask, wordsOf } from "../api";
-import { plural, usd } from "../format";
+import { plural, total, usd } from "../format";
 import { place, type Place } from "../route";
 import { counts, link, loadQueue, money, queue, tell } from "../store";
 import { dark, switchTheme } from "../theme";
@@ -58,16 +58,16 @@ function Glance() {
   const paused = queue.value?.paused ?? [];
   const why = paused[0];
   const spent = money.value;
-  const monthly = spent?.budgets.find((one) => one.hard !== null && /month/i.test(one.scope + one.name));
+  const monthly = spent?.budgets.find((one) => one.name === "month" && one.scope === "all" && one.hard !== null);
   return (
     <section class="glance" aria-label="At a glance">
       <dl>
         <div><dt>Running</dt><dd>{processing.toLocaleString("en-US")}</dd></div>
         <div><dt>Waiting</dt><dd>{pending.toLocaleString("en-US")}</dd></div>
-        <div><dt>Today</dt><dd data-testid="today">{usd(spent?.today.usd)}</dd></div>
+        <div><dt>Today</dt><dd data-testid="today">{total(spent?.today.usd)}</dd></div>
         <div>
           <dt>This month</dt>
-          <dd>{usd(spent?.month.usd)}{monthly?.hard ? <small> of {usd(monthly.hard)}</small> : null}</dd>
+          <dd>{total(spent?.month.usd)}{monthly?.hard ? <small> of {usd(monthly.hard)}</small> : null}</dd>
         </div>
       </dl>
       <div class="row">
