@@ -88,9 +88,9 @@ class TimedRuns:
         self._workflow, self._noise, self._random = workflow, noise, random.Random(seed)
         self.runs = 0
 
-    def drawn(self) -> dict[str, float]:
-        """Return what each node but the loader is to take this time."""
-        return {
+    def drawn(self) -> dict[str, Any]:
+        """Return what each node but the loader is to take this time; the loader stays as it is, and so is cached."""
+        return {f"{LOADER}.seed": 1} | {
             f"{node}.seconds": round(seconds * max(0.1, self._random.gauss(1.0, self._noise)), 2)
             for node, (_, seconds, _) in NODES.items()
             if node != LOADER
