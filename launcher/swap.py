@@ -1,10 +1,10 @@
 """
 Putting our files into a CONJURE project, and putting back what was there.
 
-What is replaced is kept first, under the hash of its content, in `.runcomfy-orchestrator` at the project's root, with a
-manifest that is written before anything is replaced. Every file is replaced whole. So whoever is killed in the middle
-does the same once more, or the opposite: both look at what each file is now, and do what is left to do. A file that
-somebody has changed meanwhile is nobody's to overwrite. Nothing is followed out of the project.
+What is replaced is kept first, under the hash of its content, in `.runcomfy-orchestrator` at the project's root; a
+manifest is written before anything else, so that what lies there has a reason. Every file is replaced whole. So whoever
+is killed in the middle does the same once more, or the opposite: both look at what each file is now, and do what is left
+to do. A file that somebody has changed meanwhile is nobody's to overwrite. Nothing is followed out of the project.
 """
 
 from __future__ import annotations
@@ -238,12 +238,12 @@ def install(project: Project, *, force: bool = False, dry_run: bool = False) -> 
         if dry_run:
             report.state = status(project).state
             return report
+        _write_manifest(project, "installing", entries)
+        faultpoint("swap.written")
         for _, original, _ in steps:
             if original is not None:
                 _keep(project, original)
         faultpoint("swap.kept")
-        _write_manifest(project, "installing", entries)
-        faultpoint("swap.written")
         for target, _, content in steps:
             if content is not None:
                 mode = entries[target.path].mode
