@@ -92,7 +92,7 @@ def drop(page: "Page", place: "Locator", file: Path) -> None:
 
 def serious(page: "Page") -> list[str]:
     """What axe finds that keeps somebody out."""
-    from axe_playwright_python.sync_playwright import Axe
+    from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 
     found = Axe().run(page).response["violations"]
     bad = [one for one in found if one["impact"] in ("serious", "critical")]
