@@ -172,7 +172,6 @@ async def test_the_token_goes_to_the_api_and_never_to_where_results_lie(
 # --- a submit is sent once -------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(5)
 @pytest.mark.parametrize("reply", ["lost", "reset", "never", "truncated", "html", "empty"])
 async def test_a_submit_whose_answer_is_lost_is_not_repeated_and_told_as_unclear(
     runs: ServerlessRuns, deployment: ServerlessEmulator, tmp_path: Path, reply: str
@@ -351,6 +350,7 @@ async def test_a_request_that_stays_unknown_is_given_up(runs: ServerlessRuns, de
 async def test_silence_of_minutes_ends_the_wait_and_names_the_request(
     runs: ServerlessRuns, deployment: ServerlessEmulator
 ) -> None:
+    deployment.next_request(never_ends=True)
     deployment.next_call("GET requests/*", status=502, times=None)
     with pytest.raises(errors.ProviderBusy) as caught:
         await run(runs)

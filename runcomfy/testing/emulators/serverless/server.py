@@ -371,7 +371,7 @@ class ServerlessEmulator:
         try:
             await asyncio.sleep(in_seconds(self.cold_start))
             comfyui = ComfyUIEmulator(folder=folder, speed=self._speed, now=lambda: self.now().timestamp())
-            async with comfyui, aiohttp.ClientSession() as http:
+            async with comfyui, aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http:
                 instance.ready_at = self.now()
                 runner = Runner(comfyui.url, http, look_every=0.5 / max(self._speed, 1.0))
                 while (request := await self._next_for(instance)) is not None:
