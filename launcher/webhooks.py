@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
@@ -29,12 +30,12 @@ from launcher.guarding.addresses import (
     is_public,
     outbound_session,
 )
-from launcher.guarding.signing import signed, webhook_secret
+from launcher.guarding.signing import SECRET_FILE, signed, webhook_secret
 from launcher.views import iso, job_view
 from runcomfy.adapters.stores.webhooks import SqlWebhooks
 from runcomfy.application.role import Role
 from runcomfy.bootstrap import App
-from runcomfy.domain.exceptions import AddressRefused, LeaseLost, LocalError, foreign_text
+from runcomfy.domain.exceptions import AddressRefused, ConfigurationError, LeaseLost, LocalError, foreign_text
 from runcomfy.domain.queued import EventKind, JobEvent, QueuedJob
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import HttpSettings
@@ -88,15 +89,21 @@ class Webhooks:
         self._group: asyncio.TaskGroup | None = None
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._woken = asyncio.Event()
+        self._lost = False
+        """Whether a write was fenced off: somebody else delivers, whatever we believe."""
 
     @classmethod
     async def open(cls, app: App, **options: Any) -> Webhooks:
-        """Return what delivers for the queue of an app. Raises LocalError."""
+        """Return what delivers for the queue of an app. Raises LocalError, CredentialsMalformed (of the secret)."""
         jobs = await app.job_store()
         me = app.processes.me(now=jobs.now())
         await jobs.register_owner(me)
         role = Role(WEBHOOKS, jobs, me, clock=app.clock, processes=app.processes)
         state_dir = app.settings.files.state_dir
+        if await asyncio.to_thread(
+            (Path(state_dir) / SECRET_FILE).exists
+        ):  # what is wrong with it is said at the start
+            await asyncio.to_thread(webhook_secret, state_dir)
         return cls(SqlWebhooks(jobs), jobs, role, app.settings.http, lambda: webhook_secret(state_dir), **options)
 
     async def run(self) -> None:
@@ -122,8 +129,8 @@ class Webhooks:
                 task.cancel()
 
     async def _work(self) -> None:
-        mark = 0
-        while self._role.holds():
+        mark, self._lost = 0, False
+        while self._role.holds() and not self._lost:
             try:
                 more = await self._take_in()
                 await self._start()
@@ -201,20 +208,28 @@ class Webhooks:
     async def _deliver(self, delivery: Delivery) -> None:
         try:
             answer = await self._send(delivery)
-            await self._settle(delivery, answer)
-        except LeaseLost:
-            log.warning("webhook_not_noted", extra={"fields": {"event": delivery.event}})
-        except LocalError as error:  # nothing was noted: it is sent again, under the same id
-            log.warning("webhook_not_noted", extra={"fields": {"event": delivery.event, "error": error.code}})
-            await asyncio.sleep(TROUBLE_S)
+            while True:
+                try:
+                    await self._settle(delivery, answer)
+                    return
+                except LeaseLost:  # we slept: whoever delivers now sends it again, under the same id
+                    self._lost = True
+                    return
+                except LocalError as error:  # it was sent and need not be sent again, if only this can be noted
+                    fields = {"event": delivery.event, "error": error.code}
+                    log.warning("webhook_not_noted", extra={"fields": fields})
+                    await asyncio.sleep(TROUBLE_S)
         finally:
             self._under_way.pop(delivery.url, None)
             self._woken.set()
 
     async def _send(self, delivery: Delivery) -> Answer | AddressRefused:
-        queue, _ = await self._book.read_to()
+        try:
+            queue, _ = await self._book.read_to()
+            secret = await asyncio.to_thread(self._secret)
+        except (LocalError, ConfigurationError) as error:
+            return Answer(None, error.code)
         body = delivery.body.encode("utf-8", "replace")
-        secret = await asyncio.to_thread(self._secret)
         at = int(self._jobs.now().timestamp())
         headers = {"Content-Type": "application/json", **signed(secret, delivery.message_id(queue), at=at, body=body)}
         private = self._http.allow_private
