@@ -2,9 +2,10 @@
 Putting our files into a CONJURE project, and putting back what was there.
 
 What is replaced is kept first, under the hash of its content, in `.runcomfy-orchestrator` at the project's root; a
-manifest is written before anything else, so that what lies there has a reason. Every file is replaced whole. So whoever
-is killed in the middle does the same once more, or the opposite: both look at what each file is now, and do what is left
-to do. A file that somebody has changed meanwhile is nobody's to overwrite. Nothing is followed out of the project.
+manifest is written before anything else, so that what lies there has a reason. Every file is replaced whole. So
+whoever is killed in the middle does the same once more, or the opposite: both look at what each file is now, and do
+what is left to do. A file that somebody has changed meanwhile is nobody's to overwrite. Nothing is followed out of the
+project.
 """
 
 from __future__ import annotations
