@@ -151,7 +151,7 @@ async def test_a_second_request_waits_behind_the_first_and_finds_the_instance_aw
     def heard(report: RequestReport) -> None:
         positions.add(report.queue_position)
 
-    await asyncio.gather(runs.run(order(1), job_id=JobId("j-1")), runs.run(order(2), job_id=JobId("j-2"), heard=heard))
+    await asyncio.gather(*(runs.run(order(n), job_id=JobId(f"j-{n}"), heard=heard) for n in (1, 2)))
     assert positions >= {1, 0, None}
     assert len(deployment.instances) == 1
 
