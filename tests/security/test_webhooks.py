@@ -24,7 +24,7 @@ from runcomfy.adapters.log import redact
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.webhooks import SqlWebhooks
-from runcomfy.application.role import Role
+from runcomfy.application.role import ROLE_LEASE, Role
 from runcomfy.domain.exceptions import CredentialsMalformed, DiskFull
 from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import Ending, EventKind, Outcome, QueuedJob, Reason
@@ -435,8 +435,8 @@ async def test_a_process_that_lost_its_role_while_it_slept_notes_nothing(
         await ended(jobs, receiver.url())
         await waits_for(receiver, 1)
         await jobs.drop_role(WEBHOOKS, OwnerId("alice"))
-        assert await jobs.take_role(WEBHOOKS, OwnerId("bob"), lease=timedelta(hours=1)) is not None
-        await asyncio.sleep(100)
+        assert await jobs.take_role(WEBHOOKS, OwnerId("bob"), lease=ROLE_LEASE) is not None
+        await asyncio.sleep(40)
         left = await SqlWebhooks(jobs).next_due()
     assert len(receiver.got) == 2, "it learns of it when it wants to note what came of that"
     assert left is not None, "which it may not"
