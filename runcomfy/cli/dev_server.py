@@ -426,8 +426,8 @@ async def _main_in_loop(arguments: list[str]) -> None:
         done = await manager.restart_server(interactive=interactive)
     else:
         span = _duration(given["duration"])
-        seconds = span.total_seconds() if span is not None else None
-        done = await manager.launch_server(given["server_type"], seconds, interactive=interactive)
+        seconds = int(span.total_seconds()) if span is not None else None
+        done = await manager.launch_server(server_type=given["server_type"], duration=seconds, interactive=interactive)
     sys.exit(0 if done else 1)
 
 

@@ -139,9 +139,9 @@ class Pretender:
         (["--restart", "--no-interactive"], ("restart_server", (), {"interactive": False})),
         (
             ["--server-type", "medium", "--duration", "1800"],
-            ("launch_server", ("medium", 1800.0), {"interactive": True}),
+            ("launch_server", (), {"server_type": "medium", "duration": 1800, "interactive": True}),
         ),
-        ([], ("launch_server", (None, None), {"interactive": True})),
+        ([], ("launch_server", (), {"server_type": None, "duration": None, "interactive": True})),
     ],
 )
 @pytest.mark.parametrize("up", [True, False])
