@@ -35,8 +35,8 @@ _TOO_SLOW: Final = Refusal(408, "body-too-slow", "the request's body did not com
 _NO_LENGTH: Final = Refusal(400, "bad-request", "the request's Content-Length cannot be read")
 _TOO_LONG: Final = Refusal(414, "address-too-long", "the request's address is too long")
 _CODE_WORDS: Final = (
-    "This login address was used already, or it is older than ten minutes. Start comfyctl serve again, or ask for a "
-    "new one: POST /session/code with the token."
+    "This login address was used already, or it is older than ten minutes. comfyctl page prints a fresh one, on the "
+    "computer where the service runs (programs: POST /session/code with the token)."
 )
 
 

@@ -12,10 +12,13 @@ export function LoggedOut() {
       <h1><b>comfy</b>ctl</h1>
       <h2>You need a fresh address</h2>
       <p>
-        This page opens with a one-time address. <code>comfyctl serve</code> prints one when it starts, in the terminal
-        where it runs; each works once and only for a short time.
+        This page opens with a one-time address, printed by <code>comfyctl serve</code> when it starts. Each logs in one
+        browser, once, within ten minutes.
       </p>
-      <p>Open that address in this browser. If it was used already, start <code>comfyctl serve</code> again and it prints the next.</p>
+      <p>
+        On the computer where the service runs, <code>comfyctl page</code> prints a fresh one. Open it here, and this page
+        shows your jobs again.
+      </p>
       <p><button type="button" onClick={again}>Try again</button></p>
     </main>
   );
