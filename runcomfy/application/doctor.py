@@ -12,10 +12,19 @@ from dataclasses import dataclass
 
 from runcomfy.application.health import check_comfyui
 from runcomfy.domain.canary import Outcome
-from runcomfy.domain.exceptions import AccessDenied, AuthRejected, RunComfyError, SettingInvalid, WrongUrl
+from runcomfy.domain.exceptions import (
+    AccessDenied,
+    AuthRejected,
+    DeploymentUnusable,
+    RunComfyError,
+    SettingInvalid,
+    WrongUrl,
+)
+from runcomfy.domain.serverless import CODES
 from runcomfy.domain.settings import Settings
 from runcomfy.ports.comfyui import ComfyUI
 from runcomfy.ports.provider import Provider
+from runcomfy.ports.serverless import Serverless
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,24 @@ def lease_finding(outcome: Outcome | None) -> Finding:
     if outcome is None:
         return _skipped(layer, "it costs money: `comfyctl doctor --canary` says how much, and asks")
     return Finding(layer, ok=outcome.ended_by_itself, detail=f"{outcome.sentence} (tried {outcome.at:%Y-%m-%d})")
+
+
+async def examine_deployment(api: Serverless) -> Finding:
+    """Test the serverless deployment: is it known, may it be used, is it enabled. Wakes nothing."""
+    layer = "serverless deployment"
+
+    async def deployment() -> str:
+        view = await api.deployment()
+        if view is None:
+            return ""
+        if view.enabled is False:
+            raise DeploymentUnusable(CODES[10002][1], hint=CODES[10002][2])
+        warm = f", kept warm for {view.keep_warm.total_seconds():g} s" if view.keep_warm is not None else ""
+        idle = f"; {view.min_instances} instance(s) bill all the time" if view.min_instances else ""
+        return f"{view.name or 'it'} is enabled, on {', '.join(view.hardware) or 'unnamed hardware'}{warm}{idle}"
+
+    found = await _test(layer, deployment)
+    return found if found.detail else _skipped(layer, "RunComfy says nothing about it that can be read")
 
 
 async def examine_server(server: ComfyUI) -> list[Finding]:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def doctor(server: str | None, canary: bool, yes: bool, as_json: bool) -> int:
     """Test each layer alone and say which one is wrong. Launches and changes nothing, but with --canary.
 
-    The account; where there is a queue, its database, who holds it up, and the ComfyUI its jobs run on.
+    The account; the serverless deployment, if one is set; where there is a queue, its database, who holds it up, and
+    the ComfyUI its jobs run on.
     """
     if canary:
         from runcomfy.cli.doctor_canary import run_canary
@@ -45,19 +46,39 @@ async def _doctor(interrupts: Interrupts, server: str | None, *, as_json: bool) 
             found = await examine_server(app.given_server(server))
         else:
             found = await _examine_account()
-            found = [*_needed(found, app), *(await examine_queue(app) if has_queue(app) else ())]
+            serverless = await _examine_serverless(app)
+            found = [*_needed(found, app), *serverless, *(await examine_queue(app) if has_queue(app) else ())]
     return _report(found, as_json=as_json)
 
 
 def _needed(found: list[Finding], app: App) -> list[Finding]:
-    """Where the queue runs on a ComfyUI that is there, an account that was never set up is not missed."""
+    """Where jobs run elsewhere (on a ComfyUI that is there, serverless), what renting needs is not missed."""
     from runcomfy.application.doctor import Finding
     from runcomfy.cli.doctor_queue import has_queue
     from runcomfy.domain.exceptions import CredentialsMissing
 
-    if not has_queue(app) or app.queue_settings.where != "server" or not isinstance(found[0].error, CredentialsMissing):
+    settings = app.settings
+    serverless = bool(settings.serverless.deployment_id and settings.cloud.tokens)
+    elsewhere = serverless or (has_queue(app) and app.queue_settings.where == "server")
+    if not elsewhere or not isinstance(found[0].error, CredentialsMissing):
         return found
     return [Finding("credentials", ok=False, skipped=True, detail="none; they are needed for rented machines only")]
+
+
+async def _examine_serverless(app: App) -> list[Finding]:
+    """Look at the deployment, where one is set."""
+    from runcomfy.adapters.providers.runcomfy_serverless import RunComfyServerless
+    from runcomfy.application.doctor import Finding, examine_deployment
+    from runcomfy.domain.exceptions import RunComfyError
+
+    settings = app.settings
+    if not settings.serverless.deployment_id:
+        return []
+    try:
+        async with RunComfyServerless(settings.serverless, settings.cloud, clock=app.clock) as api:
+            return [await examine_deployment(api)]
+    except RunComfyError as error:
+        return [Finding("serverless deployment", ok=False, detail=error.message, error=error)]
 
 
 async def _examine_account() -> list[Finding]:
