@@ -1,6 +1,6 @@
 """
-`python -m benchmarks [startup|overhead|watching|queue|killing|leaks|two_deep|planning|fleet|time_left]…`: all of them
-unless named.
+`python -m benchmarks [startup|overhead|watching|queue|killing|leaks|two_deep|planning|fleet|time_left|http]…`: all of
+them unless named.
 
 `python -m benchmarks replay --trace FILE [--seed N]` needs a trace, and so stands alone.
 """
@@ -11,7 +11,20 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from benchmarks import fleet, killing, leaks, overhead, planning, queue, replay, startup, time_left, two_deep, watching
+from benchmarks import (
+    fleet,
+    http,
+    killing,
+    leaks,
+    overhead,
+    planning,
+    queue,
+    replay,
+    startup,
+    time_left,
+    two_deep,
+    watching,
+)
 
 ALL: Final[dict[str, Callable[[], object]]] = {
     "startup": startup.main,
@@ -24,6 +37,7 @@ ALL: Final[dict[str, Callable[[], object]]] = {
     "planning": planning.main,
     "fleet": fleet.main,
     "time_left": time_left.main,
+    "http": http.main,
     "replay": lambda: sys.exit(replay.main(sys.argv[2:])),
 }
 

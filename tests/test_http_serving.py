@@ -199,7 +199,7 @@ async def test_metrics_count_and_name_nobody(tmp_path: Path, clock: LoopClock) -
             said = await web.get("/metrics")
     text = said.body.decode()
     assert said.headers["Content-Type"].startswith("text/plain")
-    samples = {
+    samples: dict[tuple[Any, ...], float] = {
         (sample.name, *sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
@@ -212,9 +212,15 @@ async def test_metrics_count_and_name_nobody(tmp_path: Path, clock: LoopClock) -
     assert samples["comfyctl_readable", ("what", "queue")] == 1
     assert samples["comfyctl_http_requests_total", ("method", "POST"), ("route", "/jobs"), ("status", "201")] == 1
     assert any(key[0] == "comfyctl_http_request_seconds_count" for key in samples)
-    routes = {dict(key[1:])["route"] for key in samples if key[0] == "comfyctl_http_requests_total"}  # type: ignore[arg-type]
-    assert "/jobs/{job_id}" in routes or any("{" in route for route in routes)
-    assert not any(answer.json["id"] in str(route) or "no/such" in str(route) for route in routes)
+    routes = {
+        value
+        for key in samples
+        if key[0] == "comfyctl_http_requests_total"
+        for name, value in key[1:]
+        if name == "route"
+    }
+    assert any("{" in route for route in routes), "routes are counted, not addresses"
+    assert not any(answer.json["id"] in route or "no/such" in route for route in routes)
     assert "ann" not in text.split()
     assert "moon" not in text
 
@@ -323,7 +329,7 @@ async def test_a_server_that_dies_takes_the_service_down() -> None:
     with pytest.raises(BaseExceptionGroup):  # noqa: PT012 - what is raised is raised where the block is left
         async with answering(hello, [listening]):
             server = next(task for task in asyncio.all_tasks() if task.get_name() == "http")
-            server.get_coro().throw(RuntimeError("broken"))  # type: ignore[union-attr]
+            server.get_coro().throw(RuntimeError("broken"))
             await asyncio.sleep(3_600)
 
 
