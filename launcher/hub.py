@@ -45,6 +45,8 @@ WAITING_MOST: Final = 1_000
 """Durable events that may wait for one listener; who is farther behind is dropped, and reads the log instead."""
 MOVES_WAITING: Final = 10
 """Turns of progress that may wait for one listener: two seconds of it."""
+WOKEN_AT_ONCE: Final = 16
+"""Listeners that send in one turn of the event loop: 2 ms of work."""
 LISTENERS_MOST: Final = 1_000
 """At once; each is an open connection."""
 KEPT: Final = 2_000
@@ -166,19 +168,20 @@ class Listener:
             self._turns.clear()
         else:
             self._turns.append(turn)
-        self._awake.set()
 
     def hear_now(self, about: str, said: bytes) -> None:
         """Take what only matters now; it replaces what was said of it before."""
         if not self.dropped:
             self._fleeting[about] = said
-            self._awake.set()
 
     def hear_moves(self, said: bytes) -> None:
         """Take how far jobs are; of one that is far behind the oldest are forgotten."""
         if not self.dropped:
             self._moves.append(said)
-            self._awake.set()
+
+    def wake(self) -> None:
+        """Let it send what it has heard."""
+        self._awake.set()
 
     def leave(self) -> None:
         """End it once everything that waits is told."""
@@ -360,17 +363,17 @@ class Hub:
             try:
                 page = await self._store.events(after=self.at, limit=EVENTS_AT_ONCE)
                 if page:
-                    self._tell(await self._told(page))
+                    await _woken(self._tell(await self._told(page)))
                 else:
                     mark = await self._store.changed(timeout=self._queue.settings.poll_interval, seen=mark)
                 wait = TROUBLE_FIRST
             except LocalError as error:
                 log.warning("events_unread", extra={"fields": {"error": error.code}})
-                self._tell_now("trouble", comment(f"the log cannot be read now ({error.code}); trying again"))
+                await self._tell_now("trouble", comment(f"the log cannot be read now ({error.code}); trying again"))
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, TROUBLE_MOST)
 
-    def _tell(self, told: Sequence[Told]) -> None:
+    def _tell(self, told: Sequence[Told]) -> Collection[Listener]:
         # Without a break from here: who begins to listen sees all of it or nothing.
         self.at = told[-1].number
         self._kept.extend(told)
@@ -381,10 +384,13 @@ class Hub:
             if each.job_id is not None:
                 by_job.setdefault(each.job_id, []).append(each)
         turn, turns = Turn(told), {job_id: Turn(events) for job_id, events in by_job.items()}
+        hearing = []
         for listener in self._listeners:
             heard = turn if listener.job_id is None else turns.get(listener.job_id)
             if heard is not None:
                 listener.hear(heard)
+                hearing.append(listener)
+        return hearing
 
     async def _told(self, events: Sequence[JobEvent]) -> list[Told]:
         """Return events as listeners get them, each with its job as it is now."""
@@ -429,9 +435,11 @@ class Hub:
 
     # -- what only matters now -----------------------------------------------------------------------------
 
-    def _tell_now(self, about: str, said: bytes) -> None:
-        for listener in self._listeners:
+    async def _tell_now(self, about: str, said: bytes) -> None:
+        listeners = list(self._listeners)
+        for listener in listeners:
             listener.hear_now(about, said)
+        await _woken(listeners)
 
     def _heard(self, live: LiveJob) -> None:
         """Hear of a running job; from its own loop, many times a second."""
@@ -456,7 +464,7 @@ class Hub:
                             continue  # not a job of the queue
                         job = self._jobs[uid] = found
                     frames[job.id] = frame("progress", await self._words.progress(job, live))
-                self._tell_moves(frames)
+                await self._tell_moves(frames)
             await asyncio.sleep(PROGRESS_EVERY)
 
     async def _tell_elsewhere(self) -> None:
@@ -470,23 +478,27 @@ class Hub:
                 now = {job.id: (job.progress, job.message) for job in running if job.uid not in here}
                 moved = [job for job in running if job.id in now and told.get(job.id, (0.0, "")) != now[job.id]]
                 told = now
-                self._tell_moves({job.id: frame("progress", await self._words.progress(job, None)) for job in moved})
+                await self._tell_moves(
+                    {job.id: frame("progress", await self._words.progress(job, None)) for job in moved}
+                )
 
-    def _tell_moves(self, frames: Mapping[RowId, bytes]) -> None:
+    async def _tell_moves(self, frames: Mapping[RowId, bytes]) -> None:
         if not frames:
             return
-        everything = b"".join(frames.values())
+        everything, hearing = b"".join(frames.values()), []
         for listener in self._listeners:
             said = everything if listener.job_id is None else frames.get(listener.job_id)
             if said is not None:
                 listener.hear_moves(said)
+                hearing.append(listener)
+        await _woken(hearing)
 
     async def _beat(self) -> None:
         """Say a word now and then: proxies and clients give silent connections up after 30 or 60 seconds."""
         beat = comment("still here")
         while True:
             await asyncio.sleep(HEARTBEAT)
-            self._tell_now("beat", beat)
+            await self._tell_now("beat", beat)
 
     def _everybody(self) -> Collection[Listener]:
         return [listener for listener in self._listeners if listener.job_id is None]
@@ -515,4 +527,13 @@ class Hub:
                         before = self._fleeting[about] = said
                         for listener in listeners:
                             listener.hear_now(about, said)
+                        await _woken(listeners)
             await asyncio.sleep(every)
+
+
+async def _woken(listeners: Collection[Listener]) -> None:
+    """Let listeners send, a few at a time: requests that come meanwhile are not to wait for hundreds of them."""
+    for number, listener in enumerate(listeners):
+        listener.wake()
+        if number % WOKEN_AT_ONCE == WOKEN_AT_ONCE - 1:
+            await asyncio.sleep(0)
