@@ -3,10 +3,11 @@ What goes wrong, as HTTP says it: one status for each kind of error, one shape f
 
     {"detail": "what happened", "error": {"code": "…", "message": "…", "hint": "…", "details": {…}}}
 
-    413 / 409 / 429 …       errors of this package that name their own status (`HttpError`)
+    413, 410, 415 …         errors of this package that name their own status (`HttpError`)
     404                     JobNotFound, MachineNotFound
     409                     IdempotencyConflict, JobBusy, NameTaken; BudgetExceeded (the state of the account, which
                             can change, forbids it: nobody is asked to pay this API, so it is not 402)
+    429                     TooManyRequests, with Retry-After
     422                     every other BadInput; a body that does not fit (`detail` is then FastAPI's list)
     500                     a defect of ours, or a run's failure told by a call that waits for it
     502                     the cloud or a machine did not do its part; results that are not what they must be
@@ -23,7 +24,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from datetime import timedelta
 from http import HTTPStatus
 from typing import Any, ClassVar, Final
 
@@ -45,6 +45,7 @@ STATUS: Final[Mapping[type[RunComfyError], int]] = {
     known.IdempotencyConflict: 409,
     known.JobBusy: 409,
     known.NameTaken: 409,
+    known.TooManyRequests: 429,
     known.BadInput: 422,
     known.ConfigurationError: 503,
     known.BudgetExceeded: 409,
@@ -76,18 +77,6 @@ class TooLarge(HttpError):
     code = "too-large"
     exit_code = 2
     status = 413
-
-
-class TooManyJobs(HttpError):
-    """This client has as many jobs waiting as one client may have."""
-
-    code = "too-many-jobs"
-    exit_code = 2
-    status = 429
-
-    def __init__(self, message: str = "", *, retry_after: float = 10.0, **more: Any) -> None:
-        super().__init__(message, **more)
-        self.retry_after = retry_after
 
 
 class NotFound(HttpError):
@@ -123,9 +112,8 @@ class NotSupported(HttpError):
 
 def status_of(error: RunComfyError) -> int:
     """Return the status an error is told with; one that brings its own (`status`) has the last word."""
-    own = getattr(error, "status", None) or getattr(error, "http_status", None)
-    if isinstance(own, int):
-        return own
+    if isinstance(error, HttpError):
+        return error.status
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
 
 
@@ -212,9 +200,7 @@ def _route(request: Request) -> str:
 
 
 def _headers(error: RunComfyError) -> dict[str, str]:
-    after: Any = getattr(error, "retry_after", None)
-    if isinstance(after, timedelta):
-        after = after.total_seconds()
+    after = error.details.get("retry_after_s")
     if not isinstance(after, (int, float)) or not math.isfinite(after):
         return {}
     return {"Retry-After": str(max(1, math.ceil(after)))}

@@ -22,7 +22,7 @@ from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.postgres import NoPostgres, PostgresForTests
-from runcomfy.testing.web import Web, serving_web
+from runcomfy.testing.web import Serving, Web, serving_web
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -107,8 +107,17 @@ async def comfyui_server() -> AsyncIterator[ComfyUIEmulator]:
         yield emulator
 
 
+@pytest.fixture
+def serving_api(comfyui_server: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> Serving:
+    """What serves the HTTP API over `comfyui_server`, to be entered in the test: `async with serving_api() as api`.
+
+    What is started before the test begins has timers of another time.
+    """
+    return lambda **options: serving_web(tmp_path, clock, comfyui=comfyui_server.url, **options)
+
+
 @pytest_asyncio.fixture
-async def api(comfyui_server: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> AsyncIterator[Web]:
-    """The HTTP API with a worker over `comfyui_server`; `api.ask` has the token."""
-    async with serving_web(tmp_path, clock, comfyui=comfyui_server.url) as web:
+async def api(serving_api: Serving) -> AsyncIterator[Web]:
+    """The HTTP API for tests in which no time passes: a worker of it would lose its leases (see `serving_api`)."""
+    async with serving_api() as web:
         yield web

@@ -8,9 +8,10 @@ virtual time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from runcomfy.bootstrap import App
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.settings import QueueSettings, Settings
 from runcomfy.ports.clock import Clock
+from runcomfy.testing.programs import EmulatedProcesses
 from runcomfy.testing.workers import queue_settings_for
 
 
@@ -32,7 +34,7 @@ class _WebApp(App):
 
     def __init__(self, settings: Settings, queue: QueueSettings, clock: Clock) -> None:
         self.said: list[str] = []
-        super().__init__(settings, clock=clock, tell=self.said.append)
+        super().__init__(settings, clock=clock, tell=self.said.append, processes=EmulatedProcesses())
         self._queue_settings = queue
 
     def _heart(self, store: SqlJobs, owner: Owner, settings: QueueSettings) -> Pulse | None:
@@ -81,12 +83,17 @@ class Web:
 
     async def ended(self, job_id: str, *, within: float = 3_600) -> Any:
         """Return a job once it is done or failed, as `GET /jobs/ID` shows it."""
+        wait = 0.25
         async with asyncio.timeout(within):
             while True:
                 job = (await self.get(f"/jobs/{job_id}")).json
                 if job["status"] in ("done", "failed"):
                     return job
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(wait)
+                wait = min(wait * 1.5, 10.0)
+
+
+Serving = Callable[..., AbstractAsyncContextManager[Web]]
 
 
 @asynccontextmanager
@@ -107,7 +114,9 @@ async def serving_web(
     whole = settings or load_settings(overrides={})
     files = replace(whole.files, durable=False, state_dir=str(folder / "state"), output_dir=str(folder / "outputs"))
     whole = replace(whole, files=files, http=replace(whole.http, **http))
-    queue_settings = replace(queue_settings_for(comfyui or "http://127.0.0.1:9", folder), **(queue or {}))
+    # Each look into the file is real work, in a story of hours too much.
+    rarely = {"wake_interval": timedelta(seconds=2), "poll_interval": timedelta(seconds=15)}
+    queue_settings = queue_settings_for(comfyui or "http://127.0.0.1:9", folder, **{**rarely, **(queue or {})})
     app = _WebApp(whole, queue_settings, clock)
     heard: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     extra = {"http": {"enabled": True, "port": 0, "listening": heard.set_result}}
