@@ -3,6 +3,7 @@ The endpoints that CONJURE's own programs call, with the bodies, envelopes and s
 
     200     {"success", "message", "data"}; `X-Job-Id` names the job of a generation
     422     a body or a value that does not fit
+    429     too many generations were asked for at once
     500     whatever went wrong with the work; CONJURE reads the sentence in `detail`
     501     needs a part of CONJURE that is not in this process
     503     the mode cannot be used as this computer is set up, or the service is shutting down
@@ -14,6 +15,7 @@ the job goes on, its files get their places, and `/workflow/progress` and `/jobs
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, Final
 
@@ -27,7 +29,7 @@ from launcher.conjure.engine import WATCHED, Shared
 from launcher.conjure.errors import AgentMissing, ServiceUnavailable
 from launcher.conjure.services import MODES
 from launcher.errors import error_body
-from runcomfy.domain.exceptions import Interrupted, RunComfyError, ValueInvalid, foreign_text
+from runcomfy.domain.exceptions import Interrupted, RunComfyError, TooManyRequests, ValueInvalid, foreign_text
 
 router = APIRouter(tags=["conjure"])
 
@@ -127,7 +129,7 @@ class StateSetRequest(BaseModel):
 
 
 def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Problem} for status in (400, 401, 403, 413, 415, 422, 500, 503, *statuses)}
+    return {status: {"model": Problem} for status in (400, 401, 403, 413, 415, 422, 429, 500, 503, *statuses)}
 
 
 async def desk_of(request: Request, backend: Annotated[Backend, Depends(backend_of)]) -> Desk:
@@ -150,6 +152,9 @@ def refusal(error: RunComfyError, doing: str, job_id: str = "") -> JSONResponse:
         status = 501
     elif isinstance(error, (ServiceUnavailable, Interrupted)):
         status = 503
+    elif isinstance(error, TooManyRequests):
+        wait = max(1, math.ceil(float(error.details.get("retry_after_s", 1))))
+        return JSONResponse(body, 429, headers={"Retry-After": str(wait)})
     else:
         status = 422 if isinstance(error, ValueInvalid) else 500
     return JSONResponse(body, status, headers={JOB_HEADER: job_id} if job_id else None)
@@ -195,6 +200,7 @@ async def _image(
     watched: list[Shared] = []
     try:
         await desk.begin()
+        await desk.admit()
         mode = await desk.mode()
         found = await generated(desk, lambda: desk.generate(mode.name, call, **asked), watched)
     except RunComfyError as error:
@@ -345,6 +351,7 @@ async def _unified(
     watched: list[Shared] = []
     try:
         await desk.begin()
+        await desk.admit()
         able, why = await desk.available(mode_name)
         if not able:
             raise ServiceUnavailable(f"the mode {mode_name} is not available: {why}")
