@@ -23,9 +23,11 @@ from runcomfy.domain.job import JobId, JobRequest, JobStatus
 from runcomfy.domain.past_runs import past_of
 from runcomfy.domain.progress import Progress, Step
 from runcomfy.domain.queued import QueueStatus
-from runcomfy.domain.settings import Settings
+from runcomfy.domain.settings import CloudSettings, Settings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import settings_for
 from runcomfy.testing.workers import Workers, queue_settings_for
 
 
@@ -239,3 +241,28 @@ async def test_a_worker_that_goes_on_with_anothers_prompt_makes_no_times_up(
     # The server tells the socket that sent the prompt, and nobody else: nothing of its nodes could be heard.
     assert done.result["nodes"] == []
     assert past_of("inline", clock.now(), done.result) is None
+
+
+@pytest.mark.cloud(boot_time=180)
+async def test_on_a_rented_machine_the_type_is_shown_and_kept_and_the_steps_before_it_are_timed(
+    cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path
+) -> None:
+    settings = settings_for(cloud_settings, tmp_path / "state")
+    async with InLoop(replace(settings, pool=replace(settings.pool, guard=False)), clock=clock) as app:
+        runs = app.live.observing(app.orchestrator())
+        asked = JobRequest(graph(30), server_type="large", job_id=JobId("rented"), out_dir=str(tmp_path / "out"))
+        task = asyncio.create_task(runs.run(asked))
+        await asyncio.sleep(60)
+        boots = app.live.job(JobId("rented"))
+        assert boots is not None
+        assert (boots.progress.step, boots.server_type) == (Step.BOOTING, "")
+        await asyncio.sleep(150)
+        computes = app.live.job(JobId("rented"))
+        assert computes is not None
+        assert (computes.progress.step, computes.server_type) == (Step.RUNNING, "large")
+        done = await task
+    assert (done.status, done.server_type) == (JobStatus.DONE, "large")
+    began = {step.step: step.started_s for step in computes.timeline.steps}
+    assert began[Step.RUNNING] - began[Step.BOOTING] > 150
+    assert all(node.started_s >= began[Step.RUNNING] for node in done.nodes)
+    assert not cloud.billing

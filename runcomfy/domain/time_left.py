@@ -30,7 +30,7 @@ from typing import Final
 from runcomfy.domain.estimate import History, quantile
 from runcomfy.domain.job import JobId
 from runcomfy.domain.machine import MachineId
-from runcomfy.domain.past_runs import NodePast, RunPast, in_order
+from runcomfy.domain.past_runs import RunPast, in_order
 from runcomfy.domain.progress import NodeLabel, Step
 from runcomfy.domain.timeline import NodeTime, Timeline
 from runcomfy.domain.work import Work
@@ -128,15 +128,38 @@ NOTHING: Final = Span(0.0, 0.0, 0.0)
 _NodesLeft = Callable[[Timeline], Span]
 
 
-@dataclass(frozen=True, slots=True)
 class _Alike:
-    """The runs that a job is compared with. `scale` is what their times are multiplied by."""
+    """The runs that a job is compared with, and what was found out about them: asked again and again while it runs."""
 
-    runs: tuple[RunPast, ...]
-    scale: float
-    widened: float
-    key: tuple[object, ...]
-    """Names them, for what is remembered of them."""
+    def __init__(self, runs: Sequence[RunPast], scale: float, widened: float) -> None:
+        """`scale`: what their times are multiplied by. `widened`: by how much less is known than they tell."""
+        self.runs, self.scale, self.widened = tuple(runs), scale, widened
+        self.whole = _span([run.computing_s for run in runs if run.computing_s is not None]).times(scale)
+        self.before, self.after = _span([run.before_s for run in runs]), _span([run.after_s for run in runs])
+        self.computed = frozenset(node for run in runs for node in run.nodes)
+        self.heard_of = self.computed.union(*(run.cached for run in runs))
+        self.rests: dict[tuple[frozenset[str], frozenset[str]], tuple[Span, float, float]] = {}
+        self._spans: dict[tuple[str, str], Span | None] = {}
+        self._took: dict[str, tuple[float, ...]] = {}
+
+    def span_of(self, node_id: str, class_type: str) -> Span | None:
+        """Return what a node takes; None: not known."""
+        key = (node_id, class_type)
+        if key not in self._spans:
+            times = _times_of(self.runs, node_id, class_type)
+            self._spans[key] = _span(times).times(self.scale) if times else None
+        return self._spans[key]
+
+    def took(self, node_id: str) -> tuple[float, ...]:
+        """Return what a node took in each run: nothing where it was cached or not needed."""
+        found = self._took.get(node_id)
+        if found is None:
+            times = _times_of(self.runs, node_id, "")
+            usual = median(times) if times else 0.0
+            nodes = [run.nodes.get(node_id) for run in self.runs]
+            found = tuple(0.0 if n is None else usual if n.seconds is None else n.seconds for n in nodes)
+            self._took[node_id] = found
+        return found
 
 
 class Experience:
@@ -165,7 +188,7 @@ class Experience:
         self._books = History(booked)
         for work in reversed(booked):
             self._last_type.setdefault(work.workflow, work.server_type)
-        self._rests: dict[tuple[object, ...], tuple[Span, float, float]] = {}
+        self._likes: dict[tuple[object, ...], _Alike | None] = {}
 
     @property
     def workflows(self) -> frozenset[str]:
@@ -180,8 +203,7 @@ class Experience:
         alike = self._alike(asked, server_type)
         if alike is None:
             return self._without_runs(asked, server_type)
-        whole = self._whole(alike)
-        before, after = self._around(alike)
+        whole, before, after = alike.whole, alike.before, alike.after
         left = self._now(asked, whole, before, after, lambda line: self._nodes_left(asked, line, alike))
         if alike.widened > 1:
             left = left.widened(alike.widened)
@@ -191,45 +213,35 @@ class Experience:
     # -- which runs ----------------------------------------------------------------------------------------
 
     def _alike(self, asked: Asked, server_type: str) -> _Alike | None:
-        here = self._runs.get((asked.workflow, server_type))
+        """Return the runs to compare with; which ones follows from few things, so they are not looked for each time."""
+        line = asked.timeline
+        cached: frozenset[str] | None = None
+        if line is not None and line.by_id:
+            cached = frozenset(node.node_id for node in line.by_id.values() if node.cached)
+        cold = (asked.workflow, asked.place) not in self._places if asked.place else None
+        key = (asked.workflow, server_type, cached, cold)
+        if key not in self._likes:
+            if len(self._likes) >= _REMEMBERED:
+                self._likes.clear()
+            self._likes[key] = self._alike_anew(asked.workflow, server_type, cached, cold)
+        return self._likes[key]
+
+    def _alike_anew(
+        self, workflow: str, server_type: str, cached: frozenset[str] | None, cold: bool | None
+    ) -> _Alike | None:
+        here = self._runs.get((workflow, server_type))
         if here:
-            return self._like(asked, tuple(here), 1.0, 1.0, server_type)
-        others = {of: runs for (name, of), runs in self._runs.items() if name == asked.workflow}
+            return _Alike(_like(here, cached, cold), 1.0, 1.0)
+        others = {of: runs for (name, of), runs in self._runs.items() if name == workflow}
         if not others:
             return None
         ratios = {of: self._history.speed(server_type, than=of) for of in others}
         linked = {of: ratio for of, ratio in ratios.items() if ratio is not None}
         best = max(linked or ratios, key=lambda of: len(others[of]))
         ratio = ratios[best]
-        widened = 1.0 if ratio is not None else _UNLINKED
-        return self._like(asked, tuple(others[best]), ratio or 1.0, widened, best)
-
-    def _like(self, asked: Asked, runs: tuple[RunPast, ...], scale: float, widened: float, server_type: str) -> _Alike:
-        """Choose the runs in which the same had to be computed."""
-        line = asked.timeline
-        key: tuple[object, ...] = (asked.workflow, server_type, scale)
-        if line is not None and line.by_id:
-            cached = frozenset(node.node_id for node in line.by_id.values() if node.cached)
-            same = tuple(run for run in runs if run.cached == cached)
-            if len(same) >= 2:
-                runs, key = same, (*key, cached)
-        if asked.place:
-            cold = (asked.workflow, asked.place) not in self._places
-            kin = tuple(run for run in runs if run.cold == cold)
-            if kin and _differ(kin, runs):
-                runs, key = kin, (*key, cold)
-        return _Alike(runs, scale, widened, key)
+        return _Alike(_like(others[best], cached, cold), ratio or 1.0, 1.0 if ratio is not None else _UNLINKED)
 
     # -- parts ---------------------------------------------------------------------------------------------
-
-    def _whole(self, alike: _Alike) -> Span:
-        """Return what computing takes altogether."""
-        return _span([run.computing_s for run in alike.runs if run.computing_s is not None]).times(alike.scale)
-
-    @staticmethod
-    def _around(alike: _Alike) -> tuple[Span, Span]:
-        before = _span([run.before_s for run in alike.runs])
-        return before, _span([run.after_s for run in alike.runs])
 
     def _now(self, asked: Asked, whole: Span, before: Span, after: Span, nodes: _NodesLeft) -> Span:
         """Return what is left at the step the job is at."""
@@ -262,45 +274,37 @@ class Experience:
         return NOTHING
 
     def _nodes_left(self, asked: Asked, line: Timeline, alike: _Alike) -> Span:
-        known = {node for run in alike.runs for node in run.nodes}
-        if not known:  # their times are known as a whole only
-            return _passing(self._whole(alike), max(0.0, asked.now_s - line.step_since_s))
-        todo = (frozenset(asked.labels) or frozenset(known)) - line.done - line.running
-        rest, ended_before, follows = self._rest(asked, alike, todo, line)
-        ended = [node.seconds for node in line.by_id.values() if node.seconds is not None and node.node_id in line.done]
-        if follows and ended_before > 0 and (sum_now := sum(ended)) > 0:
-            rest = rest.times((sum_now / ended_before) ** follows)
+        if not alike.computed:  # their times are known as a whole only
+            return _passing(alike.whole, max(0.0, asked.now_s - line.step_since_s))
+        todo = (frozenset(asked.labels) or alike.computed) - line.done - line.running
+        times = {id_: node.seconds for id_, node in line.by_id.items() if node.seconds and id_ in line.done}
+        ended = frozenset(times)
+        found = alike.rests.get((todo, ended))
+        if found is None:
+            if len(alike.rests) >= _REMEMBERED:
+                alike.rests.clear()
+            found = alike.rests[todo, ended] = self._rest(asked, alike, todo, ended)
+        rest, ended_before, follows = found
+        if follows and ended_before > 0:
+            rest = rest.times((sum(times.values()) / ended_before) ** follows)
         for node_id in line.running:
             node = line.by_id.get(node_id)
             if node is not None:
-                times = _times_of(alike.runs, node_id, node.class_type)
-                span = _span(times).times(alike.scale) if times else self._by_class(node.class_type, asked)
-                rest = rest.plus(_rest_of_node(node, line, span, asked.now_s))
+                usual = alike.span_of(node_id, node.class_type) or self._by_class(node.class_type, asked)
+                rest = rest.plus(_rest_of_node(node, line, usual, asked.now_s))
         return rest
 
-    def _rest(self, asked: Asked, alike: _Alike, todo: frozenset[str], line: Timeline) -> tuple[Span, float, float]:
-        """Return what the nodes to come take, what those that have ended usually took, and how the two go together."""
-        ended = frozenset(node for node in line.done if node in line.by_id and line.by_id[node].seconds)
-        key = (*alike.key, todo, ended)
-        found = self._rests.get(key)
-        if found is None:
-            if len(self._rests) >= _REMEMBERED:
-                self._rests.clear()
-            found = self._rests[key] = self._rest_anew(asked, alike, todo, ended)
-        return found
-
-    def _rest_anew(
+    def _rest(
         self, asked: Asked, alike: _Alike, todo: frozenset[str], ended: frozenset[str]
     ) -> tuple[Span, float, float]:
-        never = frozenset(n for n in todo if not any(n in run.nodes or n in run.cached for run in alike.runs))
+        """Return what the nodes to come take, what those that have ended usually took, and how the two go together."""
         unheard = NOTHING
-        if never and _changed(asked, alike):  # else they are nodes that no result needs
-            for label in (asked.labels[node] for node in never if node in asked.labels):
+        if todo - alike.heard_of and _changed(asked, alike):  # else they are nodes that no result needs
+            for label in (asked.labels[node] for node in todo - alike.heard_of if node in asked.labels):
                 unheard = unheard.plus(self._by_class(label.class_type, asked))
-        usual = {node: _usual(alike.runs, node) for node in (todo | ended) - never}
-        rests = [sum(_took(run, node, usual) for node in usual if node in todo) for run in alike.runs]
-        pasts = [sum(_took(run, node, usual) for node in usual if node in ended) for run in alike.runs]
-        ended_before = median(pasts) * alike.scale if pasts else 0.0
+        rests = _sums(alike, todo & alike.heard_of)
+        pasts = _sums(alike, ended & alike.heard_of)
+        ended_before = median(pasts) * alike.scale
         return _span(rests).times(alike.scale).plus(unheard), ended_before, _follows(pasts, rests)
 
     # -- workflows without runs ----------------------------------------------------------------------------
@@ -407,17 +411,11 @@ def _times_of(runs: Sequence[RunPast], node_id: str, class_type: str) -> list[fl
     ]
 
 
-def _usual(runs: Sequence[RunPast], node_id: str) -> float:
-    times = _times_of(runs, node_id, "")
-    return median(times) if times else 0.0
-
-
-def _took(run: RunPast, node_id: str, usual: Mapping[str, float]) -> float:
-    """Return what a node took in a run: nothing if it was cached or not needed."""
-    node: NodePast | None = run.nodes.get(node_id)
-    if node is None:
-        return 0.0
-    return node.seconds if node.seconds is not None else usual[node_id]
+def _sums(alike: _Alike, nodes: frozenset[str]) -> list[float]:
+    """Return what nodes took together, run by run."""
+    if not nodes:
+        return [0.0] * len(alike.runs)
+    return [sum(times) for times in zip(*(alike.took(node) for node in nodes), strict=True)]
 
 
 def _follows(pasts: Sequence[float], rests: Sequence[float]) -> float:
@@ -431,6 +429,18 @@ def _follows(pasts: Sequence[float], rests: Sequence[float]) -> float:
         return 0.0
     slope = sum((x - x_mid) * (y - y_mid) for x, y in pairs) / xx
     return max(0.0, min(1.0, slope)) * len(pairs) / (len(pairs) + _LEARNING)
+
+
+def _like(runs: Iterable[RunPast], cached: frozenset[str] | None, cold: bool | None) -> Sequence[RunPast]:
+    """Choose the runs in which the same had to be computed, and loaded."""
+    chosen = tuple(runs)
+    if cached is not None:
+        same = tuple(run for run in chosen if run.cached == cached)
+        chosen = same if len(same) >= 2 else chosen
+    if cold is not None:
+        kin = tuple(run for run in chosen if run.cold == cold)
+        chosen = kin if kin and _differ(kin, chosen) else chosen
+    return chosen
 
 
 def _differ(kin: Sequence[RunPast], runs: Sequence[RunPast]) -> bool:

@@ -80,6 +80,30 @@ class LookingContract:
         await take(jobs)
         assert [(await jobs.counts())[status] for status in QueueStatus] == [1, 1, 1, 0]
 
+    async def test_results_of_jobs_that_are_done_are_read_once(self, jobs: JobStore) -> None:
+        await put(jobs, *(a_job(workflow_id=name) for name in ("mesh", "other", "mesh")))
+        first, second, third = await take_all(jobs)
+        for number, job in enumerate((first, second)):
+            nodes = [{"node_id": "1", "seconds": number}]
+            await jobs.finish(job.id, job.token, Ending(Outcome.DONE, result={"nodes": nodes}))
+        await jobs.finish(third.id, third.token, failing(Outcome.FAILED))
+
+        found = {past.id: past for past in await jobs.past_results()}
+        assert set(found) == {first.id, second.id}
+        assert [past.id for past in await jobs.past_results(workflow="mesh")] == [first.id]
+        assert [past.id for past in await jobs.past_results(limit=1)] == [second.id]
+        assert (found[first.id].workflow_id, found[first.id].result["nodes"][0]["seconds"]) == ("mesh", 0)
+        assert abs(found[first.id].ended_at - jobs.now()) <= timedelta(seconds=1)
+
+        known = {(past.id, past.ended_at) for past in found.values()}
+        assert list(await jobs.past_results(known=known)) == []
+        await asyncio.sleep(60)
+        await jobs.retry(first.id)
+        again = await take(jobs)
+        assert again.id == first.id
+        await jobs.finish(again.id, again.token, Ending(Outcome.DONE, result={"nodes": []}))
+        assert [past.id for past in await jobs.past_results(known=known)] == [again.id]
+
     async def test_what_waits_is_counted_by_kind(self, jobs: JobStore) -> None:
         mesh = {"workflow_id": "mesh", "user": "ann", "project": "film"}
         first, *_ = await put(jobs, a_job(**mesh), a_job(**mesh), a_job(user="bob"), a_job(**mesh))
