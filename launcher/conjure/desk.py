@@ -68,8 +68,10 @@ class Desk:
             await self.engine.resume()
 
     async def admit(self) -> None:
-        """Let one more generation in. Raises TooManyRequests: these endpoints ask for no token, so that anything on this
-        computer may spend money over them."""
+        """Let one more generation in. Raises TooManyRequests.
+
+        These endpoints ask for no token, so anything on this computer may spend money over them.
+        """
         guard, counts = self.backend.guard, await self.backend.queue.counts()
         waiting = counts.get(QueueStatus.PENDING, 0)
         guard.admit_jobs(guard.principal("conjure"), 1, waiting=waiting)

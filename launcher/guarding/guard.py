@@ -35,9 +35,11 @@ _NO_TOKEN: Final = Refusal(
     401,
     "token-missing",
     "this needs the token, or the page's session",
-    "send Authorization: Bearer with the text in state/http_token, or open the address `comfyctl serve` prints",
+    "send Authorization: Bearer with the text of the file http_token, or open the address that `comfyctl page` prints",
 )
-_WRONG_TOKEN: Final = Refusal(401, "token-refused", "the token is not the right one", "it is in state/http_token")
+_WRONG_TOKEN: Final = Refusal(
+    401, "token-refused", "the token is not the right one", "it is in the file http_token of the state folder"
+)
 _NOT_OURS: Final = Refusal(403, "foreign-origin", "a session changes something only from its own page")
 
 
