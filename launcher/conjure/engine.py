@@ -21,7 +21,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Hashable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ from launcher.conjure.errors import CalledFromEngine
 from runcomfy.application.job_queue import workflow_id_of
 from runcomfy.bootstrap import App
 from runcomfy.conjure.progress_tracker import STAGED, progress_tracker
-from runcomfy.domain.exceptions import RunComfyError
+from runcomfy.domain.exceptions import Interrupted, RunComfyError
 from runcomfy.domain.job import JobId, JobRequest, JobResult, Output
 
 T = TypeVar("T")
@@ -74,6 +74,9 @@ class Shared:
     """Of the job that does it, once there is one."""
     task: asyncio.Task[Any] | None = None
 
+
+_LOOK_UP_SECONDS: Final = 0.5
+"""How often a waiting thread looks up: on Windows, Ctrl+C is not heard in the middle of a wait."""
 
 WATCHED: ContextVar[list[Shared] | None] = ContextVar("watched", default=None)
 """A list that gets the work which a caller waits for, so that its job can be named before it has ended."""
@@ -117,7 +120,7 @@ class Engine(ABC):
     def wait(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Do work on the engine's loop and wait for it in this thread. Ctrl+C ends it in good order first.
 
-        Raises CalledFromEngine: this thread is the one that would have to do it.
+        Raises CalledFromEngine (this thread is the one that would have to do it), Interrupted (the engine was closed).
         """
         loop = self.loop
         if _running_loop() is loop:
@@ -133,7 +136,14 @@ class Engine(ABC):
 
         future = asyncio.run_coroutine_threadsafe(named(), loop)
         try:
-            return future.result()
+            while True:
+                try:
+                    return future.result(timeout=_LOOK_UP_SECONDS)
+                except TimeoutError:
+                    if future.done():
+                        return future.result()  # it may be the work's own
+        except CancelledError as error:
+            raise Interrupted("the generation was ended", hint="run it again when you like") from error
         except KeyboardInterrupt:
             _end(future, loop, task)
             raise

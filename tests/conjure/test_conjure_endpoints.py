@@ -5,27 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
-import pytest_asyncio
-from fastapi import FastAPI
 from PIL import Image
 
 from launcher.conjure.desk import Desk
-from launcher.errors import install_errors
-from launcher.listening import answering, bound
-from launcher.part import open_backend
-from launcher.routes import conjure
-from runcomfy.application.service import ServeOptions
-from runcomfy.bootstrap import App
 from runcomfy.domain.queued import QueueStatus
-from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 
 FLUX = Path("data/generated_images/flux/flux.png")
@@ -34,11 +21,6 @@ RENDER = Path("data/generated_images/gestureCamera/render.png")
 STATE = Path("data/input/state.json")
 PROMPT = Path("data/generated_text/userPrompt.txt")
 DEPTH = {"control_image_path": str(RENDER), "prompt": "a bronze statue", "seed": 7, "randomize_seed": False}
-
-
-def draw(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.radial_gradient("L").resize((128, 128)).convert("RGBA").save(path)
 
 
 def write_state(root: Path, **state: Any) -> None:
@@ -55,93 +37,22 @@ def content(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def draw(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.radial_gradient("L").resize((128, 128)).convert("RGBA").save(path)
+
+
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CONJURE's folder with the user's prompt and render in it."""
-    root = tmp_path / "CONJURE"
-    draw(root / RENDER)
-    (root / PROMPT).parent.mkdir(parents=True)
-    (root / PROMPT).write_text("a bronze statue\n", encoding="utf-8")
-    write_state(root, generation_mode="local_comfyui", app_status="running")
-    monkeypatch.chdir(root)
-    return root
+def project(conjure_project: Path) -> Path:
+    return conjure_project
 
 
-@pytest_asyncio.fixture
-async def comfyui() -> AsyncIterator[ComfyUIEmulator]:
-    async with ComfyUIEmulator() as running:
-        yield running
+@pytest.fixture
+def comfyui(own_comfyui: ComfyUIEmulator) -> ComfyUIEmulator:
+    return own_comfyui
 
 
-@dataclass
-class Client:
-    """Talks to a served API as CONJURE does: JSON, no token."""
-
-    http: aiohttp.ClientSession
-    base: str
-    web: FastAPI
-    app: App
-    shut: list[bool]
-
-    async def send(self, method: str, path: str, body: Any = None) -> tuple[int, Any, Any]:
-        async with self.http.request(method, f"{self.base}{path}", json=body) as answer:
-            return answer.status, await answer.json(), answer.headers
-
-    async def get(self, path: str) -> Any:
-        status, found, _ = await self.send("GET", path)
-        assert status == 200, found
-        return found
-
-    async def post(self, path: str, body: Any = None) -> Any:
-        status, found, _ = await self.send("POST", path, body)
-        assert status == 200, found
-        return found
-
-    @property
-    def desk(self) -> Desk:
-        desk: Desk = self.web.state.conjure
-        return desk
-
-
-@asynccontextmanager
-async def serving(clock: LoopClock, *, works: bool = True, **queue: Any) -> AsyncIterator[Client]:
-    """Serve CONJURE's endpoints in the working directory, with an executor beside."""
-    shut: list[bool] = []
-    options = ServeOptions(pool=False, shut_down=lambda: shut.append(True))
-    async with AsyncExitStack() as stack:
-        app = await stack.enter_async_context(App(clock=clock, queue=queue))
-        backend = await stack.enter_async_context(open_backend(app, options, host="127.0.0.1"))
-        web = FastAPI()
-        web.state.backend = backend
-        web.include_router(conjure.router)
-        install_errors(web)
-        backend.guard.install(web)
-        sockets = await bound("127.0.0.1", 0)
-        port = sockets[0].getsockname()[1]
-        stop = asyncio.Event()
-        work = asyncio.create_task((await app.executor()).run(stop)) if works else None
-        await stack.enter_async_context(answering(web, sockets))
-        http = await stack.enter_async_context(aiohttp.ClientSession())
-        client = Client(http, f"http://127.0.0.1:{port}", web, app, shut)
-        try:
-            yield client
-        finally:
-            backend.closing.set()
-            await backend.hub.close()
-            if getattr(web.state, "conjure", None) is not None:
-                await client.desk.close()
-            stop.set()
-            if work is not None:
-                await work
-
-
-@pytest_asyncio.fixture
-async def api(project: Path, comfyui: ComfyUIEmulator, clock: LoopClock) -> AsyncIterator[Client]:
-    async with serving(clock, where="server", api_base_url=comfyui.url) as client:
-        yield client
-
-
-async def test_the_pipeline_of_three_calls_is_one_run(api: Client, comfyui: ComfyUIEmulator) -> None:
+async def test_the_pipeline_of_three_calls_is_one_run(api: Any, comfyui: ComfyUIEmulator) -> None:
     render = content(RENDER)
     status, picture, headers = await api.send("POST", "/flux/depth", DEPTH | {"guidance_scale": 10})
     assert (status, picture["success"]) == (200, True)
@@ -178,7 +89,7 @@ async def when(condition: Any, what: str) -> None:
     pytest.fail(f"did not happen: {what}")
 
 
-async def test_everything_else_answers_while_a_generation_runs(api: Client, comfyui: ComfyUIEmulator) -> None:
+async def test_everything_else_answers_while_a_generation_runs(api: Any, comfyui: ComfyUIEmulator) -> None:
     running = asyncio.create_task(api.post("/flux/depth", DEPTH))
 
     async def runs() -> bool:
@@ -206,7 +117,7 @@ async def test_everything_else_answers_while_a_generation_runs(api: Client, comf
     assert (status, found["detail"]) == (404, "Workflow not found")
 
 
-async def test_a_client_that_gives_up_loses_nothing(api: Client, comfyui: ComfyUIEmulator) -> None:
+async def test_a_client_that_gives_up_loses_nothing(api: Any, comfyui: ComfyUIEmulator) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1.5):
             await api.post("/flux/depth", DEPTH)
@@ -219,7 +130,7 @@ async def test_a_client_that_gives_up_loses_nothing(api: Client, comfyui: ComfyU
     assert len(comfyui.run_log) == 1
 
 
-async def test_results_get_their_places_though_nobody_waits(api: Client, comfyui: ComfyUIEmulator) -> None:
+async def test_results_get_their_places_though_nobody_waits(api: Any, comfyui: ComfyUIEmulator) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1.5):
             await api.post("/flux/depth", DEPTH)
@@ -228,15 +139,15 @@ async def test_results_get_their_places_though_nobody_waits(api: Client, comfyui
 
 
 async def test_a_new_process_does_what_the_last_one_left_undone(
-    project: Path, comfyui: ComfyUIEmulator, clock: LoopClock
+    project: Path, comfyui: ComfyUIEmulator, serve: Any
 ) -> None:
     where: dict[str, Any] = {"where": "server", "api_base_url": comfyui.url}
-    async with serving(clock, works=False, **where) as first:
+    async with serve(works=False, **where) as first:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1.5):
                 await first.post("/flux/depth", DEPTH)
     assert not there(FLUX)
-    async with serving(clock, **where) as second:
+    async with serve(**where) as second:
         await second.get("/workflow/progress")
         await when(FLUX.exists, "the picture is at its place")
         mesh = await second.post("/partpacker/generate_3d", {"image_path": str(FLUX), "seed": 7})
@@ -246,10 +157,10 @@ async def test_a_new_process_does_what_the_last_one_left_undone(
 
 
 async def test_old_results_do_not_replace_what_came_after_them(
-    project: Path, comfyui: ComfyUIEmulator, clock: LoopClock
+    project: Path, comfyui: ComfyUIEmulator, serve: Any
 ) -> None:
     where: dict[str, Any] = {"where": "server", "api_base_url": comfyui.url}
-    async with serving(clock, works=False, **where) as first:
+    async with serve(works=False, **where) as first:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1.5):
                 await first.post("/flux/depth", DEPTH)
@@ -257,7 +168,7 @@ async def test_old_results_do_not_replace_what_came_after_them(
     later = 4_000_000_000
     os.utime(project / FLUX, (later, later))
     newer = content(FLUX)
-    async with serving(clock, **where) as second:
+    async with serve(**where) as second:
         await second.get("/workflow/progress")
         pending = project.parent / "state" / "conjure" / "pending"
         await when(lambda: not list(pending.iterdir()), "nothing is left to do")
@@ -265,9 +176,9 @@ async def test_old_results_do_not_replace_what_came_after_them(
 
 
 async def test_a_service_that_shuts_down_tells_who_waits_and_keeps_the_job(
-    project: Path, comfyui: ComfyUIEmulator, clock: LoopClock
+    project: Path, comfyui: ComfyUIEmulator, serve: Any
 ) -> None:
-    async with serving(clock, works=False, where="server", api_base_url=comfyui.url) as client:
+    async with serve(works=False, where="server", api_base_url=comfyui.url) as client:
         waiting = asyncio.create_task(client.send("POST", "/flux/depth", DEPTH))
         store = await client.app.job_store()
 
@@ -283,7 +194,7 @@ async def test_a_service_that_shuts_down_tells_who_waits_and_keeps_the_job(
     assert headers["X-Job-Id"] == row.uid
 
 
-async def test_a_job_that_fails_is_told_with_its_reason(api: Client, project: Path, comfyui: ComfyUIEmulator) -> None:
+async def test_a_job_that_fails_is_told_with_its_reason(api: Any, project: Path, comfyui: ComfyUIEmulator) -> None:
     status, found, _ = await api.send("POST", "/flux/depth", DEPTH | {"control_image_path": "data/nothing.png"})
     assert status == 500
     assert "there is no file" in found["detail"]
@@ -301,7 +212,7 @@ async def test_a_job_that_fails_is_told_with_its_reason(api: Client, project: Pa
 
 
 @pytest.mark.parametrize("written", ["standard", "turbo", "nonsense", 7])
-async def test_the_add_ons_own_modes_do_not_break_the_api(api: Client, project: Path, written: Any) -> None:
+async def test_the_add_ons_own_modes_do_not_break_the_api(api: Any, project: Path, written: Any) -> None:
     assert (await api.get("/mode"))["generation_mode"] == "local_comfyui"
     write_state(project, generation_mode=written)
     found = await api.get("/mode")
@@ -311,9 +222,7 @@ async def test_the_add_ons_own_modes_do_not_break_the_api(api: Client, project: 
     assert picture["data"]["generation_mode"] == "local_comfyui"
 
 
-async def test_mode_says_what_can_be_used_and_why_not(
-    api: Client, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_mode_says_what_can_be_used_and_why_not(api: Any, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = await api.get("/mode")
     assert found["local_available"] is True
     assert found["cloud_available"] is False
@@ -333,7 +242,7 @@ async def test_mode_says_what_can_be_used_and_why_not(
     assert (await fresh.mode()).name == "cloud"
 
 
-async def test_the_state_can_be_read_and_changed(api: Client, project: Path) -> None:
+async def test_the_state_can_be_read_and_changed(api: Any, project: Path) -> None:
     assert (await api.post("/state/update", {"updates": {"command": "fuse_mesh", "flux_seed": 3}}))["data"] is None
     assert (await api.post("/state/set/selection_request", {"value": 2}))["success"] is True
     state = (await api.get("/state"))["data"]
@@ -355,7 +264,7 @@ async def test_the_state_can_be_read_and_changed(api: Client, project: Path) -> 
 
 
 async def test_both_unified_calls_have_blender_import_the_mesh(
-    api: Client, project: Path, comfyui: ComfyUIEmulator
+    api: Any, project: Path, comfyui: ComfyUIEmulator
 ) -> None:
     status, found, _ = await api.send("POST", "/serverless/flux_mesh_unified")
     assert status == 503
@@ -373,7 +282,7 @@ async def test_both_unified_calls_have_blender_import_the_mesh(
     assert "there is no prompt" in found["detail"]
 
 
-async def test_a_mesh_must_be_there_and_be_one(api: Client, project: Path) -> None:
+async def test_a_mesh_must_be_there_and_be_one(api: Any, project: Path) -> None:
     status, found, _ = await api.send("POST", "/blender/import_mesh", {"mesh_path": "data/none.glb"})
     assert status == 500
     assert "not found" in found["detail"]
@@ -384,7 +293,7 @@ async def test_a_mesh_must_be_there_and_be_one(api: Client, project: Path) -> No
     assert "command" not in state_of(project)
 
 
-async def test_an_old_render_does_not_count_as_a_new_one(api: Client, project: Path) -> None:
+async def test_an_old_render_does_not_count_as_a_new_one(api: Any, project: Path) -> None:
     status, found, _ = await api.send("POST", "/blender/render_gesture_camera")
     assert status == 500
     assert "no new picture" in found["detail"]
@@ -399,7 +308,7 @@ async def test_an_old_render_does_not_count_as_a_new_one(api: Client, project: P
 
 
 async def test_conjures_agents_do_what_is_theirs_or_say_that_they_are_not_here(
-    api: Client, project: Path, monkeypatch: pytest.MonkeyPatch
+    api: Any, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     instruction = {"tool_name": "spawn_primitive", "parameters": {"primitive_type": "Cube"}}
     status, found, _ = await api.send("POST", "/execute_instruction", {"instruction": instruction})
@@ -433,14 +342,14 @@ async def test_conjures_agents_do_what_is_theirs_or_say_that_they_are_not_here(
     assert instruction_manager.InstructionManager.obeyed == [instruction]
 
 
-async def test_shutting_down_is_answered_first_and_conjures_launcher_is_told(api: Client, project: Path) -> None:
+async def test_shutting_down_is_answered_first_and_conjures_launcher_is_told(api: Any, project: Path) -> None:
     answer = await api.post("/shutdown")
     assert answer["status"] == "success"
     await when(lambda: api.shut == [True], "the service is shut down")
     assert state_of(project)["app_status"] == "shutting_down"
 
 
-async def test_a_foreign_page_gets_nothing(api: Client) -> None:
+async def test_a_foreign_page_gets_nothing(api: Any) -> None:
     async with api.http.post(f"{api.base}/shutdown", headers={"Origin": "https://evil.example"}) as answer:
         assert answer.status == 403
     async with api.http.get(f"{api.base}/state", headers={"Host": "evil.example"}) as answer:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -389,13 +389,13 @@ async def test_plain_calls_work_inside_a_running_event_loop_and_from_its_threads
 @pytest.mark.usefixtures("engine")
 def test_an_engine_that_is_closed_ends_what_runs(own: InThread[ComfyUIEmulator]) -> None:
     own.call(lambda emulator: emulator.stall_node("3"))
-    service, caught = get_generation_service("local_comfyui"), []
+    service, caught = get_generation_service("local"), []
 
     def call() -> None:
         try:
             service.generate_flux_depth_image(str(RENDER), "a fox", seed=7)
-        except (Exception, asyncio.CancelledError, CancelledError) as error:
-            caught.append(error)
+        except RunComfyError as error:
+            caught.append(error.code)
 
     caller = threading.Thread(target=call)
     caller.start()
@@ -404,8 +404,38 @@ def test_an_engine_that_is_closed_ends_what_runs(own: InThread[ComfyUIEmulator])
         threading.Event().wait(0.02)
     close_engines()
     caller.join(timeout=30)
-    assert len(caught) == 1
+    assert caught == ["interrupted"]
     own.call(lambda emulator: emulator.release_node("3"))
+    while own.call(lambda e: e.run_log[0].outcome) == "lost" and time.monotonic() < deadline:
+        threading.Event().wait(0.02)
+    assert own.call(lambda emulator: emulator.run_log[0].outcome) == "interrupted"
+
+
+def asked_to_stop(emulator: ComfyUIEmulator) -> bool:
+    return any("interrupt" in request.path or "cancel" in request.path for request in emulator.requests)
+
+
+@pytest.mark.usefixtures("engine")
+def test_ctrl_c_ends_the_job_before_it_is_passed_on(own: InThread[ComfyUIEmulator]) -> None:
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
+        pytest.skip("only the main thread can be interrupted")
+    own.call(lambda emulator: emulator.stall_node("3"))
+
+    def press() -> None:
+        while not own.call(lambda emulator: list(emulator.run_log)):
+            threading.Event().wait(0.02)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        until = time.monotonic() + 20
+        while not own.call(asked_to_stop) and time.monotonic() < until:
+            threading.Event().wait(0.02)
+        own.call(lambda emulator: emulator.release_node("3"))
+
+    finger = threading.Thread(target=press)
+    finger.start()
+    with pytest.raises(KeyboardInterrupt):
+        get_generation_service("local").generate_flux_depth_image(str(RENDER), "a fox", seed=7)
+    finger.join(timeout=30)
+    deadline = time.monotonic() + 30
     while own.call(lambda e: e.run_log[0].outcome) == "lost" and time.monotonic() < deadline:
         threading.Event().wait(0.02)
     assert own.call(lambda emulator: emulator.run_log[0].outcome) == "interrupted"
