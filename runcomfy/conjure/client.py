@@ -157,13 +157,7 @@ class ConjureAPIClient:
 
         Raises ValueError (no version id is given or set), RuntimeError (refused, or over budget).
         """
-        version = workflow_version_id or self._settings.cloud.workflow_version_id
-        if not version:
-            missing = CredentialsMissing(
-                "no workflow version id is given, and none is set",
-                hint="set RUNCOMFY_WORKFLOW_VERSION_ID, or write version_id into credentials.txt",
-            )
-            raise also(missing, ValueError)
+        version = self._version(workflow_version_id)
         kind = _text(server_type) or self.default_server_type
         seconds = self.default_duration if estimated_duration is None else estimated_duration
         with builtin_errors():
@@ -171,6 +165,16 @@ class ConjureAPIClient:
                 machines, _ = await app.cloud()
                 machine = await self._launch(app, machines, kind, timedelta(seconds=seconds), version)
                 return self._of_machine(machine)
+
+    def _version(self, given: str | None) -> str:
+        version = given or self._settings.cloud.workflow_version_id
+        if not version:
+            missing = CredentialsMissing(
+                "no workflow version id is given, and none is set",
+                hint="set RUNCOMFY_WORKFLOW_VERSION_ID, or write version_id into credentials.txt",
+            )
+            raise also(missing, ValueError)
+        return version
 
     async def _launch(
         self, app: App, machines: Machines, server_type: str, duration: timedelta, version: str
@@ -236,8 +240,9 @@ class ConjureAPIClient:
 
         `workflow_name` is not looked at: which workflow a machine comes with is the version id's business.
 
-        Raises RuntimeError, TimeoutError; what was launched is stopped again then.
+        Raises ValueError (no version id is set), RuntimeError, TimeoutError; what was launched is stopped again then.
         """
+        self._version(None)
         with builtin_errors():
             async with self._office(self._settings) as app:
                 _, dev = await app.cloud()

@@ -238,7 +238,8 @@ class ConjureOrchestrator:
         except RunComfyError as error:
             self._fail(job, error.message)
         except asyncio.CancelledError:
-            job.status, job.completed_at = JobStatus.CANCELLED, self._now()
+            self._fail(job, "cancelled")
+            job.status = JobStatus.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001 - the contract: a job says what went wrong
             log.exception("conjure_job_defect", extra={"fields": {"job": job.job_id}})

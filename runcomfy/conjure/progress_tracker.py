@@ -60,11 +60,12 @@ class NodeProgress:
     node_title: str
     class_type: str
     status: str = "pending"
+    """`pending`, `executing`, `executed` (also a node that did not have to run again), `failed`."""
     start_time: str | None = None
     end_time: str | None = None
-    progress_value: float = 0
-    progress_max: float = 0
-    """0 while the node has not said how much it has to do."""
+    progress_value: float | None = None
+    progress_max: float | None = None
+    """Both None while the node has not said how much it has to do."""
 
 
 @dataclass
@@ -88,7 +89,7 @@ class WorkflowProgress:
     """What is being done, in words; also before the first node runs."""
 
 
-def _stages() -> dict[str, WorkflowStage]:
+def _stages() -> list[WorkflowStage]:
     """Return the stages of generate_flux_mesh in their order."""
     rows = (
         ("initialization", "Initialization", "Loading the models", "4 8 10 13 30 36", 0.15),
@@ -102,7 +103,7 @@ def _stages() -> dict[str, WorkflowStage]:
         ("mesh_generation", "Mesh generation", "Building the mesh", "32", 0.15),
         ("export", "Export", "Saving the picture and the mesh", "24 33", 0.05),
     )
-    return {key: WorkflowStage(key, name, text, nodes.split(), weight) for key, name, text, nodes, weight in rows}
+    return [WorkflowStage(key, name, text, nodes.split(), weight) for key, name, text, nodes, weight in rows]
 
 
 @cache
@@ -132,9 +133,9 @@ class FluxMeshProgressTracker:
     def __init__(self, *, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
         self._lock = threading.RLock()
-        self.workflow_stages: dict[str, WorkflowStage] = _stages()
+        self.workflow_stages: list[WorkflowStage] = _stages()
         self.node_to_stage: dict[str, str] = {
-            node_id: stage_id for stage_id, stage in self.workflow_stages.items() for node_id in stage.nodes
+            node_id: stage.stage_id for stage in self.workflow_stages for node_id in stage.nodes
         }
         self.active_workflows: dict[str, WorkflowProgress] = {}
         """By prompt id, oldest first; ended ones stay until they are cleaned away. `summaries()` reads it safely."""
@@ -149,7 +150,7 @@ class FluxMeshProgressTracker:
         `staged=False`: it is another workflow than the one the stages describe; its bar is what `observe` is told.
         """
         with self._lock:
-            stages = [_fresh(stage) for stage in self.workflow_stages.values()] if staged else []
+            stages = [_fresh(stage) for stage in self.workflow_stages] if staged else []
             known = WorkflowProgress(
                 workflow_name=workflow_name,
                 prompt_id=prompt_id,
@@ -170,19 +171,22 @@ class FluxMeshProgressTracker:
         event_type: str,
         node_data: Mapping[str, Any] | None = None,
         progress_data: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> WorkflowProgress | None:
         """Take in one message of ComfyUI: `executing`, `progress`, `executed` or `execution_cached`.
 
         `node_data` may hold `title` and `class_type`, `progress_data` holds `value` and `max`. Messages about prompts
-        that are not tracked, or have ended, and about no node (ComfyUI's word for "all done") change nothing.
+        that are not tracked, or have ended, and about no node (ComfyUI's word for "all done") change nothing. Returns
+        a snapshot of the workflow, None if it is not tracked.
         """
         with self._lock:
             known = self.active_workflows.get(prompt_id)
-            if known is None or known.status in ENDED or node_id is None:
-                return
+            if known is None:
+                return None
+            if known.status in ENDED or node_id is None:
+                return _copy(known)
             node = self._node(known, str(node_id), node_data or {})
             if node is None:
-                return
+                return _copy(known)
             if event_type == "executing":
                 self._runs(known, node)
             elif event_type == "progress":
@@ -193,6 +197,7 @@ class FluxMeshProgressTracker:
             elif event_type in ("executed", "execution_cached"):
                 self._done(node)
             self._count(known)
+            return _copy(known)
 
     def observe(
         self, prompt_id: str, progress: Progress, *, workflow_name: str = FLUX_MESH, client_id: str = ""
@@ -249,7 +254,7 @@ class FluxMeshProgressTracker:
                 known.error_message = foreign_text(error_message or "the workflow did not succeed")
                 parts: list[WorkflowStage | NodeProgress] = [*known.stages, *known.nodes.values()]
                 for part in parts:
-                    if part.status == "running":
+                    if part.status in ("running", "executing"):
                         part.status, part.end_time = "failed", now
             known.end_time = now
             if success:
@@ -311,17 +316,17 @@ class FluxMeshProgressTracker:
     def _runs(self, known: WorkflowProgress, node: NodeProgress) -> None:
         """A node runs: what ran before it is done, and so is everything it needs."""
         for other in known.nodes.values():
-            if other is not node and other.status == "running":
+            if other is not node and other.status == "executing":
                 self._done(other)
         for needed in _needs().get(node.node_id, frozenset()) if known.stages else ():
             if (found := self._node(known, needed, {})) is not None:
                 self._done(found)
         if node.status == "pending":
-            node.status, node.start_time = "running", self._now()
+            node.status, node.start_time = "executing", self._now()
 
     def _done(self, node: NodeProgress) -> None:
-        if node.status not in ENDED:
-            node.status, node.end_time = "completed", self._now()
+        if node.status in ("pending", "executing"):
+            node.status, node.end_time = "executed", self._now()
             node.start_time = node.start_time or node.end_time
 
     def _all_done(self, known: WorkflowProgress) -> None:
@@ -336,14 +341,14 @@ class FluxMeshProgressTracker:
             nodes = [known.nodes.get(node_id) for node_id in stage.nodes]
             parts = [_part(node) for node in nodes]
             share += stage.weight * sum(parts) / len(parts)
-            if all(node is not None and node.status == "completed" for node in nodes):
+            if all(node is not None and node.status == "executed" for node in nodes):
                 if stage.status != "completed":
                     stage.status, stage.end_time = "completed", now
                     stage.start_time = stage.start_time or now
             elif any(node is not None and node.status != "pending" for node in nodes):
                 if stage.status == "pending":
                     stage.status, stage.start_time = "running", now
-                if any(node is not None and node.status == "running" for node in nodes):
+                if any(node is not None and node.status == "executing" for node in nodes):
                     current = stage.name
         known.current_stage = current or known.current_stage
         if known.stages:
@@ -358,9 +363,9 @@ def _part(node: NodeProgress | None) -> float:
     """Return how much of a node is done, 0 to 1."""
     if node is None or node.status == "pending":
         return 0.0
-    if node.status == "completed":
+    if node.status == "executed":
         return 1.0
-    return node.progress_value / node.progress_max if node.progress_max else 0.0
+    return (node.progress_value or 0.0) / node.progress_max if node.progress_max else 0.0
 
 
 def _number(data: Mapping[str, Any] | None, name: str) -> float | None:
@@ -393,7 +398,7 @@ def _summary(known: WorkflowProgress) -> dict[str, Any]:
                 "status": stage.status,
                 "nodes_total": len(stage.nodes),
                 "nodes_completed": sum(
-                    1 for node_id in stage.nodes if (node := known.nodes.get(node_id)) and node.status == "completed"
+                    1 for node_id in stage.nodes if (node := known.nodes.get(node_id)) and node.status == "executed"
                 ),
             }
             for stage in known.stages

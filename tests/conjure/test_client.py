@@ -86,6 +86,9 @@ async def test_without_a_version_id_nothing_is_launched(
     with pytest.raises(ValueError, match="version id") as caught:
         await client.launch_machine()
     assert isinstance(caught.value, CredentialsMissing)
+    with pytest.raises(ValueError, match="version id"):
+        await client.get_or_create_ready_machine()
+    assert cloud.launched == []
     version = str(cloud.workflows[0]["version_id"])
     launched = await client.launch_machine(ServerType.MEDIUM.value, 600, version)
     assert await client.stop_machine(launched.server_id)
@@ -189,3 +192,24 @@ def test_a_machines_address_is_not_in_its_repr() -> None:
     assert "secret" not in repr(info)
     assert "user'" not in repr(info)
     assert timedelta(seconds=info.estimated_duration) == timedelta(hours=1)
+
+
+async def test_a_machine_that_everybody_forgets_ends_with_its_time(
+    client: ConjureAPIClient, cloud: RunComfyEmulator, open_app: Callable[..., App]
+) -> None:
+    """Whoever launched it is gone: it is kept for its time and not longer, and `machines reap` knows it."""
+    from runcomfy.application.reaper import Reaper
+
+    launched = await client.launch_machine(estimated_duration=7200)
+    await client.wait_for_machine_ready(launched.server_id)
+    async with open_app() as app:
+        machines, _ = await app.cloud()
+        spared = await Reaper(machines).reap()
+        assert [verdict.machine.server_id for verdict in spared.kept] == [launched.server_id]
+        await asyncio.sleep(7300)
+        assert cloud.billing == []
+        done = await Reaper(machines).reap()
+        assert [machine.server_id for machine in (*done.ended, *done.closed)] == [launched.server_id]
+        row = await machines.books.row_of(ServerId(launched.server_id))
+        assert row is not None
+        assert row.state is MachineState.STOPPED

@@ -28,7 +28,7 @@ def bar(tracker: FluxMeshProgressTracker, prompt_id: str = "p") -> float:
 
 
 def test_the_stages_are_those_of_the_workflow(tracker: FluxMeshProgressTracker) -> None:
-    assert sum(stage.weight for stage in tracker.workflow_stages.values()) == pytest.approx(1)
+    assert sum(stage.weight for stage in tracker.workflow_stages) == pytest.approx(1)
     assert sorted(tracker.node_to_stage, key=int) == sorted(ORDER, key=int)
     assert tracker.node_to_stage["33"] == "export"
     assert isinstance(progress_tracker, FluxMeshProgressTracker)
@@ -57,7 +57,9 @@ def test_a_whole_run_moves_the_bar_although_only_two_nodes_say_executed(tracker:
 def test_what_was_cached_counts_once_a_node_that_needs_it_runs(tracker: FluxMeshProgressTracker) -> None:
     """A second run: the models stay loaded and ComfyUI speaks of nothing before the sampler."""
     tracker.start_workflow_tracking("generate_flux_mesh", "p", "c")
-    tracker.update_node_progress("p", "3", "progress", None, {"value": 10, "max": 20})
+    known = tracker.update_node_progress("p", "3", "progress", None, {"value": 10, "max": 20})
+    assert known is not None
+    assert (known.nodes["3"].status, known.nodes["25"].status) == ("executing", "executed")
     summary = tracker.get_workflow_summary("p")
     assert summary is not None
     done = {stage["name"]: stage["status"] for stage in summary["stages"]}
@@ -106,7 +108,7 @@ def test_a_failure_is_told_with_its_reason_made_safe(tracker: FluxMeshProgressTr
 
 
 def test_what_is_unknown_is_none_and_changes_nothing(tracker: FluxMeshProgressTracker) -> None:
-    tracker.update_node_progress("?", "3", "executing")
+    assert tracker.update_node_progress("?", "3", "executing") is None
     tracker.handle_workflow_completion("?")
     assert tracker.get_workflow_summary("?") is None
     assert tracker.get_workflow_progress("?") is None
@@ -116,7 +118,7 @@ def test_what_is_unknown_is_none_and_changes_nothing(tracker: FluxMeshProgressTr
 def test_snapshots_are_not_the_trackers_own(tracker: FluxMeshProgressTracker) -> None:
     started = tracker.start_workflow_tracking("generate_flux_mesh", "p", "c")
     started.stages.clear()
-    tracker.workflow_stages["export"].nodes.append("99")
+    tracker.workflow_stages[-1].nodes.append("99")
     summary = tracker.get_workflow_summary("p")
     assert summary is not None
     assert len(summary["stages"]) == 10
