@@ -109,7 +109,7 @@ async def comfyui_server() -> AsyncIterator[ComfyUIEmulator]:
 
 @pytest.fixture
 def serving_api(comfyui_server: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> Serving:
-    """What serves the HTTP API over `comfyui_server`, to be entered in the test: `async with serving_api() as api`.
+    """What serves the HTTP API over `comfyui_server`; it is entered in the test, with `async with`.
 
     What is started before the test begins has timers of another time.
     """
