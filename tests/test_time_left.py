@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from PIL import Image
 
 from runcomfy.application.time_left import READ_EVERY, TimeLeftBook
 from runcomfy.domain.exceptions import StoreUnavailable
-from runcomfy.domain.job import JobId
+from runcomfy.domain.job import JobId, JobRequest
 from runcomfy.domain.machine import MachineId
 from runcomfy.domain.queued import PastResult
 from runcomfy.domain.work import Work
@@ -131,16 +132,44 @@ async def test_history_is_read_at_most_every_half_minute_and_only_what_is_new_of
         job = await runs.add()
         row = await runs.queue.job(job)
         assert all(one is not None for one in await asyncio.gather(*(book.of(row, None) for _ in range(50))))
-        assert store.readings == [("timed", 2), (None, 0)]
+        assert store.readings == [(None, 2)]
         await asyncio.sleep(READ_EVERY - 1)
         await book.of(row, None)
-        assert len(store.readings) == 2
+        assert len(store.readings) == 1
         await runs.queue.wait(job)
         await asyncio.sleep(1)
         told = await book.of(row, None)
-        assert store.readings[2:] == [("timed", 1), (None, 0)]
+        assert store.readings[1:] == [(None, 1)]
         assert told is not None
         assert told.runs == 3
+
+
+async def test_a_workflow_that_is_rare_among_thousands_of_jobs_is_found_all_the_same(
+    comfyui: ComfyUIEmulator, tmp_path: Path, clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runcomfy.application.time_left.OF_ALL", 3)
+    async with timed_runs(comfyui, tmp_path, clock) as runs:
+        await _ran(runs, 2)
+        for _ in range(4):
+            await runs.queue.wait(await runs.queue.enqueue(JobRequest("image_invert", image=str(_picture(tmp_path)))))
+        store = Counted(await runs.app.job_store())
+
+        async def jobs() -> JobStore:
+            return store
+
+        book = TimeLeftBook(jobs, runs.app.books, clock, has_books=lambda: False)
+        job = await runs.add()
+        told = await book.of(await runs.queue.job(job), None)
+        assert store.readings == [(None, 3), ("timed", 2)]
+        assert told is not None
+        assert told.runs == 2
+        await runs.queue.wait(job)
+
+
+def _picture(folder: Path) -> Path:
+    path = folder / "picture.png"
+    Image.new("RGB", (16, 16), "red").save(path)
+    return path
 
 
 async def test_a_database_that_refuses_leaves_what_is_known(

@@ -124,12 +124,13 @@ class TimeLeftBook:
 
     async def _read(self, workflow: str) -> None:
         known, now = self._known, asyncio.get_running_loop().time()
-        jobs = await self._jobs()
-        fresh = list(await jobs.past_results(workflow=workflow, limit=OF_A_WORKFLOW, known=known.runs.keys()))
+        jobs, fresh = await self._jobs(), list[PastResult]()
         if now - known.read_at.get(None, -READ_EVERY) >= READ_EVERY:
+            fresh += await jobs.past_results(limit=OF_ALL, known=known.runs.keys())
             known.read_at[None] = now
-            seen = known.runs.keys() | {(result.id, result.ended_at) for result in fresh}
-            fresh += await jobs.past_results(limit=OF_ALL, known=seen)
+        seen = known.runs.keys() | {(result.id, result.ended_at) for result in fresh}
+        if len(seen) >= OF_ALL:  # else those are all that there are
+            fresh += await jobs.past_results(workflow=workflow, limit=OF_A_WORKFLOW, known=seen)
         works = await self._read_works(workflow, fresh)
         if fresh or works is not None:
             known.works = works if works is not None else known.works
