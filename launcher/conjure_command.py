@@ -76,6 +76,8 @@ def status(path: str, as_json: bool) -> int:
     if as_json:
         return _as_json(report)
     _say(report, f"{report.state}:")
+    if report.python:
+        click.echo(f"  for this Python: {report.python}")
     if report.state == "changed":
         click.echo("  a changed file is not overwritten: look at it, then repeat with --force")
     if report.state.startswith("half"):

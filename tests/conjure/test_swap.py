@@ -362,6 +362,8 @@ def test_the_command_says_what_it_did_and_how_to_undo_it(project: Path, capsys: 
     assert call(comfyctl, ["conjure", "status", str(project), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["state"], told["project"]) == ("installed", str(project))
+    assert call(comfyctl, ["conjure", "status", str(project)]) == 0
+    assert f"for this Python: {sys.executable}" in capsys.readouterr().out
     assert call(comfyctl, ["conjure", "uninstall", str(project), "--dry-run"]) == 0
     assert "would be" in capsys.readouterr().out
     assert call(comfyctl, ["conjure", "uninstall", str(project)]) == 0
