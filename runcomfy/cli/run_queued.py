@@ -19,6 +19,7 @@ from runcomfy.domain.settings import QueueSettings
 if TYPE_CHECKING:
     from runcomfy.application.job_queue import JobQueue
     from runcomfy.domain.job import JobRequest
+    from runcomfy.domain.time_left import TimeLeft
 
 NOBODY: Final = "nobody works on the queue: `comfyctl agent execute` in another terminal, or on another host, does"
 
@@ -49,7 +50,7 @@ async def run_queued(
             try:
                 async for seen in until_pressed(queue, job, interrupts):
                     job = seen
-                    display(progress_of(job))
+                    display(progress_of(job, await app.time_left().of(job, None)))
             except LocalError as caught:  # we can look no more; the job goes on
                 error = caught
         if error is not None or not job.ended:
@@ -112,10 +113,13 @@ async def until_pressed(queue: JobQueue, job: QueuedJob, interrupts: Interrupts)
         pressed.cancel()
 
 
-def progress_of(job: QueuedJob) -> Progress:
-    """Return a queued job as the progress of a run."""
+def progress_of(job: QueuedJob, left: TimeLeft | None = None) -> Progress:
+    """Return a queued job as the progress of a run, with how long it still takes where that is known."""
     if job.status is QueueStatus.PROCESSING:
-        return Progress(Step.RUNNING, percent=job.progress, message=job.message or "taken up by a worker")
+        message = job.message or "taken up by a worker"
+        if left is not None:
+            message = f"{message}, {left.words}"
+        return Progress(Step.RUNNING, percent=job.progress, message=message)
     if job.status is QueueStatus.PENDING:
         again = f", after {job.run_count} runs" if job.run_count else ""
         return Progress(Step.QUEUED, message=f"waits in the queue at priority {job.priority}{again}")

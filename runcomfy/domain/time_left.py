@@ -58,6 +58,8 @@ _NARROW: Final = 0.6
 _NARROW_OF_ALL: Final = 0.1
 """The same against the whole run: towards the end nobody minds."""
 _NARROW_S: Final = 3.0
+_IN_MINUTES_S: Final = 100.0
+_IN_HOURS_S: Final = 100 * 60.0
 _LEARNING: Final = 8
 """Runs after which half of what earlier runs say about slow beginnings is believed."""
 _REMEMBERED: Final = 2_000
@@ -77,6 +79,26 @@ class TimeLeft:
     """Whether enough runs stand behind it and the range is narrow: one number may be told instead of the range."""
     runs: int
     """On how many runs it rests."""
+
+    @property
+    def words(self) -> str:
+        """One number where that is sure, else the range: `about 2 min left`, `1 to 3 min left`."""
+        if self.sure:
+            number, unit = _rounded(self.expected_s, self.expected_s)
+            return f"about {number} {unit} left"
+        low, _ = _rounded(self.low_s, self.high_s)
+        high, unit = _rounded(self.high_s, self.high_s)
+        return f"{low} to {high} {unit} left" if low != high else f"about {high} {unit} left"
+
+
+def _rounded(seconds: float, most: float) -> tuple[str, str]:
+    """Return seconds in the unit that suits `most`, as exactly as people care for."""
+    if most < _IN_MINUTES_S:
+        step = 1 if most < 20 else 5
+        return str(max(1, round(seconds / step) * step)), "s"
+    if most < _IN_HOURS_S:
+        return str(max(1, round(seconds / 60))), "min"
+    return f"{seconds / 3_600:.1f}", "h"
 
 
 @dataclass(frozen=True, slots=True)

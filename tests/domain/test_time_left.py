@@ -273,6 +273,22 @@ def test_runs_that_differ_wildly_are_never_told_as_a_number() -> None:
     assert not left(Experience(wild), at(None)).sure
 
 
+@pytest.mark.parametrize(
+    ("low", "expected", "high", "sure", "words"),
+    [
+        (100, 125, 150, True, "about 2 min left"),
+        (60, 100, 185, False, "1 to 3 min left"),
+        (0, 1, 2, True, "about 1 s left"),
+        (12, 33, 58, False, "10 to 60 s left"),
+        (3, 5, 17, False, "3 to 17 s left"),
+        (118, 120, 122, False, "about 2 min left"),
+        (3_600, 7_300, 14_400, False, "1.0 to 4.0 h left"),
+    ],
+)
+def test_people_are_told_a_number_or_a_range(low: float, expected: float, high: float, sure: bool, words: str) -> None:
+    assert TimeLeft(low, expected, high, sure, 7).words == words
+
+
 # -- what users wrote into the rows ------------------------------------------------------------------------------
 
 
