@@ -59,13 +59,17 @@ class Desk:
         self._obeyed: dict[str, float] = {}
         self._agents = _Agents()
         self._tracker = FluxMeshProgressTracker(clock=backend.app.clock)
-        self._resumed = False
+        self._leaving: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
-        """Take up what an earlier process left undone; once."""
-        if not self._resumed:
-            self._resumed = True
+        """Take up what an earlier process left undone, and let go of everything when the service ends; once."""
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._leave(), name="conjure-leaving")
             await self.engine.resume()
+
+    async def _leave(self) -> None:
+        await self.backend.closing.wait()
+        await self.engine.close()
 
     async def admit(self) -> None:
         """Let one more generation in. Raises TooManyRequests.
@@ -245,6 +249,10 @@ class Desk:
 
     async def close(self) -> None:
         """Stop waiting for jobs."""
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            leaving.cancel()
+            await asyncio.wait({leaving})
         await self.engine.close()
 
 

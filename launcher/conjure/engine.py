@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures.thread  # noqa: F401 - its exit function must be registered before ours
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -325,7 +326,8 @@ def close_engines() -> None:
 
 def _at_exit(engine: DirectEngine) -> None:
     # Ending a machine takes worker threads, which the interpreter no longer gives once it runs the usual exit
-    # functions: those registered with `threading` come before.
+    # functions: those registered with `threading` come before, the last one first. The executors' own was registered
+    # when their module was imported above.
     register = getattr(threading, "_register_atexit", atexit.register)
 
     def leave() -> None:

@@ -174,7 +174,7 @@ async def generated(desk: Desk, work: Callable[[], Awaitable[dict[str, Any]]], w
     closing = asyncio.create_task(desk.backend.closing.wait())
     try:
         await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        if not task.done() or task.cancelled():
             raise Interrupted(
                 "the service is shutting down",
                 hint="the job goes on when it is started again; GET /jobs finds it",
@@ -235,8 +235,9 @@ def _name_job(response: Response, found: Mapping[str, Any], watched: list[Shared
 
 
 @router.get("/health", responses=_fails())
-async def health() -> dict[str, str]:
+async def health(desk: At) -> dict[str, str]:
     """Say that this answers."""
+    await desk.begin()
     return {"status": "healthy", "service": "CONJURE API Server"}
 
 

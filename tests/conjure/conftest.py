@@ -86,13 +86,20 @@ class Client:
         return desk
 
 
+class _Served(App):
+    """The product's wiring; its executor beats in the loop, whose time is the story's."""
+
+    def _heart(self, *_: Any) -> None:
+        return None
+
+
 @asynccontextmanager
 async def serving(clock: LoopClock, *, works: bool = True, **queue: Any) -> AsyncIterator[Client]:
     """Serve CONJURE's endpoints in the working directory, with an executor beside."""
     shut: list[bool] = []
     options = ServeOptions(pool=False, shut_down=lambda: shut.append(True))
     async with AsyncExitStack() as stack:
-        app = await stack.enter_async_context(App(clock=clock, queue=queue))
+        app = await stack.enter_async_context(_Served(clock=clock, queue=queue))
         backend = await stack.enter_async_context(open_backend(app, options, host="127.0.0.1"))
         web = FastAPI()
         web.state.backend = backend

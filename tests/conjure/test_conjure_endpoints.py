@@ -14,6 +14,7 @@ from PIL import Image
 from launcher.conjure.desk import Desk
 from runcomfy.domain.queued import QueueStatus
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 
 FLUX = Path("data/generated_images/flux/flux.png")
 MESH = Path("data/generated_models/partpacker_results/partpacker_result_0.glb")
@@ -355,3 +356,24 @@ async def test_a_foreign_page_gets_nothing(api: Any) -> None:
     async with api.http.get(f"{api.base}/state", headers={"Host": "evil.example"}) as answer:
         assert answer.status == 403
     assert api.shut == []
+
+
+async def test_in_cloud_mode_the_queue_rents_and_ends_the_machine(
+    project: Path, cloud: RunComfyEmulator, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cloud.environment().items():
+        monkeypatch.setenv(name, value)
+    write_state(project, generation_mode="cloud")
+    async with serve(where="cloud") as api:
+        assert (await api.get("/mode"))["cloud_available"] is True
+        picture = await api.post("/flux/depth", DEPTH)
+        mesh = await api.post("/partpacker/generate_3d", {"image_path": str(FLUX)})
+        store = await api.app.job_store()
+        (row,) = await store.jobs(status=QueueStatus.DONE)
+        made = await api.post("/serverless/flux_mesh_unified")
+    assert picture["data"]["cost"] > 0
+    assert (mesh["data"]["job_id"], mesh["data"]["cost"]) == (row.uid, 0.0)
+    assert row.job_type == "CONJURE"
+    assert made["data"]["generation_mode"] == "cloud"
+    assert state_of(project)["command"] == "import_and_process_mesh"
+    assert len(cloud.launched) == 1

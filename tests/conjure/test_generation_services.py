@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -31,6 +34,7 @@ from runcomfy.testing.emulators.comfyui.nodes.meshes import glb, relief
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.in_thread import InThread, served
 
+ROOT = Path(__file__).resolve().parents[2]
 FLUX = Path("data/generated_images/flux/flux.png")
 MESH = Path("data/generated_models/partpacker_results/partpacker_result_0.glb")
 RENDER = Path("data/generated_images/gestureCamera/render.png")
@@ -504,3 +508,33 @@ async def test_local_mode_is_hugging_face_where_that_is_chosen(
     assert "HUGGINGFACE_HUB_ACCESS_TOKEN" in why
     with pytest.raises(RunComfyError, match="cannot be used"):
         await LocalGenerationService(local).a_generate_flux_image("a fox")
+
+
+LEAVES_EARLY = """
+import threading, time, urllib.request, json, os
+from launcher.generation_services import get_generation_service
+service = get_generation_service("cloud")
+call = lambda: service.generate_flux_depth_image("data/generated_images/gestureCamera/render.png", "a fox", seed=7)
+threading.Thread(target=call, daemon=True).start()
+address = f"{os.environ['RUNCOMFY_API_BASE_URL']}/prod/api/users/{os.environ['RUNCOMFY_USER_ID']}/servers"
+request = urllib.request.Request(address, headers={"Authorization": f"Bearer {os.environ['RUNCOMFY_API_TOKEN']}"})
+while not json.load(urllib.request.urlopen(request)):
+    time.sleep(0.05)
+"""
+
+
+def test_a_program_that_ends_in_the_middle_ends_its_machine(project: Path) -> None:
+    with served(lambda: RunComfyEmulator(boot_time=3600, delete_takes=0.1, rate_limit=False)) as cloud:
+        env = {**os.environ, **cloud.emulator.environment(), "PYTHONPATH": str(ROOT), "RUNCOMFY_POLL_INTERVAL": "0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", LEAVES_EARLY],
+            check=False,
+            env=env,
+            cwd=project,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(cloud.call(lambda c: list(c.launched))) == 1
+        assert cloud.call(lambda c: list(c.alive)) == []
