@@ -6,6 +6,8 @@ What cannot be known is left open rather than guessed:
 
 Rule 1: a node begins when it is first named as the one that runs, and ends when it is first told among those that have
         ended; where the server never tells that, when another node took its place. A late word corrects the guess.
+        Of nodes that take turns, or run side by side and report in turns, each counts the time it was the one named:
+        so what they took adds up to the time that passed.
 Rule 2: if one snapshot brings the end of nodes that nobody saw running, messages were missed: the nodes that begin or
         end with it have no `seconds`.
         The same holds for the node that runs when a prompt that others began is gone on with.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runcomfy.domain.job import PromptId
 from runcomfy.domain.progress import NodeLabel, Progress, Said, Step
-from runcomfy.domain.progress_fold import fold, progress_of, watching
+from runcomfy.domain.progress_fold import WatchState, fold, progress_of, watching
 from runcomfy.domain.timeline import MOST_NODES, Timeline
 
 LABELS = {
@@ -19,6 +22,7 @@ LABELS = {
     "3": NodeLabel("Save", "SaveImage"),
     "4": NodeLabel("Notes", "PreviewAny"),
 }
+RECORDINGS = Path(__file__).parent.parent / "recordings"
 ID = PromptId("6d1f7a1e-0000-4000-8000-000000000001")
 
 
@@ -148,6 +152,49 @@ def test_nodes_that_others_expanded_into_are_the_time_of_the_node_they_came_from
         state = fold(state, Said(kind, {"prompt_id": ID, **data}), now)
         line = line.seen(progress_of(state), now)
     assert times(line) == {"1": (1, 8), "2": (9, None)}
+
+
+def recorded(name: str) -> list[Timeline]:
+    """Return the timeline of each prompt in a recording of a real server's socket."""
+    graph: dict[str, Any] = {}
+    graphs: dict[str, dict[str, Any]] = {}
+    runs: dict[str, tuple[WatchState, Timeline, float]] = {}
+    for text in (RECORDINGS / name).read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        said = line.get("json")
+        if not isinstance(said, dict):
+            continue
+        graph = said["prompt"] if isinstance(said.get("prompt"), dict) else graph
+        if "number" in said:
+            graphs[said["prompt_id"]] = graph
+        prompt_id = said.get("data", {}).get("prompt_id") if line["dir"] == "ws-text" else None
+        if prompt_id is None:
+            continue
+        if prompt_id not in runs:
+            sent = graphs.get(prompt_id) or graph
+            labels = {node: NodeLabel("", entry["class_type"]) for node, entry in sent.items()}
+            runs[prompt_id] = watching(prompt_id, labels, now=line["t"]), Timeline(), line["t"]
+        state, timeline, began = runs[prompt_id]
+        state = fold(state, Said(said["type"], said["data"]), line["t"])
+        runs[prompt_id] = state, timeline.seen(progress_of(state), line["t"] - began), began
+    return [timeline for _, timeline, _ in runs.values()]
+
+
+def test_what_real_servers_say_makes_timelines() -> None:
+    cold, again, *_ = recorded("01-success-simple-image.jsonl") + recorded("02-cached-rerun.jsonl")
+    assert [(node.class_type, node.cached, node.seconds is not None) for node in cold.nodes] == [
+        (kind, False, True) for kind in ("LoadImage", "ImageScale", "ImageBlur", "ImageInvert", "SaveImage")
+    ]
+    assert [node.class_type for node in again.nodes if node.cached] == ["LoadImage", "ImageScale"]
+
+
+@pytest.mark.parametrize("name", ["05-progress-and-previews", "16-older-server-0.3.64", "17-older-server-0.10.0"])
+def test_what_the_nodes_of_real_servers_took_adds_up_to_the_time_that_passed(name: str) -> None:
+    for line in recorded(f"{name}.jsonl"):
+        took = [node.seconds for node in line.nodes if node.seconds is not None]
+        if took and len(took) == len(line.nodes):
+            ended = max(node.started_s + (node.seconds or 0.0) for node in line.nodes)
+            assert sum(took) == pytest.approx(ended - line.nodes[0].started_s, abs=0.1)
 
 
 def test_a_server_that_makes_nodes_up_without_end_is_listened_to_only_so_long() -> None:
