@@ -2,6 +2,8 @@
 
 from runcomfy.domain.exceptions import (
     AccessDenied,
+    AddressInUse,
+    AddressRefused,
     AnswerUnreadable,
     AuthRejected,
     BadInput,
@@ -63,6 +65,7 @@ from runcomfy.domain.exceptions import (
     StoreUnavailable,
     TargetAmbiguous,
     TargetUnknown,
+    TooManyRequests,
     ValueInvalid,
     VerificationFailed,
     WorkerDead,
@@ -76,6 +79,8 @@ from runcomfy.domain.exceptions import (
 
 __all__ = [
     "AccessDenied",
+    "AddressInUse",
+    "AddressRefused",
     "AnswerUnreadable",
     "AuthRejected",
     "BadInput",
@@ -137,6 +142,7 @@ __all__ = [
     "StoreUnavailable",
     "TargetAmbiguous",
     "TargetUnknown",
+    "TooManyRequests",
     "ValueInvalid",
     "VerificationFailed",
     "WorkerDead",

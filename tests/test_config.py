@@ -32,7 +32,7 @@ from runcomfy.config import (
     load_settings,
 )
 from runcomfy.domain.exceptions import ConfigurationError, InsecureUrl, SettingInvalid
-from runcomfy.domain.settings import KNOWN_SERVER_TYPES, PoolSettings
+from runcomfy.domain.settings import KNOWN_SERVER_TYPES, HttpSettings, PoolSettings, ServerlessSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,6 +62,8 @@ def test_every_field_of_the_settings_has_a_variable() -> None:
         "files": FileSettings,
         "app": AppSettings,
         "pool": PoolSettings,
+        "http": HttpSettings,
+        "serverless": ServerlessSettings,
     }
     wanted = {f"{name}.{f.name}" for name, section in sections.items() for f in fields(section)}
     targets = {variable.target for variable in VARIABLES if variable.target}
