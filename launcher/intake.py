@@ -15,6 +15,7 @@ import asyncio
 import base64
 import binascii
 import json
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from starlette.requests import ClientDisconnect
 
 import workflows
 from launcher.backend import Backend
-from launcher.errors import NotSupported, TooLarge
+from launcher.errors import HttpError, NotSupported, TooLarge
 from launcher.multipart import Form, read_form
 from launcher.schemas import JobOrder
 from launcher.teller import teller_of
@@ -60,6 +61,9 @@ _JSON_FIELDS: Final = frozenset(
 )
 _WORKFLOW: Final = "workflow"
 _NEGATIVE: Final = ("negative", "negative_prompt")
+_REFUSALS: Final = (BadInput, HttpError, RequestValidationError)
+"""After one of these nothing was queued."""
+_SEED: Final = re.compile(r"(?:.*[_.])?(?:noise_)?seed\Z")
 
 
 def _schema(files: bool) -> dict[str, Any]:
@@ -190,9 +194,10 @@ class Intake:
                     return taken
                 await self._uploads.use([path for _, path in input_files(new.request)], key)
                 job = await self._queue().enqueue(new)
-            except (BadInput, TooLarge, NotSupported, RequestValidationError) as error:
+            except BaseException as error:
                 await form.abort()
-                if not isinstance(error, IdempotencyConflict):
+                # Where nothing is known of the queue's word (a database that did not answer), its files stay.
+                if isinstance(error, _REFUSALS) and not isinstance(error, IdempotencyConflict):
                     await self._uploads.forget(self._brought)
                 raise
             return Taken(job, replayed=known)
@@ -204,11 +209,17 @@ class Intake:
         client, guard = self._client(request), self._backend.guard
         guard.admit_jobs(guard.principal_of(request), 1, waiting=await self._waiting(client))
         key = f"{client}/{uuid4()}"
-        inputs = {name: value for name, value in job.request.inputs.items() if name != "seed"}
-        fresh = replace(job.request, job_id=None, seed=seed, inputs=inputs, out_file=None, earlier_outputs={})
-        if "seed" in job.request.required_inputs and seed is None:
-            names = tuple(name for name in job.request.required_inputs if name != "seed")
-            fresh = replace(fresh, required_inputs=names)
+        fresh = replace(
+            job.request,
+            job_id=None,
+            seed=seed,
+            # Seeds that were given otherwise would stay the same.
+            inputs={name: value for name, value in job.request.inputs.items() if not _SEED.match(name)},
+            sets={name: value for name, value in job.request.sets.items() if not _SEED.match(name)},
+            required_inputs=tuple(name for name in job.request.required_inputs if not _SEED.match(name)),
+            out_file=None,
+            earlier_outputs={},
+        )
         await self._uploads.use([path for _, path in input_files(fresh)], key)
         new = NewJob(
             fresh,

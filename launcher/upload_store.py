@@ -82,6 +82,7 @@ class Incoming:
         self._store, self._folder, self._file, self._name = store, folder, file, name
         self._hash = hashlib.sha256()
         self._size = 0
+        self._is_kept = False
 
     @property
     def folder(self) -> Path:
@@ -121,10 +122,12 @@ class Incoming:
         `named`: the folder's name itself. Raises InputFileInvalid (nothing is kept), DiskFull, LocalError.
         """
         try:
-            return await asyncio.to_thread(self._keep, as_id, salt, named)
+            kept = await asyncio.to_thread(self._keep, as_id, salt, named)
         except BaseException:
             await self.abort()
             raise
+        self._is_kept = True
+        return kept
 
     def _keep(self, key: str | None, salt: str, name: str | None) -> Kept:
         sha256 = self._hash.hexdigest()
@@ -158,8 +161,9 @@ class Incoming:
         return Kept(path.parent.name, str(path), kind, media_type(path.name), self._size, sha256, fresh)
 
     async def abort(self) -> None:
-        """Keep nothing of it. Harmless when repeated."""
-        await asyncio.to_thread(self._abort)
+        """Keep nothing of it, unless it is kept already (`UploadStore.forget`). Harmless when repeated."""
+        if not self._is_kept:
+            await asyncio.to_thread(self._abort)
 
     def _abort(self) -> None:
         with suppress(OSError):

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from PIL import Image
 
 from runcomfy.domain.queued import QueueStatus
@@ -395,6 +396,67 @@ async def test_cancel_priority_first_retry_and_again(tmp_path: Path, clock: Loop
             refused(await api.ask(method, f"/jobs/nothing{path}"), 404, "job-not-found")
         refused(await api.get(f"/jobs/{one['id']}/outputs/0"), 404)
         refused(await api.get(f"/jobs/{one['id']}/preview"), 404)
+
+
+async def test_again_draws_another_seed_also_where_it_was_set_by_its_place(serving_api: Serving) -> None:
+    async with serving_api() as api:
+        order = {"workflow": picture(), "sets": {"1.seed": 5}, "inputs": {"1_steps": 2}}
+        first = await api.ended((await api.post("/jobs", order)).json["id"])
+        assert first["seeds"] == {"1.seed": 5}
+        other = await api.ended((await api.post(f"/jobs/{first['id']}/again")).json["id"])
+        assert other["seeds"]["1.seed"] != 5
+        assert other["request"]["inputs"] == {"1_steps": 2}
+        chosen = await api.ended((await api.post(f"/jobs/{first['id']}/again", {"seed": 77})).json["id"])
+        assert chosen["seeds"] == {"1.seed": 77}
+
+
+async def test_a_picture_is_fetched_from_an_address_once(serving_api: Serving) -> None:
+    asked = []
+
+    async def serve(request: web.BaseRequest) -> web.Response:
+        asked.append(request.path)
+        return web.Response(body=png() if request.path == "/a.png" else b"<html>", content_type="image/png")
+
+    runner = web.ServerRunner(web.Server(serve))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    here = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        async with serving_api(allow_private=True) as api:
+            order, key = {"workflow": "image_invert", "image_url": f"{here}/a.png"}, {"Idempotency-Key": "once"}
+            made = await api.post("/jobs", order, headers=key)
+            assert made.status == 201, made
+            assert (await api.post("/jobs", order, headers=key)).json["id"] == made.json["id"]
+            assert asked == ["/a.png"]
+            job = await api.ended(made.json["id"])
+            assert (job["status"], job["inputs"][0]["file"]) == ("done", "a.png")
+            refused(await api.post("/jobs", order | {"image_url": f"{here}/page"}), 422)
+        async with serving_api() as api:
+            refused(await api.post("/jobs", order), 422, "address-refused")
+        assert len(asked) == 2
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_running_job_shows_its_node_its_preview_and_what_it_costs(serving_api: Serving) -> None:
+    async with serving_api() as api:
+        graph = picture(60.0)
+        graph["1"]["inputs"]["previews"] = True
+        made = (await api.post("/jobs", {"workflow": graph})).json
+        await asyncio.sleep(30)
+        job = (await api.get(f"/jobs/{made['id']}")).json
+        assert job["status"] == "processing"
+        assert job["progress"]["node_id"] == "1"
+        assert job["progress"]["maximum"] == 60
+        assert [node["node_id"] for node in job["timeline"]] == ["1"]
+        assert job["cost_usd"] is None  # a server that was given costs nothing here
+        preview = await api.get(job["progress"]["preview"])
+        assert preview.status == 200
+        assert Image.open(io.BytesIO(preview.body)).size[0] > 0
+        assert preview.headers["X-Content-Type-Options"] == "nosniff"
+        await api.ask("DELETE", f"/jobs/{made['id']}")
+        assert (await api.ended(made["id"]))["reason"] == "cancelled"
 
 
 async def test_a_failed_job_says_why_and_runs_again(serving_api: Serving) -> None:
