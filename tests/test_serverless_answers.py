@@ -63,6 +63,8 @@ def test_the_variables_have_conjures_names_and_defaults(tmp_path: Path) -> None:
     assert (given.deployment_id, given.steps_flux, given.steps_partpacker, given.cost_tracking) == ("d-1", 8, 9, False)
     assert (given.request_timeout, given.poll_interval) == (timedelta(minutes=1), timedelta(seconds=7))
     assert (given.usd_per_hour, given.api_version) == (Decimal("2.99"), "v1")
+    both = {"RUNCOMFY_POLL_INTERVAL": "7", "RUNCOMFY_SERVERLESS_POLL_INTERVAL": "3"}
+    assert load_settings(env=both, cwd=tmp_path).serverless.poll_interval == timedelta(seconds=3)
     assert given.file_hosts == ("files.example.com", "other.example.com")
 
 

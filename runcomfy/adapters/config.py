@@ -312,7 +312,7 @@ def _sections(
     tokens = tuple(dict.fromkeys(values[name] for name in _TOKENS if name in values))
     given["cloud"]["tokens"] = tokens
     if "poll_interval" in given["cloud"]:  # CONJURE's variable is for both APIs
-        given["serverless"]["poll_interval"] = given["cloud"]["poll_interval"]
+        given["serverless"].setdefault("poll_interval", given["cloud"]["poll_interval"])
     if hosts := given["serverless"].get("file_hosts"):
         given["serverless"]["file_hosts"] = tuple(hosts.split(","))
     files = given["files"]
