@@ -405,6 +405,8 @@ def main() -> Awaitable[None]:
 
 async def _main_in_loop(arguments: list[str]) -> None:
     from runcomfy.cli.main import call
+    from runcomfy.cli.output import show_error
+    from runcomfy.domain.exceptions import RunComfyError
 
     try:
         with script.make_context(SCRIPT, list(arguments)) as context:
@@ -414,21 +416,28 @@ async def _main_in_loop(arguments: list[str]) -> None:
     verb, extras = given.pop("verb"), ("extend", "warm_up", "monitor", "show_url")
     if any(given[name] for name in extras):
         sys.exit(await asyncio.to_thread(call, script, arguments, name=SCRIPT))
+    try:
+        done = await _through_manager(verb, given)
+    except RunComfyError as error:
+        show_error(error)
+        sys.exit(error.exit_code)
+    sys.exit(0 if done else 1)
+
+
+async def _through_manager(verb: str | None, given: dict[str, Any]) -> bool:
     door = sys.modules.get("runcomfy.dev_server_startup")
     manager: DevServerManager = getattr(door, "DevServerManager", DevServerManager)()
+    interactive = not given["no_interactive"]
     if verb == "status":
         await manager.show_status()
-        sys.exit(0)
-    interactive = not given["no_interactive"]
+        return True
     if verb == "shutdown":
-        done = await manager.shutdown_server()
-    elif verb == "restart":
-        done = await manager.restart_server(interactive=interactive)
-    else:
-        span = _duration(given["duration"])
-        seconds = int(span.total_seconds()) if span is not None else None
-        done = await manager.launch_server(server_type=given["server_type"], duration=seconds, interactive=interactive)
-    sys.exit(0 if done else 1)
+        return await manager.shutdown_server()
+    if verb == "restart":
+        return await manager.restart_server(interactive=interactive)
+    span = _duration(given["duration"])
+    seconds = int(span.total_seconds()) if span is not None else None
+    return await manager.launch_server(server_type=given["server_type"], duration=seconds, interactive=interactive)
 
 
 class DevServerManager:

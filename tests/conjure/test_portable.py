@@ -171,6 +171,16 @@ async def test_main_in_a_loop_refuses_what_it_does_not_know(
     assert "--colour" in capsys.readouterr().err
 
 
+async def test_main_in_a_loop_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dev_server_startup.py", "--status"])
+    with pytest.raises(SystemExit) as left:
+        await main()
+    assert left.value.code == 3
+    assert "credentials-missing" in capsys.readouterr().err
+
+
 def test_main_outside_a_loop_is_the_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["dev_server_startup.py", "--help"])
     with pytest.raises(SystemExit) as left:
