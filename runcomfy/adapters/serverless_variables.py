@@ -2,8 +2,8 @@
 The variables of RunComfy's serverless API, under the names CONJURE gave them where it has one.
 
 The account, its token and the API's address are those of the Server API. `RUNCOMFY_POLL_INTERVAL` counts for both APIs
-when it is set, unless `RUNCOMFY_SERVERLESS_POLL_INTERVAL` is, too; with neither, a request is looked at more often than a
-machine, since it may be over within seconds.
+when it is set, unless `RUNCOMFY_SERVERLESS_POLL_INTERVAL` is, too; with neither, a request is looked at more often
+than a machine, since it may be over within seconds.
 """
 
 from __future__ import annotations
