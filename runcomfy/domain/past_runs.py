@@ -7,10 +7,11 @@ left out, never raised.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from heapq import heappop, heappush
+from itertools import pairwise
 from typing import Any, Final
 
 MOST_NODES: Final = 2_000
@@ -24,7 +25,10 @@ class NodePast:
 
     class_type: str
     seconds: float | None
-    """None: its beginning or end was missed."""
+    """Without the time in which nodes ran that began later, so that those of a run add up to what it took; None: its
+    beginning or end was missed."""
+    span_s: float | None
+    """From its beginning to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ def past_of(workflow: str, ended_at: datetime, result: Mapping[str, Any]) -> Run
         return None
     nodes: dict[str, NodePast] = {}
     cached: set[str] = set()
-    first, last = math.inf, 0.0
+    spans: dict[str, tuple[float, float]] = {}
     listed = result.get("nodes")
     for entry in listed[:MOST_NODES] if isinstance(listed, list) else ():
         if not isinstance(entry, Mapping) or not isinstance(node := entry.get("node_id"), str):
@@ -67,9 +71,13 @@ def past_of(workflow: str, ended_at: datetime, result: Mapping[str, Any]) -> Run
             cached.add(node)
             continue
         began, seconds, kind = _seconds(entry.get("started_s")), _seconds(entry.get("seconds")), entry.get("class_type")
-        nodes[node] = NodePast(kind if isinstance(kind, str) else "", seconds)
+        nodes[node] = NodePast(kind if isinstance(kind, str) else "", seconds, seconds)
         if began is not None and seconds is not None:
-            first, last = min(first, began), max(last, began + seconds)
+            spans[node] = began, began + seconds
+    for node, seconds in _alone(spans).items():
+        nodes[node] = replace(nodes[node], seconds=seconds)
+    first = min((began for began, _ in spans.values()), default=0.0)
+    last = max((ended for _, ended in spans.values()), default=0.0)
     computing = last - first if first < last else _seconds(times.get("execute"))
     if computing is None and not cached:
         return None
@@ -97,6 +105,24 @@ def in_order(runs: Iterable[RunPast]) -> list[RunPast]:
         seen.add(here)
         ordered.append(replace(run, cold=first) if first != run.cold else run)
     return ordered
+
+
+def _alone(spans: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return how long each was the one that had begun last, of those that ran."""
+    took = dict.fromkeys(spans, 0.0)
+    begins = sorted(spans, key=lambda node: spans[node])
+    moments = sorted({moment for span in spans.values() for moment in span})
+    running: list[tuple[float, int, str]] = []
+    next_one = 0
+    for moment, after in pairwise(moments):
+        while next_one < len(begins) and spans[begins[next_one]][0] <= moment:
+            heappush(running, (-spans[begins[next_one]][0], -next_one, begins[next_one]))
+            next_one += 1
+        while running and spans[running[0][2]][1] <= moment:
+            heappop(running)
+        if running:
+            took[running[0][2]] += after - moment
+    return took
 
 
 def _sum_of(times: Mapping[Any, Any], names: Sequence[str]) -> float:

@@ -65,6 +65,9 @@ class Progress:
     """Nodes of the workflow that have ended, cached ones included."""
     cached: frozenset[str] = frozenset()
     """Nodes that the server did not have to compute."""
+    active: frozenset[str] = frozenset()
+    """Nodes that the server says to be running now; several, where some work beside each other. Older servers name
+    only `node_id`."""
     labels: Mapping[str, NodeLabel] = field(default_factory=_no_labels, compare=False, repr=False)
     """Every node of the graph that was sent, where it is known."""
     server_type: str = ""

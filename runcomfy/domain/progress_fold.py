@@ -136,6 +136,8 @@ class Run:
     inner: Mapping[str, float] = field(default_factory=_nothing)
     """The same for nodes that others expanded into."""
     cached: frozenset[str] = frozenset()
+    active: frozenset[str] = frozenset()
+    """Nodes of the workflow that the server last said to be running, those that others expanded into as theirs."""
     percent: float = 0.0
 
 
@@ -307,6 +309,7 @@ def _all_nodes(state: WatchState, data: Mapping[str, Any]) -> Run:
     run = state.run
     shares, inner = dict(run.shares), dict(run.inner)
     expanded: dict[str, list[float]] = {}
+    active: set[str] = set()
     for node, entry in _dict(data.get("nodes")).items():
         if not isinstance(node, str) or not isinstance(entry, Mapping):
             continue
@@ -315,6 +318,8 @@ def _all_nodes(state: WatchState, data: Mapping[str, Any]) -> Run:
         if entry.get("state") == "finished":
             share = 1.0
         shown = _shown_as(state, node, entry.get("display_node_id"))
+        if entry.get("state") == "running":
+            active.add(shown)
         if shown == node:
             shares[node] = max(share, shares.get(node, 0.0))
         else:
@@ -323,9 +328,10 @@ def _all_nodes(state: WatchState, data: Mapping[str, Any]) -> Run:
     for shown, parts in expanded.items():
         # More parts may follow, so all of those known do not make the whole.
         shares[shown] = max(shares.get(shown, 0.0), 0.9 * sum(parts) / (len(parts) + 1))
-    if run.running and shares == run.shares and inner == run.inner:
+    if run.running and shares == run.shares and inner == run.inner and active == run.active:
         return run
-    return _advanced(state, replace(run, running=True, queue_position=None, shares=shares, inner=inner))
+    run = replace(run, running=True, queue_position=None, shares=shares, inner=inner, active=frozenset(active))
+    return _advanced(state, run)
 
 
 def _advanced(state: WatchState, run: Run) -> Run:
@@ -539,6 +545,7 @@ def progress_of(state: WatchState) -> Progress:
         preview=state.preview,
         done=done,
         cached=run.cached,
+        active=run.active,
         labels=state.labels,
     )
 

@@ -1,7 +1,7 @@
 """
 How long a job will still take, from what its workflow's nodes took before.
 
-    what is left  =  the rest of the node that runs  +  the nodes after it  +  fetching
+    what is left  =  the rest of what runs  +  the nodes after it  +  fetching
 
 Rule 1: like is compared with like: runs on the same type of machine, in which the same nodes were cached, first ones of
         a machine (which load models) with first ones, as far as there are such runs and as far as it makes a
@@ -165,10 +165,10 @@ class _Alike:
         self._took: dict[str, tuple[float, ...]] = {}
 
     def span_of(self, node_id: str, class_type: str) -> Span | None:
-        """Return what a node takes; None: not known."""
+        """Return what a node takes from its beginning to its end; None: not known."""
         key = (node_id, class_type)
         if key not in self._spans:
-            times = _times_of(self.runs, node_id, class_type)
+            times = _spans_of(self.runs, node_id, class_type)
             self._spans[key] = _span(times).times(self.scale) if times else None
         return self._spans[key]
 
@@ -176,9 +176,9 @@ class _Alike:
         """Return what a node took in each run: nothing where it was cached or not needed."""
         found = self._took.get(node_id)
         if found is None:
-            times = _times_of(self.runs, node_id, "")
-            usual = median(times) if times else 0.0
             nodes = [run.nodes.get(node_id) for run in self.runs]
+            times = [node.seconds for node in nodes if node is not None and node.seconds is not None]
+            usual = median(times) if times else 0.0
             found = tuple(0.0 if n is None else usual if n.seconds is None else n.seconds for n in nodes)
             self._took[node_id] = found
         return found
@@ -309,12 +309,22 @@ class Experience:
         rest, ended_before, follows = found
         if follows and ended_before > 0:
             rest = rest.times((sum(times.values()) / ended_before) ** follows)
-        for node_id in line.running:
-            node = line.by_id.get(node_id)
-            if node is not None:
-                usual = alike.span_of(node_id, node.class_type) or self._by_class(node.class_type, asked)
-                rest = rest.plus(_rest_of_node(node, line, usual, asked.now_s))
-        return rest
+        return rest.plus(
+            self._running(
+                asked, line, lambda n: alike.span_of(n.node_id, n.class_type) or self._by_class(n.class_type, asked)
+            )
+        )
+
+    @staticmethod
+    def _running(asked: Asked, line: Timeline, usual: Callable[[NodeTime], Span]) -> Span:
+        """Return what is left of the nodes that run: beside each other, as far as there are several."""
+        nodes = [line.by_id[node] for node in line.running if node in line.by_id]
+        rests = [_rest_of_node(node, line, usual(node), asked.now_s) for node in nodes]
+        return (
+            Span(*(max(part) for part in zip(*((r.low, r.mid, r.high) for r in rests), strict=True)))
+            if rests
+            else NOTHING
+        )
 
     def _rest(
         self, asked: Asked, alike: _Alike, todo: frozenset[str], ended: frozenset[str]
@@ -360,11 +370,7 @@ class Experience:
                 whole = whole.plus(self._by_class(asked.labels[node].class_type, asked))
 
         def by_class(line: Timeline) -> Span:
-            left = whole
-            for node_id in line.running:
-                if (node := line.by_id.get(node_id)) is not None:
-                    left = left.plus(_rest_of_node(node, line, self._by_class(node.class_type, asked), asked.now_s))
-            return left
+            return whole.plus(self._running(asked, line, lambda node: self._by_class(node.class_type, asked)))
 
         left = self._now(asked, whole, NOTHING, NOTHING, by_class)
         return _told(left.widened(len(asked.labels) / len(known)), left.mid, 0, sure=False)
@@ -423,13 +429,13 @@ def _rest_of_node(node: NodeTime, line: Timeline, usual: Span, now_s: float) -> 
     return _passing(Span(mid / doubt, mid, mid * doubt), elapsed)
 
 
-def _times_of(runs: Sequence[RunPast], node_id: str, class_type: str) -> list[float]:
+def _spans_of(runs: Sequence[RunPast], node_id: str, class_type: str) -> list[float]:
     """Return what a node took where it ran; one of another class by now is another node."""
     found = [run.nodes[node_id] for run in runs if node_id in run.nodes]
     return [
-        node.seconds
+        node.span_s
         for node in found
-        if node.seconds is not None and (not class_type or not node.class_type or node.class_type == class_type)
+        if node.span_s is not None and (not class_type or not node.class_type or node.class_type == class_type)
     ]
 
 

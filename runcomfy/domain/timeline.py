@@ -4,10 +4,9 @@ What ran when, folded from the snapshots of a job's progress.
 The server says which node it has begun and which ones have ended; how long each took follows from when that was heard.
 What cannot be known is left open rather than guessed:
 
-Rule 1: a node begins when it is first named as the one that runs, and ends when it is first told among those that have
-        ended; where the server never tells that, when another node took its place. A late word corrects the guess.
-        Of nodes that take turns, or run side by side and report in turns, each counts the time it was the one named:
-        so what they took adds up to the time that passed.
+Rule 1: a node begins when it is first named as one that runs, and ends when it is first told among those that have
+        ended. Where the server never tells that, it ends when another node takes its place, unless it is told to go
+        on beside that one. A late word corrects the guess.
 Rule 2: if one snapshot brings the end of nodes that nobody saw running, messages were missed: the nodes that begin or
         end with it have no `seconds`.
         The same holds for the node that runs when a prompt that others began is gone on with.
@@ -99,6 +98,7 @@ class Timeline:
     _told: frozenset[str] = frozenset()
     """Nodes that the server itself has told to have ended."""
     _current: str | None = None
+    _active: frozenset[str] = frozenset()
     _since: Mapping[str, float] = field(default_factory=_none)
     """When each node was last taken up."""
     _spent: Mapping[str, float] = field(default_factory=_none)
@@ -147,24 +147,26 @@ class Timeline:
     def _ran(self, progress: Progress, at_s: float) -> Timeline:
         current = progress.node_id if progress.node_id is not None else self._current
         fresh = progress.done - self._told
-        if not fresh and current == self._current and self._known(current):
+        same = current == self._current and progress.active == self._active
+        if not fresh and same and self._known(current):
             return replace(self, pace=self._paced(progress, current, at_s))
+        running = progress.active | frozenset(node for node in (current,) if node is not None)
+        running -= progress.done
         draft = _Draft(self, progress, at_s)
-        draft.end(fresh, current)
-        if current != self._current:
-            draft.leave(self._current)
-            draft.take_up(current)
-        done = self.done | progress.done | frozenset(node for node in (self._current,) if node is not None)
-        if current is not None and current not in progress.done:
-            done -= {current}
+        draft.end(fresh, running)
+        for node in sorted(self.running - running):
+            draft.leave(node)
+        for node in sorted(running, key=lambda node: (node == current, node)):
+            draft.take_up(node, again=node not in self.running)
         return replace(
             self,
             by_id=draft.nodes,
-            running=frozenset(node for node in (current,) if node is not None and node not in done),
-            done=done,
+            running=running,
+            done=(self.done | progress.done | self.running) - running,
             pace=self._paced(progress, current, at_s),
             _told=self._told | progress.done,
             _current=current,
+            _active=progress.active,
             _since=draft.since,
             _spent=draft.spent,
             _unsure=frozenset(draft.unsure),
@@ -205,13 +207,13 @@ class _Draft:
         self._late = progress.joined and line._current is None and not queued
         """Whether the node that is first heard of may have run for long."""
 
-    def end(self, fresh: frozenset[str], current: str | None) -> None:
+    def end(self, fresh: frozenset[str], running: frozenset[str]) -> None:
         """Take in which nodes are told to have ended, besides those of which that is known."""
         cached = fresh & self._progress.cached
         for node in sorted(cached):
             self._add(node, seconds=0.0, cached=True)
         missed = {node for node in fresh - cached if node not in self.nodes}
-        self._gap = bool(missed - {current})
+        self._gap = bool(missed - running - {self._progress.node_id})
         for node in sorted(missed):
             self._add(node)
             self.unsure.add(node)
@@ -219,20 +221,18 @@ class _Draft:
             if node in self.since and not self.nodes[node].cached:
                 self._close(node)
 
-    def leave(self, node: str | None) -> None:
-        """Another node runs now. Should this one go on beside it, the word that it ended comes later."""
+    def leave(self, node: str) -> None:
+        """Another node runs in its place. Should this one go on all the same, the word that it ended comes later."""
         if node in self.since and self.nodes[node].seconds is None and not self.nodes[node].cached:
             self._close(node)
 
-    def take_up(self, node: str | None) -> None:
-        """A node runs now, for the first time or again (one that had to wait for inputs it asked for)."""
-        if node is None:
-            return
+    def take_up(self, node: str, *, again: bool) -> None:
+        """A node runs, for the first time or again (one that had to wait for inputs it asked for)."""
         if node not in self.nodes:
             self._add(node)
             if self._gap or self._late:
                 self.unsure.add(node)
-        elif node in self.since and node not in self._progress.done and not self.nodes[node].cached:
+        elif again and node in self.since and not self.nodes[node].cached:
             self.spent[node] = self.nodes[node].seconds or 0.0
             self.nodes[node] = replace(self.nodes[node], seconds=None)
             self.since[node] = self._at_s

@@ -161,6 +161,25 @@ def test_slow_beginnings_are_followed_by_slow_ends_where_that_was_so_before() ->
     assert left(apart, slow).expected_s == pytest.approx(left(apart, usual).expected_s, rel=0.05)
 
 
+def test_of_nodes_that_run_beside_each_other_the_one_that_takes_longer_counts() -> None:
+    def beside(number: int) -> RunPast:
+        nodes = [
+            {"node_id": "load", "class_type": "CheckpointLoader", "started_s": 0, "seconds": 60},
+            {"node_id": "sample", "class_type": "KSampler", "started_s": 0.1, "seconds": 40},
+            {"node_id": "save", "class_type": "SaveGLB", "started_s": 60, "seconds": 2},
+        ]
+        past = past_of(MESH, DAY + timedelta(hours=number), {"nodes": nodes, "server_type": "large"})
+        assert past is not None
+        return past
+
+    experience, labels = Experience([beside(number) for number in range(10)]), dict(LABELS)
+    del labels["mesh"]
+    line = Timeline().seen(Progress(Step.RUNNING, node_id="load", active=frozenset({"load"}), labels=labels), 0)
+    both = Progress(Step.RUNNING, node_id="sample", active=frozenset({"load", "sample"}), labels=labels)
+    told = left(experience, Asked(MESH, "large", timeline=line.seen(both, 0.1), labels=labels, now_s=10))
+    assert told.expected_s == pytest.approx(52, rel=0.03)
+
+
 # -- like with like --------------------------------------------------------------------------------------------
 
 
@@ -329,6 +348,7 @@ SNAPSHOTS = st.builds(
     maximum=st.none() | st.floats(),
     done=st.frozensets(NODES),
     cached=st.frozensets(NODES),
+    active=st.frozensets(NODES),
     labels=st.just(LABELS),
 )
 

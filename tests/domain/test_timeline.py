@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runcomfy.domain.job import PromptId
+from runcomfy.domain.past_runs import past_of
 from runcomfy.domain.progress import NodeLabel, Progress, Said, Step
 from runcomfy.domain.progress_fold import WatchState, fold, progress_of, watching
 from runcomfy.domain.timeline import MOST_NODES, Timeline
@@ -92,6 +94,22 @@ def test_where_no_end_is_told_the_next_node_ends_the_one_before() -> None:
 def test_a_node_that_goes_on_beside_the_next_ends_when_it_is_told() -> None:
     line = told((0, running("1")), (1, running("2")), (9, running("2", done="1")), (12, running("2", done="12")))
     assert times(line) == {"1": (0, 9), "2": (1, 11)}
+
+
+def test_nodes_that_the_server_says_to_run_beside_each_other_do_not_end_each_other() -> None:
+    both = frozenset("12")
+    line = told(
+        (0, running("1", active=frozenset("1"))),
+        (1, running("2", active=both)),
+        (2, running("1", active=both, value=1, maximum=3)),
+        (5, running("2", active=both, value=1, maximum=3)),
+    )
+    assert line.running == both
+    line = line.seen(running("2", active=frozenset("1"), done="2"), 9)
+    line = line.seen(running("3", active=frozenset("13"), done="2"), 9)
+    assert line.running == {"1", "3"}
+    line = line.seen(running("3", done="123"), 14)
+    assert times(line) == {"1": (0, 14), "2": (1, 8), "3": (9, 5)}
 
 
 def test_a_node_that_waits_for_inputs_it_asked_for_counts_its_own_time_only() -> None:
@@ -189,12 +207,23 @@ def test_what_real_servers_say_makes_timelines() -> None:
 
 
 @pytest.mark.parametrize("name", ["05-progress-and-previews", "16-older-server-0.3.64", "17-older-server-0.10.0"])
-def test_what_the_nodes_of_real_servers_took_adds_up_to_the_time_that_passed(name: str) -> None:
+def test_what_the_nodes_of_real_servers_took_alone_adds_up_to_the_time_that_passed(name: str) -> None:
     for line in recorded(f"{name}.jsonl"):
-        took = [node.seconds for node in line.nodes if node.seconds is not None]
-        if took and len(took) == len(line.nodes):
-            ended = max(node.started_s + (node.seconds or 0.0) for node in line.nodes)
-            assert sum(took) == pytest.approx(ended - line.nodes[0].started_s, abs=0.1)
+        past = past_of(name, datetime(2026, 11, 20, tzinfo=UTC), {"nodes": line.as_list()})
+        took = [node.seconds for node in past.nodes.values()] if past is not None else []
+        if past is not None and past.computing_s is not None and None not in took:
+            assert sum(seconds or 0.0 for seconds in took) == pytest.approx(past.computing_s, abs=0.1)
+
+
+def test_nodes_that_a_real_server_ran_beside_each_other_overlap() -> None:
+    [both] = [line for line in recorded("05-progress-and-previews.jsonl") if "ProbeAsync" in str(line.as_list())]
+    spans = {node.node_id: node.seconds for node in both.nodes}
+    assert spans["1"] == pytest.approx(0.305, abs=0.01)
+    assert spans["2"] == pytest.approx(0.244, abs=0.01)
+    past = past_of("both", datetime(2026, 11, 20, tzinfo=UTC), {"nodes": both.as_list()})
+    assert past is not None
+    assert past.nodes["1"].span_s == pytest.approx(0.305, abs=0.01)
+    assert past.nodes["1"].seconds == pytest.approx(0.061, abs=0.01)
 
 
 def test_a_server_that_makes_nodes_up_without_end_is_listened_to_only_so_long() -> None:
@@ -217,6 +246,7 @@ SNAPSHOTS = st.builds(
     maximum=NUMBERS,
     done=st.frozensets(NAMES),
     cached=st.frozensets(NAMES),
+    active=st.frozensets(NAMES),
     labels=st.just(LABELS),
 )
 TALES = st.lists(st.tuples(SNAPSHOTS, st.floats()), max_size=40)
