@@ -165,6 +165,7 @@ def test_a_picture_becomes_a_mesh_and_the_rest_of_the_day(
     expect(question).to_be_visible()
     page.keyboard.press("Escape")
     expect(question).to_have_count(0)
+    expect(cancel).to_be_focused()
     assert visit.ask("GET", f"/jobs/{other['id']}")["body"]["status"] == "processing"
     cancel.click()
     question.get_by_role("button", name="Cancel the job").click()

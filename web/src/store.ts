@@ -95,8 +95,15 @@ class JobList {
 
   private async fetch(before: number | null): Promise<JobPage> {
     if (this.statuses.includes("pending") && !filter.value.workflow) return this.nextOnes(before !== null);
-    const query = new URLSearchParams({ limit: String(PAGE) });
-    if (this.statuses.length === 1) query.set("status", this.statuses[0] as string);
+    const pages = await Promise.all(this.statuses.map((status) => this.one(status, before)));
+    const found = pages.flatMap((page) => page.jobs).sort((a, b) => b.number - a.number);
+    const jobs = found.slice(0, PAGE);
+    const more = found.length > PAGE || pages.some((page) => page.next !== null);
+    return { jobs, counts: (pages[0] as JobPage).counts, next: more ? (jobs.at(-1)?.number ?? null) : null };
+  }
+
+  private one(status: Status, before: number | null): Promise<JobPage> {
+    const query = new URLSearchParams({ status, limit: String(PAGE) });
     if (filter.value.workflow) query.set("workflow", filter.value.workflow);
     if (before !== null) query.set("before", String(before));
     return get<JobPage>(`/jobs?${query}`);

@@ -125,7 +125,7 @@ function Facts({ job }: { job: Job }) {
     return (
       <>
         {job.priority !== 50 && <span>priority {job.priority}</span>}
-        <span>waiting since {ago(job.created_at, now.value)}</span>
+        <span>added {ago(job.created_at, now.value)}</span>
       </>
     );
   }

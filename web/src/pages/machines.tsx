@@ -39,11 +39,12 @@ function StopButton({ machine }: { machine: Machine }) {
   const [busy, setBusy] = useState(false);
   if (!bills(machine) || machine.state === "stopping" || !idOf(machine)) return null;
   const go = (): void => {
+    if (busy) return;
     setBusy(true);
     void stop(machine).finally(() => setBusy(false));
   };
   return (
-    <button type="button" class="danger-text" disabled={busy} onClick={go}>
+    <button type="button" class="danger-text" aria-disabled={busy} onClick={go}>
       Stop<span class="hidden"> the {machine.server_type} machine {machine.server_id}</span>
     </button>
   );

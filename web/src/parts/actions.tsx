@@ -20,7 +20,9 @@ async function cancel(job: Job): Promise<void> {
 
 export function Actions({ job, open = false }: { job: Job; open?: boolean }) {
   const [busy, setBusy] = useState(false);
+  // Not `disabled`: a button that is would lose the focus, which a question gives back to it.
   const doing = (work: () => Promise<unknown>) => () => {
+    if (busy) return;
     setBusy(true);
     void work().finally(() => setBusy(false));
   };
@@ -41,16 +43,16 @@ export function Actions({ job, open = false }: { job: Job; open?: boolean }) {
     <div class="actions">
       {job.status === "pending" && (
         <>
-          <button type="button" disabled={busy} onClick={first}>Move to the front{about}</button>
+          <button type="button" aria-disabled={busy} onClick={first}>Move to the front{about}</button>
           {open && <Priority job={job} />}
         </>
       )}
       {(job.status === "pending" || job.status === "processing") && (
-        <button type="button" class="danger-text" disabled={busy} onClick={doing(() => cancel(job))}>Cancel{about}</button>
+        <button type="button" class="danger-text" aria-disabled={busy} onClick={doing(() => cancel(job))}>Cancel{about}</button>
       )}
-      {job.status === "failed" && <button type="button" disabled={busy} onClick={retry}>Try again{about}</button>}
+      {job.status === "failed" && <button type="button" aria-disabled={busy} onClick={retry}>Try again{about}</button>}
       {(job.status === "done" || job.status === "failed") && (
-        <button type="button" disabled={busy} onClick={again}>Another seed{about}</button>
+        <button type="button" aria-disabled={busy} onClick={again}>Another seed{about}</button>
       )}
     </div>
   );

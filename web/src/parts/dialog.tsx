@@ -33,17 +33,24 @@ export function askPerson(title: string, text: string, yes: string, no = "Keep i
 export function Asking() {
   const asked = question.value;
   const dialog = useRef<HTMLDialogElement>(null);
+  const sure = useRef(false);
+  // Closing first gives the focus back to where it was; only then does the dialog go.
+  const say = (answer: boolean) => (): void => {
+    sure.current = answer;
+    dialog.current?.close();
+  };
   useEffect(() => {
+    sure.current = false;
     if (asked && dialog.current && !dialog.current.open) dialog.current.showModal();
   }, [asked]);
   if (!asked) return null;
   return (
-    <dialog ref={dialog} aria-labelledby="asked" aria-describedby="asked-more" onClose={() => asked.done(false)}>
+    <dialog ref={dialog} aria-labelledby="asked" aria-describedby="asked-more" onClose={() => asked.done(sure.current)}>
       <h2 id="asked">{asked.title}</h2>
       <p id="asked-more">{asked.text}</p>
       <div class="row end">
-        <button type="button" onClick={() => asked.done(false)}>{asked.no}</button>
-        <button type="button" class="danger" onClick={() => asked.done(true)}>{asked.yes}</button>
+        <button type="button" onClick={say(false)}>{asked.no}</button>
+        <button type="button" class="danger" onClick={say(true)}>{asked.yes}</button>
       </div>
     </dialog>
   );
