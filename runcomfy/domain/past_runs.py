@@ -108,9 +108,9 @@ def in_order(runs: Iterable[RunPast]) -> list[RunPast]:
 
 
 def _alone(spans: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Return how long each was the one that had begun last, of those that ran."""
+    """Return how long each was the one that had begun last, of those that ran (the shorter one, if at once)."""
     took = dict.fromkeys(spans, 0.0)
-    begins = sorted(spans, key=lambda node: spans[node])
+    begins = sorted(spans, key=lambda node: (spans[node][0], -spans[node][1]))
     moments = sorted({moment for span in spans.values() for moment in span})
     running: list[tuple[float, int, str]] = []
     next_one = 0
