@@ -13,7 +13,6 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
@@ -22,7 +21,7 @@ from runcomfy.testing.web import Web, serving_web
 
 pytestmark = pytest.mark.looptime(False)
 
-CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
+CHECKS = [status_code_conformance, response_schema_conformance]
 NOT_HERE = ("/shutdown", "/events", "/")
 """Ends the server; never ends; the page."""
 WAITS = ("/flux/", "/partpacker/", "/serverless/", "/local_comfyui/", "/blender/", "/process_", "/execute_")
@@ -40,14 +39,14 @@ def picture() -> dict[str, Any]:
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     """The API in a thread of its own, with nobody who works: what is put in waits."""
     folder: Path = tmp_path_factory.mktemp("schema")
-    ready: Future[tuple[Web, Callable[[], None]]] = Future()
+    ready: Future[tuple[Web, Callable[[], object]]] = Future()
 
     async def serve() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         try:
             # A thread has its own moments: the clock follows this loop's time, as the store's threads do.
-            limits = {"max_per_minute": 100_000, "max_waiting": 100_000}
-            async with serving_web(folder, LoopClock.following_the_wall(), **limits) as web:
+            clock = LoopClock.following_the_wall()
+            async with serving_web(folder, clock, max_per_minute=100_000, max_waiting=100_000) as web:
                 await web.post("/jobs", {"workflow": picture()})
                 ready.set_result((web, lambda: loop.call_soon_threadsafe(stop.set)))
                 await stop.wait()
@@ -71,7 +70,8 @@ def test_every_answer_is_one_that_the_document_announces(web: Web) -> None:
     headers = {"Authorization": f"Bearer {web.token}"}
     schema = schemathesis.openapi.from_url(f"{web.address}/openapi.json", headers=headers)
     seen, wrong = [], []
-    for found in schema.get_all_operations():
+    operations: list[Any] = list(schema.get_all_operations())
+    for found in operations:
         operation = found.ok()
         if operation.path in NOT_HERE or operation.path.startswith(WAITS) or operation.path.endswith("/events"):
             continue
@@ -87,7 +87,7 @@ def test_every_answer_is_one_that_the_document_announces(web: Web) -> None:
 def _try(operation: Any, headers: dict[str, str]) -> None:
     @given(case=operation.as_strategy(), job=st.sampled_from(["1", "0", "nothing", None]))
     @settings(
-        max_examples=20,
+        max_examples=10,
         deadline=None,
         database=None,
         derandomize=True,
@@ -97,6 +97,6 @@ def _try(operation: Any, headers: dict[str, str]) -> None:
     def check(case: Any, job: str | None) -> None:
         if job is not None and "job_id" in (case.path_parameters or {}):
             case.path_parameters["job_id"] = job
-        case.call_and_validate(headers=headers, checks=CHECKS)
+        assert case.call_and_validate(headers=headers, checks=CHECKS).status_code != 500
 
     check()

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from launcher.backend import Backend, backend_of
 from launcher.hub import Listener
+from launcher.schemas import problems
 from runcomfy.domain.queued import QueuedJob
 
 router = APIRouter(tags=["events"])
@@ -68,7 +69,7 @@ STREAM: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-@router.get("/events", response_class=Response, responses=STREAM)
+@router.get("/events", response_class=Response, responses={**STREAM, **problems()})
 async def events(
     backend: Annotated[Backend, Depends(backend_of)], after: After = None, last_event_id: Seen = None
 ) -> Response:
@@ -79,7 +80,7 @@ async def events(
     return EventStream(backend, None, _number(last_event_id, after))
 
 
-@router.get("/jobs/{job}/events", response_class=Response, responses=STREAM)
+@router.get("/jobs/{job}/events", response_class=Response, responses={**STREAM, **problems(404)})
 async def job_events(
     job: str, backend: Annotated[Backend, Depends(backend_of)], after: After = None, last_event_id: Seen = None
 ) -> Response:

@@ -21,6 +21,7 @@ from launcher.teller import teller_of
 from runcomfy.adapters.files import open_regular
 from runcomfy.adapters.media_sniff import sniff
 from runcomfy.adapters.media_source import Source
+from runcomfy.application.job_queue import EVENTS_AT_ONCE, JobQueue, JobStory
 from runcomfy.domain.queued import QueuedJob, QueueStatus
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -116,8 +117,16 @@ async def list_jobs(
 @router.get("/{job_id}", response_model=None, responses=answers(200, JobDetail, 404))
 async def show_job(backend: Serves, job_id: JobKey) -> JSONResponse:
     """Show everything that is known of a job."""
-    story = await backend.queue.show(job_id)
-    return JSONResponse(await teller_of(backend.app).detail(story), headers=NO_STORE)
+    return JSONResponse(await teller_of(backend.app).detail(await _story(backend.queue, job_id)), headers=NO_STORE)
+
+
+async def _story(queue: JobQueue, key: str) -> JobStory:
+    """Return a job with its tries and its log, in as few reads as can be: pages ask often. Raises JobNotFound."""
+    job = await queue.job(key)
+    attempts, events = await asyncio.gather(
+        queue.store.attempts(job.id), queue.store.events(job_id=job.id, limit=EVENTS_AT_ONCE)
+    )
+    return JobStory(job, attempts, events) if len(events) < EVENTS_AT_ONCE else await queue.show(job)
 
 
 @router.get(
