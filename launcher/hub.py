@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from runcomfy.application.job_queue import EVENTS_AT_ONCE, JobQueue
@@ -269,6 +270,9 @@ class Hub:
         """Jobs that run here, as they were when something last happened to them."""
         self._moved: dict[JobId, LiveJob] = {}
         self._moving = asyncio.Event()
+        self._sleeping: dict[Listener, None] = {}
+        """Those who have heard something and not sent it, in order."""
+        self._waking = asyncio.Event()
         self._unsubscribe: Callable[[], None] = lambda: None
         self._fleeting: dict[str, bytes] = {}
         self._closed = False
@@ -325,6 +329,7 @@ class Hub:
         self._kept.clear()
         loops = [
             self._read,
+            self._wake_up,
             self._tell_progress,
             self._tell_elsewhere,
             self._tell_machines,
@@ -355,6 +360,7 @@ class Hub:
         self._jobs.clear()
         self._moved.clear()
         self._fleeting.clear()
+        self._sleeping.clear()
         return work
 
     async def _read(self) -> None:
@@ -363,17 +369,17 @@ class Hub:
             try:
                 page = await self._store.events(after=self.at, limit=EVENTS_AT_ONCE)
                 if page:
-                    await _woken(self._tell(await self._told(page)))
+                    self._tell(await self._told(page))
                 else:
                     mark = await self._store.changed(timeout=self._queue.settings.poll_interval, seen=mark)
                 wait = TROUBLE_FIRST
             except LocalError as error:
                 log.warning("events_unread", extra={"fields": {"error": error.code}})
-                await self._tell_now("trouble", comment(f"the log cannot be read now ({error.code}); trying again"))
+                self._tell_now("trouble", comment(f"the log cannot be read now ({error.code}); trying again"))
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, TROUBLE_MOST)
 
-    def _tell(self, told: Sequence[Told]) -> Collection[Listener]:
+    def _tell(self, told: Sequence[Told]) -> None:
         # Without a break from here: who begins to listen sees all of it or nothing.
         self.at = told[-1].number
         self._kept.extend(told)
@@ -390,7 +396,7 @@ class Hub:
             if heard is not None:
                 listener.hear(heard)
                 hearing.append(listener)
-        return hearing
+        self._wake(hearing)
 
     async def _told(self, events: Sequence[JobEvent]) -> list[Told]:
         """Return events as listeners get them, each with its job as it is now."""
@@ -435,11 +441,11 @@ class Hub:
 
     # -- what only matters now -----------------------------------------------------------------------------
 
-    async def _tell_now(self, about: str, said: bytes) -> None:
+    def _tell_now(self, about: str, said: bytes) -> None:
         listeners = list(self._listeners)
         for listener in listeners:
             listener.hear_now(about, said)
-        await _woken(listeners)
+        self._wake(listeners)
 
     def _heard(self, live: LiveJob) -> None:
         """Hear of a running job; from its own loop, many times a second."""
@@ -464,7 +470,7 @@ class Hub:
                             continue  # not a job of the queue
                         job = self._jobs[uid] = found
                     frames[job.id] = frame("progress", await self._words.progress(job, live))
-                await self._tell_moves(frames)
+                self._tell_moves(frames)
             await asyncio.sleep(PROGRESS_EVERY)
 
     async def _tell_elsewhere(self) -> None:
@@ -478,11 +484,9 @@ class Hub:
                 now = {job.id: (job.progress, job.message) for job in running if job.uid not in here}
                 moved = [job for job in running if job.id in now and told.get(job.id, (0.0, "")) != now[job.id]]
                 told = now
-                await self._tell_moves(
-                    {job.id: frame("progress", await self._words.progress(job, None)) for job in moved}
-                )
+                self._tell_moves({job.id: frame("progress", await self._words.progress(job, None)) for job in moved})
 
-    async def _tell_moves(self, frames: Mapping[RowId, bytes]) -> None:
+    def _tell_moves(self, frames: Mapping[RowId, bytes]) -> None:
         if not frames:
             return
         everything, hearing = b"".join(frames.values()), []
@@ -491,14 +495,32 @@ class Hub:
             if said is not None:
                 listener.hear_moves(said)
                 hearing.append(listener)
-        await _woken(hearing)
+        self._wake(hearing)
+
+    def _wake(self, listeners: Collection[Listener]) -> None:
+        self._sleeping.update(dict.fromkeys(listeners))
+        self._waking.set()
+
+    async def _wake_up(self) -> None:
+        """Let listeners send, a few at a time: requests that come meanwhile are not to wait for hundreds of them.
+
+        What happens next is read meanwhile; who has not sent yet then sends both at once.
+        """
+        while True:
+            await self._waking.wait()
+            self._waking.clear()
+            while self._sleeping:
+                for listener in list(islice(self._sleeping, WOKEN_AT_ONCE)):
+                    del self._sleeping[listener]
+                    listener.wake()
+                await asyncio.sleep(0)
 
     async def _beat(self) -> None:
         """Say a word now and then: proxies and clients give silent connections up after 30 or 60 seconds."""
         beat = comment("still here")
         while True:
             await asyncio.sleep(HEARTBEAT)
-            await self._tell_now("beat", beat)
+            self._tell_now("beat", beat)
 
     def _everybody(self) -> Collection[Listener]:
         return [listener for listener in self._listeners if listener.job_id is None]
@@ -527,13 +549,5 @@ class Hub:
                         before = self._fleeting[about] = said
                         for listener in listeners:
                             listener.hear_now(about, said)
-                        await _woken(listeners)
+                        self._wake(listeners)
             await asyncio.sleep(every)
-
-
-async def _woken(listeners: Collection[Listener]) -> None:
-    """Let listeners send, a few at a time: requests that come meanwhile are not to wait for hundreds of them."""
-    for number, listener in enumerate(listeners):
-        listener.wake()
-        if number % WOKEN_AT_ONCE == WOKEN_AT_ONCE - 1:
-            await asyncio.sleep(0)

@@ -58,7 +58,7 @@ async def open_backend(app: App, options: ServeOptions, *, host: str) -> AsyncIt
     from launcher.webhooks import Webhooks
     from runcomfy.application.service import first_of
 
-    queue = await app.job_queue()
+    queue = await app.job_queue(looks_often=True)
     guard = await asyncio.to_thread(
         Guard.open, Path(app.settings.files.state_dir), app.settings.http, bound_host=host, clock=app.clock
     )

@@ -41,6 +41,7 @@ from runcomfy.domain.secret import Secret, SecretUrl
 from runcomfy.domain.settings import QueueSettings, Settings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.comfyui import ComfyUI
+from runcomfy.ports.jobs import JobStore
 from runcomfy.ports.processes import Processes
 from runcomfy.ports.provider import Provider
 from runcomfy.ports.store import Store
@@ -360,14 +361,22 @@ class App:
                 self._jobs = await self._stack.enter_async_context(SqlJobs(database))
             return self._jobs
 
-    async def job_queue(self) -> JobQueue:
-        """Return the queue as programs use it; what is put in is checked as far as it can be without a machine."""
+    async def job_queue(self, *, looks_often: bool = False) -> JobQueue:
+        """Return the queue as programs use it; what is put in is checked as far as it can be without a machine.
+
+        `looks_often`: it is read by many while this process writes, and is not to wait for that.
+        """
+        from runcomfy.adapters.stores.jobs import SqlJobs
+        from runcomfy.adapters.stores.jobs_beside import JobsBeside
         from runcomfy.application.job_queue import JobQueue
 
         async def check(request: JobRequest) -> None:
             await self.orchestrator().prepare(request)
 
-        return JobQueue(await self.job_store(), self.queue_settings, check=check, processes=self.processes)
+        store: JobStore = await self.job_store()
+        if looks_often and isinstance(store, SqlJobs):
+            store = await self._stack.enter_async_context(JobsBeside(store))
+        return JobQueue(store, self.queue_settings, check=check, processes=self.processes)
 
     async def open_transactions(self, *, older_than: timedelta) -> list[OpenTransaction] | None:
         """Return transactions of others that are open in the queue's database; None: it is a file."""
