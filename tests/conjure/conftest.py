@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ async def serving(clock: LoopClock, *, works: bool = True, **queue: Any) -> Asyn
     shut: list[bool] = []
     options = ServeOptions(pool=False, shut_down=lambda: shut.append(True))
     async with AsyncExitStack() as stack:
+        # Each look into the file is real work, in a story of minutes too.
+        queue = {"wake_interval": timedelta(milliseconds=100), **queue}
         app = await stack.enter_async_context(_Served(clock=clock, queue=queue))
         backend = await stack.enter_async_context(open_backend(app, options, host="127.0.0.1"))
         web = FastAPI()

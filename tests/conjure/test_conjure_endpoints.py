@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +310,15 @@ async def test_an_old_render_does_not_count_as_a_new_one(api: Any, project: Path
     assert answer["data"] == {"render_path": str(RENDER)}
 
 
+@pytest.fixture
+def agents_forgotten() -> Iterator[None]:
+    """Modules that a test puts into CONJURE's launcher folder are not there for the next one."""
+    yield
+    for name in ("instruction_manager", "backend_agent", "state_manager", "session_cleaner"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("agents_forgotten")
 async def test_conjures_agents_do_what_is_theirs_or_say_that_they_are_not_here(
     api: Any, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,3 +388,12 @@ async def test_in_cloud_mode_the_queue_rents_and_ends_the_machine(
     assert made["data"]["generation_mode"] == "cloud"
     assert state_of(project)["command"] == "import_and_process_mesh"
     assert len(cloud.launched) == 1
+
+
+async def test_one_client_cannot_begin_without_end(api: Any, comfyui: ComfyUIEmulator) -> None:
+    asked = {"prompt": "x", "num_inference_steps": 0}  # refused, but asked
+    seen = [(await api.send("POST", "/flux/generate", asked))[0] for _ in range(121)]
+    assert set(seen[:100]) == {422}
+    assert seen[120] == 429
+    assert (await api.get("/health"))["status"] == "healthy"
+    assert comfyui.run_log == []
