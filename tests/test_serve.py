@@ -262,7 +262,17 @@ def test_a_signal_drains_and_ends_the_machines(
     account: InThread[RunComfyEmulator], tmp_path: Path, number: signal.Signals
 ) -> None:
     _put(tmp_path, 3, seconds=2_000)
-    command = [sys.executable, "-m", "runcomfy.cli.main", "serve", "--no-guard", "--json", "--max-machines", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "runcomfy.cli.main",
+        "serve",
+        "--no-guard",
+        "--no-http",
+        "--json",
+        "--max-machines",
+        "2",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COMFYUI_AGENT_DRAIN": "1s"}
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
