@@ -19,8 +19,9 @@ from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 
 async def main(folder: Path, port: int) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    if sys.platform != "win32":  # where it is ended at once, and everything it emulates with it
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
     cloud = RunComfyEmulator(boot_time=0.5, delete_takes=0.3, requests_per_second=50.0, burst=50)
     async with cloud:
         overrides = {
