@@ -74,6 +74,9 @@ class Product:
         from launcher.web_app import create_app
         from runcomfy.adapters.log import configure_logging
 
+        access = logging.getLogger("uvicorn.access")
+        if not any(isinstance(each, _WithoutQueries) for each in access.filters):
+            access.addFilter(_WithoutQueries())
         app = await self._stack.enter_async_context(_app())
         configure_logging(app.settings)
         parts, host = serves(app.settings), app.settings.http.host
@@ -88,7 +91,21 @@ class Product:
         work = asyncio.create_task(app.serve(options, stop), name="serve")
         work.add_done_callback(_ended)
         self._stack.push_async_callback(_stopped, work, stop)
-        sys.stderr.write(f"the page, for you alone: {page_of(backend, host, app.settings.http.port).page}\n")
+        # Where the server listens is its own business; the settings say where it should.
+        page = page_of(backend, host, app.settings.http.port).page
+        sys.stderr.write(f"the page, for you alone (at the server's port, if that is another): {page}\n")
+
+
+class _WithoutQueries(logging.Filter):
+    """Keeps the server's access log from writing down what comes after the path: it may be a code that logs in."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass, the address in it cut."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                arg.partition("?")[0] if isinstance(arg, str) and arg.startswith("/") else arg for arg in record.args
+            )
+        return True
 
 
 def _app() -> App:

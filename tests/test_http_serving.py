@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
@@ -357,14 +358,22 @@ def test_what_it_cannot_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_asgi_application_opens_and_closes_with_its_server(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("RUNCOMFY_SERVE", "none")
+    monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
     product, told, said = Product(), asyncio.Queue[dict[str, Any]](), asyncio.Queue[dict[str, Any]]()
     lifespan = asyncio.create_task(product({"type": "lifespan"}, told.get, said.put))  # type: ignore[arg-type]
     told.put_nowait({"type": "lifespan.startup"})
     assert await said.get() == {"type": "lifespan.startup.complete"}
     assert "/?code=" in capsys.readouterr().err
+    access = logging.getLogger("uvicorn.access")
+    with caplog.at_level(logging.INFO, "uvicorn.access"):
+        access.info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:5", "GET", "/?code=secret", "1.1", 303)
+    assert caplog.messages[-1] == '127.0.0.1:5 - "GET / HTTP/1.1" 303', "a code is in no log"
     assert await _status(product, "127.0.0.1") == 200
     assert await _status(product, "192.0.2.7") == 403, "settings that say loopback do not guard a network"
     told.put_nowait({"type": "lifespan.shutdown"})
