@@ -58,6 +58,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNCOMFY_STATE_DIR", str(folder / "state"))
         patch.setenv("RUNCOMFY_CREDENTIALS_FILE", "/dev/null")
+        patch.chdir(folder)  # CONJURE's files lie where the server was started
         thread = threading.Thread(target=lambda: asyncio.run(serve()), name="api")
         thread.start()
         found, end = ready.result(timeout=60)

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from launcher.backend import Backend
 from launcher.conjure import places
-from launcher.conjure.errors import AgentMissing, MeshMissing, ServiceUnavailable
+from launcher.conjure.errors import AgentMissing, MeshMissing, RenderMissing, ServiceUnavailable
 from launcher.conjure.modes import Mode, ModeMemory
 from launcher.conjure.queued import QueueEngine
 from launcher.conjure.services import GenerationService, get_generation_service
@@ -154,7 +154,7 @@ class Desk:
             if now is not None and now != before:
                 return str(places.RENDER)
             await asyncio.sleep(_LOOK_SECONDS)
-        raise ServiceUnavailable(
+        raise RenderMissing(
             f"Blender has rendered no new picture within {RENDER_SECONDS:.0f} s",
             hint=f"see whether Blender runs with CONJURE's add-on; it writes {places.RENDER}",
         )

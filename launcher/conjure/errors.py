@@ -12,6 +12,7 @@ from typing import Any
 
 from runcomfy.domain.exceptions import (
     ConfigurationError,
+    DeadlineExceeded,
     InputFileMissing,
     LocalError,
     RunComfyError,
@@ -35,6 +36,10 @@ class ServiceUnavailable(ConfigurationError):
 
 class AgentMissing(ServiceUnavailable):
     """CONJURE's own agents are not part of this process."""
+
+
+class RenderMissing(DeadlineExceeded, TimeoutError):
+    """Blender has rendered no new picture in time."""
 
 
 class MeshMissing(InputFileMissing, FileNotFoundError):

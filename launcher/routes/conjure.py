@@ -2,11 +2,15 @@
 The endpoints that CONJURE's own programs call, with the bodies, envelopes and statuses they know.
 
     200     {"success", "message", "data"}; `X-Job-Id` names the job of a generation
-    422     a body or a value that does not fit
+    422     a body or a value that does not fit, a file that is not there or is not what it must be
     429     too many generations were asked for at once
-    500     whatever went wrong with the work; CONJURE reads the sentence in `detail`
     501     needs a part of CONJURE that is not in this process
+    502     the work failed; CONJURE reads the sentence in `detail`
     503     the mode cannot be used as this computer is set up, or the service is shutting down
+    504     Blender did not do its part in time
+
+CONJURE's own server answers 500 to everything but a body that does not fit; its programs look at whether it is 200, so
+that what kind of trouble it is can be said here. 500 is left for defects.
 
 No request holds up another: while a generation runs, everything else answers. A client that gives up loses nothing:
 the job goes on, its files get their places, and `/workflow/progress` and `/jobs` find it.
@@ -28,12 +32,22 @@ from launcher.conjure.desk import Desk, digest_of
 from launcher.conjure.engine import WATCHED, Shared
 from launcher.conjure.errors import AgentMissing, ServiceUnavailable
 from launcher.conjure.services import MODES
-from launcher.errors import error_body
-from runcomfy.domain.exceptions import Interrupted, RunComfyError, TooManyRequests, ValueInvalid, foreign_text
+from launcher.errors import error_body, status_of
+from runcomfy.domain.exceptions import (
+    InputFileInvalid,
+    InputFileMissing,
+    Interrupted,
+    RunComfyError,
+    TooManyRequests,
+    ValueInvalid,
+    foreign_text,
+)
 
 router = APIRouter(tags=["conjure"])
 
 JOB_HEADER: Final = "X-Job-Id"
+DEFECT: Final = 500
+FAILED: Final = 502
 LONGEST_TEXT: Final = 100_000
 IMPORTED_ABOVE: Final = 0.001
 """Parts of a mesh that are smaller than this (in Blender's units cubed) are dropped when it is imported."""
@@ -129,7 +143,10 @@ class StateSetRequest(BaseModel):
 
 
 def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Problem} for status in (400, 401, 403, 413, 415, 422, 429, 500, 503, *statuses)}
+    return {
+        status: {"model": Problem}
+        for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 502, 503, 504, 507, *statuses)
+    }
 
 
 async def desk_of(request: Request, backend: Annotated[Backend, Depends(backend_of)]) -> Desk:
@@ -156,7 +173,7 @@ def refusal(error: RunComfyError, doing: str, job_id: str = "") -> JSONResponse:
         wait = max(1, math.ceil(float(error.details.get("retry_after_s", 1))))
         return JSONResponse(body, 429, headers={"Retry-After": str(wait)})
     else:
-        status = 422 if isinstance(error, ValueInvalid) else 500
+        status = FAILED if (known := status_of(error)) == DEFECT else known
     return JSONResponse(body, status, headers={JOB_HEADER: job_id} if job_id else None)
 
 
@@ -220,7 +237,8 @@ def _unsuccessful(found: Mapping[str, Any], doing: str, job_id: str = "") -> JSO
     said = foreign_text(found.get("error") or "it did not succeed", 1_000)
     facts = {"code": str(found.get("error_code") or "workflow-failed"), "message": said, "hint": "", "details": {}}
     job_id = job_id or str(found.get("request_id") or found.get("job_id") or "")
-    status = 422 if facts["code"] == ValueInvalid.code else 500
+    bad = {kind.code for kind in (ValueInvalid, InputFileMissing, InputFileInvalid)}
+    status = 422 if facts["code"] in bad else FAILED
     headers = {JOB_HEADER: job_id} if job_id else None
     return JSONResponse({"detail": f"{doing}: {said}", "error": facts}, status, headers=headers)
 
@@ -431,7 +449,7 @@ async def render_gesture_camera(desk: At) -> APIResponse | JSONResponse:
     try:
         path = await desk.render()
     except RunComfyError as error:
-        return _failed(error, "Error rendering GestureCamera")
+        return refusal(error, "Error rendering GestureCamera")
     return APIResponse(success=True, message="GestureCamera render completed", data={"render_path": path})
 
 
@@ -443,12 +461,6 @@ async def import_mesh(asked: MeshImportRequest, desk: At) -> APIResponse | JSONR
     except RunComfyError as error:
         return refusal(error, "Error importing mesh")
     return APIResponse(success=True, message="Mesh import command sent to Blender", data=told)
-
-
-def _failed(error: RunComfyError, doing: str) -> JSONResponse:
-    answer = refusal(error, doing)
-    answer.status_code = 500
-    return answer
 
 
 # -- the state file ----------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ async def test_the_add_ons_button_imports_the_last_mesh(api: Any, conjure_projec
     assert (status, answer["success"], answer.get("error")) == (200, True, None)
     target.unlink()
     status, answer = await sent(api, "POST /blender/import_mesh", headers, body)
-    assert status == 500
+    assert status == 422
     assert isinstance(answer["detail"], str)
 
 

@@ -199,7 +199,7 @@ async def test_a_service_that_shuts_down_tells_who_waits_and_keeps_the_job(
 
 async def test_a_job_that_fails_is_told_with_its_reason(api: Any, project: Path, comfyui: ComfyUIEmulator) -> None:
     status, found, _ = await api.send("POST", "/flux/depth", DEPTH | {"control_image_path": "data/nothing.png"})
-    assert status == 500
+    assert status == 422
     assert "there is no file" in found["detail"]
     status, found, _ = await api.send("POST", "/flux/depth", DEPTH | {"num_inference_steps": 0})
     assert status == 422
@@ -209,7 +209,7 @@ async def test_a_job_that_fails_is_told_with_its_reason(api: Any, project: Path,
     assert found["detail"][0]["loc"] == ["body", "control_image_path"]
     (project / "broken.png").write_text("this is no picture", encoding="utf-8")
     status, found, _ = await api.send("POST", "/flux/depth", DEPTH | {"control_image_path": "broken.png"})
-    assert status == 500
+    assert status == 422
     assert "is not a picture" in found["detail"]
     assert comfyui.run_log == []
 
@@ -260,7 +260,7 @@ async def test_the_state_can_be_read_and_changed(api: Any, project: Path) -> Non
     assert status == 422
     (project / STATE).write_text('{"half', encoding="utf-8")
     status, found, _ = await api.send("GET", "/state")
-    assert status == 500
+    assert status == 503
     assert "holds no JSON object" in found["detail"]
     assert content(project / STATE) == b'{"half'
     assert (await api.get("/mode"))["generation_mode"] == "local_comfyui"
@@ -281,24 +281,24 @@ async def test_both_unified_calls_have_blender_import_the_mesh(
     assert told.items() <= state_of(project).items()
     (project / PROMPT).write_text("  \n", encoding="utf-8")
     status, found, _ = await api.send("POST", "/local_comfyui/flux_mesh_unified")
-    assert status == 500
+    assert status == 422
     assert "there is no prompt" in found["detail"]
 
 
 async def test_a_mesh_must_be_there_and_be_one(api: Any, project: Path) -> None:
     status, found, _ = await api.send("POST", "/blender/import_mesh", {"mesh_path": "data/none.glb"})
-    assert status == 500
+    assert status == 422
     assert "not found" in found["detail"]
     (project / "text.glb").write_text("this is no mesh at all", encoding="utf-8")
     status, found, _ = await api.send("POST", "/blender/import_mesh", {"mesh_path": "text.glb"})
-    assert status == 500
+    assert status == 422
     assert "no binary glTF" in found["detail"]
     assert "command" not in state_of(project)
 
 
 async def test_an_old_render_does_not_count_as_a_new_one(api: Any, project: Path) -> None:
     status, found, _ = await api.send("POST", "/blender/render_gesture_camera")
-    assert status == 500
+    assert status == 504
     assert "no new picture" in found["detail"]
 
     async def blender() -> None:

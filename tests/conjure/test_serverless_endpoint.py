@@ -35,7 +35,9 @@ DEPTH = {
 async def deployment(
     clock: LoopClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[ServerlessEmulator]:
-    async with ServerlessEmulator(now=clock.now, folder=tmp_path / "cloud", cold_start=20, comfyui_speed=10) as emulator:
+    async with ServerlessEmulator(
+        now=clock.now, folder=tmp_path / "cloud", cold_start=20, comfyui_speed=10
+    ) as emulator:
         for name, value in emulator.environment().items():
             monkeypatch.setenv(name, value)
         yield emulator
