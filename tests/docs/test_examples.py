@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -31,6 +32,7 @@ TESTED_BELOW = {
     "make_render.py",
     "what_it_cost.py",
     "serve_a_queue.py",
+    "http_api.py",
 }
 EMULATOR_TESTS = runpy.run_path(str(EXAMPLES / "test_with_emulators.py"))
 
@@ -160,6 +162,48 @@ def test_a_job_is_put_into_the_queue_and_followed(
     word, runs, path = first[-1].split(" ", 2)
     assert (word, runs) == ("done", "1")
     assert Path(path).is_file()
+
+
+@contextmanager
+def service(url: str, state: Path) -> Iterator[str]:
+    """The API over somebody's ComfyUI, as in another terminal; gives its address."""
+    command = [sys.executable, "-m", "runcomfy.cli.main", "serve", "--server", url, "--port", "0", "--json"]
+    env = {**os.environ, "RUNCOMFY_STATE_DIR": str(state)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=env) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if (address := json.loads(line).get("address")) is not None:
+                    yield address
+                    break
+            else:
+                pytest.fail("it never listened")
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+    assert process.returncode in (0, 1, 130)  # 1: Windows ends it without asking
+
+
+def test_a_job_is_sent_followed_and_fetched_over_http(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COMFYUI_AGENT_DATABASE", str(tmp_path / "queue.db"))
+    monkeypatch.setenv("COMFYUI_AGENT_JOBS_FINISHED", str(tmp_path / "finished"))
+    monkeypatch.setenv("RUNCOMFY_STATE_DIR", str(tmp_path / "state"))
+    with served(lambda: ComfyUIEmulator(speed=20)) as server, service(server.emulator.url, tmp_path / "state") as api:
+        monkeypatch.setenv("COMFYCTL_SERVE", api)
+        run("http_api.py")
+        first = capsys.readouterr().out.splitlines()
+        run("http_api.py")  # the same key: the same job
+        second = capsys.readouterr().out.splitlines()
+        assert len(server.call(lambda emulator: list(emulator.run_log))) == 1
+    story = ["enqueued", "claimed", "submitting", "submitted", "done"]
+    assert [line for line in first[1:-1] if not line.endswith("%")] == story
+    assert second[1:-1] == story
+    assert (first[0].split()[:2], second[0].split()[:2]) == (["job", "1"], ["job", "1"])
+    assert second[-1] == first[-1]
+    assert re.fullmatch(r"done inverted\.png True [0-9a-f]{64}", first[-1])
 
 
 def test_own_comfyui_needs_no_account(
