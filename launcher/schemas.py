@@ -40,7 +40,7 @@ class JobOrder(_Order):
     workflow: Annotated[str, StringConstraints(min_length=1, max_length=NAME_LIMIT)] | dict[str, Any] = Field(
         description="The name of a workflow that `GET /workflows` lists, or a graph in ComfyUI's API format."
     )
-    prompt: Words | None = None
+    prompt: Words | None = Field(None, description="What to make.")
     negative: Words | None = Field(None, description="The negative prompt, for workflows that have one.")
     seed: Seed | None = Field(None, description="Left out: a random one.")
     image: str | None = Field(None, description="`data:image/png;base64,…`, or `upload:ID` of `POST /uploads`.")
@@ -53,60 +53,82 @@ class JobOrder(_Order):
     sets: Annotated[dict[Name, Any], Field(max_length=MOST_VALUES)] = Field(
         default_factory=dict, description="`NODE.input` -> value."
     )
-    convert: Literal["png", "jpg", "webp"] | None = None
-    priority: Annotated[int, Field(ge=1, le=999, strict=True)] | None = None
-    timeout_s: Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT_S, allow_inf_nan=False)] | None = None
-    server_type: Name | None = None
-    user: Name = ""
-    project: Name = ""
-    metadata: dict[str, Any] = Field(default_factory=dict)
-    job_type: Name | None = None
-    retry_limit: Annotated[int, Field(ge=0, le=100, strict=True)] | None = None
-    webhook_url: Annotated[str, StringConstraints(max_length=2_000)] | None = None
-    dry_run: bool = False
+    convert: Literal["png", "jpg", "webp"] | None = Field(None, description="Make pictures of this kind.")
+    priority: Annotated[int, Field(ge=1, le=999, strict=True)] | None = Field(
+        None, description="1 runs first; left out: 50, or what the queue's settings say."
+    )
+    timeout_s: Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT_S, allow_inf_nan=False)] | None = Field(
+        None, description="Seconds that one try may take."
+    )
+    server_type: Name | None = Field(
+        None, description="The type of machine it needs; left out: any that may be rented."
+    )
+    user: Name = Field("", description="For whom: limits and costs are counted by it.")
+    project: Name = Field("", description="For what: costs are counted by it.")
+    metadata: dict[str, Any] = Field(default_factory=dict, description="Yours; kept with the job.")
+    job_type: Name | None = Field(None, description="For limits by type of job.")
+    retry_limit: Annotated[int, Field(ge=0, le=100, strict=True)] | None = Field(
+        None, description="Tries after the first."
+    )
+    webhook_url: Annotated[str, StringConstraints(max_length=2_000)] | None = Field(
+        None, description="Told when the job has ended; public addresses only."
+    )
+    dry_run: bool = Field(False, description="Only say whether it could run, and what it would take and cost.")
 
 
 class JobChange(_Order):
     """A job's place in the queue."""
 
-    priority: Annotated[int, Field(ge=1, le=999, strict=True)] | None = None
-    first: Literal[True] | None = None
+    priority: Annotated[int, Field(ge=1, le=999, strict=True)] | None = Field(None, description="1 runs first.")
+    first: Literal[True] | None = Field(None, description="Before all others.")
 
 
 class Again(_Order):
     """The same job once more, with another seed."""
 
-    seed: Seed | None = None
+    seed: Seed | None = Field(None, description="Left out: a random one.")
 
 
 class PauseOrder(_Order):
     """Why the queue is paused."""
 
-    message: Annotated[str, StringConstraints(max_length=500, pattern=_NO_CONTROLS)] = ""
+    message: Annotated[str, StringConstraints(max_length=500, pattern=_NO_CONTROLS)] = Field(
+        "", description="Why; shown wherever the queue is looked at."
+    )
 
 
 class StopOrder(_Order):
     """Stopping a machine must be meant."""
 
-    confirm: bool = False
+    confirm: bool = Field(False, description="Must be true, else the answer is 409.")
 
 
 class PresenceOrder(_Order):
     """Somebody is there, or work comes."""
 
-    event: Literal["opened", "left", "intent", "batch"]
-    source: Annotated[str, StringConstraints(min_length=1, max_length=NAME_LIMIT, pattern=_NO_CONTROLS)] = "page"
-    seconds: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
-    jobs: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = None
-    user: Name = ""
+    event: Literal["opened", "left", "intent", "batch"] = Field(
+        description="Somebody is there; is gone; will want something soon; a batch comes."
+    )
+    source: Annotated[str, StringConstraints(min_length=1, max_length=NAME_LIMIT, pattern=_NO_CONTROLS)] = Field(
+        "page", description="Who says it; each source is scored by what followed."
+    )
+    seconds: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = Field(
+        None, description="How long it holds; of a batch: how long its work takes in all."
+    )
+    jobs: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = Field(
+        None, description="How many jobs a batch has; it must say so."
+    )
+    user: Name = Field("", description="For whom.")
 
 
 class EstimateOrder(_Order):
     """Runs that have not been asked for yet."""
 
-    workflow: Annotated[str, StringConstraints(min_length=1, max_length=NAME_LIMIT, pattern=_NO_CONTROLS)]
-    server_type: Name | None = None
-    count: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] = 1
+    workflow: Annotated[str, StringConstraints(min_length=1, max_length=NAME_LIMIT, pattern=_NO_CONTROLS)] = Field(
+        description="Its name."
+    )
+    server_type: Name | None = Field(None, description="On which type of machine; left out: the usual one.")
+    count: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] = Field(1, description="How many runs of it.")
 
 
 # -- what is given -----------------------------------------------------------------------------------------
