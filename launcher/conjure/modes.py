@@ -46,7 +46,8 @@ class ModeMemory:
         if written is None:
             return Mode(fallback)
         shown = foreign_text(written, 60)
-        reason = "is a choice of the multi-view pipeline" if written in ANOTHER_PIPELINES else "is not a mode"
+        elsewhere = isinstance(written, str) and written in ANOTHER_PIPELINES
+        reason = "is a choice of the multi-view pipeline" if elsewhere else "is not a mode"
         return Mode(fallback, f"{KEY} in the state file is {shown!r}, which {reason}; {fallback} goes on to hold")
 
 

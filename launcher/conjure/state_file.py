@@ -180,6 +180,20 @@ def check(changes: Mapping[str, Any]) -> None:
         raise ValueInvalid("the values are too large", hint=f"at most {MAX_BYTES >> 20} MiB")
 
 
+def as_json(state: Mapping[str, Any]) -> str:
+    """Return a state as JSON that every reader takes. Raises StateUnreadable: its values are too deep.
+
+    Others write what their JSON library lets through: half characters are escaped, what is no number becomes null.
+    """
+    try:
+        text = json.dumps(dict(state))
+        if "NaN" in text or "Infinity" in text:
+            text = json.dumps(json.loads(text, parse_constant=lambda _: None))
+    except RecursionError as error:
+        raise StateUnreadable("the state's values are too deep", hint="see what wrote them") from error
+    return text
+
+
 def _parsed(raw: bytes) -> tuple[State | None, str]:
     if len(raw) > MAX_BYTES:
         return None, f"it is larger than {MAX_BYTES >> 20} MiB"

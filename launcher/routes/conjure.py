@@ -32,7 +32,10 @@ from launcher.conjure.desk import Desk, digest_of
 from launcher.conjure.engine import WATCHED, Shared
 from launcher.conjure.errors import AgentMissing, ServiceUnavailable
 from launcher.conjure.services import MODES
+from launcher.conjure.state_file import as_json
 from launcher.errors import error_body, status_of
+from launcher.guarding.guard import Principal
+from launcher.views import without_paths
 from runcomfy.domain.exceptions import (
     InputFileInvalid,
     InputFileMissing,
@@ -157,7 +160,13 @@ async def desk_of(request: Request, backend: Annotated[Backend, Depends(backend_
     return desk
 
 
+async def sender_of(request: Request, backend: Annotated[Backend, Depends(backend_of)]) -> Principal:
+    """Return who sent the request."""
+    return backend.guard.principal_of(request)
+
+
 At = Annotated[Desk, Depends(desk_of)]
+Who = Annotated[Principal, Depends(sender_of)]
 
 
 def refusal(error: RunComfyError, doing: str, job_id: str = "") -> JSONResponse:
@@ -211,12 +220,13 @@ def job_of(watched: list[Shared]) -> str:
 
 
 async def _image(
-    desk: Desk, response: Response, call: str, doing: str, words: str, *keys: str, **asked: Any
+    desk: Desk, who: Principal, response: Response, call: str, doing: str, words: str, *keys: str, **asked: Any
 ) -> APIResponse | JSONResponse:
     """Generate something in the mode that holds, and tell `keys` of the result."""
     watched: list[Shared] = []
     try:
         await desk.begin()
+        await desk.name_files(who, *(asked[key] for key in ("control_image_path", "image_path") if key in asked))
         await desk.admit()
         mode = await desk.mode()
         found = await generated(desk, lambda: desk.generate(mode.name, call, **asked), watched)
@@ -228,13 +238,13 @@ async def _image(
     more = ("job_id", "prompt_id", "cost", "not_applied", "reused")
     data |= {key: found[key] for key in more if key in found}
     if mode.note:
-        data["mode_note"] = mode.note
+        data["mode_note"] = without_paths(mode.note)
     _name_job(response, found, watched)
     return APIResponse(success=True, message=f"{words} using {mode.name.upper()} mode", data=data)
 
 
 def _unsuccessful(found: Mapping[str, Any], doing: str, job_id: str = "") -> JSONResponse:
-    said = foreign_text(found.get("error") or "it did not succeed", 1_000)
+    said = without_paths(foreign_text(found.get("error") or "it did not succeed", 1_000))
     facts = {"code": str(found.get("error_code") or "workflow-failed"), "message": said, "hint": "", "details": {}}
     job_id = job_id or str(found.get("request_id") or found.get("job_id") or "")
     bad = {kind.code for kind in (ValueInvalid, InputFileMissing, InputFileInvalid)}
@@ -309,7 +319,7 @@ async def mode(desk: At) -> dict[str, Any]:
     }
     return {
         "generation_mode": holds.name,
-        "note": holds.note or None,
+        "note": without_paths(holds.note) or None,
         "available_modes": list(MODES),
         **{f"{name}_available": able for name, (able, _) in found.items()},
         "services": services,
@@ -320,10 +330,11 @@ async def mode(desk: At) -> dict[str, Any]:
 
 
 @router.post("/flux/generate", response_model=APIResponse, responses=_fails())
-async def flux_generate(asked: FluxRequest, desk: At, response: Response) -> APIResponse | JSONResponse:
+async def flux_generate(asked: FluxRequest, desk: At, who: Who, response: Response) -> APIResponse | JSONResponse:
     """Make a picture from words."""
     return await _image(
         desk,
+        who,
         response,
         "generate_flux_image",
         "Error generating FLUX image",
@@ -335,10 +346,11 @@ async def flux_generate(asked: FluxRequest, desk: At, response: Response) -> API
 
 
 @router.post("/flux/depth", response_model=APIResponse, responses=_fails())
-async def flux_depth(asked: FluxDepthRequest, desk: At, response: Response) -> APIResponse | JSONResponse:
+async def flux_depth(asked: FluxDepthRequest, desk: At, who: Who, response: Response) -> APIResponse | JSONResponse:
     """Make a picture from words over the depth of another; its mesh is made in the same run, and kept."""
     return await _image(
         desk,
+        who,
         response,
         "generate_flux_depth_image",
         "Error generating FLUX Depth image",
@@ -350,10 +362,11 @@ async def flux_depth(asked: FluxDepthRequest, desk: At, response: Response) -> A
 
 
 @router.post("/partpacker/generate_3d", response_model=APIResponse, responses=_fails())
-async def partpacker(asked: PartPackerRequest, desk: At, response: Response) -> APIResponse | JSONResponse:
+async def partpacker(asked: PartPackerRequest, desk: At, who: Who, response: Response) -> APIResponse | JSONResponse:
     """Return the mesh of a picture; one that was made with the picture costs nothing more."""
     return await _image(
         desk,
+        who,
         response,
         "generate_3d_model",
         "Error generating 3D model",
@@ -454,9 +467,10 @@ async def render_gesture_camera(desk: At) -> APIResponse | JSONResponse:
 
 
 @router.post("/blender/import_mesh", response_model=APIResponse, responses=_fails())
-async def import_mesh(asked: MeshImportRequest, desk: At) -> APIResponse | JSONResponse:
+async def import_mesh(asked: MeshImportRequest, desk: At, who: Who) -> APIResponse | JSONResponse:
     """Have Blender import a mesh."""
     try:
+        await desk.name_files(who, asked.mesh_path)
         told = await desk.import_mesh(asked.mesh_path, asked.min_volume_threshold)
     except RunComfyError as error:
         return refusal(error, "Error importing mesh")
@@ -467,13 +481,13 @@ async def import_mesh(asked: MeshImportRequest, desk: At) -> APIResponse | JSONR
 
 
 @router.get("/state", response_model=APIResponse, responses=_fails())
-async def get_state(desk: At) -> APIResponse | JSONResponse:
+async def get_state(desk: At) -> Response:
     """Return the whole state."""
     try:
-        state = await asyncio.to_thread(desk.state.read)
+        text = await asyncio.to_thread(lambda: as_json(desk.state.read()))
     except RunComfyError as error:
         return refusal(error, "Error getting state")
-    return APIResponse(success=True, message="State retrieved", data=state)
+    return Response(f'{{"success": true, "message": "State retrieved", "data": {text}}}', media_type="application/json")
 
 
 @router.post("/state/update", response_model=APIResponse, responses=_fails())

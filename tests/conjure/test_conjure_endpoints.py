@@ -214,7 +214,7 @@ async def test_a_job_that_fails_is_told_with_its_reason(api: Any, project: Path,
     assert comfyui.run_log == []
 
 
-@pytest.mark.parametrize("written", ["standard", "turbo", "nonsense", 7])
+@pytest.mark.parametrize("written", ["standard", "turbo", "nonsense", 7, ["cloud"], {"cloud": 1}])
 async def test_the_add_ons_own_modes_do_not_break_the_api(api: Any, project: Path, written: Any) -> None:
     assert (await api.get("/mode"))["generation_mode"] == "local_comfyui"
     write_state(project, generation_mode=written)
@@ -243,6 +243,16 @@ async def test_mode_says_what_can_be_used_and_why_not(api: Any, project: Path, m
     assert (await fresh.mode()).name == "local"
     monkeypatch.setenv("CONJURE_GENERATION_MODE", "cloud")
     assert (await fresh.mode()).name == "cloud"
+
+
+async def test_whatever_others_wrote_into_the_state_is_told(api: Any, project: Path) -> None:
+    deep = "[" * 400 + "]" * 400
+    text = f'{{"half": "\\ud800", "none": NaN, "far": 1e999, "deep": {deep}}}'
+    (project / STATE).write_text(text, encoding="utf-8")
+    state = (await api.get("/state"))["data"]
+    assert state == {"half": "\ud800", "none": None, "far": None, "deep": json.loads(deep)}
+    await api.post("/state/set/own", {"value": 1})
+    assert (await api.get("/state"))["data"] == state | {"own": 1}
 
 
 async def test_the_state_can_be_read_and_changed(api: Any, project: Path) -> None:
