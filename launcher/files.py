@@ -42,8 +42,9 @@ _RANGE: Final = re.compile(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*\Z")
 
 NOTHING: Final = (0, 0)
 
-Mark = tuple[str, int, int, int, int]
-"""Of an open file: path, device, number, size, time of change in nanoseconds."""
+Mark = tuple[str, int, int, int, int, int]
+"""Of an open file: path, device, number, size, times of change in nanoseconds; of these anybody can set the first back,
+nobody the second."""
 
 _HASHED: Final[OrderedDict[Mark, str]] = OrderedDict()
 
@@ -172,7 +173,7 @@ def _changed(wanted: Wanted) -> Gone:
 
 def _hash(file: BinaryIO, path: str) -> str:
     stat = os.fstat(file.fileno())
-    mark = (path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    mark = (path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     known = _HASHED.get(mark)
     if known is None:
         digest = hashlib.sha256()

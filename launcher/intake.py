@@ -436,10 +436,9 @@ class Intake:
         """Refuse what could never be run, and what would read a file of this computer that is no upload.
 
         A plain text where a workflow takes a file would be read from here if a file of that name is here when the job
-        runs, which nobody can know now.
+        runs, which nobody can know now. It is refused before anything is looked at: what is here is nobody's business.
         """
-        prepared = await self._app.orchestrator().prepare(request)
-        workflow, sidecar = prepared.workflow, prepared.sidecar or Sidecar()
+        workflow, sidecar = await self._graph(request)
         for name, value in request.inputs.items():
             plain = isinstance(value, str) and not value.startswith("@")
             if plain and _takes_file(name, workflow, sidecar, request):
@@ -448,9 +447,16 @@ class Intake:
                     f"inputs.{foreign_text(name, 80)} takes a file, and {shown!r} is none that was sent",
                     hint="send it with POST /uploads and write upload:ID; a file on ComfyUI's side is named in sets",
                 )
+        prepared = await self._app.orchestrator().prepare(request)
         given = {path for _, path in input_files(request)}
         if any(upload.path in given and not self._uploads.holds(upload.path) for upload in prepared.bound.uploads):
             raise ValueInvalid("over HTTP only uploads can be inputs", hint="send the file with POST /uploads")
+
+    async def _graph(self, request: JobRequest) -> tuple[Workflow, Sidecar]:
+        if not isinstance(request.workflow, str):
+            return Workflow.parse(request.workflow), Sidecar()
+        text, toml, name = await asyncio.to_thread(self._app.workflow_files(), request.workflow)
+        return Workflow.parse(text, name=name), Sidecar.parse(toml, name=name) if toml is not None else Sidecar()
 
     async def _estimate(self, new: NewJob, order: JobOrder) -> Mapping[str, Any] | None:
         try:

@@ -61,7 +61,12 @@ class _Forwarded(logging.Handler):
 
 
 def _log_here() -> None:
-    for name, level in (("uvicorn", logging.WARNING), ("launcher", logging.INFO)):
+    for name, level in (
+        ("uvicorn", logging.WARNING),
+        ("launcher", logging.INFO),
+        # What is wrong with a form is told to whoever sent it; without a handler it would go to the terminal.
+        ("python_multipart", logging.CRITICAL),
+    ):
         logger = logging.getLogger(name)
         if not any(isinstance(handler, _Forwarded) for handler in logger.handlers):
             logger.addHandler(_Forwarded())

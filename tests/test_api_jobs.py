@@ -7,6 +7,8 @@ import base64
 import hashlib
 import io
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,13 @@ async def test_a_result_that_was_changed_on_the_disk_is_not_sent(serving_api: Se
         assert (await api.get(url)).status == 200
         path.write_bytes(bytes([data[0] ^ 1]) + data[1:])  # as long as before
         refused(await api.get(url), 410, "not the file any more")
+        path.write_bytes(data)
+        before = path.stat()
+        assert (await api.get(url)).status == 200
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # whoever sets the time back is found out
+        if sys.platform != "win32":
+            refused(await api.get(url), 410, "not the file any more")
         path.write_bytes(data + b"more")
         refused(await api.get(url), 410, "not the file any more")
         refused(await api.get(job["outputs"][0]["thumbnail"]), 410)
@@ -292,6 +301,26 @@ SMUGGLED: list[dict[str, Any]] = [
     {"sets": {"1.image": "@"}},
     {"inputs": {"1_image": "SECRET"}},
 ]
+
+
+async def test_what_lies_on_this_computer_is_not_told(tmp_path: Path, clock: LoopClock) -> None:
+    (tmp_path / "words.txt").write_text("no picture")
+    async with serving_web(tmp_path, clock) as api:
+        for name in ("image", "1_image"):
+            for path in (tmp_path / "words.txt", tmp_path / "nothing", tmp_path):
+                answer = await api.post("/jobs", {"workflow": "image_invert", "inputs": {name: str(path)}})
+                refused(answer, 422, "is none that was sent")  # the same words, whatever is there
+
+
+async def test_what_is_wrong_with_a_form_is_no_news_for_the_terminal(
+    serving_api: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving_api() as api:
+        answer = await api.ask(
+            "POST", "/jobs", data=b"junk", headers={"Content-Type": "multipart/form-data; boundary=b"}
+        )
+        refused(answer, 422, "multipart")
+    assert not [record for record in caplog.records if record.name.startswith("python_multipart")]
 
 
 async def test_no_path_of_the_server_gets_in(tmp_path: Path, clock: LoopClock) -> None:
