@@ -105,7 +105,7 @@ class Incoming:
         if self._size > self._store.most_bytes:
             raise TooLarge(
                 f"the file has more than {self._store.most_bytes // 1024**2} MB",
-                hint="make it smaller, or raise RUNCOMFY_HTTP_MAX_UPLOAD_BYTES",
+                hint="make it smaller, or raise RUNCOMFY_HTTP_MAX_UPLOAD",
             )
         await asyncio.to_thread(self._write, data)
 
