@@ -11,6 +11,7 @@ import asyncio
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from launcher.conjure.modes import Mode, ModeMemory
 from launcher.conjure.queued import QueueEngine
 from launcher.conjure.services import GenerationService, get_generation_service
 from launcher.conjure.state_file import StateFile
+from launcher.guarding.guard import Principal
 from runcomfy.adapters.files import open_regular
 from runcomfy.conjure.progress_tracker import STAGED, FluxMeshProgressTracker, progress_tracker
 from runcomfy.domain.exceptions import InputFileInvalid, LocalError, RunComfyError, ValueInvalid, foreign_text
@@ -42,6 +44,7 @@ RENDER_SECONDS: Final = 10.0
 """How long Blender may take for a picture; it writes one every 3 s anyway."""
 _LOOK_SECONDS: Final = 0.1
 _MOST_REMEMBERED: Final = 1_000
+LARGEST_MESH: Final = 1 << 30
 
 
 class Desk:
@@ -79,6 +82,21 @@ class Desk:
         guard, counts = self.backend.guard, await self.backend.queue.counts()
         waiting = counts.get(QueueStatus.PENDING, 0)
         guard.admit_jobs(guard.principal("conjure"), 1, waiting=waiting)
+
+    async def name_files(self, who: Principal, *paths: str) -> None:
+        """Let a client name files. Raises ValueInvalid: it may not name these.
+
+        These endpoints ask for no token, so anybody on this computer, other users too, could otherwise have files
+        read that only this process may read, or find out which there are.
+        """
+        if who.kind != "conjure" or self.backend.guard.http.conjure_anywhere:
+            return
+        for path in paths:
+            if not await asyncio.to_thread(self.places.holds, path):
+                raise ValueInvalid(
+                    "the file is outside of CONJURE's folder",
+                    hint="put it into that folder, send the token, or set RUNCOMFY_HTTP_CONJURE_ANYWHERE=true",
+                )
 
     # -- modes and services --------------------------------------------------------------------------------
 
@@ -258,17 +276,17 @@ class Desk:
 
 def check_mesh(path: Path) -> None:
     """Make sure that a file is a binary glTF. Raises FileNotFoundError, InputFileInvalid."""
-    if "\0" in str(path):
-        raise ValueInvalid("that is no path")
     try:
         with open_regular(path, follow=True) as file:
-            head = file.read(12)
+            head, size = file.read(12), os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
         raise MeshMissing(f"Mesh file not found: {foreign_text(path.name, 200)}", hint="check the path") from error
     except OSError as error:
         raise InputFileInvalid(f"the mesh cannot be read: {foreign_text(error.strerror or error)}") from error
     if head[:4] != b"glTF" or len(head) < 12:
         raise InputFileInvalid("the file is no binary glTF (.glb)", hint="import meshes as .glb files")
+    if size > LARGEST_MESH:
+        raise InputFileInvalid(f"the mesh is larger than {LARGEST_MESH >> 20} MiB", hint="simplify it")
 
 
 def digest_of(instruction: Mapping[str, Any]) -> str:

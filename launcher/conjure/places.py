@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -26,7 +27,7 @@ from runcomfy.adapters.files import (
     open_regular,
     remove_quietly,
 )
-from runcomfy.domain.exceptions import DownloadFailed
+from runcomfy.domain.exceptions import DownloadFailed, ValueInvalid
 
 FLUX_IMAGE: Final = Path("data", "generated_images", "flux", "flux.png")
 FLUX_RESULTS: Final = Path("data", "generated_images", "flux_results")
@@ -69,8 +70,31 @@ class Places:
     """The working directory of CONJURE: the folder that has `data/`."""
 
     def at(self, path: str | os.PathLike[str]) -> Path:
-        """Return where a path of CONJURE's is."""
-        return self.root / Path(path).expanduser() if str(path).startswith("~") else self.root / path
+        """Return where a path of CONJURE's is. Raises ValueInvalid: that is no path."""
+        if "\0" in str(path):
+            raise ValueInvalid("that is no path")
+        try:
+            return self.root / Path(path).expanduser() if str(path).startswith("~") else self.root / path
+        except RuntimeError as error:
+            raise ValueInvalid("that is no path: there is no such user", hint="write the whole path") from error
+
+    def holds(self, path: str) -> bool:
+        """Whether a path lies in this project: as it is written, and where its links lead.
+
+        The project is its folder and what `data` in it leads to. A path that cannot be followed counts as outside;
+        for one that is written as outside nothing is looked at, so that nothing can be learned of it.
+        """
+        if "\0" in path or path.startswith("~") or ".." in re.split(r"[/\\]", path):
+            return False
+        homes = (self.root, self.root.resolve(), (self.root / "data").resolve())
+        written = Path(os.path.abspath(self.root / path))  # noqa: PTH100 - `resolve` would look at it
+        if not any(written.is_relative_to(home) for home in homes):
+            return False
+        try:
+            led = written.resolve()
+        except (OSError, RuntimeError):  # links in a circle
+            return False
+        return any(led.is_relative_to(home) for home in homes)
 
     def publish(self, results: Mapping[Path, Verified]) -> None:
         """Put copies of results at their places: all are written and compared before the first is renamed.

@@ -16,9 +16,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from uuid import uuid4
 
 from launcher.conjure.errors import PictureMissing
-from runcomfy.adapters.files import local_error, make_private_dir, open_regular, write_atomically
+from runcomfy.adapters.files import (
+    DISK,
+    local_error,
+    make_private_dir,
+    open_regular,
+    remove_quietly,
+    write_atomically,
+)
 from runcomfy.adapters.media import check_input_image, likely_extension
 from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, foreign_text
 
@@ -26,6 +34,12 @@ TRIES: Final = 40
 PAUSE_SECONDS: Final = 0.1
 """Together longer than the add-on takes for one picture."""
 MAX_BYTES: Final = 256 * 1024**2
+_NO_FILE: Final = frozenset(
+    getattr(errno, name)
+    for name in "EINVAL EACCES EPERM ENXIO ENODEV ENAMETOOLONG ELOOP ENOTDIR EISDIR".split()  # noqa: SIM905
+    if hasattr(errno, name)
+)
+"""The path leads to no ordinary file that may be read: the caller's mistake, not this computer's."""
 KEPT_SECONDS: Final = 30 * 24 * 3_600
 """Jobs of the queue may be run again from their inputs for so long."""
 
@@ -51,20 +65,16 @@ def snapshot(picture: Path, folder: Path, *, max_pixels: int) -> Snapshot:
         data = _read_still(picture)
         if data is None:
             continue
-        kept = _keep(data, folder)
         try:
-            check_input_image(kept, max_pixels=max_pixels)
-        except InputFileInvalid as error:
-            _forget(kept)
+            return _keep(data, folder, max_pixels=max_pixels)
+        except _Broken as error:
             broken = InputFileInvalid(
-                error.message.replace(foreign_text(str(kept), limit=512), foreign_text(str(picture), limit=512)),
-                hint=error.hint,
-                details=error.details,
+                error.of.message.replace(foreign_text(error.path, limit=512), foreign_text(str(picture), limit=512)),
+                hint=error.of.hint,
+                details=error.of.details,
             )
             if not _is_cut(data):
                 break  # waiting would not make a picture of it
-            continue
-        return Snapshot(str(kept), kept.stem)
     raise broken or InputFileInvalid(
         f"{foreign_text(str(picture), limit=512)} is being written all the time",
         hint="wait until the program that writes it has ended",
@@ -76,21 +86,23 @@ def _read_still(picture: Path) -> bytes | None:
     try:
         with open_regular(picture, follow=True) as file:
             before = os.fstat(file.fileno())
-            data = file.read(MAX_BYTES + 1)
+            if before.st_size > MAX_BYTES:
+                raise InputFileInvalid(
+                    f"{foreign_text(str(picture), limit=512)} is larger than {MAX_BYTES >> 20} MiB",
+                    hint="make it smaller",
+                )
+            data = file.read(before.st_size + 1)
             after = os.fstat(file.fileno())
     except FileNotFoundError as error:
         raise PictureMissing(
             f"there is no file {foreign_text(str(picture), limit=512)}", hint="check the path", details={}
         ) from error
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EACCES, errno.EPERM):
+        if isinstance(error, OSError) and error.errno not in _NO_FILE:
             raise local_error(error, picture, "read") from error
-        words = "is a folder, not a file" if picture.is_dir() else f"cannot be read: {foreign_text(error)}"
+        is_folder = os.path.isdir(picture)  # noqa: PTH112 - `Path.is_dir` fails for a path that is too long
+        words = "is a folder, not a file" if is_folder else f"cannot be read: {foreign_text(error)}"
         raise InputFileMissing(f"{foreign_text(str(picture), limit=512)} {words}", hint="check the path") from error
-    if len(data) > MAX_BYTES:
-        raise InputFileInvalid(
-            f"{foreign_text(str(picture), limit=512)} is larger than {MAX_BYTES >> 20} MiB", hint="make it smaller"
-        )
     still = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and len(data) == after.st_size
     return data if still else None
 
@@ -100,27 +112,37 @@ def _is_cut(data: bytes) -> bool:
     return not data or data.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF", b"GIF8"))
 
 
-def _keep(data: bytes, folder: Path) -> Path:
+class _Broken(Exception):
+    """What was read is no whole picture."""
+
+    def __init__(self, of: InputFileInvalid, path: str) -> None:
+        super().__init__(of.message)
+        self.of, self.path = of, path
+
+
+def _keep(data: bytes, folder: Path, *, max_pixels: int) -> Snapshot:
+    """Keep a picture under its hash. Several callers may keep the same one at once. Raises _Broken, LocalError."""
     digest = hashlib.sha256(data).hexdigest()
-    raw = folder / f"{digest}.bin"
-    found = next((path for path in folder.glob(f"{digest}.*") if path.suffix != ".bin"), None)
-    if found is not None:
-        with suppress(OSError):
+    for found in folder.glob(f"{digest}.*"):
+        with suppress(OSError, InputFileInvalid, InputFileMissing):  # then it is written anew
+            check_input_image(found, max_pixels=max_pixels)
             os.utime(found)
-        return found
-    write_atomically(raw, data, durable=False)
-    final = raw.with_suffix(likely_extension(raw)) if data else raw
-    if final != raw:
+            return Snapshot(str(found), digest)
+    # Under a name of this call's own until it is known to be a picture, and which.
+    own = folder / f".tmp-{uuid4().hex}"
+    try:
+        write_atomically(own, data, durable=False)
         try:
-            raw.replace(final)
-        except OSError as error:
-            raise local_error(error, final, "write") from error
-    return final
-
-
-def _forget(kept: Path) -> None:
-    with suppress(OSError):
-        kept.unlink()
+            check_input_image(own, max_pixels=max_pixels)
+        except InputFileInvalid as error:
+            raise _Broken(error, str(own)) from error
+        final = folder / f"{digest}{likely_extension(own)}"
+        DISK.replace(os.fspath(own), os.fspath(final))
+    except OSError as error:
+        raise local_error(error, folder, "write to") from error
+    finally:
+        remove_quietly(own)
+    return Snapshot(str(final), digest)
 
 
 def sweep(folder: Path, *, now: float | None = None) -> None:

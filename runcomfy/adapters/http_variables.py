@@ -81,6 +81,12 @@ HTTP_VARIABLES: Final = (
         "Whether CONJURE's own endpoints answer on loopback without the token.",
     ),
     Variable(
+        "RUNCOMFY_HTTP_CONJURE_ANYWHERE",
+        OPENING,
+        "http.conjure_anywhere",
+        "Whether requests without the token may name pictures and meshes outside of CONJURE's folder.",
+    ),
+    Variable(
         "RUNCOMFY_HTTP_ALLOWED_HOSTS",
         HOSTS,
         "http.allowed_hosts",

@@ -232,6 +232,8 @@ class HttpSettings:
     """CONJURE's API server listens on 8000."""
     conjure_open: bool = True
     """Whether CONJURE's own endpoints answer on loopback without the token (CONJURE sends none)."""
+    conjure_anywhere: bool = False
+    """Whether those may then name files outside of CONJURE's folder, too."""
     allowed_hosts: tuple[str, ...] = ()
     """Names, beside loopback's own, that a request's Host may have."""
     max_body_bytes: int = 1024**2
