@@ -248,7 +248,7 @@ class Webhooks:
             return error
         except TimeoutError:
             return Answer(None, "no answer in time")
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             return Answer(None, f"not reached ({type(error).__name__})")
         finally:
             await session.close()

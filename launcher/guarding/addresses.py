@@ -102,6 +102,10 @@ def checked_url(text: str, *, allow_private: bool, public: IsPublic = is_public)
         raise refused from None
     if url.scheme not in ("http", "https") or not host or url.user is not None or url.password is not None:
         raise refused
+    try:
+        host.encode("idna")  # an empty label, or one of more than 63 characters: no resolver takes it
+    except UnicodeError:
+        raise refused from None
     if allow_private:
         return url
     name = host.lower().rstrip(".")
@@ -163,9 +167,12 @@ class PublicResolver(AbstractResolver):
 
 
 async def system_resolve(host: str, port: int) -> Sequence[str]:
-    """Return what the system says, each address once."""
+    """Return what the system says, each address once. Raises OSError."""
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise OSError(f"no name that can be looked up: {foreign_text(host, 80)}") from error
     return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
 
 

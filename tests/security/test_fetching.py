@@ -16,7 +16,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.guarding.addresses import Address, check_webhook_url, checked_url, is_public
+from launcher.guarding.addresses import Address, check_webhook_url, checked_url, is_public, system_resolve
 from launcher.guarding.fetching import MOST_REDIRECTS, Fetched, fetch_public
 from runcomfy.domain.exceptions import AddressRefused, DownloadFailed, InputFileInvalid, LocalError
 from runcomfy.domain.settings import HttpSettings
@@ -91,6 +91,10 @@ NO_ADDRESS = [
     "http://example.org/\r\nHost: evil",
     "http://example.org/\t",
     "http://[::1",
+    "http://a..example.org/",
+    "http://.example.org/",
+    "http://example.org../",
+    "http://" + "a" * 64 + ".example.org/",
     "http://example.org/" + "a" * 2_048,
 ]
 PUBLIC = [
@@ -120,6 +124,12 @@ async def test_no_such_address_is_fetched_or_told(url: str, tmp_path: Path) -> N
     assert "password" not in url or "user:password" not in caught.value.message
     assert asked == []
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["a" * 64 + ".example", "a..example"])
+async def test_a_name_that_python_cannot_encode_is_one_that_is_not_found(name: str) -> None:
+    with pytest.raises(OSError, match="looked up"):
+        await system_resolve(name, 80)
 
 
 @pytest.mark.parametrize("url", NO_ADDRESS)

@@ -492,6 +492,20 @@ async def test_a_webhook_cannot_be_aimed_inside(office: Office, jobs: SqlJobs, c
     assert await empty(jobs)
 
 
+async def test_a_name_that_no_resolver_takes_ends_its_own_message_and_no_other(
+    office: Office, jobs: SqlJobs, receiver: Receiver, clock: StoryClock
+) -> None:
+    """Labels of more than 63 characters, and empty ones, make Python's resolver raise what is no OSError."""
+    async with office.delivering() as delivering:
+        for name in ("a" * 64 + ".example", "a..example"):
+            await ended(jobs, f"http://{name}/told")
+        await ended(jobs, receiver.url())
+        await waits_for(receiver, 1)
+        await later(clock, timedelta(days=4))
+        assert not delivering.done()
+    assert await empty(jobs)
+
+
 async def test_a_redirect_is_not_followed_inside(
     office: Office, jobs: SqlJobs, receiver: Receiver, clock: StoryClock
 ) -> None:
