@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -73,6 +74,34 @@ def test_a_newcomer_sees_the_whole_product_work(demo: Demo, tmp_path: Path) -> N
     assert abs(Decimal(ours[1]) - Decimal(theirs[2])) < Decimal("0.0003"), "our bill is the cloud's, within a second"
     assert out.rstrip().endswith("nothing bills any more")
     assert not (tmp_path / "state").exists(), "the demo keeps no state"
+
+
+REAL = {
+    "RUNCOMFY_DATABASE_URL": "postgresql://nobody:secret@127.0.0.1:1/books",
+    "COMFYUI_AGENT_DATABASE": "real_queue.sqlite3",
+    "COMFYUI_AGENT_WHERE": "cloud",
+    "COMFYUI_AGENT_API_BASE_URL": "http://127.0.0.1:1",
+    "COMFYUI_REQUEST_TIMEOUT": "not a time",
+    "RUNCOMFY_BUDGET_DAY": "0.000001",
+    "RUNCOMFY_STATE_DIR": "real_state",
+    "RUNCOMFY_API_BASE_URL": "http://127.0.0.1:1",
+    "RUNCOMFY_API_TOKEN": "real",
+    "RUNCOMFY_SERVER_TYPE": "no-such-type",
+}
+
+
+def test_nothing_of_the_users_is_used_or_touched(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated machines in real books would be looked for in the real account, and real jobs run on nothing."""
+    for name, value in REAL.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "credentials.txt").write_text("RUNCOMFY_BUDGET_MONTH:0.000001\nuserID:somebody\n", encoding="utf-8")
+    (tmp_path / "jobs" / "processing").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = demo("--out", "results")
+    assert code == 0, err
+    assert out.rstrip().endswith("nothing bills any more")
+    assert sorted(p for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "results")) == before
+    assert {name: os.environ.get(name) for name in REAL} == REAL, "the environment is as it was"
 
 
 def test_picture_prompt_seed_and_place_can_be_chosen(demo: Demo, tmp_path: Path) -> None:

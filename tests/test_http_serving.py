@@ -322,6 +322,58 @@ async def test_small_answers_are_not_held_back() -> None:
     assert listening.fileno() == -1
 
 
+async def _hello(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+async def _asks(address: tuple[str, int]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+    assert (await reader.readuntil(b"hello")).startswith(b"HTTP/1.1 200")
+    return reader, writer
+
+
+@pytest.mark.fault(59)
+async def test_who_asks_for_nothing_is_let_go(clock: LoopClock) -> None:
+    """Slow heads: nothing at all, a byte now and then, and a second request that never gets whole."""
+    [listening] = await bound("127.0.0.1", 0)
+    async with answering(_hello, [listening]):
+        address = listening.getsockname()
+        silent, end = await asyncio.open_connection(*address)
+        slow, drips = await asyncio.open_connection(*address)
+        used, more = await _asks(address)
+        more.write(b"GET / HT")
+        for byte in b"GET / HTTP/1.1\r\nX: ":
+            drips.write(bytes([byte]))
+            await asyncio.sleep(1)
+        for reader in (silent, slow, used):
+            async with asyncio.timeout(10):
+                assert await reader.read() == b""
+        again, last = await _asks(address)
+        await asyncio.sleep(40)  # between two requests a client may take its time
+        last.write(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+        await again.readuntil(b"hello")
+        for writer in (end, drips, more, last):
+            writer.close()
+
+
+@pytest.mark.fault(59)
+async def test_connections_do_not_take_the_last_file(monkeypatch: pytest.MonkeyPatch, clock: LoopClock) -> None:
+    monkeypatch.setattr("launcher.listening.connections_most", lambda: 3)
+    [listening] = await bound("127.0.0.1", 0)
+    async with answering(_hello, [listening]):
+        address = listening.getsockname()
+        opened = [await asyncio.open_connection(*address) for _ in range(3)]
+        answered = [await _asks(address) for _ in range(3)]  # each in the place of one that never asked
+        for reader, _ in opened:
+            assert await reader.read() == b""
+        fourth = await _asks(address)
+        assert await answered[0][0].read() == b"", "then the oldest that asks for nothing now"
+        for _, writer in [*opened, *answered, fourth]:
+            writer.close()
+
+
 async def test_a_server_that_dies_takes_the_service_down() -> None:
     async def hello(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError
@@ -536,12 +588,19 @@ def test_a_second_one_at_the_same_port_is_told_so(tmp_path: Path) -> None:
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends processes without asking")
 def test_the_demos_page_is_served_until_it_is_stopped(tmp_path: Path) -> None:
-    with running(tmp_path, "-m", "runcomfy.cli.main", "demo", "--serve") as (process, lines):
+    real = {
+        "RUNCOMFY_DATABASE_URL": "postgresql://nobody:secret@127.0.0.1:1/books",
+        "COMFYUI_AGENT_DATABASE": str(tmp_path / "real_queue.sqlite3"),
+        "RUNCOMFY_STATE_DIR": str(tmp_path / "real_state"),
+        "RUNCOMFY_BUDGET_DAY": "0.000001",
+    }
+    with running(tmp_path, "-m", "runcomfy.cli.main", "demo", "--serve", **real) as (process, lines):
         address = found(process, lines, r"until Ctrl\+C: (http://127\.0\.0\.1:\d+)/\?code=")
         assert get(f"{address}/health")[0] == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(90) == 0, lines
     assert lines[-1].strip() == "nothing bills any more"
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"], "the user's books and queue are not touched"
 
 
 def _at(address: str) -> tuple[str, int]:

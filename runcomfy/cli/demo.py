@@ -7,12 +7,13 @@ the cloud is emulated, and it says so. That nothing bills any more is read from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 PROMPT = "a helmet of polished steel with baroque ornament, studio light"
 BOOT_SECONDS = 2.0
+OURS: Final = ("RUNCOMFY_", "COMFYUI_", "CONJURE_", "HUGGINGFACE_")
+"""How the variables begin that say where the user's own books, queues, machines and accounts are."""
 
 
 @click.command()
@@ -39,7 +42,26 @@ BOOT_SECONDS = 2.0
 def demo(image: str | None, prompt: str, seed: int | None, out: str, serve: bool) -> int:
     """Run the main job on an emulated cloud: no account, no GPU, no cost."""
     page_at = Path(out).absolute() if serve else None
-    return run_async(lambda interrupts: _demo(interrupts, image, prompt, seed, out, page_at))
+    with as_a_newcomer():
+        return run_async(lambda interrupts: _demo(interrupts, image, prompt, seed, out, page_at))
+
+
+@contextmanager
+def as_a_newcomer() -> Iterator[None]:
+    """Have no settings from the environment or a credentials file: no emulated machine in real books, no real queue.
+
+    Processes that are started in the block have none either.
+    """
+    kept = {name: value for name, value in os.environ.items() if name.startswith(OURS)}
+    for name in kept:
+        del os.environ[name]
+    os.environ["RUNCOMFY_CREDENTIALS_FILE"] = os.devnull
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith(OURS)]:
+            del os.environ[name]
+        os.environ.update(kept)
 
 
 async def _demo(
@@ -56,7 +78,7 @@ async def _demo(
             request = JobRequest(
                 "generate_flux_mesh", image=image or str(shipped_picture()), prompt=prompt, seed=seed, out_dir=out
             )
-            code = await _on(cloud, overrides, request, interrupts)
+            code = await _on(cloud, overrides, request, interrupts, Path(folder))
             if page_at is not None and code == 0 and not interrupts.event.is_set():
                 from runcomfy.cli.demo_serve import serve_demo
 
@@ -71,7 +93,6 @@ def _quick(folder: str) -> Mapping[str, str]:
         "RUNCOMFY_POLL_INTERVAL": "0.25",
         "RUNCOMFY_REQUESTS_PER_SECOND": "40",
         "RUNCOMFY_BURST": "40",
-        "RUNCOMFY_CREDENTIALS_FILE": "",
     }
 
 
@@ -84,14 +105,18 @@ def shipped_picture() -> Path:
     raise FileNotFoundError("the demo's picture is missing from this installation")
 
 
-async def _on(cloud: RunComfyEmulator, overrides: Mapping[str, str], request: Any, interrupts: Interrupts) -> int:
+async def _on(
+    cloud: RunComfyEmulator, overrides: Mapping[str, str], request: Any, interrupts: Interrupts, folder: Path
+) -> int:
     from runcomfy.application.finish import finish
     from runcomfy.bootstrap import App
     from runcomfy.cli.app import load
     from runcomfy.cli.progress_display import Display
     from runcomfy.cli.words import still_billing
 
-    async with App(load(overrides, quiet=True), overrides=overrides) as app:
+    # The working directory may be a project with a queue: who ends machines looks into it.
+    queue = {"root": str(folder), "database": str(folder / "queue.sqlite3")}
+    async with App(load(overrides, quiet=True), overrides=overrides, queue=queue) as app:
         interrupts.last_words = lambda: still_billing(app.held())
         await app.orchestrator().prepare(request)  # bad input is told before a machine is launched
         with Display() as display:
