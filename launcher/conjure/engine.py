@@ -20,6 +20,7 @@ import atexit
 import concurrent.futures.thread  # noqa: F401 - its exit function must be registered before ours
 import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Hashable, Mapping
 from concurrent.futures import CancelledError, Future
@@ -32,6 +33,7 @@ from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 from launcher.conjure.errors import CalledFromEngine
+from runcomfy.adapters.credentials import find_credentials
 from runcomfy.application.job_queue import workflow_id_of
 from runcomfy.bootstrap import App
 from runcomfy.conjure.progress_tracker import STAGED, progress_tracker
@@ -76,6 +78,8 @@ class Shared:
     task: asyncio.Task[Any] | None = None
 
 
+_OWNED: Final[weakref.WeakSet[DirectEngine]] = weakref.WeakSet()
+"""Every engine of this process that has a thread of its own."""
 _LOOK_UP_SECONDS: Final = 0.5
 """How often a waiting thread looks up: on Windows, Ctrl+C is not heard in the middle of a wait."""
 
@@ -220,7 +224,16 @@ class DirectEngine(Engine):
         self._app = app
         self._owned = app is None
         self._loop = asyncio.get_running_loop() if app is not None else None
+        self._parents: tuple[Any, ...] = ()
         self.closed = False
+        if self._owned:
+            _OWNED.add(self)
+
+    def begin_anew(self) -> None:
+        """Be as new in a process that was forked: the loop's thread, and all that is open, is the parent's there."""
+        self._parents = (self._app, self._loop, self._thread, self._shared)  # not let go of: they are not ours to end
+        self._app = self._loop = self._thread = None
+        self._shared, self.publishing, self._opening = {}, asyncio.Lock(), threading.Lock()
 
     @property
     def app(self) -> App:
@@ -232,8 +245,10 @@ class DirectEngine(Engine):
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop, and its thread, begun when it is first asked for."""
+        """The loop, and its thread, begun when it is first asked for. Raises Interrupted (the engine was closed)."""
         with self._opening:
+            if self.closed:
+                raise Interrupted("the generation engine was closed", hint="make a new service object")
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._loop.run_forever, name="generation", daemon=True)
@@ -295,7 +310,7 @@ async def run_directly(app: App, order: Order, accepted: Callable[[str], None]) 
 # -- one engine for all services of a process ----------------------------------------------------------------
 
 _ENGINES: dict[tuple[Any, ...], DirectEngine] = {}
-_ENGINES_LOCK: Final = threading.Lock()
+_ENGINES_LOCK = threading.Lock()
 
 
 def shared_engine() -> DirectEngine:
@@ -304,7 +319,8 @@ def shared_engine() -> DirectEngine:
     CONJURE makes a service object for every request; they share connections, books and a thread.
     """
     relevant = tuple(sorted(item for item in os.environ.items() if item[0].startswith(_PREFIXES)))
-    key = (os.getpid(), str(Path.cwd()), relevant)
+    here = Path.cwd()
+    key = (os.getpid(), str(here), relevant, _credentials(here))
     with _ENGINES_LOCK:
         engine = _ENGINES.get(key)
         if engine is None or engine.closed:
@@ -313,6 +329,29 @@ def shared_engine() -> DirectEngine:
 
 
 _PREFIXES: Final = ("RUNCOMFY_", "COMFYUI_", "CONJURE_", "XDG_")
+
+
+def _credentials(here: Path) -> tuple[Any, ...]:
+    """Return what changes when the credentials file does: it may be written while this process runs."""
+    try:
+        path = find_credentials(os.environ, here).path
+        found = path.stat() if path is not None else None
+    except (RunComfyError, OSError) as error:
+        return (type(error).__name__,)
+    return () if found is None else (str(path), found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _forked() -> None:
+    """In a process that was forked: another thread of the parent may have held the lock, and will never let go."""
+    global _ENGINES_LOCK  # noqa: PLW0603
+    _ENGINES_LOCK = threading.Lock()
+    _ENGINES.clear()
+    for engine in tuple(_OWNED):
+        engine.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)
 
 
 def close_engines() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 from launcher.conjure import places
 from launcher.conjure.engine import Engine, Made, Order
+from launcher.conjure.errors import PictureMissing
 from launcher.conjure.follow_up import MESH_SEED, NOISE_SEED, FollowUp, follow_up
 from launcher.conjure.memo import KeptMesh, MeshMemo
 from launcher.conjure.parameters import (
@@ -152,7 +154,7 @@ class Generating:
         prompt = given.prompt
         if prompt is None:
             prompt = await asyncio.to_thread(self._at.user_prompt)
-        if not prompt.strip():
+        if not _text(prompt).strip():
             raise InputFileMissing("there is no prompt", hint=f"write one into {places.USER_PROMPT}, or give one")
         picture = await self._snapshot(given.render_image_path or str(places.RENDER))
         drawn = None if given.seed is None else _wished_seed(given.seed, randomize=False)
@@ -177,9 +179,12 @@ class Generating:
 
     # -- what all have in common ---------------------------------------------------------------------------
 
-    async def _snapshot(self, path: str) -> Snapshot:
-        if not path or "\0" in path:
-            raise ValueInvalid("no picture is named", hint="give the path of a picture")
+    async def _snapshot(self, path: str | os.PathLike[str]) -> Snapshot:
+        name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueInvalid(f"{foreign_text(path, 60)!r} is no path", hint="give the path of a picture")
+        if not name:
+            raise PictureMissing("no picture is named", hint="give the path of a picture")
         folder = self._engine.folder / "inputs"
         await asyncio.to_thread(sweep, folder)
         limit = self._engine.app.settings.files.max_input_pixels

@@ -538,3 +538,40 @@ def test_a_program_that_ends_in_the_middle_ends_its_machine(project: Path) -> No
         assert done.returncode == 0, done.stderr
         assert len(cloud.call(lambda c: list(c.launched))) == 1
         assert cloud.call(lambda c: list(c.alive)) == []
+
+
+FORKS = """
+import multiprocessing, sys
+from pathlib import Path
+from launcher.generation_services import get_generation_service
+service = get_generation_service("local_comfyui")
+picture = Path("data/generated_images/gestureCamera/render.png")
+
+def call(told):
+    told.put(service.generate_flux_depth_image(picture, "a fox", seed=7)["seed_used"])
+
+seeds = multiprocessing.get_context("fork")
+told = seeds.Queue()
+call(told)
+child = seeds.Process(target=call, args=(told,))
+child.start()
+print(told.get(timeout=60), told.get(timeout=60))
+child.join(60)
+sys.exit(child.exitcode if child.exitcode is not None else 9)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forked processes here")
+def test_a_forked_process_has_an_engine_of_its_own(project: Path) -> None:
+    with served(lambda: ComfyUIEmulator(speed=100)) as own:
+        env = {**os.environ, "COMFYUI_AGENT_API_BASE_URL": own.emulator.url, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", FORKS],
+            check=False,
+            env=env,
+            cwd=project,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (done.returncode, done.stdout.strip()) == (0, "7 7"), done.stderr
