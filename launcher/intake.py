@@ -16,6 +16,7 @@ import base64
 import binascii
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -135,6 +136,8 @@ class _State:
             root=settings.root, workflows_file=settings.workflows_file, shipped=workflows.names
         )
         self.alone: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.under_way: Counter[str] = Counter()
+        """Requests of each client that may put a job in."""
 
 
 _STATES: WeakKeyDictionary[App, _State] = WeakKeyDictionary()
@@ -177,7 +180,7 @@ class Intake:
         client = self._client(request)
         said = _key_of(request)
         key = f"{client}{said}" if said is not None else f"{client}/{uuid4()}"
-        async with self._alone(key):
+        async with self._alone(key), self._under_way(client):
             known = said is not None and key in await store.known_keys([key])
             if not known:
                 backend.guard.admit_jobs(backend.guard.principal_of(request), 1, waiting=await self._waiting(client))
@@ -207,16 +210,19 @@ class Intake:
         if job.request is None:
             raise ValueInvalid("the job's row says nothing of what to run", hint="put a new job in")
         client, guard = self._client(request), self._backend.guard
-        guard.admit_jobs(guard.principal_of(request), 1, waiting=await self._waiting(client))
-        key = f"{client}/{uuid4()}"
+        async with self._under_way(client):
+            guard.admit_jobs(guard.principal_of(request), 1, waiting=await self._waiting(client))
+            return await self._again(job, job.request, seed, f"{client}/{uuid4()}")
+
+    async def _again(self, job: QueuedJob, before: JobRequest, seed: int | None, key: str) -> QueuedJob:
         fresh = replace(
-            job.request,
+            before,
             job_id=None,
             seed=seed,
             # Seeds that were given otherwise would stay the same.
-            inputs={name: value for name, value in job.request.inputs.items() if not _SEED.match(name)},
-            sets={name: value for name, value in job.request.sets.items() if not _SEED.match(name)},
-            required_inputs=tuple(name for name in job.request.required_inputs if not _SEED.match(name)),
+            inputs={name: value for name, value in before.inputs.items() if not _SEED.match(name)},
+            sets={name: value for name, value in before.sets.items() if not _SEED.match(name)},
+            required_inputs=tuple(name for name in before.required_inputs if not _SEED.match(name)),
             out_file=None,
             earlier_outputs={},
         )
@@ -246,14 +252,30 @@ class Intake:
         async with lock:
             yield
 
+    @asynccontextmanager
+    async def _under_way(self, client: str) -> AsyncIterator[None]:
+        """Count a request as a job that waits, until it is one."""
+        counted = _state_of(self._app).under_way
+        counted[client] += 1
+        try:
+            yield
+        finally:
+            counted[client] -= 1
+
     async def _waiting(self, client: str) -> int:
-        """Return how many jobs of a client wait. Only when many wait at all is it looked whose they are."""
+        """Return how many jobs of a client wait, those counted that come in at this moment, except this one.
+
+        Only when many wait at all is it looked whose they are.
+        """
         queue = self._backend.queue
+        coming = (
+            _state_of(self._app).under_way[client] - 1
+        )  # first: one that is put in meanwhile counts twice, not never
         pending = (await queue.counts()).get(QueueStatus.PENDING, 0)
-        if pending < self._backend.guard.http.max_waiting:
+        if pending + coming < self._backend.guard.http.max_waiting:
             return 0
         waiting = await queue.list(status=QueueStatus.PENDING)
-        return sum((job.idempotency_key or "").startswith(client) for job in waiting)
+        return sum((job.idempotency_key or "").startswith(client) for job in waiting) + coming
 
     # -- reading -------------------------------------------------------------------------------------------
 

@@ -1,8 +1,11 @@
 """
 An HTTP server inside the event loop of the product: it takes no signals, prints nothing, and ends when it is told to.
 
-uvicorn speaks HTTP. What it has to say goes into the product's log; it writes no access log, for addresses may hold
-codes that log somebody in.
+uvicorn speaks HTTP, always with the same parser (h11), whatever else is installed. What it has to say goes into the
+product's log; it writes no access log, for addresses may hold codes that log somebody in.
+
+Connections that ask for nothing may not take the files that the rest of the process needs, to end machines for
+example: their number is limited, and who asks for nothing for a while is let go.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runcomfy.domain.exceptions import AddressInUse, SettingInvalid, foreign_text
 
@@ -27,6 +31,9 @@ request."""
 LEAVE_WITHIN: Final = 3
 """Seconds that requests under way have at the end."""
 DATE_EVERY: Final = 1.0
+HEAD_WITHIN: Final = 20.0
+"""Seconds that a new connection, or a request that has begun, may take until its head is there."""
+CONNECTIONS_MOST: Final = 4_096
 _PORT_TAKEN: Final = frozenset({errno.EADDRINUSE, errno.EACCES, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE)})
 
 
@@ -48,6 +55,70 @@ class Server(uvicorn.Server):
                     await self.told.wait()
             except TimeoutError:
                 continue
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which waits for a request for ever, and accepts until there is no file left."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin; if there are too many by now, one that asks for nothing goes, else this one."""
+        self._head_by: asyncio.TimerHandle | None = None
+        self.since = self.loop.time()
+        super().connection_made(transport)
+        if len(self.connections) > connections_most():
+            others = [each for each in self.connections if isinstance(each, Connection) and each.idle]
+            least = min((each for each in others if each is not self), key=_worth, default=self)
+            least.transport.close()
+        self._hurry()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the client sends."""
+        super().data_received(data)
+        if self.idle:
+            self._hurry()
+        else:
+            self._let_be()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._let_be()
+        super().connection_lost(exc)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        cycle: Any = self.cycle  # None before the first request
+        return cycle is None or bool(cycle.response_complete)
+
+    def _hurry(self) -> None:
+        if self._head_by is None:
+            self._head_by = self.loop.call_later(HEAD_WITHIN, self._too_slow)
+
+    def _let_be(self) -> None:
+        if self._head_by is not None:
+            self._head_by.cancel()
+            self._head_by = None
+
+    def _too_slow(self) -> None:
+        self._head_by = None
+        if self.idle and self.timeout_keep_alive_task is None:  # else it waits between two requests, as it may
+            self.transport.close()
+
+
+def _worth(connection: Connection) -> tuple[bool, float]:
+    """Return what puts those first who never asked for anything, then the oldest."""
+    cycle: Any = connection.cycle
+    return cycle is not None, connection.since
+
+
+def connections_most() -> int:
+    """Return how many connections there may be at once: half of the files that this process may open."""
+    if sys.platform == "win32":
+        return CONNECTIONS_MOST
+    import resource
+
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return CONNECTIONS_MOST if files == resource.RLIM_INFINITY else max(8, min(CONNECTIONS_MOST, files // 2))
 
 
 class _Forwarded(logging.Handler):
@@ -145,7 +216,7 @@ async def answering(web: Any, sockets: Sequence[socket.socket]) -> AsyncIterator
         server_header=False,
         lifespan="off",
         ws="none",
-        http="auto",
+        http=Connection,
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE,

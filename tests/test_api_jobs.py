@@ -17,7 +17,8 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from runcomfy.domain.queued import QueueStatus
+from runcomfy.domain.job import JobRequest
+from runcomfy.domain.queued import NewJob, QueueStatus
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.web import Answer, Serving, Web, serving_web
 
@@ -387,6 +388,12 @@ async def test_a_client_may_have_so_many_jobs_waiting_and_no_more(tmp_path: Path
         assert (await api.post("/jobs", {"workflow": picture()})).status == 201
 
 
+async def test_many_requests_at_once_get_no_more_in(tmp_path: Path, clock: LoopClock) -> None:
+    async with serving_web(tmp_path, clock, max_waiting=3, max_per_minute=100) as api:
+        answers = await asyncio.gather(*(api.post("/jobs", {"workflow": picture()}) for _ in range(12)))
+        assert sorted(answer.status for answer in answers) == [201] * 3 + [429] * 9
+
+
 async def test_a_client_may_put_in_so_many_a_minute(tmp_path: Path, clock: LoopClock) -> None:
     async with serving_web(tmp_path, clock, max_per_minute=2) as api:
         answers = [(await api.post("/jobs", {"workflow": picture()})).status for _ in range(3)]
@@ -560,3 +567,14 @@ async def test_without_the_token_nothing_is_told(serving_api: Serving) -> None:
     async with serving_api() as api:
         for method, path in (("GET", "/jobs"), ("POST", "/jobs"), ("GET", "/machines"), ("GET", "/costs/now")):
             assert (await api.ask(method, path, token=False)).status == 401
+
+
+async def test_a_job_with_text_that_is_no_unicode_hides_no_other(tmp_path: Path, clock: LoopClock) -> None:
+    """A command line may hold any bytes, and a job file any escape; UTF-8 has a form for neither."""
+    async with serving_web(tmp_path, clock) as web:
+        odd = JobRequest("image_invert", inputs={"prompt": "half \ud83d of a face"})
+        [job] = await (await web.app.job_store()).add([NewJob(odd, "image_invert", user="\udcff")])
+        listed, shown = await web.get("/jobs"), await web.get(f"/jobs/{job.id}")
+        assert (listed.status, shown.status) == (200, 200), (listed, shown)
+        assert listed.json["jobs"][0]["prompt"] == "half ? of a face"
+        assert shown.json["request"]["inputs"] == {"prompt": "half ? of a face"}
