@@ -29,9 +29,9 @@ from typing import Any, ClassVar, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from launcher.plain_json import PlainJson
 from launcher.views import without_paths
 from runcomfy.adapters.log import redact
 from runcomfy.domain import exceptions as known
@@ -134,9 +134,9 @@ def plain_body(code: str, message: str, hint: str = "") -> dict[str, Any]:
     return {"detail": message, "error": {"code": code, "message": message, "hint": hint, "details": {}}}
 
 
-def error_response(error: RunComfyError) -> JSONResponse:
+def error_response(error: RunComfyError) -> PlainJson:
     """Return the whole answer that tells an error."""
-    return JSONResponse(error_body(error), status_of(error), headers=_headers(error))
+    return PlainJson(error_body(error), status_of(error), headers=_headers(error))
 
 
 def install_errors(web: FastAPI) -> None:
@@ -147,7 +147,7 @@ def install_errors(web: FastAPI) -> None:
     web.add_exception_handler(Exception, _unforeseen)
 
 
-async def _ours(request: Request, error: Exception) -> JSONResponse:
+async def _ours(request: Request, error: Exception) -> PlainJson:
     if not isinstance(error, RunComfyError):
         raise error
     status = status_of(error)
@@ -157,7 +157,7 @@ async def _ours(request: Request, error: Exception) -> JSONResponse:
     return error_response(error)
 
 
-async def _unfit(request: Request, error: Exception) -> JSONResponse:
+async def _unfit(request: Request, error: Exception) -> PlainJson:
     """A body that does not fit: FastAPI's list stays, beside a sentence; what was sent is not sent back."""
     del request
     if not isinstance(error, RequestValidationError):
@@ -172,10 +172,10 @@ async def _unfit(request: Request, error: Exception) -> JSONResponse:
     ]
     words = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems[:3]) or "the request does not fit"
     facts = {"code": "request-invalid", "message": words, "hint": "see /openapi.json", "details": {}}
-    return JSONResponse({"detail": problems, "error": facts}, 422)
+    return PlainJson({"detail": problems, "error": facts}, 422)
 
 
-async def _http(request: Request, error: Exception) -> JSONResponse:
+async def _http(request: Request, error: Exception) -> PlainJson:
     del request
     if not isinstance(error, HTTPException):
         raise error
@@ -183,14 +183,14 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     said = str(error.detail or phrase)
     code = phrase.lower().replace(" ", "-").replace("'", "")
     body = plain_body(code, foreign_text(said, 500))
-    return JSONResponse(body, error.status_code, headers=dict(error.headers or {}))
+    return PlainJson(body, error.status_code, headers=dict(error.headers or {}))
 
 
-async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+async def _unforeseen(request: Request, error: Exception) -> PlainJson:
     fields = {"route": _route(request), "error": type(error).__name__}
     log.error("request_broke", exc_info=error, extra={"fields": fields})
     body = plain_body("internal-error", "something went wrong here that nobody foresaw", "the log has the details")
-    return JSONResponse(body, 500)
+    return PlainJson(body, 500)
 
 
 def _route(request: Request) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from launcher.plain_json import finite
 from runcomfy.application.job_queue import EVENTS_AT_ONCE, JobQueue
 from runcomfy.domain.exceptions import LocalError, RunComfyError, TooManyRequests, foreign_text
 from runcomfy.domain.job import JobId
@@ -114,18 +114,10 @@ def frame(event: str, data: Json, *, number: int | None = None) -> bytes:
     try:
         text = _ENCODE(data)
     except ValueError:  # not a number: somebody else's data
-        text = _ENCODE(_finite(data))
+        text = _ENCODE(finite(data))
     head = f"id: {number}\n" if number is not None else ""
     # What ends a line for SSE is escaped in JSON, so that it is one line.
     return f"{head}event: {event}\ndata: {text}\n\n".encode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # Only ASCII gets out: text from outside may hold halves of characters, which no encoding takes.

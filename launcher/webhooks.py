@@ -11,7 +11,6 @@ Addresses are chosen by clients, so they are reached like everything a client na
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from launcher.guarding.addresses import (
     outbound_session,
 )
 from launcher.guarding.signing import SECRET_FILE, signed, webhook_secret
+from launcher.plain_json import plain_json
 from launcher.views import iso, job_view
 from runcomfy.adapters.stores.webhooks import SqlWebhooks
 from runcomfy.application.role import Role
@@ -193,7 +193,7 @@ class Webhooks:
     def _message(self, event: JobEvent, job: QueuedJob, url: str) -> Delivery:
         said = {"type": TYPES[event.kind], "timestamp": iso(event.at), "data": self._view(job)}
         now = self._jobs.now()
-        return Delivery(event.number, url, job.id, json.dumps(said, ensure_ascii=False), now, now)
+        return Delivery(event.number, url, job.id, plain_json(said).decode(), now, now)
 
     # --- telling it ---------------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class Webhooks:
             secret = await asyncio.to_thread(self._secret)
         except (LocalError, ConfigurationError) as error:
             return Answer(None, error.code)
-        body = delivery.body.encode("utf-8", "replace")
+        body = delivery.body.encode()
         at = int(self._jobs.now().timestamp())
         headers = {"Content-Type": "application/json", **signed(secret, delivery.message_id(queue), at=at, body=body)}
         private = self._http.allow_private

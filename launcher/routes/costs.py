@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
-from fastapi.responses import JSONResponse
 
 from launcher.backend import Backend, backend_of
 from launcher.errors import NotFound
 from launcher.intake import registry_of
+from launcher.plain_json import PlainJson
 from launcher.schemas import EstimateOrder, MoneyShown, answers, problems
 from launcher.teller import teller_of
 from runcomfy.application.costs import By
@@ -32,7 +32,7 @@ async def report(
     since: Annotated[str, Query(max_length=60, description="7d, 12h, 2026-05-01, 2026-05-01T12:00")] = "7d",
     until: Annotated[str | None, Query(max_length=60)] = None,
     by: By = By.DAY,
-) -> JSONResponse:
+) -> PlainJson:
     """Report what was spent, as `comfyctl costs --json` does."""
     now = backend.app.clock.now()
     begin = moment(since, now=now, whole_days=True)
@@ -42,17 +42,17 @@ async def report(
     money = await teller_of(backend.app).glances.office()
     found = await money.report(begin, end, by)
     advice = [one.as_dict() for one in await money.advice()]
-    return JSONResponse({**found.as_dict(), "advice": advice}, headers=NO_STORE)
+    return PlainJson({**found.as_dict(), "advice": advice}, headers=NO_STORE)
 
 
 @router.get("/now", response_model=None, responses=answers(200, MoneyShown))
-async def money_now(backend: Serves) -> JSONResponse:
+async def money_now(backend: Serves) -> PlainJson:
     """Say how the money stands: today, this month, budgets, the last hours and days."""
-    return JSONResponse(dict(await teller_of(backend.app).money()), headers=NO_STORE)
+    return PlainJson(dict(await teller_of(backend.app).money()), headers=NO_STORE)
 
 
 @router.post("/estimate", response_model=None, responses={**_OBJECT, **problems(404)})
-async def estimate(backend: Serves, order: EstimateOrder) -> JSONResponse:
+async def estimate(backend: Serves, order: EstimateOrder) -> PlainJson:
     """Say what jobs that have not run yet will take and cost, from own history."""
     return await _estimate(backend, order.workflow, order.server_type, order.count)
 
@@ -63,16 +63,16 @@ async def get_estimate(
     workflow: Annotated[str, Query(min_length=1, max_length=200)],
     server_type: Annotated[str | None, Query(max_length=200)] = None,
     count: Annotated[int, Query(ge=1, le=1_000_000)] = 1,
-) -> JSONResponse:
+) -> PlainJson:
     """Say the same, asked for in the address."""
     return await _estimate(backend, workflow, server_type, count)
 
 
-async def _estimate(backend: Backend, workflow: str, server_type: str | None, count: int) -> JSONResponse:
+async def _estimate(backend: Backend, workflow: str, server_type: str | None, count: int) -> PlainJson:
     found = await teller_of(backend.app).glances.estimate(workflow, server_type=server_type, count=count)
     if not found.get("known"):
         try:
             registry_of(backend.app).resolve(workflow)  # it may be misspelt
         except WorkflowNotFound as error:
             raise NotFound(error.message, hint=error.hint) from error
-    return JSONResponse(dict(found), headers=NO_STORE)
+    return PlainJson(dict(found), headers=NO_STORE)

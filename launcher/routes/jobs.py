@@ -9,13 +9,14 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 
 from launcher import views
 from launcher.backend import Backend, backend_of
 from launcher.errors import Conflict, NotFound
 from launcher.files import SAFE_HEADERS, Wanted, send_file, send_thumbnail
 from launcher.intake import MAKE_JOB, Intake
+from launcher.plain_json import PlainJson
 from launcher.schemas import Again, DryRun, Job, JobChange, JobDetail, JobList, answers, problems
 from launcher.teller import teller_of
 from runcomfy.adapters.files import open_regular
@@ -53,26 +54,26 @@ def _file(*statuses: int) -> dict[int | str, dict[str, Any]]:
         200: {"model": Job | DryRun, "description": "The first answer once more, or what a dry run found."},
     },
 )
-async def make_job(request: Request, backend: Serves) -> JSONResponse:
+async def make_job(request: Request, backend: Serves) -> PlainJson:
     """Put a job in. JSON, or multipart with the files beside it; all of it is read before the answer."""
     taken = await Intake(backend).take(request)
     if taken.estimate is not None:
-        return JSONResponse({"valid": True, "estimate": taken.estimate.value})
+        return PlainJson({"valid": True, "estimate": taken.estimate.value})
     if taken.job is None:
         raise Conflict("the job was not taken")
     shown = await teller_of(backend.app).job(taken.job)
     headers = {"Location": shown["urls"]["self"]}
     if taken.replayed:
         headers["Idempotency-Replayed"] = "true"
-    return JSONResponse(shown, 200 if taken.replayed else 201, headers=headers)
+    return PlainJson(shown, 200 if taken.replayed else 201, headers=headers)
 
 
 @router.post("/{job_id}/again", status_code=201, response_model=None, responses=answers(201, Job, 404, 409, 507))
-async def again(request: Request, backend: Serves, job_id: JobKey, order: Again | None = None) -> JSONResponse:
+async def again(request: Request, backend: Serves, job_id: JobKey, order: Again | None = None) -> PlainJson:
     """Put the same job in once more, with another seed (random unless one is given) and the same inputs."""
     job = await Intake(backend).again(request, await backend.queue.job(job_id), order.seed if order else None)
     shown = await teller_of(backend.app).job(job)
-    return JSONResponse(shown, 201, headers={"Location": shown["urls"]["self"]})
+    return PlainJson(shown, 201, headers={"Location": shown["urls"]["self"]})
 
 
 # -- looking -----------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ async def list_jobs(
         Literal["newest", "queue"],
         Query(description="queue: those that wait, the next one first; one page, whatever else is asked for."),
     ] = "newest",
-) -> JSONResponse:
+) -> PlainJson:
     """List jobs, the newest first."""
     if order == "queue":
         found = await backend.queue.store.jobs(status=QueueStatus.PENDING, limit=limit)
@@ -104,7 +105,7 @@ async def list_jobs(
         )
     page = found[:limit]
     counts = await backend.queue.counts()
-    return JSONResponse(
+    return PlainJson(
         {
             "jobs": await teller_of(backend.app).jobs(page),
             "counts": {str(one): counts.get(one, 0) for one in QueueStatus},
@@ -115,9 +116,9 @@ async def list_jobs(
 
 
 @router.get("/{job_id}", response_model=None, responses=answers(200, JobDetail, 404))
-async def show_job(backend: Serves, job_id: JobKey) -> JSONResponse:
+async def show_job(backend: Serves, job_id: JobKey) -> PlainJson:
     """Show everything that is known of a job."""
-    return JSONResponse(await teller_of(backend.app).detail(await _story(backend.queue, job_id)), headers=NO_STORE)
+    return PlainJson(await teller_of(backend.app).detail(await _story(backend.queue, job_id)), headers=NO_STORE)
 
 
 async def _story(queue: JobQueue, key: str) -> JobStory:
@@ -147,14 +148,14 @@ async def show_log(backend: Serves, job_id: JobKey) -> PlainTextResponse:
         **problems(404),
     },
 )
-async def show_manifest(backend: Serves, job_id: JobKey) -> JSONResponse:
+async def show_manifest(backend: Serves, job_id: JobKey) -> PlainJson:
     """Show what a job that is done was made of and made; files by their names."""
     job = await backend.queue.job(job_id)
     outputs = views.outputs_of(job)
     if not outputs:
         raise NotFound("there is no manifest: the job has no results", hint="it is written when a job is done")
     said = await asyncio.to_thread(_read_manifest, str(outputs[0]["path"]))
-    return JSONResponse(views.manifest_view(job, said), headers=SAFE_HEADERS | NO_STORE)
+    return PlainJson(views.manifest_view(job, said), headers=SAFE_HEADERS | NO_STORE)
 
 
 def _read_manifest(beside: str) -> Mapping[str, Any]:
@@ -266,13 +267,13 @@ def _input(job: QueuedJob, n: int) -> Wanted:
 
 
 @router.delete("/{job_id}", response_model=None, responses=answers(200, Job, 404))
-async def cancel_job(request: Request, backend: Serves, job_id: JobKey) -> JSONResponse:
+async def cancel_job(request: Request, backend: Serves, job_id: JobKey) -> PlainJson:
     """Cancel a job for good; one that has ended stays as it is."""
     return await _shown(backend, await backend.queue.cancel(job_id, by=_by(request, backend)))
 
 
 @router.patch("/{job_id}", response_model=None, responses=answers(200, Job, 404))
-async def change_job(request: Request, backend: Serves, job_id: JobKey, change: JobChange) -> JSONResponse:
+async def change_job(request: Request, backend: Serves, job_id: JobKey, change: JobChange) -> PlainJson:
     """Move a job in the queue: a priority from 1 (next) to 999 (last), or before all others."""
     by = _by(request, backend)
     if change.first:
@@ -283,13 +284,13 @@ async def change_job(request: Request, backend: Serves, job_id: JobKey, change: 
 
 
 @router.post("/{job_id}/retry", response_model=None, responses=answers(200, Job, 404, 409))
-async def retry_job(request: Request, backend: Serves, job_id: JobKey) -> JSONResponse:
+async def retry_job(request: Request, backend: Serves, job_id: JobKey) -> PlainJson:
     """Let a job that has ended run again from the start."""
     return await _shown(backend, await backend.queue.retry(job_id, by=_by(request, backend)))
 
 
-async def _shown(backend: Backend, job: QueuedJob) -> JSONResponse:
-    return JSONResponse(await teller_of(backend.app).job(job), headers=NO_STORE)
+async def _shown(backend: Backend, job: QueuedJob) -> PlainJson:
+    return PlainJson(await teller_of(backend.app).job(job), headers=NO_STORE)
 
 
 def _by(request: Request, backend: Backend) -> str:

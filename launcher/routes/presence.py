@@ -6,9 +6,9 @@ from datetime import timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from fastapi.responses import JSONResponse
 
 from launcher.backend import Backend, backend_of
+from launcher.plain_json import PlainJson
 from launcher.schemas import PresenceOrder, SignalList, SignalSaid, answers
 from launcher.views import iso
 from runcomfy.application.presence import INTENT_FOR, LONGEST
@@ -22,7 +22,7 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 
 @router.post("", response_model=None, responses=answers(200, SignalSaid))
-async def say(backend: Serves, order: PresenceOrder) -> JSONResponse:
+async def say(backend: Serves, order: PresenceOrder) -> PlainJson:
     """Say it. `seconds`: how long it holds (a batch: how long its work takes, in all)."""
     said = backend.app.presence()
     span = timedelta(seconds=order.seconds) if order.seconds is not None else None
@@ -38,11 +38,11 @@ async def say(backend: Serves, order: PresenceOrder) -> JSONResponse:
             if order.jobs is None:
                 raise ValueInvalid("a batch says how many jobs come", hint='send {"event": "batch", "jobs": 20}')
             signal = await said.batch(order.jobs, order.source, work=span or timedelta(0), user=user)
-    return JSONResponse({"signal": _view(signal)}, headers=NO_STORE)
+    return PlainJson({"signal": _view(signal)}, headers=NO_STORE)
 
 
 @router.get("", response_model=None, responses=answers(200, SignalList))
-async def heard(backend: Serves) -> JSONResponse:
+async def heard(backend: Serves) -> PlainJson:
     """List what was said and still holds: the newest of each source and kind, nothing of a source that has left."""
     now = backend.app.clock.now()
     store = await backend.app.books()
@@ -53,7 +53,7 @@ async def heard(backend: Serves) -> JSONResponse:
         newest[signal.source, signal.kind] = signal
     holding = [one for one in newest.values() if _holds(one, now)]
     holding.sort(key=lambda one: one.at)
-    return JSONResponse({"signals": [_view(one) for one in holding]}, headers=NO_STORE)
+    return PlainJson({"signals": [_view(one) for one in holding]}, headers=NO_STORE)
 
 
 def _holds(signal: Signal, now: Any) -> bool:

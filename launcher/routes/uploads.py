@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
 
 from launcher.backend import Backend, backend_of
 from launcher.errors import NotSupported
 from launcher.intake import MULTIPART, uploads_of
 from launcher.multipart import read_form
+from launcher.plain_json import PlainJson
 from launcher.schemas import Upload, answers
 from launcher.upload_store import Incoming
 from runcomfy.domain.exceptions import BadInput
@@ -36,7 +36,7 @@ _BODY: dict[str, Any] = {
 
 
 @router.post("", status_code=201, response_model=None, openapi_extra=_BODY, responses=answers(201, Upload, 411, 507))
-async def upload(request: Request, backend: Serves) -> JSONResponse:
+async def upload(request: Request, backend: Serves) -> PlainJson:
     """Keep a file, and say by what name jobs may ask for it. What no job uses is removed after a day."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != MULTIPART:
@@ -52,4 +52,4 @@ async def upload(request: Request, backend: Serves) -> JSONResponse:
     if len(form.files) != 1 or len(files) != 1 or form.fields or not isinstance(files[0], Incoming):
         await form.abort()
         raise BadInput("one file is expected, in a part with the name file", hint="send others one by one")
-    return JSONResponse((await files[0].keep()).as_dict(), 201, headers={"Cache-Control": "no-store"})
+    return PlainJson((await files[0].keep()).as_dict(), 201, headers={"Cache-Control": "no-store"})

@@ -6,10 +6,10 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from fastapi.responses import JSONResponse
 
 from launcher.backend import Backend, backend_of
 from launcher.intake import registry_of
+from launcher.plain_json import PlainJson
 from launcher.schemas import WorkflowList, answers
 from launcher.teller import teller_of
 from runcomfy.bootstrap import App
@@ -23,12 +23,12 @@ Serves = Annotated[Backend, Depends(backend_of)]
 
 
 @router.get("", response_model=None, responses=answers(200, WorkflowList))
-async def list_workflows(backend: Serves) -> JSONResponse:
+async def list_workflows(backend: Serves) -> PlainJson:
     """List the project's own workflows and those that ship."""
     found = await asyncio.to_thread(_all, backend.app)
     for one in found:
         one["usual"] = await _usual(backend.app, one["name"])
-    return JSONResponse({"workflows": found}, headers={"Cache-Control": "no-store"})
+    return PlainJson({"workflows": found}, headers={"Cache-Control": "no-store"})
 
 
 def _all(app: App) -> list[dict[str, Any]]:

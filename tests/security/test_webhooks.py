@@ -252,6 +252,13 @@ async def test_what_is_told_holds_no_path_of_this_computer(
     assert "a.png" in receiver.got[0][2].decode()
 
 
+async def test_text_that_is_no_unicode_is_told_all_the_same(office: Office, jobs: SqlJobs, receiver: Receiver) -> None:
+    async with office.delivering():
+        await ended(jobs, receiver.url(), inputs={"prompt": "half \ud83d of a face"})
+        await waits_for(receiver, 1)
+    assert receiver.said[0]["data"]["prompt"] in ("half ? of a face", "half \\ud83d of a face")
+
+
 async def test_an_address_for_all_jobs_is_told_beside_the_jobs_own(
     office: Office, jobs: SqlJobs, receiver: Receiver, clock: StoryClock
 ) -> None:
