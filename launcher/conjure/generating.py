@@ -179,7 +179,7 @@ class Generating:
 
     # -- what all have in common ---------------------------------------------------------------------------
 
-    async def _snapshot(self, path: str | os.PathLike[str]) -> Snapshot:
+    async def _snapshot(self, path: Any) -> Snapshot:
         name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
         if not isinstance(name, str) or "\0" in name:
             raise ValueInvalid(f"{foreign_text(path, 60)!r} is no path", hint="give the path of a picture")

@@ -61,13 +61,13 @@ _KEPT_ESTIMATES: Final = 256
 class ServerlessEngine(Engine):
     """Runs orders as serverless requests, on the loop of another engine and beside its work."""
 
-    def __init__(self, base: Engine) -> None:
-        """`base`: whose loop, settings and fixed places these are."""
+    def __init__(self, base: Engine, estimates: OrderedDict[str, Mapping[str, Any]]) -> None:
+        """`base`: whose loop, settings and fixed places these are; `estimates`: where what requests cost is noted."""
         super().__init__()
         self._base = base
         self.publishing = base.publishing
         self.outlives_callers = base.outlives_callers
-        self._estimates: OrderedDict[str, Mapping[str, Any]] = OrderedDict()
+        self._estimates = estimates
 
     @property
     def app(self) -> App:
@@ -117,10 +117,6 @@ class ServerlessEngine(Engine):
             seeds=seeds_of(request),
             cost_usd=done.cost.usd if done.cost is not None else Decimal(0),
         )
-
-    def estimate_of(self, request_id: object) -> Mapping[str, Any] | None:
-        """Return what a request of this engine may have cost; None if that is not known."""
-        return self._estimates.get(str(request_id))
 
     @property
     def folder(self) -> Path:
@@ -206,8 +202,12 @@ class ServerlessGenerationService(MachineGenerationService):
 
     def __init__(self, engine: Engine | None = None, *, root: str | None = None) -> None:
         """`engine`: on whose loop requests are made; `root`: see `MachineGenerationService`."""
-        self._serverless = ServerlessEngine(engine or shared_engine())
-        super().__init__(self._serverless, root=root)
+        super().__init__(engine, root=root)
+        self._estimates: OrderedDict[str, Mapping[str, Any]] = OrderedDict()
+
+    @property
+    def _engine(self) -> Engine:
+        return ServerlessEngine(self._given or shared_engine(), self._estimates)
 
     def availability(self) -> tuple[bool, str]:
         """Return whether a deployment and a token are set, and if not, what is missing. Asks nobody."""
@@ -303,7 +303,7 @@ class ServerlessGenerationService(MachineGenerationService):
         """Return an answer with what is known of its cost, said to be an estimate."""
         if not answer.get("success"):
             return answer
-        estimate = self._serverless.estimate_of(answer.get("job_id"))
+        estimate = self._estimates.get(str(answer.get("job_id")))
         return {
             **answer,
             "cost_estimate": dict(estimate) if estimate is not None and not answer.get("reused") else None,

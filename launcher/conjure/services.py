@@ -65,12 +65,16 @@ class MachineGenerationService(GenerationService):
     """Whether pictures from words and meshes have one place each, or one for every seed."""
 
     def __init__(self, engine: Engine | None = None, *, root: str | None = None) -> None:
-        """`engine`: whose loop does the work; None: the one that all services of this process share.
+        """`engine`: whose loop does the work; None: the one of this process for the settings as they are at each call.
 
         `root`: the folder that has CONJURE's `data`; None: the working directory, at each call.
         """
-        self._engine = engine or shared_engine()
+        self._given = engine
         self._root = root
+
+    @property
+    def _engine(self) -> Engine:
+        return self._given or shared_engine()
 
     def _generating(self) -> Generating | SpacesGenerating:
         return Generating(
