@@ -209,7 +209,8 @@ class Listener:
         turns, self._turns, self._waiting = self._turns, deque(), 0
         for turn in turns:
             parts.append(turn.after(self._seen))
-            over = self.job_id is not None and any(told.ends and told.number > self._seen for told in turn.events)
+            ended = any(told.ends and told.number > self._seen for told in turn.events)
+            over = over or (self.job_id is not None and ended)
             self._seen = max(self._seen, turn.events[-1].number)
         if over:
             parts.append(END)

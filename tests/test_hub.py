@@ -25,7 +25,7 @@ from runcomfy.application.live import Live, LiveJob
 from runcomfy.domain.exceptions import StoreUnavailable, TooManyRequests
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.progress import Progress, Step
-from runcomfy.domain.queued import Ending, JobEvent, Outcome, QueuedJob, WorkerId
+from runcomfy.domain.queued import Ending, EventKind, JobEvent, Outcome, QueuedJob, WorkerId
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import QueueSettings
 from runcomfy.testing.clock import LoopClock
@@ -420,6 +420,27 @@ async def test_everybody_leaves_when_the_service_ends(hub: Hub, queue: JobQueue)
     await asyncio.wait_for(asyncio.gather(*(client.task for client in clients)), 1)
     late = Client(hub)
     await asyncio.wait_for(late.task, 1)
+
+
+async def test_a_note_after_the_last_word_does_not_keep_a_slow_listener(hub: Hub, queue: JobQueue) -> None:
+    """As when a webhook is given up: it is noted after the job has ended."""
+    [job] = await put(queue)
+    async with hub.listen(job, None) as listener:
+        chunks, heard = listener.chunks(), Heard()
+        heard.take(await anext(chunks))
+        pulling = asyncio.ensure_future(anext(chunks))
+        await asyncio.sleep(1)
+        [taken] = await queue.store.claim(WORKER, count=1, lease=LEASE)
+        heard.take(await pulling)
+        await queue.store.finish(job.id, taken.token, Ending(Outcome.DONE))
+        await asyncio.sleep(2)
+        await queue.store.note(EventKind.NOTE, job_id=job.id, data={"webhook": "given up"}, by="webhooks")
+        await asyncio.sleep(2)
+        async with asyncio.timeout(30):
+            async for chunk in chunks:
+                heard.take(chunk)
+    assert [data["kind"] for data in heard.of("job")][-2:] == ["done", "note"]
+    assert heard.of("end") == [{}]
 
 
 async def test_there_is_a_most(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
