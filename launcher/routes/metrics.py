@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launcher.backend import Backend, backend_of
+from launcher.schemas import problems
 from launcher.teller import teller_of
 from runcomfy.domain.exceptions import RunComfyError
 from runcomfy.domain.queued import QueueStatus
@@ -170,7 +171,7 @@ def install_metrics(web: FastAPI, backend: Backend) -> None:
     web.add_middleware(Measured, figures=figures)
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **problems()})
 async def metrics(request: Request, _: Annotated[Backend, Depends(backend_of)]) -> Response:
     """How many jobs wait, run and have ended, machines, money, listeners and requests, for a Prometheus."""
     figures: Figures = request.app.state.figures

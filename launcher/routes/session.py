@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from launcher.backend import Backend, backend_of
 from launcher.guarding.middleware import head_of
 from launcher.guarding.sessions import CODE_LIFE
+from launcher.schemas import problems
 
 router = APIRouter(prefix="/session", tags=["session"])
 
@@ -32,23 +33,20 @@ class CodeView(BaseModel):
     expires_in_s: float
 
 
-@router.get("", responses={401: {"description": "Neither token nor session"}})
+@router.get("", responses=problems())
 async def session(request: Request, backend: Annotated[Backend, Depends(backend_of)]) -> SessionView:
     """Say who the client is."""
     principal = backend.guard.principal_of(request)
     return SessionView(kind=principal.kind, name=principal.name, version=version("runcomfy-orchestrator"))
 
 
-@router.post("/logout", status_code=204, responses={401: {"description": "Neither token nor session"}})
+@router.post("/logout", status_code=204, responses=problems())
 async def log_out(request: Request, backend: Annotated[Backend, Depends(backend_of)]) -> Response:
     """End the session."""
     return Response(status_code=204, headers={"Set-Cookie": backend.guard.log_out(head_of(request.scope))})
 
 
-@router.post(
-    "/code",
-    responses={401: {"description": "No token"}, 403: {"description": "A session cannot make others; the token can"}},
-)
+@router.post("/code", responses=problems())
 async def new_code(request: Request, backend: Annotated[Backend, Depends(backend_of)]) -> CodeView:
     """Return a fresh one-time code for the page's address; only for the token."""
     if backend.guard.principal_of(request).kind != "token":

@@ -99,11 +99,13 @@ FAULTS = {
 REQUIRED = {*range(1, 67), 68, 69, 70, 72, 73, 74}
 PAGES = {
     "docs/quickstart.md", "docs/glossary.md", "docs/coverage.md", "docs/reference/commands.md",
-    "docs/reference/settings.md", "docs/reference/errors.md", "CONTRIBUTING.md", "CHANGELOG.md", "README.md",
+    "docs/reference/settings.md", "docs/reference/errors.md", "docs/reference/http.md", "docs/design/http.md",
+    "CONTRIBUTING.md", "CHANGELOG.md", "README.md",
 }  # fmt: skip
 HOW_TOS = {
     "run-a-workflow", "dev-server", "own-comfyui", "credentials", "stop-bills", "write-a-sidecar", "from-python",
     "test-with-the-emulators", "windows", "queue", "agent", "job-files", "costs", "serve", "replay",
+    "conjure", "serverless", "page", "api", "http-safety", "measure",
 }  # fmt: skip
 
 
