@@ -66,7 +66,9 @@ class Generating:
     async def image(self, prompt: str, seed: int, asked: Mapping[str, Any]) -> dict[str, Any]:
         """See `MachineGenerationService.generate_flux_image`."""
         options = dict(asked)
-        drawn = _wished_seed(seed, randomize=options.pop("randomize_seed", True))
+        # CONJURE's local mode draws a seed unless told not to; its other modes keep to the one that is given.
+        usual = not (self._fixed and seed)
+        drawn = _wished_seed(seed, randomize=options.pop("randomize_seed", usual))
         applied = apply(FLUX_IMAGE, options)
 
         async def work() -> dict[str, Any]:

@@ -93,8 +93,9 @@ class MachineGenerationService(GenerationService):
     def generate_flux_image(self, prompt: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
         """Make a picture from words.
 
-        Parameters: `randomize_seed` (default true), `width`, `height` (pixels), `num_inference_steps`,
-        `guidance_scale`. Returns `success, image_path, seed_used, cost` (USD), `job_id`, `not_applied`.
+        Parameters: `randomize_seed` (default true in local mode, elsewhere only if no seed is given), `width`, `height`
+        (pixels), `num_inference_steps`, `guidance_scale`. Returns `success, image_path, seed_used, cost` (USD),
+        `job_id`, `not_applied`.
         Raises RunComfyError: what went wrong with the job.
         """
         work = self._generating()

@@ -136,6 +136,17 @@ async def test_the_same_is_asked_of_a_rented_machine_and_of_the_users_own(
     assert "3" not in ours[2]
 
 
+async def test_a_seed_that_is_given_counts_where_conjure_lets_it(
+    cloud_engine: DirectEngine, local: DirectEngine, project: Path
+) -> None:
+    cloud, own = CloudGenerationService(cloud_engine), LocalGenerationService(local)
+    assert (await cloud.a_generate_flux_image("a fox", 5))["seed_used"] == 5
+    assert (await cloud.a_generate_flux_image("a fox", 5, randomize_seed=True))["seed_used"] != 5
+    assert (await cloud.a_generate_flux_image("a fox"))["seed_used"] > 0
+    assert (await own.a_generate_flux_image("a fox", 5))["seed_used"] != 5
+    assert (await own.a_generate_flux_image("a fox", 5, randomize_seed=False))["seed_used"] == 5
+
+
 async def test_local_results_have_places_by_their_seeds(local: DirectEngine, project: Path) -> None:
     service = get_generation_service("local", local)
     words = service.a_generate_flux_image("a fox", 5, randomize_seed=False)  # type: ignore[attr-defined]
