@@ -52,9 +52,14 @@ MARKS: Final = (
     "launcher/state_manager.py",
     "launcher/subprocess_manager.py",
     "launcher/config.py",
+    "launcher/backend_agent.py",
+    "launcher/instruction_manager.py",
+    "runcomfy/dev_server_startup.py",
+    "runcomfy/runcomfy_orchestrator.py",
 )
-"""Files of CONJURE; a folder that has at least three of them is one."""
-MARKS_NEEDED: Final = 3
+"""Files of CONJURE; a folder that has at least two of them is one, if not only those that any project may have."""
+COMMON: Final = frozenset({"launcher/main.py", "launcher/config.py"})
+MARKS_NEEDED: Final = 2
 SECOND_REVISION: Final = ("launcher/local_comfyui_service.py", "runcomfy/serverless_service.py")
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
@@ -155,7 +160,10 @@ class Project:
 
 
 def find_project(path: str | os.PathLike[str]) -> Project:
-    """Return the CONJURE project at `path`. Raises InputFileMissing, ValueInvalid (it is none; says what is missed)."""
+    """Return the CONJURE project at `path`, or whose `launcher` folder that is.
+
+    Raises InputFileMissing, ValueInvalid (it is none; says what is missed).
+    """
     given = Path(path)
     shown = foreign_text(given, 500)
     try:
@@ -165,10 +173,13 @@ def find_project(path: str | os.PathLike[str]) -> Project:
         raise InputFileMissing(f"there is no folder {shown}", hint="give the folder that holds launcher/") from error
     if not is_folder:
         raise ValueInvalid(f"{shown} is not a folder", hint="give the folder that holds CONJURE's launcher/")
+    found = _marks(root)
+    if root.name == "launcher" and not found and _is_project(root.parent):
+        root = root.parent
+        found = _marks(root)
     if (root / "launcher" / "swap.py").exists():
         raise ValueInvalid(f"{shown} is this product itself, not CONJURE", hint="give the folder of CONJURE")
-    found = [mark for mark in MARKS if (root / mark).is_file()]
-    if len(found) < MARKS_NEEDED and not (root / FOLDER / MANIFEST).is_file():
+    if not _is_project(root):
         missed = ", ".join(mark for mark in MARKS if mark not in found)
         raise ValueInvalid(
             f"{shown} is not a CONJURE project: {len(found)} of its files were found there, not {missed}",
@@ -177,6 +188,15 @@ def find_project(path: str | os.PathLike[str]) -> Project:
         )
     second = any((root / mark).exists() for mark in SECOND_REVISION)
     return Project(root, "R2" if second else "R1")
+
+
+def _marks(root: Path) -> list[str]:
+    return [mark for mark in MARKS if (root / mark).is_file()]
+
+
+def _is_project(root: Path) -> bool:
+    found = _marks(root)
+    return (len(found) >= MARKS_NEEDED and bool(set(found) - COMMON)) or (root / FOLDER / MANIFEST).is_file()
 
 
 # -- the three verbs ---------------------------------------------------------------------------------------

@@ -372,6 +372,18 @@ def test_the_command_says_what_it_did_and_how_to_undo_it(project: Path, capsys: 
     assert "not installed" in capsys.readouterr().out
 
 
+def test_the_launcher_folder_stands_for_its_project(project: Path, tmp_path: Path) -> None:
+    assert find_project(project / "launcher") == find_project(project)
+    with pytest.raises(ValueInvalid, match="is not a CONJURE project"):
+        find_project(project / "runcomfy")
+    few = make(tmp_path / "few", {"launcher/config.py": b"", "launcher/subprocess_manager.py": b""})
+    assert find_project(few / "launcher").root == few
+    with pytest.raises(ValueInvalid, match="is not a CONJURE project"):
+        find_project(make(tmp_path / "other", {"launcher/config.py": b"", "launcher/main.py": b""}))
+    with pytest.raises(ValueInvalid, match="this product itself"):
+        find_project(Path(swap.__file__).parent)
+
+
 def test_the_command_refuses_with_two_lines_and_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(comfyctl, ["conjure", "install", str(tmp_path)]) == 2
     assert "is not a CONJURE project" in capsys.readouterr().err
