@@ -25,6 +25,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from runcomfy.domain.exceptions import AddressInUse, SettingInvalid, foreign_text
 
 BACKLOG: Final = 512
+ACCEPTED_AT_ONCE: Final = 4
+"""Connections that are accepted before anything else is done, closing some included."""
 KEEP_ALIVE: Final = 75
 """Seconds a silent connection is kept; longer than proxies and browsers keep theirs, so that none is closed under a
 request."""
@@ -66,10 +68,14 @@ class Connection(H11Protocol):
         self.since = self.loop.time()
         super().connection_made(transport)
         if len(self.connections) > connections_most():
-            others = [each for each in self.connections if isinstance(each, Connection) and each.idle]
-            least = min((each for each in others if each is not self), key=_worth, default=self)
-            least.transport.close()
+            self._make_room()
         self._hurry()
+
+    def _make_room(self) -> None:
+        there = [each for each in self.connections if isinstance(each, Connection) and not each.transport.is_closing()]
+        if len(there) > connections_most():
+            idle = [each for each in there if each.idle and each is not self]
+            min(idle, key=_worth, default=self).transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sends."""
@@ -112,13 +118,13 @@ def _worth(connection: Connection) -> tuple[bool, float]:
 
 
 def connections_most() -> int:
-    """Return how many connections there may be at once: half of the files that this process may open."""
+    """Return how many connections there may be at once: under half of the files that this process may open."""
     if sys.platform == "win32":
         return CONNECTIONS_MOST
     import resource
 
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return CONNECTIONS_MOST if files == resource.RLIM_INFINITY else max(8, min(CONNECTIONS_MOST, files // 2))
+    return CONNECTIONS_MOST if files == resource.RLIM_INFINITY else max(8, min(CONNECTIONS_MOST, files // 2 - 16))
 
 
 class _Forwarded(logging.Handler):
@@ -218,7 +224,7 @@ async def answering(web: Any, sockets: Sequence[socket.socket]) -> AsyncIterator
         ws="none",
         http=Connection,
         proxy_headers=False,
-        backlog=BACKLOG,
+        backlog=ACCEPTED_AT_ONCE,  # asyncio's word for it
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=LEAVE_WITHIN,
     )
@@ -228,6 +234,8 @@ async def answering(web: Any, sockets: Sequence[socket.socket]) -> AsyncIterator
             group.create_task(server._serve(list(sockets)), name="http")
             try:
                 await server.answers.wait()
+                for each in sockets:
+                    each.listen(BACKLOG)  # which is how many may wait, all the same
                 yield
             finally:
                 server.told.set()

@@ -160,10 +160,12 @@ async def test_listeners_do_not_hold_up_the_end(tmp_path: Path, clock: LoopClock
 
 
 async def test_a_client_that_reads_nothing_is_given_up(
-    tmp_path: Path, clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: LoopClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("launcher.hub.WAITING_MOST", 50)
+    caplog.set_level(logging.INFO, "runcomfy.http")
     async with serving_web(tmp_path, clock) as web:
+        monkeypatch.setattr(logging.getLogger("launcher"), "propagate", True)
         tight = socket.socket()
         tight.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         tight.connect(_at(web.address))
@@ -180,6 +182,8 @@ async def test_a_client_that_reads_nothing_is_given_up(
             metrics = (await web.get("/metrics")).body.decode()
             assert "comfyctl_listeners 0.0" in metrics
             assert (await web.get("/jobs?limit=1")).status == 200, "nobody else is held up"
+            assert "listener_given_up" in caplog.messages
+            assert "request_broke" not in caplog.messages, "a client that sleeps is no defect of ours"
         finally:
             writer.transport.abort()
             await asyncio.sleep(0.1)
@@ -364,10 +368,12 @@ async def test_connections_do_not_take_the_last_file(monkeypatch: pytest.MonkeyP
     [listening] = await bound("127.0.0.1", 0)
     async with answering(_hello, [listening]):
         address = listening.getsockname()
-        opened = [await asyncio.open_connection(*address) for _ in range(3)]
+        opened = await asyncio.gather(*(asyncio.open_connection(*address) for _ in range(20)))
+        ended = [asyncio.create_task(reader.read()) for reader, _ in opened]
+        await asyncio.sleep(1)
+        assert sum(task.done() for task in ended) == 17, "also if they come at once"
         answered = [await _asks(address) for _ in range(3)]  # each in the place of one that never asked
-        for reader, _ in opened:
-            assert await reader.read() == b""
+        assert set(await asyncio.gather(*ended)) == {b""}
         fourth = await _asks(address)
         assert await answered[0][0].read() == b"", "then the oldest that asks for nothing now"
         for _, writer in [*opened, *answered, fourth]:
