@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Final
@@ -17,6 +18,8 @@ from launcher.schemas import problems
 from runcomfy.domain.queued import QueuedJob
 
 router = APIRouter(tags=["events"])
+
+log = logging.getLogger("runcomfy.http")
 
 STUCK: Final = 60.0
 """Seconds after which a client that takes no bytes is given up."""
@@ -45,6 +48,9 @@ class EventStream(Response):
                 await _send(send, f"retry: {RETRY_MS}\n\n".encode())
                 async for chunk in listener.chunks():
                     await _send(send, chunk)
+            except TimeoutError:  # a computer that sleeps, say: no defect, and nothing can be said to it any more
+                log.info("listener_given_up", extra={"fields": {"seconds": STUCK}})
+                return
             finally:
                 leaves.cancel()
             with suppress(OSError):
