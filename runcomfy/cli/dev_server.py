@@ -458,7 +458,7 @@ class DevServerManager:
         self.client: ConjureAPIClient = ConjureAPIClient(settings=settings)
 
     async def launch_server(
-        self, server_type: str | None = None, duration: float | None = None, interactive: bool = True
+        self, server_type: str | None = None, duration: float | None = 3600, interactive: bool = True
     ) -> bool:
         """Launch or reuse the dev server, for `duration` seconds (None: RUNCOMFY_DEFAULT_DURATION); whether it is up.
 

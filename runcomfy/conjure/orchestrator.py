@@ -110,7 +110,7 @@ class ConjureOrchestrator:
 
     def __init__(
         self,
-        workflow_path: str | Path = CONJURES_WORKFLOW,
+        workflow_path: str | Path = "runcomfy/workflows/generate_flux_mesh.json",
         *,
         settings: Settings | None = None,
         office: Office = open_office,

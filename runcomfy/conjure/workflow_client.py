@@ -89,7 +89,7 @@ class ConjureWorkflowClient:
 
     def __init__(
         self,
-        output_dir: str | Path = MODELS,
+        output_dir: str | Path = "data/generated_models",
         *,
         settings: Settings | None = None,
         clock: Clock | None = None,
