@@ -30,6 +30,8 @@ FRESH_S: Final = 5.0
 """How long an answer of the provider, or a sum of all bills, is good enough for everybody."""
 STOP_WAIT_S: Final = 20.0
 """How long a client waits for a stopped machine to be seen gone; it is stopped all the same."""
+ALL: Final = "all"
+"""The scope of a budget that counts everything."""
 
 
 class _Kept:
@@ -218,7 +220,7 @@ def _slot(slot: Slot) -> Json:
 def _budget(one: BudgetNow) -> Json:
     budget, window = one.state.budget, one.state.window
     per_run = window.start is None
-    scope = f"user {budget.user}" if budget.user else f"project {budget.project}" if budget.project else "all"
+    scope = f"user {budget.user}" if budget.user else f"project {budget.project}" if budget.project else ALL
     left: Decimal | None = budget.hard if per_run else one.state.left
     return {
         "name": str(budget.period),

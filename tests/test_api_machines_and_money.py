@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runcomfy.adapters.config import load_settings
+from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.machine import Purpose
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
@@ -52,6 +53,22 @@ async def test_without_credentials_everything_else_is_shown(tmp_path: Path, cloc
         stopped = await api.post("/machines/nothing/stop", {"confirm": True})
         assert stopped.status == 503
         assert stopped.json["error"]["code"] == "credentials-missing"
+
+
+async def test_budgets_are_shown_and_measured_but_no_names_are(tmp_path: Path, clock: LoopClock) -> None:
+    budgets = (Budget(Period.DAY, hard=Decimal(20)), Budget(Period.MONTH, hard=Decimal(90), user="ann"))
+    settings = replace(load_settings(overrides={}), budgets=budgets)
+    async with serving_web(tmp_path, clock, settings=settings) as api:
+        shown = (await api.get("/costs/now")).json["budgets"]
+        assert [(one["name"], one["scope"], one["left"]) for one in shown] == [
+            ("day", "all", "20"),
+            ("month", "user ann", "90"),
+        ]
+        measured = (await api.get("/metrics")).body.decode()
+    assert 'comfyctl_budget_usd{budget="day",what="hard"} 20.0' in measured
+    assert 'comfyctl_budget_usd{budget="day",what="left"} 20.0' in measured
+    assert "ann" not in measured.split('"')
+    assert 'budget="month"' not in measured
 
 
 async def test_a_machine_is_listed_with_what_it_costs_and_stopped_when_that_is_meant(

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launcher.backend import Backend, backend_of
+from launcher.glances import ALL
 from launcher.schemas import problems
 from launcher.teller import teller_of
 from runcomfy.domain.exceptions import RunComfyError
@@ -125,7 +126,7 @@ class Figures(Collector):
             metrics.append(_gauge("comfyctl_committed_usd", "What machines that run may still cost.", committed))
         budgets = GaugeMetricFamily("comfyctl_budget_usd", "Budgets of the account.", labels=["budget", "what"])
         for budget in said.get("budgets", ()):
-            if str(budget.get("scope") or "account") != "account":
+            if budget.get("scope") != ALL:
                 continue  # somebody's name
             for what in ("hard", "soft", "spent", "committed", "left"):
                 usd = _number(budget.get(what))
