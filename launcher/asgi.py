@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from starlette.responses import JSONResponse
@@ -40,6 +40,8 @@ class Product:
     def __init__(self) -> None:
         self._web: FastAPI | None = None
         self._local = True
+        self._announced = False
+        self._app: App | None = None
         self._stack = AsyncExitStack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,7 +54,22 @@ class Product:
             # Guarded as something that only this computer reaches, it is not shown to others by accident.
             await JSONResponse({"detail": ELSEWHERE}, 403)(scope, receive, send)
         else:
+            if not self._announced:
+                self._announced = True
+                await self._announce(scope)
             await self._web(scope, receive, send)
+
+    async def _announce(self, scope: Scope) -> None:
+        """Write down where this listens: only requests tell."""
+        from launcher.announced import announce
+        from runcomfy.adapters.files import remove_quietly
+
+        host, port = scope.get("server") or ("", None)
+        if self._app is not None and host and port:
+            with suppress(RunComfyError):  # only `comfyctl page` needs it
+                folder, now = self._app.settings.files.state_dir, self._app.clock.now()
+                file = await asyncio.to_thread(announce, folder, str(host), int(port), now=now)
+                self._stack.callback(remove_quietly, file)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:
@@ -78,6 +95,7 @@ class Product:
         if not any(isinstance(each, _WithoutQueries) for each in access.filters):
             access.addFilter(_WithoutQueries())
         app = await self._stack.enter_async_context(_app())
+        self._app = app
         configure_logging(app.settings)
         parts, host = serves(app.settings), app.settings.http.host
         options = ServeOptions(

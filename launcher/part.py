@@ -28,18 +28,26 @@ async def http(app: App, options: ServeOptions) -> AsyncIterator[None]:
     if not asked.enabled:
         yield
         return
+    from launcher.announced import announce, sweep
     from launcher.listening import answering, bound
     from launcher.web_app import create_app
+    from runcomfy.adapters.files import remove_quietly
 
     settings = app.settings.http
     host = asked.host or settings.host
+    await asyncio.to_thread(sweep, app.settings.files.state_dir)
     sockets = await bound(host, settings.port if asked.port is None else asked.port)
     try:
         async with open_backend(app, options, host=host) as backend, answering(create_app(backend), sockets):
-            asked.listening(page_of(backend, host, sockets[0].getsockname()[1]))
+            where = page_of(backend, host, sockets[0].getsockname()[1])
+            file = await asyncio.to_thread(
+                announce, app.settings.files.state_dir, where.host, where.port, now=app.clock.now()
+            )
+            asked.listening(where)
             try:
                 yield
             finally:
+                await asyncio.to_thread(remove_quietly, file)
                 # Listeners never end by themselves; a client that comes back later finds what it missed in the log.
                 backend.closing.set()
                 await backend.hub.close()

@@ -60,6 +60,11 @@ def refusal_messages(refusal: Refusal, *, extra: Iterable[tuple[bytes, bytes]] =
     return _messages(refusal.status, headers, body)
 
 
+def proof_messages(proof: str) -> list[MutableMapping[str, Any]]:
+    """Return the messages that prove who this is."""
+    return _messages(200, [(b"content-type", b"application/json")], json.dumps({"proof": proof}).encode())
+
+
 def redirect_messages(location: str, cookie: str | None) -> list[MutableMapping[str, Any]]:
     """Return the messages that send a browser elsewhere on this server, with a cookie."""
     headers = [(b"location", location.encode())]

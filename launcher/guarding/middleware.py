@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs
 
 from launcher.guarding import rules
-from launcher.guarding.answers import redirect_messages, refusal_messages, secured, words_messages
+from launcher.guarding.answers import proof_messages, redirect_messages, refusal_messages, secured, words_messages
+from launcher.guarding.proving import PROOF_PATH, challenge_in, proof_of
 from launcher.guarding.rules import Head, Refusal
 from runcomfy.domain.exceptions import TooManyRequests
 
@@ -33,6 +34,7 @@ BODY_TIMEOUT_S: Final = 600.0
 _TOO_LARGE: Final = Refusal(413, "body-too-large", "the request is larger than allowed")
 _TOO_SLOW: Final = Refusal(408, "body-too-slow", "the request's body did not come in time")
 _NO_LENGTH: Final = Refusal(400, "bad-request", "the request's Content-Length cannot be read")
+_NO_CHALLENGE: Final = Refusal(400, "bad-request", "the address holds no challenge of 64 hexadecimal digits")
 _TOO_LONG: Final = Refusal(414, "address-too-long", "the request's address is too long")
 _CODE_WORDS: Final = (
     "This login address was used already, or it is older than ten minutes. comfyctl page prints a fresh one, on the "
@@ -71,11 +73,21 @@ class GuardMiddleware:
         found = self._guard.admit(head)
         if isinstance(found, Refusal):
             await exchange.refuse(found)
+        elif head.path == PROOF_PATH and head.method == "GET":
+            await self._prove(head, scope["query_string"], exchange)
         elif code is not None:
             await self._log_in(head, code, exchange)
         else:
             scope[PRINCIPAL] = found
             await self._pass_on(head, exchange)
+
+    async def _prove(self, head: Head, query: bytes, exchange: _Exchange) -> None:
+        challenge = challenge_in(query)
+        if challenge is None:
+            await exchange.refuse(_NO_CHALLENGE)
+        else:
+            port = (head.server or ("", 0))[1]
+            await exchange.answer(proof_messages(proof_of(self._guard.token, challenge, port)))
 
     async def _log_in(self, head: Head, code: str, exchange: _Exchange) -> None:
         try:

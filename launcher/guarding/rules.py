@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
+from launcher.guarding.proving import PROOF_PATH
 from runcomfy.domain.secret import is_loopback
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -89,7 +90,9 @@ def is_conjures(head: Head) -> bool:
 
 
 def is_public(head: Head) -> bool:
-    """Whether this is the page itself: it holds nothing but the program."""
+    """Whether this is the page itself, which holds nothing but the program, or a question who this is."""
+    if head.path == PROOF_PATH:
+        return head.method == "GET"
     return head.method in ("GET", "HEAD") and (head.path == "/" or head.path.startswith("/assets/"))
 
 
