@@ -30,7 +30,7 @@ from runcomfy.adapters.media import inspect
 from runcomfy.application.prompting import find_prompt
 from runcomfy.application.watcher import Watcher
 from runcomfy.conjure.errors import builtin_errors
-from runcomfy.conjure.files import FLUX_IMAGE, MESH, MODELS, RENDER, copy_picture, put_result
+from runcomfy.conjure.files import FLUX_IMAGE, MESH, RENDER, copy_picture, put_result
 from runcomfy.conjure.office import log
 from runcomfy.conjure.progress_tracker import STAGED, FluxMeshProgressTracker, progress_tracker
 from runcomfy.conjure.two_forms import TwoForms
