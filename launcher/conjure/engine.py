@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures.thread  # noqa: F401 - its exit function must be registered before ours
+import logging
 import os
 import threading
 import weakref
@@ -37,8 +38,10 @@ from runcomfy.adapters.credentials import find_credentials
 from runcomfy.application.job_queue import workflow_id_of
 from runcomfy.bootstrap import App
 from runcomfy.conjure.progress_tracker import STAGED, progress_tracker
-from runcomfy.domain.exceptions import Interrupted, RunComfyError
-from runcomfy.domain.job import JobId, JobRequest, JobResult, Output
+from runcomfy.domain.exceptions import Interrupted, RunComfyError, foreign_text
+from runcomfy.domain.job import JobId, JobRequest, JobResult, JobStatus, Output
+
+log = logging.getLogger("launcher.generation")
 
 T = TypeVar("T")
 LOCAL: Final = "local"
@@ -66,6 +69,8 @@ class Made:
     outputs: Mapping[str, Output]
     seeds: Mapping[str, int]
     cost_usd: Decimal
+    warning: str = ""
+    """What is not as it should be although the results are whole: a machine that was not seen gone."""
 
 
 @dataclass(slots=True, eq=False)
@@ -290,20 +295,27 @@ async def run_directly(app: App, order: Order, accepted: Callable[[str], None]) 
     accepted(job_id)
     name = workflow_id_of(request)
     progress_tracker.start_workflow_tracking(name, job_id, "", staged=name in STAGED)
-    result: JobResult = await app.live.observing(app.orchestrator()).run(
-        request, on_progress=lambda progress: progress_tracker.observe(job_id, progress, workflow_name=name)
-    )
-    failed = result.exception
-    words = failed.message if isinstance(failed, RunComfyError) else ""
-    progress_tracker.handle_workflow_completion(job_id, success=failed is None, error_message=words)
-    if failed is not None:
-        raise failed
+    try:
+        result: JobResult = await app.live.observing(app.orchestrator()).run(
+            request, on_progress=lambda progress: progress_tracker.observe(job_id, progress, workflow_name=name)
+        )
+        if result.exception is not None and result.status is not JobStatus.DONE:
+            raise result.exception
+    except BaseException as error:
+        words = error.message if isinstance(error, RunComfyError) else type(error).__name__
+        progress_tracker.handle_workflow_completion(job_id, success=False, error_message=words)
+        raise
+    progress_tracker.handle_workflow_completion(job_id)
+    warning = result.exception
+    if isinstance(warning, RunComfyError):
+        log.error("generation_ended_with_warning", extra={"fields": {"job": job_id, "error": warning.code}})
     return Made(
         job_id=str(result.job_id),
         prompt_id=str(result.prompt_id or ""),
         outputs={output.name: output for output in result.outputs},
         seeds=dict(result.seeds),
         cost_usd=result.cost_usd,
+        warning="" if warning is None else foreign_text(warning, 600),
     )
 
 

@@ -222,7 +222,8 @@ class Generating:
         return dict(await self._engine.once(key, work))
 
     def _facts(self, made: Made, applied: Applied) -> dict[str, Any]:
-        return {
+        warning = {"warning": made.warning} if made.warning else {}
+        return warning | {
             "cost": float(made.cost_usd),
             "job_id": made.job_id,
             "prompt_id": made.prompt_id,

@@ -235,7 +235,7 @@ async def _image(
     if not found.get("success"):
         return _unsuccessful(found, doing, job_of(watched))
     data = {key: found[key] for key in keys} | {"generation_mode": mode.name}
-    more = ("job_id", "prompt_id", "cost", "not_applied", "reused")
+    more = ("job_id", "prompt_id", "cost", "not_applied", "reused", "warning")
     data |= {key: found[key] for key in more if key in found}
     if mode.note:
         data["mode_note"] = without_paths(mode.note)
