@@ -199,8 +199,9 @@ class Intake:
                 job = await self._queue().enqueue(new)
             except BaseException as error:
                 await form.abort()
-                # Where nothing is known of the queue's word (a database that did not answer), its files stay.
-                if isinstance(error, _REFUSALS) and not isinstance(error, IdempotencyConflict):
+                # Where nothing is known of the queue's word (a database that did not answer), its files stay; also
+                # where another process may have put the key's job in meanwhile, over the same files.
+                if isinstance(error, _REFUSALS) and (known or not isinstance(error, IdempotencyConflict)):
                     await self._uploads.forget(self._brought)
                 raise
             return Taken(job, replayed=known)

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
@@ -180,6 +181,8 @@ class UploadStore:
         self.most_bytes = most_bytes
         self.max_pixels = max_pixels
         self._swept_at = float("-inf")
+        self._touching = threading.Lock()
+        """Held by threads while they take a file into use, or look a last time whether it may go."""
 
     async def open(self, name: str) -> Incoming:
         """Begin to receive a file; `name` is what the client calls it. Raises LocalError."""
@@ -209,10 +212,7 @@ class UploadStore:
         """Return the path of an upload. Raises NotFound."""
         path = await asyncio.to_thread(self._find, upload_id) if ID.match(upload_id) else None
         if path is None:
-            raise NotFound(
-                f"there is no upload {foreign_text(upload_id, 40)!r}",
-                hint="send it with POST /uploads; what no job uses is removed after a day",
-            )
+            raise _no_upload(upload_id)
         return path
 
     def _find(self, upload_id: str) -> str | None:
@@ -228,7 +228,10 @@ class UploadStore:
         return parent.parent == self.folder and ID.match(parent.name) is not None
 
     async def use(self, paths: Collection[str], key: str) -> None:
-        """Say that the job with this idempotency key uses these files; before it is put in. Raises LocalError."""
+        """Say that the job with this idempotency key uses these files; before it is put in.
+
+        Raises NotFound (one was swept meanwhile), LocalError.
+        """
         ours = [path for path in paths if self.holds(path)]
         if ours:
             await asyncio.to_thread(self._use, ours, key)
@@ -237,10 +240,13 @@ class UploadStore:
         for path in paths:
             note = Path(path).parent / USED_BY
             try:
-                with note.open("a", encoding="utf-8") as file:
-                    note.chmod(0o600)
-                    file.write(f"{key}\n")
-                os.utime(note.parent)
+                with self._touching:
+                    with note.open("a", encoding="utf-8") as file:
+                        note.chmod(0o600)
+                        file.write(f"{key}\n")
+                    os.utime(note.parent)
+            except FileNotFoundError as error:
+                raise _no_upload(note.parent.name) from error
             except OSError as error:
                 raise local_error(error, note, "write") from error
 
@@ -264,25 +270,45 @@ class UploadStore:
 
         `known_keys` tells which of some idempotency keys the queue has; `now` in seconds since 1970, as the disk has.
         """
-        old = await asyncio.to_thread(self._old, time.time() if now is None else now)
+        now = time.time() if now is None else now
         removed = 0
-        for folder, keys in old:
-            if keys and await known_keys(keys):
-                continue
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-            removed += 1
+        for folder, keys in await asyncio.to_thread(self._old, now):
+            if not keys or not await known_keys(keys):
+                removed += await asyncio.to_thread(self._remove, folder, now)
         return removed
+
+    def _remove(self, folder: Path, now: float) -> bool:
+        """Remove an upload, unless a job has taken it into use since it was looked at."""
+        with self._touching:
+            if not _is_old(folder, now):
+                return False
+            shutil.rmtree(folder, ignore_errors=True)
+            return True
 
     def _old(self, now: float) -> list[tuple[Path, list[str]]]:
         found = []
         with suppress(OSError):
             for folder in self.folder.iterdir():
                 with suppress(OSError):
-                    if ID.match(folder.name) and now - folder.stat().st_mtime >= KEPT_UNUSED_S:
+                    if ID.match(folder.name) and _is_old(folder, now):
                         note = folder / USED_BY
                         keys = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
                         found.append((folder, keys))
         return found
+
+
+def _is_old(folder: Path, now: float) -> bool:
+    try:
+        return now - folder.stat().st_mtime >= KEPT_UNUSED_S
+    except OSError:
+        return False
+
+
+def _no_upload(upload_id: str) -> NotFound:
+    return NotFound(
+        f"there is no upload {foreign_text(upload_id, 40)!r}",
+        hint="send it with POST /uploads; what no job uses is removed after a day",
+    )
 
 
 def made_id(*parts: str) -> str:

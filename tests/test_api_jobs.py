@@ -206,7 +206,7 @@ async def test_an_idempotency_key_replays_the_first_answer(serving_api: Serving)
         other = body | {"image": data_url(png("green"))}
         refused(await api.post("/jobs", other, headers=key), 409, "idempotency-conflict")
         assert (await api.post("/jobs", body)).json["id"] != first.json["id"]
-        # What the conflict brought along is gone in time; what the job needs stays.
+        # What the conflict brought along is gone; what the job needs stays.
         assert (await api.get(f"{first.json['urls']['self']}/inputs/0")).body == png()
 
 

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import aiohttp
 import pytest
 from PIL import Image
 
+from launcher.errors import NotFound
+from launcher.upload_store import UploadStore
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.web import Answer, Serving, Web, serving_web
 
@@ -161,3 +164,42 @@ async def test_what_no_job_uses_is_swept_after_a_day_and_what_one_uses_stays(tmp
         assert again.status == 201
         gone = await api.post("/jobs", {"workflow": "image_invert", "image": f"upload:{unused}"})
         assert gone.status == 404
+
+
+async def test_a_key_used_again_with_other_files_leaves_none_of_them(tmp_path: Path, clock: LoopClock) -> None:
+    """They would be kept for as long as the key's job is, and nobody counts requests with a known key."""
+    async with serving_web(tmp_path, clock) as api:
+        key = {"Idempotency-Key": "order-17"}
+
+        async def order(color: str) -> int:
+            form = aiohttp.FormData({"workflow": "image_invert"})
+            form.add_field("image", png(color), filename="a.png")
+            return (await api.ask("POST", "/jobs", data=form, headers=key)).status
+
+        assert await order("red") == 201
+        kept = folders(api)
+        assert [await order(color) for color in ("green", "blue", "red")] == [409, 409, 200]
+        assert folders(api) == kept
+
+
+async def test_what_is_taken_into_use_while_it_is_swept_stays(tmp_path: Path) -> None:
+    store = UploadStore(str(tmp_path), most_bytes=10_000, max_pixels=10_000)
+    kept = await store.keep(png(), "a.png")
+    await store.use([kept.path], "long gone")
+    await asyncio.to_thread(os.utime, Path(kept.path).parent, (0, 0))
+
+    async def while_it_is_asked(keys: Collection[str]) -> Collection[str]:
+        await store.use([kept.path], "new")
+        return ()
+
+    assert await store.sweep(while_it_is_asked) == 0
+    assert await asyncio.to_thread(Path(kept.path).is_file)
+
+    async def unknown(keys: Collection[str]) -> Collection[str]:
+        assert set(keys) == {"long gone", "new"}
+        return ()
+
+    await asyncio.to_thread(os.utime, Path(kept.path).parent, (0, 0))
+    assert await store.sweep(unknown) == 1
+    with pytest.raises(NotFound):
+        await store.use([kept.path], "too late")
