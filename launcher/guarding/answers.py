@@ -10,12 +10,11 @@ from typing import Any, Final
 from launcher.guarding.rules import Refusal
 
 PAGE_POLICY: Final = (
-    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' blob: data:; media-src 'self' blob:; font-src 'self'; connect-src 'self' blob: data:; "
-    "worker-src 'self' blob:; manifest-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self'; "
+    "font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""For the page: nothing from elsewhere. `wasm-unsafe-eval` and blobs are what a 3D viewer's decoders need; styles that
-scripts set count as inline ones."""
+"""For the page: nothing from elsewhere, and no script or style but its own files. Pictures that were dropped on it, or
+that lie inside a mesh, have addresses that begin with blob: or data:."""
 
 DATA_POLICY: Final = "default-src 'none'; sandbox; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 """For everything else: shown by itself in a tab, it may do nothing."""
