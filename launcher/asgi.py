@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import sys
-from contextlib import AsyncExitStack, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from starlette.responses import JSONResponse
@@ -26,6 +28,8 @@ from runcomfy.domain.secret import is_loopback
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from launcher.backend import Backend
 
 log = logging.getLogger("runcomfy.http")
 
@@ -104,6 +108,9 @@ class Product:
             shut_down=lambda: signal.raise_signal(signal.SIGTERM),
         )
         backend = await self._stack.enter_async_context(open_backend(app, options, host=host))
+        self._stack.enter_context(_told_first(backend.closing.set))
+        leaving = asyncio.create_task(_let_go(backend), name="listeners-leave")
+        self._stack.callback(leaving.cancel)
         self._web, self._local = create_app(backend), is_loopback(host)
         stop = asyncio.Event()
         work = asyncio.create_task(app.serve(options, stop), name="serve")
@@ -134,6 +141,38 @@ def _app() -> App:
     )
 
 
+async def _let_go(backend: Backend) -> None:
+    """Let the listeners go when everybody has to leave: they never end by themselves."""
+    await backend.closing.wait()
+    await backend.hub.close()
+
+
+@contextmanager
+def _told_first(heard: Callable[[], None]) -> Iterator[None]:
+    """Have `heard` called when the server is told to stop, for the block.
+
+    Servers say so (`lifespan.shutdown`) only after the last connection is closed. Who waits for that with a page open
+    presses Ctrl+C once more, and then nothing is ended in good order.
+    """
+    loop, before = asyncio.get_running_loop(), dict[int, Any]()
+
+    def told(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(heard)
+        before[number](number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(handler := signal.getsignal(number)):
+                before[number] = handler
+                signal.signal(number, told)
+    try:
+        yield
+    finally:
+        for heard_on, handler in before.items():
+            if signal.getsignal(heard_on) is told:
+                signal.signal(heard_on, handler)
+
+
 async def _stopped(work: asyncio.Task[bool], stop: asyncio.Event) -> None:
     stop.set()
     await asyncio.wait({work})
@@ -146,7 +185,7 @@ def _ended(work: asyncio.Task[bool]) -> None:
     if not work.cancelled() and (error := work.exception()) is not None:
         log.error("serve_failed", exc_info=error)
         sys.stderr.write(f"error: {error}\n")
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # os.kill would end the process at once on Windows
 
 
 def _is_local(scope: Scope) -> bool:

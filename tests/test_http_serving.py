@@ -572,6 +572,23 @@ def test_a_real_process_listens_and_ends_in_good_order(command: list[str], env: 
 
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends processes without asking")
+def test_under_another_server_an_open_page_does_not_keep_it_from_ending(tmp_path: Path) -> None:
+    """Servers wait for their connections before they say that it ends; impatient people then kill it."""
+    state = tmp_path / "state"
+    command = ["-m", "uvicorn", "launcher.api_server:app", "--port", "0"]
+    with running(tmp_path, *command, RUNCOMFY_STATE_DIR=str(state), RUNCOMFY_SERVE="queue") as (process, lines):
+        address = found(process, lines, r"running on (http://127\.0\.0\.1:\d+)")
+        token = {"Authorization": f"Bearer {(state / 'http_token').read_text().strip()}"}
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/events", headers=token), timeout=30) as page:  # noqa: S310
+            assert page.readline().startswith(b"retry")
+            process.send_signal(signal.SIGTERM)
+            assert page.read().endswith(b"\n\n"), "the stream ended, whole"
+            process.wait(30)
+    assert any("Application shutdown complete" in line for line in lines), lines
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends processes without asking")
 def test_a_second_one_at_the_same_port_is_told_so(tmp_path: Path) -> None:
     env = {"RUNCOMFY_STATE_DIR": str(tmp_path / "state")}
     with running(tmp_path, *SERVES, "--no-pool", "--port", "0", **env) as (process, lines):
