@@ -92,6 +92,7 @@ class Product:
 
     async def _open(self) -> None:
         from launcher.part import open_backend, page_of
+        from launcher.routes.conjure import at_desk
         from launcher.web_app import create_app
         from runcomfy.adapters.log import configure_logging
 
@@ -112,6 +113,7 @@ class Product:
         leaving = asyncio.create_task(_let_go(backend), name="listeners-leave")
         self._stack.callback(leaving.cancel)
         self._web, self._local = create_app(backend), is_loopback(host)
+        await self._stack.enter_async_context(at_desk(self._web, backend))
         stop = asyncio.Event()
         work = asyncio.create_task(app.serve(options, stop), name="serve")
         work.add_done_callback(_ended)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ async def http(app: App, options: ServeOptions) -> AsyncIterator[None]:
         return
     from launcher.announced import announce, sweep
     from launcher.listening import answering, bound
+    from launcher.routes.conjure import at_desk
     from launcher.web_app import create_app
     from runcomfy.adapters.files import remove_quietly
 
@@ -38,7 +39,11 @@ async def http(app: App, options: ServeOptions) -> AsyncIterator[None]:
     await asyncio.to_thread(sweep, app.settings.files.state_dir)
     sockets = await bound(host, settings.port if asked.port is None else asked.port)
     try:
-        async with open_backend(app, options, host=host) as backend, answering(create_app(backend), sockets):
+        async with AsyncExitStack() as stack:
+            backend = await stack.enter_async_context(open_backend(app, options, host=host))
+            web = create_app(backend)
+            await stack.enter_async_context(at_desk(web, backend))
+            await stack.enter_async_context(answering(web, sockets))
             where = page_of(backend, host, sockets[0].getsockname()[1])
             file = await asyncio.to_thread(
                 announce, app.settings.files.state_dir, where.host, where.port, now=app.clock.now()

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, BackgroundTasks, Depends, Path, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
@@ -166,6 +167,19 @@ async def sender_of(request: Request, backend: Annotated[Backend, Depends(backen
 
 
 At = Annotated[Desk, Depends(desk_of)]
+
+
+@asynccontextmanager
+async def at_desk(web: FastAPI, backend: Backend) -> AsyncIterator[None]:
+    """For the block, see to what earlier generations left undone, whether CONJURE asks for anything or not."""
+    desk = web.state.conjure = Desk(backend)
+    await desk.begin()
+    try:
+        yield
+    finally:
+        await desk.close()
+
+
 Who = Annotated[Principal, Depends(sender_of)]
 
 

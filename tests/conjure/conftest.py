@@ -113,6 +113,7 @@ async def serving(clock: LoopClock, *, works: bool = True, **queue: Any) -> Asyn
         port = sockets[0].getsockname()[1]
         stop = asyncio.Event()
         work = asyncio.create_task((await app.executor()).run(stop)) if works else None
+        await stack.enter_async_context(conjure.at_desk(web, backend))
         await stack.enter_async_context(answering(web, sockets))
         http = await stack.enter_async_context(aiohttp.ClientSession())
         client = Client(http, f"http://127.0.0.1:{port}", web, app, shut)
@@ -121,8 +122,6 @@ async def serving(clock: LoopClock, *, works: bool = True, **queue: Any) -> Asyn
         finally:
             backend.closing.set()
             await backend.hub.close()
-            if getattr(web.state, "conjure", None) is not None:
-                await client.desk.close()
             stop.set()
             if work is not None:
                 await work
