@@ -19,10 +19,10 @@ from PIL import Image
 
 import runcomfy
 from runcomfy.bootstrap import App
-from runcomfy.cli.costs_show import moment
 from runcomfy.cli.main import call, comfyctl
 from runcomfy.domain.decision import Decision
 from runcomfy.domain.exceptions import ValueInvalid
+from runcomfy.domain.moment import moment
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.past import Past
 
