@@ -14,14 +14,18 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.core.failures import FailureGroup
-from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.web import Web, serving_web
 
 pytestmark = pytest.mark.looptime(False)
 
-CHECKS = [status_code_conformance, response_schema_conformance]
+CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 NOT_HERE = ("/shutdown", "/events", "/")
 """Ends the server; never ends; the page."""
 WAITS = ("/flux/", "/partpacker/", "/serverless/", "/local_comfyui/", "/blender/", "/process_", "/execute_")
@@ -86,7 +90,7 @@ def test_every_answer_is_one_that_the_document_announces(web: Web) -> None:
 
 
 def _try(operation: Any, headers: dict[str, str]) -> None:
-    @given(case=operation.as_strategy(), job=st.sampled_from(["1", "0", "nothing", None]))
+    @given(case=operation.as_strategy(), job=st.sampled_from(["1", "0", "nothing", "0" * 201, None]))
     @settings(
         max_examples=10,
         deadline=None,

@@ -132,7 +132,7 @@ async def _story(queue: JobQueue, key: str) -> JobStory:
 
 @router.get(
     "/{job_id}/log",
-    response_class=PlainTextResponse,
+    response_class=Response,  # else errors are said to be text, too
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(404)},
 )
 async def show_log(backend: Serves, job_id: JobKey) -> PlainTextResponse:
