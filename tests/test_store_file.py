@@ -8,7 +8,12 @@ import errno
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -128,6 +133,58 @@ async def test_opening_waits_only_so_long_for_another_that_opens(path: Path) -> 
     with other.opening(), pytest.raises(StoreUnavailable, match="locked"):
         await store.open()
     assert (await filled(path)).id
+
+
+@pytest.mark.fault(55)
+async def test_who_writes_in_one_process_takes_turns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not sleep until the other has surely ended, as SQLite would have it."""
+    one, other = (SqliteFile(path, durable=False, busy_timeout=timedelta(seconds=30)) for _ in range(2))
+    begun, goes_on, order = threading.Event(), threading.Event(), list[str]()
+
+    def first() -> None:
+        with one.writing():
+            begun.set()
+            assert goes_on.wait(30)
+            order.append("first")
+
+    def second() -> None:
+        with other.writing():
+            order.append("second")
+
+    monkeypatch.setattr(time, "sleep", None)  # calling it fails
+    with ThreadPoolExecutor(2) as threads:
+        writing = threads.submit(first)
+        assert begun.wait(30)
+        waiting = threads.submit(second)
+        hasty = SqliteFile(path, durable=False, busy_timeout=timedelta(seconds=0.05))
+        with pytest.raises(StoreUnavailable, match="locked"), hasty.writing():
+            pass
+        with SqliteFile(path.with_name("other"), durable=False, busy_timeout=timedelta(seconds=30)).writing():
+            order.append("another file")
+        goes_on.set()
+        writing.result(30)
+        waiting.result(30)
+    assert order == ["another file", "first", "second"]
+
+
+FORKS = """
+import os, sys
+from datetime import timedelta
+from pathlib import Path
+from runcomfy.adapters.stores.sqlite import SqliteFile
+
+file = SqliteFile(Path(sys.argv[1]), durable=False, busy_timeout=timedelta(seconds=5))
+with file.writing():
+    if (child := os.fork()) == 0:
+        with file.writing():
+            os._exit(7)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked there")
+def test_a_forked_process_waits_for_nobodys_turn(path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", FORKS, str(path)], check=False, timeout=60).returncode == 7
 
 
 def of_sqlite(code: int, text: str) -> sqlite3.Error:

@@ -82,6 +82,10 @@ class DatabaseKind(Protocol):
         """Return the engine by which is read; on a server each statement may stand for itself."""
         ...
 
+    def writing(self) -> AbstractContextManager[None]:
+        """Be the only one of this process who writes, where the database lets one write at a time anyhow."""
+        ...
+
     def check(self, connection: Connection) -> None:
         """Raise StoreCorrupt if the database contradicts itself, StoreUnavailable if it cannot be used."""
         ...
@@ -138,15 +142,19 @@ class _Link:
         self.version: Callable[[], int] | None = None
 
     def run(self, work: Work[T], *, writes: bool) -> T:
-        engine = self.writing if writes else self.reading
         for _ in range(TRIES - 1):
             try:
-                with engine.begin() as connection:
-                    return work(connection)
+                return self._once(work, writes=writes)
             except self._kind.errors as error:
                 if not self._kind.try_again(error):
                     raise
-        with engine.begin() as connection:
+        return self._once(work, writes=writes)
+
+    def _once(self, work: Work[T], *, writes: bool) -> T:
+        if not writes:
+            with self.reading.begin() as connection:
+                return work(connection)
+        with self._kind.writing(), self.writing.begin() as connection:
             return work(connection)
 
     def dispose(self) -> None:
@@ -462,7 +470,8 @@ class Database:
         again: list[_Item[Any]] = []
         wakes = False
         try:
-            with self._linked().writing.begin() as connection:
+            link = self._linked()
+            with self.kind.writing(), link.writing.begin() as connection:
                 for number, item in enumerate(items):
                     item.tries += 1
                     before = self.kind.changes(connection) if item.wakes is None else None

@@ -14,7 +14,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -168,6 +168,10 @@ class PostgresServer:
     def reading(self, engine: Engine) -> Engine:
         """Each statement stands for itself, and costs one way there and back instead of three."""
         return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Many write at once; the server sees to it."""
+        return nullcontext()
 
     def check(self, connection: Connection) -> None:
         """Raise StoreUnavailable if the server is too old, or keeps text in which not every name can be written."""

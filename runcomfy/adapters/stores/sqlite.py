@@ -11,12 +11,14 @@ import os
 import sqlite3
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
+from weakref import WeakValueDictionary
 
 import psutil
 from sqlalchemy import Connection, Engine, StaticPool, create_engine, event
@@ -44,6 +46,36 @@ _CHECKED_UP_TO_BYTES: Final = 64 * 1024 * 1024
 _RETRY_LOCK_AFTER_SECONDS: Final = 0.01
 
 
+class _Turn:
+    """Held by whoever of this process writes to a file."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+class _Turns:
+    """What all who write to a file in this process take turns by, for each file that is in use."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_path: WeakValueDictionary[Path, _Turn] = WeakValueDictionary()
+
+    def of(self, path: Path) -> _Turn:
+        with self._lock:
+            return self._by_path.setdefault(path.absolute(), _Turn())
+
+    def forget(self) -> None:
+        """Begin anew in a forked process: whoever wrote is not there."""
+        self._lock = threading.Lock()
+        for turn in list(self._by_path.values()):
+            turn.lock = threading.Lock()
+
+
+_TURNS: Final = _Turns()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_TURNS.forget)
+
+
 class SqliteFile:
     """One database file. Every method blocks and belongs into the store's thread."""
 
@@ -59,6 +91,7 @@ class SqliteFile:
         self._wake_interval = wake_interval
         self._durable = durable
         self._busy_seconds = busy_timeout.total_seconds()
+        self._turn = _Turn() if path == IN_MEMORY else _TURNS.of(path)
 
     @property
     def where(self) -> str:
@@ -115,6 +148,21 @@ class SqliteFile:
     def reading(self, engine: Engine) -> Engine:
         """Reads are transactions: they begin without a lock, and cost nothing."""
         return engine
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Take turns with the other connections of this process.
+
+        SQLite would let them wait as it does for other processes, by sleeping: each time longer, up to 0.1 s, while
+        the file may be free. Raises StoreUnavailable if it is not one's turn within the time for a lock.
+        """
+        lock = self._turn.lock
+        if not lock.acquire(timeout=self._busy_seconds):
+            raise locked(self.path)
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextmanager
     def opening(self) -> Iterator[None]:
