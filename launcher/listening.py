@@ -15,7 +15,7 @@ import errno
 import logging
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -36,6 +36,8 @@ DATE_EVERY: Final = 1.0
 HEAD_WITHIN: Final = 20.0
 """Seconds that a new connection, or a request that has begun, may take until its head is there."""
 CONNECTIONS_MOST: Final = 4_096
+LINE: Final = "runcomfy.line"
+"""Among the extensions of a request: its connection."""
 _PORT_TAKEN: Final = frozenset({errno.EADDRINUSE, errno.EACCES, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE)})
 
 
@@ -85,6 +87,13 @@ class Connection(H11Protocol):
         else:
             self._let_be()
 
+    def handle_events(self) -> None:
+        """Answer what has come; requests know their connection."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:  # its task has not begun yet
+            self.scope["extensions"] = {**self.scope.get("extensions", {}), LINE: {"transport": self.transport}}
+
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._let_be()
@@ -125,6 +134,33 @@ def connections_most() -> int:
 
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return CONNECTIONS_MOST if files == resource.RLIM_INFINITY else max(8, min(CONNECTIONS_MOST, files // 2 - 16))
+
+
+class Line:
+    """The connection of an answer whose length nobody knows, past the layers that each part of an answer goes through.
+
+    Usable once the answer has begun; its last part goes the usual way. What is written here and there keeps its order.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    @property
+    def free(self) -> bool:
+        """Whether the client is there and has taken everything it got before."""
+        return not self._transport.get_write_buffer_size() and not self._transport.is_closing()
+
+    def write(self, chunk: bytes) -> None:
+        """Send a part of the body without waiting; an empty one would end it, and is not sent."""
+        if chunk:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+
+
+def line_of(scope: MutableMapping[str, Any]) -> Line | None:
+    """Return the connection of a request, if what is written to it can be framed here; None: by another server."""
+    transport = scope.get("extensions", {}).get(LINE, {}).get("transport")
+    chunked = scope["method"] == "GET" and scope.get("http_version") == "1.1"
+    return Line(transport) if isinstance(transport, asyncio.Transport) and chunked else None
 
 
 class _Forwarded(logging.Handler):

@@ -24,7 +24,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from launcher.asgi import Product
-from launcher.listening import answering, bound
+from launcher.listening import Line, answering, bound
 from launcher.options import HttpOptions, Listening
 from runcomfy.application.service import ServeOptions
 from runcomfy.bootstrap import App, serves
@@ -106,6 +106,35 @@ async def test_a_job_is_followed_from_its_beginning_to_its_last_word(tmp_path: P
     progress = [data for name, data, _ in heard if name == "progress"]
     assert progress, "and how far it is, in between"
     assert all(said["id"] == job["id"] and "percent" in said["progress"] for said in progress)
+
+
+async def test_what_everybody_hears_is_written_at_once(
+    tmp_path: Path, clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = list[bytes](), Line.write
+
+    def noted(line: Line, chunk: bytes) -> None:
+        written.append(chunk)
+        write(line, chunk)
+
+    monkeypatch.setattr(Line, "write", noted)
+    async with (
+        ComfyUIEmulator() as comfyui,
+        serving_web(tmp_path, clock, comfyui=comfyui.url) as web,
+        streamed(web, "/events") as one,
+        streamed(web, "/events") as other,
+    ):
+        job = await put(web, 1)
+        for stream in (one, other):
+            kinds = []
+            async for name, data, _ in stream.events():
+                if name == "job":
+                    assert data["job"]["id"] == job["id"]
+                    kinds.append(data["kind"])
+                if kinds[-1:] == ["done"]:
+                    break
+            assert kinds == ["enqueued", "claimed", "submitting", "submitted", "done"]
+    assert sum(b'"done"' in chunk for chunk in written) >= 2
 
 
 async def test_a_client_that_lost_the_connection_goes_on_where_it_was(tmp_path: Path, clock: LoopClock) -> None:

@@ -322,6 +322,64 @@ async def test_who_does_not_keep_up_is_let_go_and_comes_back(
     assert (await quick.gone()).numbers() == list(range(1, 9)), "nobody else was held up"
 
 
+class Wire:
+    """A client's connection, as the server lends it to the hub: taken at once, or not while it is full."""
+
+    def __init__(self) -> None:
+        self.free = True
+        self.heard = Heard()
+        self.written = 0
+
+    def write(self, chunk: bytes) -> None:
+        assert self.free
+        self.written += 1
+        self.heard.take(chunk)
+
+
+@pytest.mark.parametrize("after", [None, 0, 1])
+async def test_what_is_written_at_once_and_what_waits_keep_their_order(
+    hub: Hub, queue: JobQueue, after: int | None
+) -> None:
+    await put(queue, 2)
+    wire = Wire()
+
+    async def send() -> None:
+        async with hub.listen(None, after) as listener:
+            listener.line = wire
+            async with aclosing(listener.chunks()) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    while not wire.free:  # noqa: ASYNC110 - as the server waits for a slow client
+                        await asyncio.sleep(0.1)
+                    wire.heard.take(chunk)
+
+    sending = asyncio.create_task(send())
+    await asyncio.sleep(1)
+    for number in range(12):
+        wire.free = number % 4 != 1
+        await put(queue, 1 + number % 3)
+        await asyncio.sleep((0, 0.05, 3)[number % 3])
+        wire.free = True
+        await asyncio.sleep((0, 2)[number % 2])
+    await asyncio.sleep(5)
+    assert wire.written
+    assert wire.heard.numbers() == list(range((2 if after is None else after) + 1, 27))
+    await hub.close()
+    await asyncio.wait_for(sending, 5)
+
+
+async def test_a_listener_of_a_job_ends_though_its_connection_is_free(hub: Hub, queue: JobQueue) -> None:
+    [job] = await put(queue)
+    wire = Wire()
+    async with hub.listen(job, None) as listener:
+        listener.line = wire
+        work = asyncio.create_task(work_off(queue))
+        async with asyncio.timeout(30):
+            async for chunk in listener.chunks():
+                wire.heard.take(chunk)
+        await work
+    assert wire.heard.of("end") == [{}]
+
+
 async def test_progress_is_told_five_times_a_second_at_most_and_the_newest_wins(
     hub: Hub, queue: JobQueue, live: Live
 ) -> None:
@@ -382,14 +440,14 @@ async def test_a_database_that_refuses_is_said_and_asked_again(
 ) -> None:
     client = Client(hub)
     await asyncio.sleep(1)
-    real, refuses = queue.store.events, [True]
+    real, refuses = queue.store.told, [True]
 
-    async def events(**asked: Any) -> Any:
+    async def told(**asked: Any) -> Any:
         if refuses[0]:
             raise StoreUnavailable("locked")
         return await real(**asked)
 
-    monkeypatch.setattr(queue.store, "events", events)
+    monkeypatch.setattr(queue.store, "told", told)
     await put(queue)
     await asyncio.sleep(10)
     refuses[0] = False
@@ -405,7 +463,7 @@ async def test_a_loop_that_dies_lets_everybody_go_and_begins_anew(
     client = Client(hub)
     await asyncio.sleep(1)
     with monkeypatch.context() as patched:
-        patched.setattr(queue.store, "jobs_with", None)  # calling it fails as a defect would
+        patched.setattr(queue.store, "told", None)  # calling it fails as a defect would
         await put(queue)
         await asyncio.wait_for(client.task, 30)
     back = Client(hub, after=client.heard.last_id)

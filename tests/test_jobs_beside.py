@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.jobs_beside import JobsBeside
 from runcomfy.domain.exceptions import StoreUnavailable
 from runcomfy.domain.job import JobRequest
-from runcomfy.domain.queued import NewJob, RowId
+from runcomfy.domain.queued import NewJob, RowId, WorkerId
 from runcomfy.domain.secret import Secret
 from runcomfy.testing.clock import LoopClock
 
@@ -37,6 +38,29 @@ async def test_jobs_by_their_numbers(jobs: SqlJobs) -> None:
     found = await jobs.jobs_with([first.id, third.id, RowId(4_711)])
     assert found == {first.id: first, third.id: third}
     assert await jobs.jobs_with([]) == {}
+
+
+async def test_events_come_with_their_jobs_as_they_are(jobs: SqlJobs) -> None:
+    first, second = await jobs.add(some(2))
+    now = await jobs.cancel(first.id)
+    events, found = await jobs.told(after=0, limit=10)
+    assert events == await jobs.events()
+    assert found == {first.id: now, second.id: second}
+    events, found = await jobs.told(after=events[0].number, limit=1)
+    assert [event.job_id for event in events] == [second.id]
+    assert list(found) == [second.id]
+    assert await jobs.told(after=100, limit=10) == ([], {})
+
+
+async def test_a_jobs_story_is_one_read(jobs: SqlJobs) -> None:
+    [job, _] = await jobs.add(some(2))
+    [claimed] = await jobs.claim(WorkerId("w"), count=1, lease=timedelta(seconds=60))
+    for key in (job.id, job.uid, str(job.id)):
+        assert await jobs.story(key) == (claimed, await jobs.attempts(job.id), await jobs.events(job_id=job.id))
+    story = await jobs.story(job.id, limit=1)
+    assert story is not None
+    assert len(story[2]) == 1
+    assert await jobs.story("nobody") is None
 
 
 async def test_everything_to_come_is_above_what_is_settled(jobs: SqlJobs) -> None:

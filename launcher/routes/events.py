@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from launcher.backend import Backend, backend_of
 from launcher.hub import Listener
+from launcher.listening import line_of
 from launcher.schemas import problems
 from runcomfy.domain.queued import QueuedJob
 
@@ -46,6 +47,7 @@ class EventStream(Response):
             try:
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await _send(send, f"retry: {RETRY_MS}\n\n".encode())
+                listener.line = line_of(scope)
                 async for chunk in listener.chunks():
                     await _send(send, chunk)
             except TimeoutError:  # a computer that sleeps, say: no defect, and nothing can be said to it any more

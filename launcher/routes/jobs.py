@@ -122,12 +122,11 @@ async def show_job(backend: Serves, job_id: JobKey) -> PlainJson:
 
 
 async def _story(queue: JobQueue, key: str) -> JobStory:
-    """Return a job with its tries and its log, in as few reads as can be: pages ask often. Raises JobNotFound."""
-    job = await queue.job(key)
-    attempts, events = await asyncio.gather(
-        queue.store.attempts(job.id), queue.store.events(job_id=job.id, limit=EVENTS_AT_ONCE)
-    )
-    return JobStory(job, attempts, events) if len(events) < EVENTS_AT_ONCE else await queue.show(job)
+    """Return a job with its tries and its log, in one read if it can be: pages ask often. Raises JobNotFound."""
+    found = await queue.store.story(key, limit=EVENTS_AT_ONCE)
+    if found is None or len(found[2]) >= EVENTS_AT_ONCE:
+        return await queue.show(key)
+    return JobStory(*found)
 
 
 @router.get(

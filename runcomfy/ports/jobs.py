@@ -168,6 +168,16 @@ class JobStore(Protocol):
         """Return events with a number above `after`, in order."""
         ...
 
+    async def told(self, *, after: int, limit: int) -> tuple[Sequence[JobEvent], Mapping[RowId, QueuedJob]]:
+        """Return events with a number above `after`, in order, and their jobs as they are by then."""
+        ...
+
+    async def story(
+        self, key: JobKey, *, limit: int = 1_000
+    ) -> tuple[QueuedJob, Sequence[Attempt], Sequence[JobEvent]] | None:
+        """Return a job with its attempts and its first events; None: there is no such job."""
+        ...
+
     async def settled(self) -> int:
         """Return an event's number such that whatever is written from now on has a higher one; 0 if there is none.
 

@@ -310,6 +310,32 @@ class SqlJobs:
             lambda connection: self._log.read(connection, now, after=after, job_id=job_id, limit=limit)
         )
 
+    async def told(self, *, after: int, limit: int) -> tuple[Sequence[JobEvent], Mapping[RowId, QueuedJob]]:
+        """Return events with a number above `after`, in order, and their jobs as they are by then."""
+        now = self.now()
+
+        def work(connection: Connection) -> tuple[Sequence[JobEvent], Mapping[RowId, QueuedJob]]:
+            events = self._log.read(connection, now, after=after, job_id=None, limit=limit)
+            ids = {event.job_id for event in events if event.job_id is not None}
+            return events, jobs_look.these(connection, ids) if ids else {}
+
+        return await self._read(work)
+
+    async def story(
+        self, key: JobKey, *, limit: int = 1_000
+    ) -> tuple[QueuedJob, Sequence[Attempt], Sequence[JobEvent]] | None:
+        """Return a job with its attempts and its first events; None: there is no such job."""
+        now = self.now()
+
+        def work(connection: Connection) -> tuple[QueuedJob, Sequence[Attempt], Sequence[JobEvent]] | None:
+            job = jobs_look.find(connection, key)
+            if job is None:
+                return None
+            events = self._log.read(connection, now, after=0, job_id=job.id, limit=limit)
+            return job, jobs_look.attempts(connection, job.id), events
+
+        return await self._read(work)
+
     async def settled(self) -> int:
         """Return an event's number such that whatever is written from now on has a higher one; 0 if there is none."""
         now = self.now()
