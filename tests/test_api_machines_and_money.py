@@ -50,6 +50,8 @@ async def test_without_credentials_everything_else_is_shown(tmp_path: Path, cloc
         assert len(money.json["days"]) == 31
         report = await api.get("/costs?by=hour")
         assert (report.status, report.json["by"], report.json["rows"]) == (200, "hour", [])
+        for far in ("until=9999-12-31", "since=0001-01-01", "since=9999-12-30&until=9999-12-31"):
+            assert (await api.get(f"/costs?{far}")).status == 422, "and not lost at an end of the calendar"
         stopped = await api.post("/machines/nothing/stop", {"confirm": True})
         assert stopped.status == 503
         assert stopped.json["error"]["code"] == "credentials-missing"

@@ -131,7 +131,8 @@ def test_a_moment_is_so_long_ago_a_day_or_a_time() -> None:
     assert moment("2026-05-01", now=now) == datetime(2026, 5, 1, tzinfo=UTC)
     assert moment("2026-05-01T12:00+02:00", now=now) == datetime(2026, 5, 1, 10, tzinfo=UTC)
     assert moment("2h", now=now, whole_days=True) == now - timedelta(hours=2)
-    for text in ("", "x", "2026-13-01", "-5d"):
+    assert moment("1970-01-01", now=now) == datetime(1970, 1, 1, tzinfo=UTC)
+    for text in ("", "x", "2026-13-01", "-5d", "0001-01-01", "0001-01-01T00:00+14:00", "9999-12-31T23:59-05:00"):
         with pytest.raises(ValueInvalid):
             moment(text, now=now)
 

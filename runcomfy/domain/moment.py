@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Final
 
 from runcomfy.domain.durations import parse_duration
 from runcomfy.domain.exceptions import ValueInvalid, foreign_text
+
+FARTHEST: Final = timedelta(days=36_525)
+"""A hundred years: far from the ends of the calendar, where times cannot be reckoned with."""
 
 
 def moment(text: str, *, now: datetime, whole_days: bool = False) -> datetime:
@@ -13,18 +17,25 @@ def moment(text: str, *, now: datetime, whole_days: bool = False) -> datetime:
 
     `whole_days`: days ago count from the midnight before. Raises ValueInvalid.
     """
-    words = text.strip()
+    try:
+        at = _read(text.strip(), now, whole_days=whole_days)
+    except (ValueInvalid, OverflowError):
+        raise ValueInvalid(
+            f"{foreign_text(text, 40)!r} is no time",
+            hint="write how long ago (7d, 12h, 90m), a day (2026-05-01), or a time (2026-05-01T12:00)",
+        ) from None
+    if abs(at - now) > FARTHEST:
+        raise ValueInvalid(
+            f"{foreign_text(text, 40)!r} is farther away than anything of ours", hint="name a time nearer to now"
+        )
+    return at
+
+
+def _read(words: str, now: datetime, *, whole_days: bool) -> datetime:
     try:
         at = datetime.fromisoformat(words)
     except ValueError:
-        try:
-            ago = parse_duration(words)
-            at = now - ago
-        except (ValueInvalid, OverflowError):
-            raise ValueInvalid(
-                f"{foreign_text(text, 40)!r} is no time",
-                hint="write how long ago (7d, 12h, 90m), a day (2026-05-01), or a time (2026-05-01T12:00)",
-            ) from None
+        ago = parse_duration(words)
         whole = whole_days and ago >= timedelta(days=1)
-        return at.replace(hour=0, minute=0, second=0, microsecond=0) if whole else at
+        return (now - ago).replace(hour=0, minute=0, second=0, microsecond=0) if whole else now - ago
     return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
