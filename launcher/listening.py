@@ -39,6 +39,8 @@ CONNECTIONS_MOST: Final = 4_096
 LINE: Final = "runcomfy.line"
 """Among the extensions of a request: its connection."""
 _PORT_TAKEN: Final = frozenset({errno.EADDRINUSE, errno.EACCES, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE)})
+_NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+"""An address that a name has and this computer has not: `localhost` names ::1 also where IPv6 is switched off."""
 
 
 class Server(uvicorn.Server):
@@ -188,7 +190,7 @@ def _log_here() -> None:
 
 
 async def bound(host: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen at every address of a host; port 0 is any free one.
+    """Return sockets that listen at every address of a host that is here; port 0 is any free one.
 
     Raises AddressInUse, SettingInvalid.
     """
@@ -204,10 +206,18 @@ async def bound(host: str, port: int) -> list[socket.socket]:
             details={"setting": "RUNCOMFY_HTTP_HOST"},
         ) from error
     sockets: list[socket.socket] = []
+    missing: OSError | None = None
     try:
         for family, _, proto, _, address in dict.fromkeys(found):
             at = (address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:])
-            sockets.append(_bind(family, proto, at))
+            try:
+                sockets.append(_bind(family, proto, at))
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                missing = error
+        if missing is not None and not sockets:
+            raise missing
     except OSError as error:
         for each in sockets:
             each.close()

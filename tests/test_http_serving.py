@@ -339,6 +339,19 @@ async def test_an_address_that_is_not_ours_is_refused(host: str) -> None:
         await bound(host, 0)
 
 
+async def test_of_a_names_addresses_those_that_are_here_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container without IPv6 `localhost` is ::1 all the same."""
+
+    async def both(host: str, port: int, **how: Any) -> list[Any]:
+        kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+        return [(*kind, ("203.0.113.7", port)), (*kind, ("127.0.0.1", port))]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", both)
+    [listening] = await bound("localhost", 0)
+    with listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
+
+
 async def test_small_answers_are_not_held_back() -> None:
     """Without TCP_NODELAY every answer waits for an acknowledgement, 40 ms on Linux."""
 
