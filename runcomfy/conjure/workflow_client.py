@@ -34,7 +34,7 @@ from runcomfy.conjure.files import FLUX_IMAGE, MESH, RENDER, copy_picture, put_r
 from runcomfy.conjure.office import log
 from runcomfy.conjure.progress_tracker import STAGED, FluxMeshProgressTracker, progress_tracker
 from runcomfy.conjure.two_forms import TwoForms
-from runcomfy.domain.exceptions import RunComfyError, foreign_text
+from runcomfy.domain.exceptions import RunComfyError, ServerUnreachable, foreign_text
 from runcomfy.domain.job import FileRef, OutputKind, PromptId
 from runcomfy.domain.progress import HistoryEntry, NodeLabel, Progress, ServerEvent
 from runcomfy.domain.secret import SecretUrl
@@ -182,6 +182,9 @@ class ConjureWorkflowClient:
                     ended = await watcher.watch(name, labels, events=events, on_progress=show, found=found)
         except (RunComfyError, TimeoutError) as error:
             return self._failed(execution, error)
+        except asyncio.CancelledError:
+            self._tracker.handle_workflow_completion(prompt_id, success=False, error_message="nobody waits any more")
+            raise
         execution.status = ExecutionStatus.COMPLETED.value
         execution.started_at = ended.started_at.isoformat() if ended.started_at else execution.queued_at
         execution.completed_at = self._now()
@@ -245,11 +248,18 @@ class ConjureWorkflowClient:
         try:
             async with self._server(comfyui_url) as server:
                 for name, node_id, key, kind in _RESULTS:
-                    if (file := _first_file(outputs, node_id, key)) is not None:
+                    if (file := _first_file(outputs, node_id, key)) is None:
+                        continue
+                    try:
                         await self._fetch(server, file, places[node_id], kind)
+                    except ServerUnreachable:
+                        raise  # the next one would be waited for as long
+                    except RunComfyError as error:
+                        _say_not_fetched(error)
+                    else:
                         done[name] = str(places[node_id])
         except RunComfyError as error:
-            log.error("result_not_fetched", extra={"fields": {"error": error.code, "message": error.message}})
+            _say_not_fetched(error)
         return done
 
     async def _fetch(self, server: ServerClient, file: FileRef, place: Path, kind: OutputKind) -> None:
@@ -262,8 +272,9 @@ class ConjureWorkflowClient:
 
     # -- parts ---------------------------------------------------------------------------------------------
 
-    def _server(self, url: str, client_id: str | None = None) -> ServerClient:
-        return ServerClient(SecretUrl(url), self._settings.comfy, clock=self._clock, client_id=client_id)
+    def _server(self, url: str | None, client_id: str | None = None) -> ServerClient:
+        # None is what CONJURE has of a machine that is not ready.
+        return ServerClient(SecretUrl(url or ""), self._settings.comfy, clock=self._clock, client_id=client_id)
 
     def _now(self) -> str:
         return self._clock.now().isoformat()
@@ -291,6 +302,10 @@ def labels_of(workflow: Mapping[str, Any]) -> dict[str, NodeLabel]:
             title = node.get("_meta", {}).get("title", "") if isinstance(node.get("_meta"), Mapping) else ""
             found[str(node_id)] = NodeLabel(foreign_text(title), foreign_text(node.get("class_type", "")))
     return found
+
+
+def _say_not_fetched(error: RunComfyError) -> None:
+    log.error("result_not_fetched", extra={"fields": {"error": error.code, "message": error.message}})
 
 
 def _first_file(outputs: Mapping[str, Any], node_id: str, key: str) -> FileRef | None:

@@ -310,6 +310,36 @@ async def test_a_workflow_is_executed_and_its_results_fetched(
     assert (summary["status"], summary["workflow_name"]) == ("completed", "generate_flux_mesh")
 
 
+async def test_a_result_that_is_gone_does_not_keep_the_other_from_its_place(
+    client: ConjureWorkflowClient, graph: dict[str, Any]
+) -> None:
+    async with ComfyUIEmulator() as server:
+        done = await client.execute_workflow(server.url, graph)
+        assert done.outputs is not None
+        done.outputs["24"] = {"images": [{"filename": "gone.png", "subfolder": "", "type": "output"}]}
+        assert await client.download_results(server.url, done) == {"Generated Mesh": str(MESH)}
+
+
+async def test_a_machine_without_an_address_and_a_wait_that_is_given_up_are_failures(
+    client: ConjureWorkflowClient, graph: dict[str, Any], tracker: FluxMeshProgressTracker
+) -> None:
+    nowhere: Any = None
+    assert (await client.execute_workflow(nowhere, graph)).status == ExecutionStatus.FAILED.value
+    with pytest.raises(RuntimeError):
+        await client.submit_workflow(nowhere, graph)
+    async with ComfyUIEmulator() as server:
+        server.stall_node("3")
+        call = asyncio.create_task(client.execute_workflow(server.url, graph))
+        for _ in range(600):
+            if tracker.summaries() and tracker.summaries()[0]["current_stage"]:
+                break
+            await asyncio.sleep(1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert [each["status"] for each in tracker.summaries()] == ["failed"]
+
+
 async def test_what_goes_wrong_is_in_the_execution_and_old_results_stay(
     client: ConjureWorkflowClient, graph: dict[str, Any], project: Path
 ) -> None:
