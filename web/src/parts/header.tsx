@@ -57,6 +57,7 @@ function Glance() {
   const { processing, pending } = counts.value;
   const paused = queue.value?.paused ?? [];
   const why = paused[0];
+  const idle = queue.value?.workers === 0 && pending > 0 && !why;
   const spent = money.value;
   const monthly = spent?.budgets.find((one) => one.name === "month" && one.scope === "all" && one.hard !== null);
   return (
@@ -72,6 +73,7 @@ function Glance() {
       </dl>
       <div class="row">
         {why && <span class="paused">{why.message || "The queue is paused"}{paused.length > 1 ? ` and ${plural(paused.length - 1, "more pause")}` : ""}</span>}
+        {idle && <span class="paused">Nothing works on the queue: what waits begins when comfyctl serve runs</span>}
         <button type="button" onClick={() => void pause(paused.length > 0)}>{paused.length ? "Resume the queue" : "Pause the queue"}</button>
       </div>
     </section>
