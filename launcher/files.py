@@ -21,11 +21,11 @@ from typing import BinaryIO, Final
 from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from launcher.errors import Gone, NotFound, plain_body
-from runcomfy.adapters.files import make_private_dir, open_regular, safe_name
+from runcomfy.adapters.files import local_error, make_private_dir, open_regular, safe_name
 from runcomfy.adapters.media_thumbnail import thumbnail
 from runcomfy.domain.exceptions import OutputCorrupt
 
@@ -201,13 +201,13 @@ async def _pieces(file: BinaryIO, start: int, end: int) -> AsyncIterator[bytes]:
 
 
 async def send_thumbnail(state_dir: str, wanted: Wanted) -> Response:
-    """Return a small picture of a picture, made once. Raises NotFound (it is none), Gone, LocalError."""
-    path, sha256 = await asyncio.to_thread(_thumbnail, state_dir, wanted)
+    """Return a small picture of a picture, made once; always whole. Raises NotFound (it is none), Gone, LocalError."""
+    data, sha256 = await asyncio.to_thread(_thumbnail, state_dir, wanted)
     headers = {**SAFE_HEADERS, "ETag": f'"{sha256}-small"', "Cache-Control": "private, max-age=3600"}
-    return FileResponse(path, media_type="image/webp", headers=headers)
+    return Response(data, media_type="image/webp", headers=headers)
 
 
-def _thumbnail(state_dir: str, wanted: Wanted) -> tuple[Path, str]:
+def _thumbnail(state_dir: str, wanted: Wanted) -> tuple[bytes, str]:
     file, _, sha256 = _open_verified(wanted)
     file.close()
     target = make_private_dir(Path(state_dir) / THUMBNAILS) / f"{sha256}.webp"
@@ -216,4 +216,7 @@ def _thumbnail(state_dir: str, wanted: Wanted) -> tuple[Path, str]:
             thumbnail(wanted.path, target)
         except OutputCorrupt as error:
             raise NotFound(error.message, hint="only pictures have a small picture") from error
-    return target, sha256
+    try:
+        return target.read_bytes(), sha256
+    except OSError as error:
+        raise local_error(error, target, "read") from error

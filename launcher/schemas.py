@@ -529,14 +529,17 @@ _WORDS: Final = {
     403: "From a foreign page, or not allowed.",
     404: "There is no such thing.",
     405: "Not with this method.",
+    408: "The body did not come in time.",
     409: "Not as things stand.",
     410: "The file is no longer what was verified.",
     411: "The body's length is missing.",
     413: "Too large.",
+    414: "The address is too long.",
     415: "The body is in no form that is understood.",
     416: "The file has no such range.",
     422: "It could never be done as written.",
     429: "Too many; the header Retry-After says when to come again.",
+    431: "The headers are too many, or too long.",
     500: "A defect of the server.",
     502: "The cloud or a machine did not do its part.",
     503: "Settings, credentials or the database do not allow it now.",
@@ -544,7 +547,7 @@ _WORDS: Final = {
     507: "The disk is full.",
 }
 
-GUARDED: Final = (400, 401, 403, 413, 415, 422, 429, 503)
+GUARDED: Final = (400, 401, 403, 408, 413, 414, 415, 422, 429, 431, 503)
 """What every route behind the guard may answer."""
 
 

@@ -98,6 +98,9 @@ async def test_a_picture_becomes_a_result_that_is_fetched_whole_and_in_ranges(se
         small = await api.get(output["thumbnail"])
         assert (small.status, small.headers["Content-Type"]) == (200, "image/webp")
         assert Image.open(io.BytesIO(small.body)).size == (16, 16)
+        for asked in ("bytes=0-3", "bytes=99999-", "bytes=what"):
+            again = await api.get(output["thumbnail"], headers={"Range": asked})
+            assert (again.status, again.body) == (200, small.body), "too small for ranges"
         given = await api.get(job["inputs"][0]["url"])
         assert (given.status, given.body) == (200, png())
         assert (await api.get(job["inputs"][0]["thumbnail"])).status == 200
