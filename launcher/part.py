@@ -75,6 +75,8 @@ async def open_backend(app: App, options: ServeOptions, *, host: str) -> AsyncIt
     guard = await asyncio.to_thread(
         Guard.open, Path(app.settings.files.state_dir), app.settings.http, bound_host=host, clock=app.clock
     )
+    if said := guard.announcement():
+        app.tell(said)
     hub, webhooks = Hub(queue, app.live, teller_of(app)), await Webhooks.open(app)
     backend = Backend(app, queue, hub, guard, options.shut_down, parts=options.parts | {"http"})
     try:

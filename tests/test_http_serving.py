@@ -287,6 +287,16 @@ async def test_without_an_account_nothing_listens_before_it_is_said(tmp_path: Pa
     assert heard == []
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])  # noqa: S104 - that is what is told of
+async def test_it_is_said_when_other_computers_can_connect(tmp_path: Path, clock: LoopClock, host: str) -> None:
+    said: list[str] = []
+    stop = asyncio.Event()
+    http = {"enabled": True, "host": host, "port": 0, "listening": lambda _: stop.set()}
+    async with App(clock=clock, queue={"root": str(tmp_path), "where": "server"}, tell=said.append) as app:
+        await app.serve(ServeOptions(queue=False, pool=False, extra={"http": http}), stop)
+    assert any("other computers can connect" in words for words in said) == (host != "127.0.0.1")
+
+
 @pytest.mark.cloud(boot_time=60)
 async def test_http_queue_and_pool_in_one_process(
     cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path
