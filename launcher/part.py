@@ -30,6 +30,7 @@ async def http(app: App, options: ServeOptions) -> AsyncIterator[None]:
         return
     from launcher.announced import announce, sweep
     from launcher.listening import answering, bound
+    from launcher.pace import quick_answers
     from launcher.routes.conjure import at_desk
     from launcher.web_app import create_app
     from runcomfy.adapters.files import remove_quietly
@@ -44,6 +45,7 @@ async def http(app: App, options: ServeOptions) -> AsyncIterator[None]:
             web = create_app(backend)
             await stack.enter_async_context(at_desk(web, backend))
             await stack.enter_async_context(answering(web, sockets))
+            stack.enter_context(quick_answers())
             where = page_of(backend, host, sockets[0].getsockname()[1])
             file = await asyncio.to_thread(
                 announce, app.settings.files.state_dir, where.host, where.port, now=app.clock.now()
