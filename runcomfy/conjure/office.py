@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Self
 
 from runcomfy.application.machines import Machines
 from runcomfy.bootstrap import App
+from runcomfy.conjure.leaving import under_way
 from runcomfy.domain.exceptions import LocalError, foreign_text
 from runcomfy.domain.settings import Settings
 
@@ -26,9 +29,27 @@ def say(sentence: str) -> None:
     log.warning(foreign_text(sentence, 600))
 
 
+class _Office(App):
+    """The product, which no program leaves behind that ends in the middle of a call."""
+
+    _under_way: AbstractContextManager[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._under_way = under_way()
+        self._under_way.__enter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await super().__aexit__(*_)
+        finally:
+            if self._under_way is not None:
+                self._under_way.__exit__(None, None, None)
+
+
 def open_office(settings: Settings | None) -> App:
     """Return the product. What it rents is launched with the version id that the call gives. Raises SettingInvalid."""
-    return App(settings, tell=say, launches=False)
+    return _Office(settings, tell=say, launches=False)
 
 
 async def cloud_to_stop(app: App) -> Machines:

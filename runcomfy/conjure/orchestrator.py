@@ -15,7 +15,7 @@ import random
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import ROUND_HALF_UP, Decimal
 from enum import Enum
@@ -35,6 +35,7 @@ from runcomfy.conjure.client import ConjureAPIClient, MachineInfo
 from runcomfy.conjure.dev_server_state import DevServerStateManager
 from runcomfy.conjure.errors import also, builtin_errors
 from runcomfy.conjure.files import FLUX_IMAGE, MESH, MODELS, RENDER, copy_picture, put_result, read_graph, read_prompt
+from runcomfy.conjure.leaving import under_way
 from runcomfy.conjure.office import Office, log, open_office
 from runcomfy.conjure.progress_tracker import FLUX_MESH, FluxMeshProgressTracker, progress_tracker
 from runcomfy.conjure.two_forms import TwoForms
@@ -234,7 +235,8 @@ class ConjureOrchestrator:
         """Run a job and return it, with results or with what went wrong. Never raises but for being cancelled."""
         job.status, job.started_at = JobStatus.STARTING, self._now()
         try:
-            await self._run(job)
+            with under_way():
+                await self._run(job)
         except RunComfyError as error:
             self._fail(job, error.message)
         except asyncio.CancelledError:
@@ -265,7 +267,7 @@ class ConjureOrchestrator:
             picture = Path(folder, "render.png")
             given = Path(job.input_image_path or RENDER)
             await copy_picture(given, picture, max_pixels=self._settings.files.max_input_pixels)
-            async with self._office(self._settings) as app:
+            async with self._office(self._as_told()) as app:
                 result = await self._in_engine(app, job, str(picture))
         self._settle(job, result)
         if result.exception is not None and result.status is not EndStatus.DONE:
@@ -274,6 +276,12 @@ class ConjureOrchestrator:
         job.generated_image_url = job.result_files.get("Generated Image")
         job.generated_mesh_url = job.result_files.get("Generated Mesh")
         job.status = JobStatus.COMPLETED
+
+    def _as_told(self) -> Settings:
+        """Return the settings with what callers have written into the attributes since."""
+        app = self._settings.app
+        reuse = bool(self.machine_reuse and self.prefer_dev_server)
+        return replace(self._settings, app=replace(app, machine_reuse=reuse, auto_shutdown=bool(self.auto_shutdown)))
 
     async def _in_engine(self, app: App, job: FluxMeshJob, picture: str) -> JobResult:
         journal = NoJournal(random.SystemRandom().randint, asyncio.to_thread)

@@ -14,6 +14,7 @@ from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.providers.runcomfy_serverless import RunComfyServerless
 from runcomfy.adapters.results import DiskResults
 from runcomfy.application.serverless_run import ServerlessRuns
+from runcomfy.conjure.leaving import under_way
 from runcomfy.domain.job import OutputKind
 from runcomfy.domain.serverless import Wanted
 from runcomfy.domain.settings import Settings
@@ -35,8 +36,9 @@ async def serverless_api(settings: Settings, clock: Clock | None = None) -> Asyn
     Raises SettingInvalid (none is named), CredentialsMissing, CredentialsMalformed, InsecureUrl.
     """
     client = RunComfyServerless(settings.serverless, settings.cloud, clock=clock or SystemClock(), files=settings.comfy)
-    async with client:
-        yield client
+    with under_way():
+        async with client:
+            yield client
 
 
 @asynccontextmanager

@@ -1,0 +1,108 @@
+"""
+What a program does with calls that are under way when it ends.
+
+CONJURE makes its calls in threads and event loops of its own. When its main thread ends, Python lets daemon threads
+stand still where they are, and takes the worker threads away that every call needs to end what it has rented: also
+from threads that it waits for. So before that happens, calls in daemon threads are cancelled and waited for until what
+they rented is gone, and other threads are let run to their end, as Python itself would have it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures.thread  # noqa: F401 - its exit function must be registered before ours
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from runcomfy.domain.exceptions import Interrupted
+
+_LOOK_UP_SECONDS: Final = 0.5
+"""How often a waiting thread looks up: on Windows, Ctrl+C is not heard in the middle of a wait."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    loop: asyncio.AbstractEventLoop
+    task: asyncio.Task[Any]
+    thread: threading.Thread
+    pid: int
+
+
+_CALLS: Final[set[_Call]] = set()
+_CHANGED: Final = threading.Condition()
+_leaving = threading.Event()
+
+
+@contextmanager
+def under_way() -> Iterator[None]:
+    """Say that the task that runs now must not be left behind in this block. Raises Interrupted: the program ends."""
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - coroutines are run by tasks
+    call = _Call(task.get_loop(), task, threading.current_thread(), os.getpid())
+    if _leaving.is_set() and call.thread.daemon:
+        raise Interrupted("the program is ending", hint="nothing was begun")
+    with _CHANGED:
+        _CALLS.add(call)
+    try:
+        yield
+    finally:
+        _forget(call)
+
+
+def _forget(call: _Call) -> None:
+    with _CHANGED:
+        _CALLS.discard(call)
+        _CHANGED.notify_all()
+
+
+def _calls() -> list[_Call]:
+    with _CHANGED:
+        return [call for call in _CALLS if call.pid == os.getpid()]  # a forked process has none of its parent's
+
+
+def leave() -> None:
+    """Wait for what is under way; Ctrl+C cancels what this would wait for, and a second one leaves it behind."""
+    _leaving.set()
+    told: set[_Call] = set()
+    waited_for: set[threading.Thread] = set()
+    patient = True
+    while True:
+        try:
+            for call in _calls():
+                if call.loop.is_closed() or not call.loop.is_running():
+                    _run_out(call)
+                elif patient and not call.thread.daemon:
+                    waited_for.add(call.thread)
+                elif call not in told:
+                    told.add(call)
+                    with suppress(RuntimeError):  # it was closed just now
+                        call.loop.call_soon_threadsafe(call.task.cancel)
+            if not _calls() and not (patient and any(thread.is_alive() for thread in waited_for)):
+                return
+            with _CHANGED:
+                _CHANGED.wait(_LOOK_UP_SECONDS)
+        except KeyboardInterrupt:
+            if not patient:
+                raise
+            patient = False
+
+
+def _run_out(call: _Call) -> None:
+    """Cancel a call whose loop stands still, and run that until it has ended."""
+    try:
+        with suppress(RuntimeError):  # the loop is closed, or begins to run just now
+            call.task.cancel()
+            call.loop.run_until_complete(asyncio.wait({call.task}))
+    finally:
+        _forget(call)
+
+
+with suppress(RuntimeError):  # the program is ending already
+    # Functions registered with `threading` come before the usual ones, the last one first. The executors' own was
+    # registered when their module was imported above.
+    getattr(threading, "_register_atexit", atexit.register)(leave)
