@@ -28,8 +28,14 @@ class Visit:
         self.page: Page = self.context.new_page()
         self.server, self.wrong, self.foreign = server, list[str](), list[str]()
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("console", lambda said: self.wrong.append(said.text) if said.type == "error" else None)
+        self.page.on("console", self._said)
         self.page.on("request", self._asked)
+
+    def _said(self, said: Any) -> None:
+        where = said.location.get("url", "")
+        # A preview that is asked for when its job has just ended is gone; the result is shown in its place.
+        if said.type == "error" and not re.search(r"/preview\?n=\d+$", where):
+            self.wrong.append(f"{said.text} {where}")
 
     def _asked(self, request: Any) -> None:
         if not request.url.startswith((self.server.address + "/", "blob:", "data:")):
@@ -374,9 +380,47 @@ def test_a_job_is_seen_while_it_runs_and_after(serve: Callable[..., Any], browse
     expect(painted).to_have_js_property("complete", True)
     assert painted.evaluate("picture => picture.naturalWidth") > 0
     expect(card.locator(".meta")).to_contain_text("so far")
+    machines = page.get_by_role("complementary", name="Machines and money")
+    expect(machines).to_contain_text(re.compile(r"\$0\.99 an hour.*spent.*stops in \d+:\d\d", re.DOTALL))
     # What earlier jobs took is read twice a minute.
     expect(card.locator(".numbers")).to_contain_text(re.compile(r"(left|almost done)$"), timeout=A_JOB)
     page.screenshot(path=tmp_path / "seen.png")
     assert visit.ask("DELETE", f"/jobs/{second['id']}")["status"] == 200
+    assert visit.foreign == []
+    assert visit.wrong == []
+
+
+def test_every_shipped_workflow_is_run_from_its_form(serve: Callable[..., Any], browser: "Browser") -> None:
+    from playwright.sync_api import expect
+
+    import workflows
+
+    visit = Visit(browser, serve())
+    page = visit.log_in()
+    offered = {one["name"]: one for one in visit.ask("GET", "/workflows")["body"]["workflows"]}
+    assert set(offered) == set(workflows.names())
+    numbers = []
+    for name, one in offered.items():
+        visit.go(f"#/new/{name}", "New job")
+        expect(page.get_by_label("Workflow")).to_have_value(name)
+        for each in one["inputs"]:
+            field = page.locator(f"[id='in-{each['name']}']")
+            expect(field).to_have_count(1)
+            if each["kind"] == "image":
+                drop(page, page.locator(".drop", has=field), PICTURE)
+                expect(page.get_by_alt_text("The chosen picture")).to_be_visible()
+            elif each["kind"] == "text" and each["required"]:
+                field.fill("a small house")
+        assert serious(page) == [], name
+        page.get_by_role("button", name="Run it").click()
+        expect(page.locator(".title .meta")).to_contain_text(re.compile(r"#\d+"))
+        numbers.append(re.findall(r"#(\d+)", page.locator(".title .meta").inner_text())[0])
+    for number in numbers:
+        visit.go(f"#/jobs/{number}", "Facts")
+        expect(page.locator(".title .badge")).to_have_text("done", timeout=A_JOB)
+    # What they cost is drawn, not only told.
+    visit.go("#/money", "Money")
+    expect(page.locator("figure.chart canvas").first).to_be_visible()
+    assert page.locator("figure.chart canvas").count() >= 2, "spend, and busy against idle time"
     assert visit.foreign == []
     assert visit.wrong == []
