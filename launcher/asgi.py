@@ -91,6 +91,7 @@ class Product:
                 return
 
     async def _open(self) -> None:
+        from launcher.pace import quick_answers
         from launcher.part import open_backend, page_of
         from launcher.routes.conjure import at_desk
         from launcher.web_app import create_app
@@ -114,6 +115,7 @@ class Product:
         self._stack.callback(leaving.cancel)
         self._web, self._local = create_app(backend), is_loopback(host)
         await self._stack.enter_async_context(at_desk(self._web, backend))
+        self._stack.enter_context(quick_answers())
         stop = asyncio.Event()
         work = asyncio.create_task(app.serve(options, stop), name="serve")
         work.add_done_callback(_ended)

@@ -48,6 +48,8 @@ MOVES_WAITING: Final = 10
 """Turns of progress that may wait for one listener: two seconds of it."""
 WOKEN_AT_ONCE: Final = 50
 """Listeners that send in one turn of the event loop: about a millisecond of work."""
+SAID_AT_ONCE: Final = 10
+"""Events that are put into words in one turn of the event loop: a few milliseconds of work."""
 LISTENERS_MOST: Final = 1_000
 """At once; each is an open connection."""
 KEPT: Final = 2_000
@@ -421,7 +423,11 @@ class Hub:
 
     async def _told(self, events: Sequence[JobEvent], rows: Mapping[RowId, QueuedJob]) -> list[Told]:
         """Return events as listeners get them, each with its job as it is now."""
-        shown = {row.id: await self._words.job(row) for row in rows.values()}
+        shown: dict[RowId, dict[str, Any]] = {}
+        for number, row in enumerate(rows.values(), 1):
+            shown[row.id] = await self._words.job(row)
+            if number % SAID_AT_ONCE == 0:
+                await asyncio.sleep(0)
         for each in rows.values():
             if each.status is QueueStatus.PROCESSING:
                 self._jobs[each.uid] = each
@@ -433,6 +439,8 @@ class Hub:
             data = await self._words.event(event, shown[row.id] if row is not None else None)
             ends = event.kind in LAST_WORDS and row is not None and row.ended
             told.append(Told(frame("job", data, number=event.number), event.number, event.job_id, ends))
+            if len(told) % SAID_AT_ONCE == 0:
+                await asyncio.sleep(0)
         return told
 
     # -- for listeners -------------------------------------------------------------------------------------
