@@ -34,11 +34,12 @@ from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 from launcher.conjure.errors import CalledFromEngine
+from launcher.conjure.runs import own_app
 from runcomfy.adapters.credentials import find_credentials
 from runcomfy.application.job_queue import workflow_id_of
 from runcomfy.bootstrap import App
 from runcomfy.conjure.progress_tracker import STAGED, progress_tracker
-from runcomfy.domain.exceptions import Interrupted, RunComfyError, foreign_text
+from runcomfy.domain.exceptions import Interrupted, LocalError, RunComfyError, foreign_text
 from runcomfy.domain.job import JobId, JobRequest, JobResult, JobStatus, Output
 
 log = logging.getLogger("launcher.generation")
@@ -245,7 +246,7 @@ class DirectEngine(Engine):
         """The product; settings are read when it is first asked for. Raises ConfigurationError."""
         with self._opening:
             if self._app is None:
-                self._app = App(overrides=self._overrides)
+                self._app = own_app(self._overrides)
             return self._app
 
     @property
@@ -331,7 +332,10 @@ def shared_engine() -> DirectEngine:
     CONJURE makes a service object for every request; they share connections, books and a thread.
     """
     relevant = tuple(sorted(item for item in os.environ.items() if item[0].startswith(_PREFIXES)))
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except OSError as error:
+        raise LocalError("the working directory no longer exists", hint="change into a folder that does") from error
     key = (os.getpid(), str(here), relevant, _credentials(here))
     with _ENGINES_LOCK:
         engine = _ENGINES.get(key)

@@ -31,6 +31,7 @@ from launcher.conjure.parameters import (
     wanted_mesh,
 )
 from launcher.conjure.places import Places, Verified
+from launcher.conjure.runs import runs_folder, sweep_runs
 from launcher.conjure.snapshots import Snapshot, snapshot, sweep
 from runcomfy.domain.binding import into_range
 from runcomfy.domain.exceptions import InputFileMissing, RunComfyError, ValueInvalid, foreign_text
@@ -189,6 +190,7 @@ class Generating:
             raise PictureMissing("no picture is named", hint="give the path of a picture")
         folder = self._engine.folder / "inputs"
         await asyncio.to_thread(sweep, folder)
+        await asyncio.to_thread(sweep_runs, runs_folder(self._engine.folder))
         limit = self._engine.app.settings.files.max_input_pixels
         return await asyncio.to_thread(snapshot, self._at.at(path), folder, max_pixels=limit)
 

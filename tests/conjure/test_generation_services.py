@@ -19,6 +19,7 @@ from PIL import Image
 
 from launcher.conjure.engine import DirectEngine, close_engines
 from launcher.conjure.errors import CalledFromEngine
+from launcher.conjure.runs import KEPT_RUNS
 from launcher.generation_services import (
     CloudGenerationService,
     LocalComfyUIService,
@@ -586,3 +587,30 @@ def test_a_forked_process_has_an_engine_of_its_own(project: Path) -> None:
             timeout=120,
         )
         assert (done.returncode, done.stdout.strip()) == (0, "7 7"), done.stderr
+
+
+def test_results_of_runs_fill_neither_the_project_nor_the_disk(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with served(lambda: ComfyUIEmulator(speed=100)) as own:
+        monkeypatch.setenv("COMFYUI_AGENT_API_BASE_URL", own.emulator.url)
+        monkeypatch.setenv("RUNCOMFY_STATE_DIR", str(state))
+        monkeypatch.delenv("RUNCOMFY_OUTPUT_DIR", raising=False)
+        service = get_generation_service("local_comfyui")
+        try:
+            first = service.generate_flux_depth_image(str(RENDER), "a fox", seed=1)
+            runs = state / "conjure" / "runs"
+            for number in range(KEPT_RUNS):
+                (runs / f"later-{number}").mkdir()
+            assert (runs / first["job_id"] / "mesh.glb").is_file()
+            os.utime(runs / first["job_id"], (1, 1))
+            assert service.generate_3d_model(str(FLUX), seed=1)["reused"] is True
+            assert not (runs / first["job_id"]).exists()
+            assert len(list(runs.iterdir())) == KEPT_RUNS
+            assert sorted(each.name for each in project.iterdir()) == ["data"]
+            monkeypatch.setenv("RUNCOMFY_OUTPUT_DIR", str(tmp_path / "mine"))
+            second = get_generation_service("local_comfyui").generate_flux_image("a fox", seed=2)
+            assert (tmp_path / "mine" / second["job_id"] / "manifest.json").is_file()
+        finally:
+            close_engines()
