@@ -121,6 +121,7 @@ class Webhooks:
 
     async def _term(self) -> None:
         """Deliver until the role is lost."""
+        self._under_way.clear()  # what was ended before it had begun has not taken itself out
         async with asyncio.TaskGroup() as group:
             self._group = group
             keeping = group.create_task(self._role.keep())

@@ -581,3 +581,19 @@ async def test_a_job_with_text_that_is_no_unicode_hides_no_other(tmp_path: Path,
         assert (listed.status, shown.status) == (200, 200), (listed, shown)
         assert listed.json["jobs"][0]["prompt"] == "half ? of a face"
         assert shown.json["request"]["inputs"] == {"prompt": "half ? of a face"}
+
+
+async def test_a_strangers_manifest_beside_a_result_is_not_the_jobs(serving_api: Serving, tmp_path: Path) -> None:
+    """Results may go to a path of the user's own, for example into the folder of a web site."""
+    site = tmp_path / "site"
+    async with serving_api() as api:
+        await asyncio.to_thread(site.mkdir)
+        await asyncio.to_thread((site / "manifest.json").write_text, '{"short_name": "my site"}')
+        order = JobRequest(picture(), out_file=str(site / "cat.png"))
+        [job] = await (await api.app.job_store()).add([NewJob(order, "drawn")])
+        assert (await api.ended(job.uid))["status"] == "done"
+        assert await asyncio.to_thread((site / "cat.png").is_file)
+        said = (await api.get(f"/jobs/{job.uid}/manifest")).json
+        assert "short_name" not in said
+        assert said["job_id"] == job.uid
+        assert [output["file"] for output in said["outputs"]] == ["cat.png"]

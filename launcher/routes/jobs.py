@@ -153,18 +153,21 @@ async def show_manifest(backend: Serves, job_id: JobKey) -> PlainJson:
     outputs = views.outputs_of(job)
     if not outputs:
         raise NotFound("there is no manifest: the job has no results", hint="it is written when a job is done")
-    said = await asyncio.to_thread(_read_manifest, str(outputs[0]["path"]))
+    said = await asyncio.to_thread(_read_manifest, str(outputs[0]["path"]), job.uid)
     return PlainJson(views.manifest_view(job, said), headers=SAFE_HEADERS | NO_STORE)
 
 
-def _read_manifest(beside: str) -> Mapping[str, Any]:
-    """Return the manifest that lies beside a result; empty if there is none (results at a path of the user's own)."""
+def _read_manifest(beside: str, uid: str) -> Mapping[str, Any]:
+    """Return the manifest of a job that lies beside a result.
+
+    Empty if there is none, or another thing's: results may be at a path of the user's own.
+    """
     try:
         with open_regular(FilePath(beside).parent / MANIFEST) as file:
             said = json.loads(file.read(MANIFEST_MOST))
     except (OSError, ValueError, RecursionError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return said if isinstance(said, dict) and said.get("job_id") == uid else {}
 
 
 @router.get("/{job_id}/preview", response_model=None, responses=_file(404))
