@@ -153,8 +153,12 @@ class MachineGenerationService(GenerationService):
         Returns `success, request_id, flux_image_path, mesh_model_path, seed_used, steps_flux, steps_partpacker,
         generation_mode`, or `success, error` and what is known beside.
         """
-        work, asked = self._generating(), Unified(prompt, render_image_path, seed, steps_flux, steps_partpacker)
-        return self._engine.wait(lambda: work.unified(asked))
+        asked = Unified(prompt, render_image_path, seed, steps_flux, steps_partpacker)
+        try:
+            work = self._generating()
+            return self._engine.wait(lambda: work.unified(asked))
+        except RunComfyError as error:  # wrong settings; the engine ends
+            return {**failure(error), "generation_mode": self.mode}
 
     async def a_generate_flux_mesh_unified(
         self,
@@ -165,8 +169,12 @@ class MachineGenerationService(GenerationService):
         steps_partpacker: int | None = None,
     ) -> dict[str, Any]:
         """Await `generate_flux_mesh_unified`."""
-        work, asked = self._generating(), Unified(prompt, render_image_path, seed, steps_flux, steps_partpacker)
-        return await self._engine.here(lambda: work.unified(asked))
+        asked = Unified(prompt, render_image_path, seed, steps_flux, steps_partpacker)
+        try:
+            work = self._generating()
+            return await self._engine.here(lambda: work.unified(asked))
+        except RunComfyError as error:
+            return {**failure(error), "generation_mode": self.mode}
 
     # -- can it --------------------------------------------------------------------------------------------
 

@@ -112,6 +112,20 @@ async def test_one_run_gives_the_picture_and_the_mesh_and_touches_nothing_of_the
     assert (costs["total_jobs"], costs["active_jobs"], costs["active_machines"]) == (1, 0, 0)
 
 
+@pytest.mark.parametrize("attribute", ["prefer_dev_server", "machine_reuse"])
+async def test_the_dev_server_is_left_alone_where_that_is_told(
+    make: Callable[..., ConjureOrchestrator], cloud: RunComfyEmulator, attribute: str
+) -> None:
+    orchestrator = make()
+    machine = await orchestrator.get_or_create_machine()
+    setattr(orchestrator, attribute, False)
+    job = await orchestrator.execute_flux_mesh_generation()
+    assert job.status is JobStatus.COMPLETED, job.error_message
+    assert len(cloud.launched) == 2
+    assert cloud.billing == [machine.server_id]
+    assert await orchestrator.runcomfy_client.stop_machine(machine.server_id)
+
+
 async def test_the_dev_server_is_used_where_there_is_one(
     make: Callable[..., ConjureOrchestrator], cloud: RunComfyEmulator
 ) -> None:

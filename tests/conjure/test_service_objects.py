@@ -119,6 +119,16 @@ def test_both_in_one_never_raises(asked: dict[str, Any], mode: str) -> None:
     assert isinstance(answer["error"], str)
 
 
+@pytest.mark.parametrize("mode", ["local_comfyui", "cloud", "serverless"])
+async def test_both_in_one_does_not_raise_for_wrong_settings_either(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNCOMFY_MAX_RETRIES", "often")
+    service: Any = get_generation_service(mode)
+    for answer in (service.generate_flux_mesh_unified("a fox"), await service.a_generate_flux_mesh_unified("a fox")):
+        assert (answer["success"], answer["error_code"]) == (False, "setting-invalid")
+        assert answer["generation_mode"] == mode
+    assert service.is_available() is False
+
+
 def test_an_engine_that_was_closed_says_so() -> None:
     engine = shared_engine()
     service = get_generation_service("local", engine)
