@@ -8,13 +8,11 @@ first needed, so that a job on a given server needs neither credentials nor a da
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from runcomfy.adapters.config import load_settings
-from runcomfy.domain.exceptions import SettingInvalid, foreign_text
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.settings import Settings
 from runcomfy.ports.jobs import JobStore
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
     from runcomfy.application.presence import Presence
     from runcomfy.application.time_left import TimeLeftBook
 
-SERVES: Final = "RUNCOMFY_SERVE"
-"""What the API server works on when no command line says it: `pool`, `queue` or `none`."""
-
 
 def serves(settings: Settings | None = None) -> frozenset[str]:
     """Return what the API server works on beside HTTP, by `RUNCOMFY_SERVE`.
@@ -38,15 +33,12 @@ def serves(settings: Settings | None = None) -> frozenset[str]:
     `pool`: the queue over rented machines. `queue`: the queue on a ComfyUI of the user's. `none`: nothing; others do.
     Unset: `pool` if there is an account, else `none`. Raises SettingInvalid, ConfigurationError.
     """
-    said = os.environ.get(SERVES, "").strip().lower()
+    settings = settings or load_settings()
+    said = settings.app.serves
     if not said:
-        cloud = (settings or load_settings()).cloud
+        cloud = settings.cloud
         said = "pool" if cloud.user_id and cloud.tokens and cloud.workflow_version_id else "none"
     parts = {"pool": frozenset({"queue", "pool"}), "queue": frozenset({"queue"}), "none": frozenset[str]()}
-    if said not in parts:
-        raise SettingInvalid(
-            f"{SERVES} is {foreign_text(said, 40)!r}", hint="write pool, queue or none", details={"setting": SERVES}
-        )
     return parts[said]
 
 

@@ -387,6 +387,7 @@ def _advice(settings: Settings, env: Mapping[str, str], file: CredentialsFile) -
             and not name.startswith(QUEUE_PREFIX)
             and get_close_matches(name, BY_NAME, 1, 0.85)
         )
+        or (name.startswith("HUGGINGFACE_") and get_close_matches(name, BY_NAME, 1, 0.92))
     ]
     for name, entry in file.entries.items():
         if name in BY_NAME and BY_NAME[name].kind.place:

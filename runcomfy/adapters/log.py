@@ -387,6 +387,8 @@ def configure_logging(settings: Settings, *, console: bool = False) -> None:
     for token in settings.cloud.tokens:
         register_secret(token)
     register_secret(settings.cloud.user_id)
+    if settings.app.hugging_face_token is not None:
+        register_secret(settings.app.hugging_face_token)
     folder = Path(settings.files.state_dir) / "logs"
     with contextlib.suppress(OSError, RunComfyError):
         make_private_dir(folder)

@@ -17,6 +17,7 @@ from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from runcomfy.adapters.conjure_variables import CONJURE_VARIABLES
 from runcomfy.adapters.http_variables import HTTP_VARIABLES
 from runcomfy.adapters.pool_variables import POOL_VARIABLES
 from runcomfy.adapters.serverless_variables import SERVERLESS_VARIABLES
@@ -172,6 +173,7 @@ VARIABLES: Final = (
     *POOL_VARIABLES,
     *HTTP_VARIABLES,
     *SERVERLESS_VARIABLES,
+    *CONJURE_VARIABLES,
 )
 
 BY_NAME: Final[Mapping[str, Variable]] = {variable.name: variable for variable in VARIABLES}

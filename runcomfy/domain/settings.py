@@ -102,9 +102,15 @@ class FileSettings:
     """Further places where a copy of dev_server_state.json is kept, for programs that look there."""
 
 
+SERVED: Final = ("pool", "queue", "none")
+"""What the API server may work on beside HTTP."""
+GENERATION_MODES: Final = ("local", "cloud", "serverless", "cloud_legacy", "local_comfyui", "huggingface")
+LOCAL_BACKENDS: Final = ("comfyui", "huggingface")
+
+
 @dataclass(frozen=True, slots=True)
 class AppSettings:
-    """The switches CONJURE's orchestrator has."""
+    """The switches CONJURE's orchestrator, API server and generation services have."""
 
     machine_reuse: bool = True
     """Whether a job may use the dev server."""
@@ -113,6 +119,12 @@ class AppSettings:
     idle_timeout: timedelta = timedelta(seconds=600)
     """After how long without a job the dev server counts as idle in reports."""
     log_level: str = "INFO"
+    serves: str = ""
+    """One of `SERVED`; empty: by whether there is an account."""
+    generation_mode: str = "local"
+    """Holds where CONJURE's state names no mode."""
+    local_backend: str = "comfyui"
+    hugging_face_token: Secret | None = None
 
 
 @dataclass(frozen=True, slots=True)
