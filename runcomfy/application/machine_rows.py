@@ -138,11 +138,14 @@ async def machine_rows(cloud: Machines, listed: Sequence[MachineReport], *, has_
 
     rows = [row(verdict, busy.get(verdict.machine.id, Busy())) for verdict in verdicts]
     shown = {verdict.machine.server_id for verdict in verdicts}
-    closed = {each.server_id: each for each in await cloud.books.rows(open_only=False) if not each.is_open}
-    for server_id, report in reports.items():
-        if server_id in closed and server_id not in shown:
+    others = {server_id: report for server_id, report in reports.items() if server_id not in shown}
+    # Every machine there ever was is read only where one of them may be meant: pages ask every other second.
+    every = await cloud.books.rows(open_only=False) if others else ()
+    closed = {each.server_id: each for each in every if not each.is_open}
+    for server_id, report in others.items():
+        if server_id in closed:
             rows.append(row(_ended(closed[server_id], report), Busy()))
-        elif server_id not in shown:
+        else:
             why = "not in our books: never touched; `comfyctl machines adopt ID` takes it over"
             if not has_books:
                 why = "our books cannot be read; `comfyctl machines stop ID` stops it all the same"
