@@ -7,6 +7,7 @@ What a workflow has no place for is not dropped in silence: it is named in the a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -87,7 +88,7 @@ def apply(workflow: str, asked: Mapping[str, Any]) -> Applied:
         if name not in targets:
             known = name in PICTURE_TARGETS or name in MESH_TARGETS
             reason = f"the workflow {workflow} has no place for it" if known else "no such parameter is known"
-            left.append(NotApplied(foreign_text(name, 80), _shown(value), reason))
+            left.append(NotApplied(foreign_text(name, 80), shown(value), reason))
         else:
             sets[targets[name]] = checked(name, value)
     if not asked.get("simplify_mesh") and "32.target_num_faces" in sets:
@@ -135,5 +136,7 @@ def _sampler(workflow: str) -> Mapping[str, Any]:
     return inputs
 
 
-def _shown(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float)) else foreign_text(value, 80)
+def shown(value: Any) -> Any:
+    """Return somebody's value as answers may repeat it."""
+    plain = isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else foreign_text(value, 80)

@@ -26,12 +26,13 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from launcher.backend import Backend, backend_of
 from launcher.conjure.desk import Desk, digest_of
 from launcher.conjure.engine import WATCHED, Shared
 from launcher.conjure.errors import AgentMissing, ServiceUnavailable
+from launcher.conjure.parameters import NotApplied, shown
 from launcher.conjure.services import MODES
 from launcher.conjure.state_file import as_json
 from launcher.errors import error_body, status_of
@@ -53,6 +54,7 @@ JOB_HEADER: Final = "X-Job-Id"
 DEFECT: Final = 500
 FAILED: Final = 502
 LONGEST_TEXT: Final = 100_000
+MOST_UNKNOWN: Final = 20
 IMPORTED_ABOVE: Final = 0.001
 """Parts of a mesh that are smaller than this (in Blender's units cubed) are dropped when it is imported."""
 
@@ -77,7 +79,25 @@ FilePath = Annotated[str, Field(min_length=1, max_length=4_096)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class FluxRequest(BaseModel):
+class _Asked(BaseModel):
+    """What a generation is asked for. Whatever else is in the body is named in the answer as not applied."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def parameters(self) -> dict[str, Any]:
+        """Return what is passed on."""
+        return self.model_dump(include=set(type(self).model_fields))
+
+    def unknown(self) -> list[dict[str, Any]]:
+        """Return what is not."""
+        extra = list((self.model_extra or {}).items())[:MOST_UNKNOWN]
+        return [
+            NotApplied(foreign_text(name, 80), shown(value), "no such parameter is known").as_dict()
+            for name, value in extra
+        ]
+
+
+class FluxRequest(_Asked):
     """A picture from words."""
 
     prompt: Text
@@ -89,7 +109,7 @@ class FluxRequest(BaseModel):
     num_inference_steps: int = 28
 
 
-class FluxDepthRequest(BaseModel):
+class FluxDepthRequest(_Asked):
     """A picture from words over the depth of another."""
 
     control_image_path: FilePath
@@ -102,7 +122,7 @@ class FluxDepthRequest(BaseModel):
     num_inference_steps: int = 28
 
 
-class PartPackerRequest(BaseModel):
+class PartPackerRequest(_Asked):
     """A mesh from a picture."""
 
     image_path: FilePath
@@ -234,16 +254,17 @@ def job_of(watched: list[Shared]) -> str:
 
 
 async def _image(
-    desk: Desk, who: Principal, response: Response, call: str, doing: str, words: str, *keys: str, **asked: Any
+    desk: Desk, who: Principal, response: Response, call: str, doing: str, words: str, *keys: str, asked: _Asked
 ) -> APIResponse | JSONResponse:
     """Generate something in the mode that holds, and tell `keys` of the result."""
     watched: list[Shared] = []
+    wanted = asked.parameters()
     try:
         await desk.begin()
-        await desk.name_files(who, *(asked[key] for key in ("control_image_path", "image_path") if key in asked))
+        await desk.name_files(who, *(wanted[key] for key in ("control_image_path", "image_path") if key in wanted))
         await desk.admit()
         mode = await desk.mode()
-        found = await generated(desk, lambda: desk.generate(mode.name, call, **asked), watched)
+        found = await generated(desk, lambda: desk.generate(mode.name, call, **wanted), watched)
     except RunComfyError as error:
         return refusal(error, doing, job_of(watched))
     if not found.get("success"):
@@ -251,6 +272,7 @@ async def _image(
     data = {key: found[key] for key in keys} | {"generation_mode": mode.name}
     more = ("job_id", "prompt_id", "cost", "not_applied", "reused", "warning")
     data |= {key: found[key] for key in more if key in found}
+    data["not_applied"] = [*found.get("not_applied", ()), *asked.unknown()]
     if mode.note:
         data["mode_note"] = without_paths(mode.note)
     _name_job(response, found, watched)
@@ -355,7 +377,7 @@ async def flux_generate(asked: FluxRequest, desk: At, who: Who, response: Respon
         "FLUX image generated successfully",
         "image_path",
         "seed_used",
-        **asked.model_dump(),
+        asked=asked,
     )
 
 
@@ -371,7 +393,7 @@ async def flux_depth(asked: FluxDepthRequest, desk: At, who: Who, response: Resp
         "FLUX Depth image generated successfully",
         "image_path",
         "seed_used",
-        **asked.model_dump(),
+        asked=asked,
     )
 
 
@@ -387,7 +409,7 @@ async def partpacker(asked: PartPackerRequest, desk: At, who: Who, response: Res
         "3D model generated successfully",
         "model_path",
         "seed_used",
-        **asked.model_dump(),
+        asked=asked,
     )
 
 

@@ -79,6 +79,15 @@ async def test_the_pipeline_of_three_calls_is_one_run(api: Any, comfyui: ComfyUI
     assert row.uid == picture["data"]["job_id"]
 
 
+async def test_what_nobody_knows_is_named_in_the_answer(api: Any) -> None:
+    more = {"negative_prompt": "green", "self": 1, "mode": "cloud", "desk": {"a": []}, "asked": float("nan")}
+    data = (await api.post("/flux/depth", DEPTH | more))["data"]
+    named = {each["name"]: each["reason"] for each in data["not_applied"]}
+    assert named == dict.fromkeys(more, "no such parameter is known")
+    mesh = (await api.post("/partpacker/generate_3d", {"image_path": str(FLUX), "target_num_faces": 9_000}))["data"]
+    assert [each["name"] for each in mesh["not_applied"]] == ["target_num_faces"]
+
+
 def there(path: Path) -> bool:
     return path.exists()
 
