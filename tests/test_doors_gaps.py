@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
 
+from runcomfy.testing import samples
 from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.web import serving_web
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,3 +115,62 @@ async def test_every_refusal_is_in_the_document(
                     if str(answer.status) not in operation["responses"]:
                         wrong.append(f"{method} {path} to {name}: {answer.status}")
         assert wrong == []
+
+
+# -- CONJURE's endpoints that work ---------------------------------------------------------------------------
+
+WORKING = ("/flux/", "/partpacker/", "/serverless/", "/local_comfyui/", "/blender/", "/process_", "/execute_")
+
+
+def cases_of(operation: Any, most: int = 12) -> list[dict[str, Any]]:
+    """Bodies that the document allows, and some that it does not quite."""
+    found: list[dict[str, Any]] = []
+
+    @given(case=operation.as_strategy())
+    @settings(
+        max_examples=most,
+        database=None,
+        derandomize=True,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def collect(case: Any) -> None:
+        body = case.body if isinstance(case.body, (dict, list, str, int, float, bool)) or case.body is None else {}
+        found.append({"json": body} if body is not None else {})
+
+    collect()
+    return found
+
+
+async def test_whatever_is_asked_of_conjures_endpoints_the_answer_is_announced(
+    tmp_path: Path, clock: LoopClock, comfyui_server: ComfyUIEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for pictures, which are made here in no time: what virtual time is good for."""
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "data/input/state.json": b'{"generation_mode": "local_comfyui"}',
+        "data/generated_text/userPrompt.txt": b"a small house",
+        "data/generated_images/gestureCamera/render.png": samples.png(),
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    async with serving_web(tmp_path, clock, comfyui=comfyui_server.url, max_per_minute=1_000) as api:
+        document = (await api.get("/openapi.json")).json
+        schema: Any = schemathesis.openapi.from_dict(document)
+        seen = []
+        for found in schema.get_all_operations():
+            operation = found.ok()
+            if not operation.path.startswith(WORKING):
+                continue
+            announced = document["paths"][operation.path][operation.method]["responses"]
+            for case in cases_of(operation):
+                answer = await api.ask(operation.method.upper(), operation.path, **case)
+                assert str(answer.status) in announced, (operation.label, case, answer)
+                assert answer.status != 500, (operation.label, case, answer)
+                assert {"detail", "success"} & set(answer.json), answer
+                seen.append((operation.path, answer.status))
+        assert len({path for path, _ in seen}) == 9
+        assert ("/local_comfyui/flux_mesh_unified", 200) in seen
+        assert ("/flux/generate", 200) in seen
