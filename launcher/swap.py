@@ -251,8 +251,6 @@ def install(project: Project, *, force: bool = False, dry_run: bool = False) -> 
             steps.append((target, new, target.content() if what != "there already" else None))
             if new is not None or entry is None:
                 entries[target.path] = _entry(project, target, now)
-            elif entry is not None:
-                entries[target.path] = replace(entry, shim_sha256=_sha(target.content()))
             report.files.append({"path": target.path, "what": what})
         if changed:
             raise _changed(changed, "install")
@@ -270,7 +268,11 @@ def install(project: Project, *, force: bool = False, dry_run: bool = False) -> 
                 mode = entries[target.path].mode
                 write_atomically(project.place(target.path), content, mode=mode)
                 faultpoint("swap.replaced")
-        _write_manifest(project, "installed", entries)
+        # Only now are an older version's files known to be gone: until then they are told by what the manifest says.
+        renewed = {
+            target.path: replace(entries[target.path], shim_sha256=_sha(target.content())) for target, *_ in steps
+        }
+        _write_manifest(project, "installed", {**entries, **renewed})
     return report
 
 

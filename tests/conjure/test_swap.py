@@ -194,6 +194,29 @@ def test_no_story_loses_the_original(steps: list[str]) -> None:
         assert not (project / FOLDER).exists()
 
 
+@pytest.mark.parametrize("then", [install, uninstall])
+@pytest.mark.parametrize("point", ["", "swap.written", "swap.kept", "swap.replaced"])
+def test_files_of_an_older_version_are_renewed_also_after_a_crash(
+    project: Path, point: str, then: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, found = seen(project), find_project(project)
+    current = swap.Target.content
+    with monkeypatch.context() as older:
+        older.setattr(swap.Target, "content", lambda target: b"# an older one\n" + current(target))
+        install(found)
+    assert status(found).state == "installed"
+    assert replaced(project) == set()
+    if point:
+        with pytest.raises(Killed), listening(kill_at(point, 1)):
+            install(found)
+    then(found)
+    if then is install:
+        assert status(found).state == "installed"
+        assert replaced(project) == {file["path"] for file in status(found).files}
+        uninstall(found)
+    assert seen(project) == before
+
+
 def test_a_file_changed_since_is_nobodys_to_overwrite(project: Path) -> None:
     before, found = seen(project), find_project(project)
     install(found)
