@@ -88,12 +88,12 @@ async def events(
     return EventStream(backend, None, _number(last_event_id, after))
 
 
-@router.get("/jobs/{job}/events", response_class=Response, responses={**STREAM, **problems(404)})
+@router.get("/jobs/{job_id}/events", response_class=Response, responses={**STREAM, **problems(404)})
 async def job_events(
-    job: str, backend: Annotated[Backend, Depends(backend_of)], after: After = None, last_event_id: Seen = None
+    job_id: str, backend: Annotated[Backend, Depends(backend_of)], after: After = None, last_event_id: Seen = None
 ) -> Response:
     """What happens to one job, from its beginning or from a number on; `end` follows its last word."""
-    return EventStream(backend, await backend.queue.job(job), _number(last_event_id, after))
+    return EventStream(backend, await backend.queue.job(job_id), _number(last_event_id, after))
 
 
 def _number(said: str | None, after: int | None) -> int | None:
