@@ -66,6 +66,8 @@ def routes_part() -> str:
     by_tag: dict[str, list[str]] = {tag: [] for tag in TITLES}
     for method, path, operation in operations():
         words = " ".join(operation["description"].split("\n\n")[0].split()).replace("|", "\\|")
+        asked = [f"`{one['name']}`" for one in operation.get("parameters", ()) if one["in"] == "query"]
+        words += f" Query: {', '.join(asked)}." if asked else ""
         goods = ", ".join(sorted(status for status in operation["responses"] if status < "400"))
         (tag,) = operation["tags"]
         by_tag[tag].append(f"| `{method} {path}` | {words} | {goods} |")
