@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from launcher.conjure import places
 from launcher.conjure.engine import Engine, Made, Order
-from launcher.conjure.errors import PictureMissing
 from launcher.conjure.follow_up import MESH_SEED, NOISE_SEED, FollowUp, follow_up
 from launcher.conjure.memo import KeptMesh, MeshMemo
 from launcher.conjure.parameters import (
@@ -32,7 +30,7 @@ from launcher.conjure.parameters import (
 )
 from launcher.conjure.places import Places, Verified
 from launcher.conjure.runs import runs_folder, sweep_runs
-from launcher.conjure.snapshots import Snapshot, snapshot, sweep
+from launcher.conjure.snapshots import Snapshot, path_of, snapshot, sweep
 from runcomfy.domain.binding import into_range
 from runcomfy.domain.exceptions import InputFileMissing, RunComfyError, ValueInvalid, foreign_text
 from runcomfy.domain.job import JobRequest
@@ -86,14 +84,18 @@ class Generating:
         options = dict(asked)
         drawn = _wished_seed(seed, randomize=options.pop("randomize_seed", False))
         applied = apply(FLUX_MESH, options)
-        picture = await self._snapshot(control_image_path)
 
-        async def work() -> dict[str, Any]:
-            request = JobRequest(FLUX_MESH, image=picture.path, prompt=_text(prompt), seed=_drawn(drawn))
-            made = await self._run(request, applied, {places.FLUX_IMAGE: "flux"})
-            return self._image_answer(places.FLUX_IMAGE, made.seeds[NOISE_SEED], made, applied)
+        async def call() -> dict[str, Any]:
+            picture = await self._snapshot(control_image_path)
 
-        return await self._once("flux_depth", work, picture.sha256, prompt, drawn, applied)
+            async def work() -> dict[str, Any]:
+                request = JobRequest(FLUX_MESH, image=picture.path, prompt=_text(prompt), seed=_drawn(drawn))
+                made = await self._run(request, applied, {places.FLUX_IMAGE: "flux"})
+                return self._image_answer(places.FLUX_IMAGE, made.seeds[NOISE_SEED], made, applied)
+
+            return await self._once("flux_depth", work, picture.sha256, prompt, drawn, applied)
+
+        return await self._once("call flux_depth", call, self._mark(control_image_path), prompt, drawn, applied)
 
     def _image_answer(self, place: Path, seed: int, made: Made, applied: Applied) -> dict[str, Any]:
         return {"success": True, "image_path": str(place), "seed_used": seed, **self._facts(made, applied)}
@@ -105,9 +107,21 @@ class Generating:
         options = dict(asked)
         drawn = _wished_seed(seed, randomize=options.pop("randomize_seed", False))
         wanted = wanted_mesh(options)
-        picture = await self._snapshot(image_path)
         applied = apply(IMAGE_TO_MESH, options)
         name = "any" if drawn is None else drawn
+        parameters = mesh_parameters(IMAGE_TO_MESH, applied.sets)
+
+        async def call() -> dict[str, Any]:
+            picture = await self._snapshot(image_path)
+            work = self._mesh_of(picture, wanted, drawn, applied)
+            return await self._once("3d_model", work, picture.sha256, name, parameters, applied)
+
+        return await self._once("call 3d_model", call, self._mark(image_path), name, parameters, applied)
+
+    def _mesh_of(
+        self, picture: Snapshot, wanted: Mapping[str, Any], drawn: int | None, applied: Applied
+    ) -> Callable[[], Coroutine[Any, Any, dict[str, Any]]]:
+        """Return what gets the mesh of a picture: the kept one that fits, or a new one."""
         place = places.MESH if self._fixed else places.mesh_result(_named_seed(drawn))
 
         async def work() -> dict[str, Any]:
@@ -120,8 +134,7 @@ class Generating:
                 return self._kept_answer(place, kept, applied)
             return await self._mesh_alone(picture, _drawn(drawn), applied, place)
 
-        parameters = mesh_parameters(IMAGE_TO_MESH, applied.sets)
-        return await self._once("3d_model", work, picture.sha256, name, parameters, applied)
+        return work
 
     async def _mesh_alone(self, picture: Snapshot, seed: int, applied: Applied, place: Path) -> dict[str, Any]:
         request = JobRequest(IMAGE_TO_MESH, image=picture.path, seed=seed)
@@ -146,8 +159,11 @@ class Generating:
 
     async def unified(self, given: Unified) -> dict[str, Any]:
         """See `MachineGenerationService.generate_flux_mesh_unified`. Never raises for what can go wrong with a job."""
+        marks: list[Any] = [self._mark(given.render_image_path or str(places.RENDER)), given]
+        if given.prompt is None:
+            marks.append(self._mark(str(places.USER_PROMPT)))
         try:
-            return await self._unified(given)
+            return await self._once("call flux_mesh", lambda: self._unified(given), *marks)
         except RunComfyError as error:
             words = f"{error.message}; {error.hint}" if error.hint else error.message
             answer = {"success": False, "error": words, "error_code": error.code, "generation_mode": self._mode}
@@ -183,16 +199,24 @@ class Generating:
     # -- what all have in common ---------------------------------------------------------------------------
 
     async def _snapshot(self, path: Any) -> Snapshot:
-        name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-        if not isinstance(name, str) or "\0" in name:
-            raise ValueInvalid(f"{foreign_text(path, 60)!r} is no path", hint="give the path of a picture")
-        if not name:
-            raise PictureMissing("no picture is named", hint="give the path of a picture")
+        name = path_of(path)
         folder = self._engine.folder / "inputs"
         await asyncio.to_thread(sweep, folder)
         await asyncio.to_thread(sweep_runs, runs_folder(self._engine.folder))
         limit = self._engine.app.settings.files.max_input_pixels
-        return await asyncio.to_thread(snapshot, self._at.at(path), folder, max_pixels=limit)
+        return await asyncio.to_thread(snapshot, self._at.at(name), folder, max_pixels=limit)
+
+    def _mark(self, path: Any) -> str:
+        """Return what tells one state of a file from another: calls that find the same one are the same call.
+
+        One look at a file that the caller has just named, on the event loop: while a thread looked, another call with
+        the same key could come and go.
+        """
+        try:
+            found = self._at.at(path).stat()
+        except (OSError, ValueError, TypeError, RunComfyError):
+            return f"{path!r}: none"
+        return f"{path!r}: {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
 
     async def _run(
         self, request: JobRequest, applied: Applied, publish: Mapping[Path, str], *, picture: Snapshot | None = None

@@ -22,7 +22,7 @@ from launcher.conjure import places
 from launcher.conjure.engine import Engine
 from launcher.conjure.errors import GenerationFailed, ServiceUnavailable
 from launcher.conjure.places import Places, Verified
-from launcher.conjure.snapshots import snapshot
+from launcher.conjure.snapshots import path_of, snapshot
 from runcomfy.adapters.files import make_private_dir
 from runcomfy.adapters.media import inspect
 from runcomfy.domain.exceptions import ExtraMissing, OutputCorrupt, RunComfyError, ValueInvalid, foreign_text
@@ -146,10 +146,11 @@ class SpacesGenerating:
 
     # -- how -----------------------------------------------------------------------------------------------
 
-    async def _snapshot(self, path: str) -> str:
+    async def _snapshot(self, path: Any) -> str:
+        name = path_of(path)
         limit = self._engine.app.settings.files.max_input_pixels
         folder = self._engine.folder / "inputs"
-        return (await asyncio.to_thread(snapshot, self._at.at(path), folder, max_pixels=limit)).path
+        return (await asyncio.to_thread(snapshot, self._at.at(name), folder, max_pixels=limit)).path
 
     async def _call(
         self, space: tuple[str, str], files: Mapping[str, str], values: Mapping[str, Any], kind: OutputKind, seed: int

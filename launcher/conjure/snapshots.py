@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import uuid4
 
 from launcher.conjure.errors import PictureMissing
@@ -28,7 +28,7 @@ from runcomfy.adapters.files import (
     write_atomically,
 )
 from runcomfy.adapters.media import check_input_image, likely_extension
-from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, foreign_text
+from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, ValueInvalid, foreign_text
 
 TRIES: Final = 40
 PAUSE_SECONDS: Final = 0.1
@@ -36,7 +36,7 @@ PAUSE_SECONDS: Final = 0.1
 MAX_BYTES: Final = 256 * 1024**2
 _NO_FILE: Final = frozenset(
     getattr(errno, name)
-    for name in "EINVAL EACCES EPERM ENXIO ENODEV ENAMETOOLONG ELOOP ENOTDIR EISDIR".split()  # noqa: SIM905
+    for name in "EINVAL EACCES EPERM ENXIO ENODEV ENAMETOOLONG ELOOP EISDIR".split()  # noqa: SIM905
     if hasattr(errno, name)
 )
 """The path leads to no ordinary file that may be read: the caller's mistake, not this computer's."""
@@ -50,6 +50,16 @@ class Snapshot:
 
     path: str
     sha256: str
+
+
+def path_of(picture: Any) -> str:
+    """Return the path that a caller gave, as text or as a path. Raises PictureMissing, ValueInvalid (it is none)."""
+    name = os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else None
+    if not isinstance(name, str) or "\0" in name:
+        raise ValueInvalid(f"{foreign_text(picture, 60)!r} is no path", hint="give the path of a picture")
+    if not name:
+        raise PictureMissing("no picture is named", hint="give the path of a picture")
+    return name
 
 
 def snapshot(picture: Path, folder: Path, *, max_pixels: int) -> Snapshot:
@@ -93,7 +103,7 @@ def _read_still(picture: Path) -> bytes | None:
                 )
             data = file.read(before.st_size + 1)
             after = os.fstat(file.fileno())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise PictureMissing(
             f"there is no file {foreign_text(str(picture), limit=512)}", hint="check the path", details={}
         ) from error

@@ -91,9 +91,12 @@ def test_credentials_that_are_written_later_count(mode: str, lines: str, monkeyp
     assert service.is_available() is False
 
 
-@pytest.mark.parametrize("path", ["missing.png", "", Path("missing.png"), Path("no/such/folder/render.png")])
-@pytest.mark.parametrize("mode", ["local", "cloud", "serverless"])
+@pytest.mark.parametrize(
+    "path", ["missing.png", "", Path("missing.png"), Path("no/such/folder/render.png"), "there/render.png"]
+)
+@pytest.mark.parametrize("mode", ["local", "cloud", "serverless", "huggingface"])
 def test_a_picture_that_is_not_there_is_a_file_not_found_however_it_is_named(path: Any, mode: str) -> None:
+    Path("there").write_bytes(b"no folder")
     service = get_generation_service(mode)
     with pytest.raises(FileNotFoundError):
         service.generate_flux_depth_image(path, "a fox")
