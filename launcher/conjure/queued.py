@@ -14,25 +14,28 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from launcher.backend import Backend
-from launcher.conjure.engine import CLOUD, Engine, Made, Order, run_directly
+from launcher.conjure.engine import CLOUD, LOCAL, Engine, Made, Order, run_directly
 from launcher.conjure.errors import error_of_job
 from launcher.conjure.follow_up import FollowUp, follow_up
 from launcher.views import error_of
 from runcomfy.adapters.files import make_private_dir, write_atomically
 from runcomfy.application.job_queue import workflow_id_of
 from runcomfy.bootstrap import App
-from runcomfy.domain.exceptions import JobNotFound, LocalError, RunComfyError
+from runcomfy.domain.exceptions import JobNotFound, LocalError, RunComfyError, ServerUnreachable
 from runcomfy.domain.job import JobId, Output, OutputKind
 from runcomfy.domain.queued import NewJob, QueuedJob, QueueStatus
 
 log = logging.getLogger("launcher.queued")
 
 JOB_TYPE: Final = "CONJURE"
+_CONNECT_SECONDS: Final = 3.0
 
 
 class QueueEngine(Engine):
@@ -68,6 +71,8 @@ class QueueEngine(Engine):
         """Put the job into the queue and wait for its end."""
         if not self.queues(order.where):
             return await run_directly(self.app, order, self.accepted)
+        if order.where == LOCAL:
+            await _must_listen(self.app.queue_settings.api_base_url)
         new = NewJob(
             order.request,
             workflow_id_of(order.request),
@@ -152,6 +157,30 @@ class QueueEngine(Engine):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.end_work()
+
+
+async def _must_listen(url: str) -> None:
+    """Refuse what would only wait: nothing listens there. Raises ServerUnreachable.
+
+    The queue would hold the job until somebody starts the ComfyUI, and whoever asked would learn nothing of it. One
+    that is merely slow to answer gets the job.
+    """
+    parts = urlsplit(url)
+    try:
+        async with asyncio.timeout(_CONNECT_SECONDS):
+            _, writer = await asyncio.open_connection(
+                parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+            )
+    except ConnectionRefusedError as error:
+        raise ServerUnreachable(
+            f"no ComfyUI answers at {parts.hostname}:{parts.port or ''}".rstrip(":"),
+            hint="check that ComfyUI is running there and that the port is right",
+        ) from error
+    except (OSError, TimeoutError):
+        return
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
 
 
 def _outdated(follow: FollowUp, job: QueuedJob) -> bool:

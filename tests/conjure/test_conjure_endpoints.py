@@ -150,6 +150,15 @@ async def test_results_get_their_places_though_nobody_waits(api: Any, comfyui: C
     assert len(comfyui.run_log) == 1
 
 
+async def test_nobody_waits_for_a_comfyui_that_is_not_there(project: Path, serve: Any) -> None:
+    async with serve(where="server", api_base_url="http://127.0.0.1:9") as client:
+        status, found, _ = await client.send("POST", "/flux/depth", DEPTH)
+        assert status == 502
+        assert found["error"]["code"] == "comfyui-unreachable"
+        assert "no ComfyUI answers at 127.0.0.1:9" in found["detail"]
+        assert (await client.get("/workflow/progress"))["data"]["total_count"] == 0
+
+
 async def test_a_new_process_does_what_the_last_one_left_undone(
     project: Path, comfyui: ComfyUIEmulator, serve: Any
 ) -> None:
