@@ -133,6 +133,7 @@ class SpacesGenerating:
         """Make a mesh from a picture."""
         values, left = _values(_MESH | {"seed": seed}, asked)
         picture = await self._snapshot(image_path)
+        seed = int(seed)
         made, _ = await self._call(MESH_SPACE, {"input_image": picture}, values, OutputKind.MESH, seed)
         place = places.mesh_result(seed)
         await self._publish(place, made)
