@@ -82,6 +82,14 @@ class Shared:
     job_id: str = ""
     """Of the job that does it, once there is one."""
     task: asyncio.Task[Any] | None = None
+    within: list[Shared] = field(default_factory=list)
+    """Shared work that waits for this one: its job is theirs, too."""
+
+    def name(self, job_id: str) -> None:
+        """Name the job that does it."""
+        self.job_id = job_id
+        for each in self.within:
+            each.name(job_id)
 
 
 _OWNED: Final[weakref.WeakSet[DirectEngine]] = weakref.WeakSet()
@@ -168,8 +176,8 @@ class Engine(ABC):
     async def once(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Do work, or join the same work that runs already.
 
-        Callers that leave are not missed as long as one waits; when none does, the work ends, unless this engine's
-        work outlives its callers.
+        Whoever comes while it runs joins it: nothing is awaited before. Callers that leave are not missed as long as
+        one waits; when none does, the work ends, unless this engine's work outlives its callers.
         """
         shared = self._shared.get(key)
         if shared is None:
@@ -179,12 +187,17 @@ class Engine(ABC):
         watched = WATCHED.get()
         if watched is not None:
             watched.append(shared)
+        if (around := _WORKING.get()) is not None and around is not shared:
+            shared.within.append(around)
+            around.name(shared.job_id)
         task: asyncio.Task[T] = shared.task  # type: ignore[assignment]
         shared.callers += 1
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if shared.callers == 1 and not task.done() and not self.outlives_callers:
+                if self._shared.get(key) is shared:
+                    del self._shared[key]  # who comes now begins anew: this one ends
                 task.cancel()
                 await asyncio.wait({task})
             raise
@@ -201,7 +214,7 @@ class Engine(ABC):
         """Name the job of the work that runs now."""
         shared = _WORKING.get()
         if shared is not None:
-            shared.job_id = job_id
+            shared.name(job_id)
 
     def _forget(self, key: Hashable, shared: Shared) -> None:
         if self._shared.get(key) is shared:
