@@ -29,6 +29,8 @@ def answers(url: str, *, seconds: float = SECONDS) -> tuple[bool, str]:
             connection.close()
         if answer.status != 200:
             return False, f"the ComfyUI of this computer answered with HTTP {answer.status}"
+        if len(body) == _MOST_BYTES and b'"queue_running"' in body[:200]:
+            return True, ""  # what waits there is sent whole, graph by graph, and need not be read to its end
         queue = json.loads(body)
     except (OSError, HTTPException) as error:
         reason = foreign_text(getattr(error, "strerror", None) or str(error) or type(error).__name__, 120)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from PIL import Image
 
 from launcher.conjure.engine import close_engines, shared_engine
+from launcher.conjure.probe import answers
 from launcher.conjure.snapshots import snapshot
 from launcher.generation_services import get_generation_service
 from runcomfy.domain.exceptions import RunComfyError
@@ -141,6 +145,32 @@ def test_an_engine_that_was_closed_says_so() -> None:
     with pytest.raises(RunComfyError) as caught:
         service.generate_3d_model("missing.png")
     assert caught.value.code == "interrupted"
+
+
+class _Busy(BaseHTTPRequestHandler):
+    """A ComfyUI whose queue is very long: every job in it is told with its whole graph."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"queue_running": [], "queue_pending": [[1, "x" * (5 << 20)]]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_a_comfyui_with_a_very_long_queue_is_one() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Busy) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            assert answers(f"http://127.0.0.1:{server.server_port}", seconds=30) == (True, "")
+        finally:
+            server.shutdown()
+            serving.join()
 
 
 def test_many_threads_may_keep_the_same_picture_at_once(tmp_path: Path) -> None:
