@@ -218,17 +218,16 @@ def status_command(*, show_url: bool = False, as_json: bool = False) -> int:
 
 
 def _facts(status: DevServerStatus, *, show_url: bool) -> dict[str, Any]:
+    from runcomfy.adapters.clock import SystemClock
     from runcomfy.cli.words import show_span, show_time
 
-    machine, report = status.machine, status.report
+    machine, report, now = status.machine, status.report, SystemClock().now()
     url = None
     if report is not None and report.url is not None:
         url = report.url.reveal() if show_url else report.url.masked
     up = None
     if machine.ready_at is not None:
-        from runcomfy.adapters.clock import SystemClock
-
-        up = show_span(SystemClock().now() - machine.ready_at)
+        up = show_span(now - machine.ready_at)
     return {
         "Server ID": machine.server_id,
         "Status": report.status if report else "not found at the provider",
@@ -236,6 +235,9 @@ def _facts(status: DevServerStatus, *, show_url: bool) -> dict[str, Any]:
         "Server Type": machine.server_type,
         "Uptime": up,
         "Total Cost": f"${status.cost_usd:.4f}",
+        "Session Cost": f"${status.cost_usd:.4f}",  # a machine is one session
+        "Health Status": "healthy" if status.usable else "unhealthy",
+        "Last Health Check": show_time(now),
         "Price": f"${machine.usd_per_hour} per hour",
         "Stops At": show_time(machine.planned_stop_at),
         "Jobs Running": status.jobs_running,
@@ -255,7 +257,7 @@ def _print_status(status: DevServerStatus, facts: dict[str, Any], idle_after: ti
     for name, value in facts.items():
         if name in ("Health", "Usable", "Monitored") or value is None:
             continue
-        click.echo(f"  {name + ':':<15} {value}")
+        click.echo(f"  {name + ':':<18} {value}")
     for layer in status.layers:
         click.echo(f"  {'ok ' if layer.ok else 'BAD'} {layer.name}: {foreign_text(layer.detail)}")
     click.echo("healthy" if status.usable else "not reachable or not usable")
