@@ -99,6 +99,16 @@ async def test_a_request_brings_picture_and_mesh_verified(
     assert {entry["name"] for entry in manifest["outputs"]} == {"flux", "mesh"}
 
 
+async def test_results_wait_hardly_for_their_price(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, clock: LoopClock
+) -> None:
+    deployment.next_call("GET deployment", reply="never", times=None)
+    done = await run(runs)
+    assert (set(done.outputs), done.cost) == ({"flux", "mesh"}, None)
+    assert done.result.finished_at is not None
+    assert (clock.now() - done.result.finished_at).total_seconds() < 20
+
+
 def content(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 

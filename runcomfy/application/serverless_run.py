@@ -62,6 +62,8 @@ PROBE_EVERY: Final = 12
 does it that often)."""
 SILENCE: Final = timedelta(minutes=5)
 """How long RunComfy may say nothing that can be read before a request is given up."""
+PRICE_WITHIN: Final = timedelta(seconds=10)
+"""How long results wait for what is only needed to estimate their cost."""
 CANCEL_WITHIN: Final = timedelta(seconds=30)
 """How long leaving may take: who presses Ctrl+C waits for it."""
 
@@ -280,8 +282,9 @@ class ServerlessRuns:
         """Return the hardware's price in USD per hour, and what is known of the deployment."""
         if not self._asked_deployment:
             self._asked_deployment = True
-            with suppress(RunComfyError):  # an estimate is no reason to fail
-                self._deployment = await self._api.deployment()
+            with suppress(RunComfyError, TimeoutError):  # an estimate is no reason to fail, or to wait for long
+                async with asyncio.timeout(PRICE_WITHIN.total_seconds()):
+                    self._deployment = await self._api.deployment()
         view, set_price = self._deployment, self._settings.serverless.usd_per_hour
         if set_price is not None or view is None:
             return set_price, view
