@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import os
 import stat
 import sys
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import pytest
 from yarl import URL
 
 from launcher.guarding.guard import COOKIE
-from runcomfy.adapters.log import configure_logging
+from runcomfy.adapters.log import configure_logging, unconfigure_logging
 from runcomfy.testing import samples
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
@@ -254,13 +257,25 @@ async def test_names_are_shown_as_data_only(api: Web) -> None:
     assert set(saved.headers["Content-Disposition"]) <= {chr(code) for code in range(32, 127)}
 
 
-async def test_control_characters_in_words_of_clients_reach_no_terminal(idle: Web) -> None:
-    for body in ({"user": NASTY}, {"project": NASTY}, {"workflow": NASTY}, {"job_type": NASTY}, {"server_type": NASTY}):
-        answer = await idle.post("/jobs", {"workflow": graph(), **body})
-        assert answer.status in (201, 404, 422)
-        assert b"\x1b" not in answer.body
+async def test_control_characters_in_words_of_clients_reach_no_terminal(
+    idle: Web, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = idle.app.settings
+    whole = replace(settings, app=replace(settings.app, log_level="DEBUG"))
+    await asyncio.to_thread(configure_logging, whole, console=True)
+    try:
+        for name in ("user", "project", "workflow", "job_type", "server_type", "webhook_url"):
+            answer = await idle.post("/jobs", {"workflow": graph(), name: NASTY})
+            assert answer.status in (404, 422), answer
+            assert b"\x1b" not in answer.body
+        assert (await idle.get(f"/jobs/{quote(NASTY, safe='')}")).status == 404
+        logging.getLogger("runcomfy.http").warning("said", extra={"fields": {"words": NASTY}})
+    finally:
+        unconfigure_logging()
     log = await asyncio.to_thread(lambda: b"".join(p.read_bytes() for p in (idle.state / "logs").glob("*.log")))
+    assert b"onerror" in log
     assert b"\x1b" not in log
+    assert "\x1b" not in "".join(capfd.readouterr())
 
 
 # --- S3, S4, S13: what is left behind -----------------------------------------------------------------------
