@@ -42,9 +42,9 @@ class ModeMemory:
         if isinstance(written, str) and written in MODES:
             self._last = written
             return Mode(written)
+        if written is None:  # CONJURE has a default for that; going on in a mode that costs money is not it
+            return Mode(configured())
         fallback = self._last or configured()
-        if written is None:
-            return Mode(fallback)
         shown = foreign_text(written, 60)
         elsewhere = isinstance(written, str) and written in ANOTHER_PIPELINES
         reason = "is a choice of the multi-view pipeline" if elsewhere else "is not a mode"

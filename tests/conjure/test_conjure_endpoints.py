@@ -241,6 +241,18 @@ async def test_the_add_ons_own_modes_do_not_break_the_api(api: Any, project: Pat
     assert picture["data"]["generation_mode"] == "local_comfyui"
 
 
+@pytest.mark.parametrize("state", [{}, {"generation_mode": None}])
+async def test_without_a_mode_conjures_default_holds_whatever_held_before(
+    api: Any, project: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_state(project, generation_mode="cloud")
+    assert (await api.get("/mode"))["generation_mode"] == "cloud"
+    write_state(project, **state)
+    assert (await api.get("/mode"))["generation_mode"] == "local"
+    monkeypatch.setenv("CONJURE_GENERATION_MODE", "serverless")
+    assert (await api.get("/mode"))["generation_mode"] == "serverless"
+
+
 async def test_mode_says_what_can_be_used_and_why_not(api: Any, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = await api.get("/mode")
     assert found["local_available"] is True
