@@ -424,15 +424,15 @@ class Hub:
     async def _told(self, events: Sequence[JobEvent], rows: Mapping[RowId, QueuedJob]) -> list[Told]:
         """Return events as listeners get them, each with its job as it is now."""
         shown: dict[RowId, dict[str, Any]] = {}
-        for number, row in enumerate(rows.values(), 1):
-            shown[row.id] = await self._words.job(row)
-            if number % SAID_AT_ONCE == 0:
-                await asyncio.sleep(0)
         for each in rows.values():
             if each.status is QueueStatus.PROCESSING:
                 self._jobs[each.uid] = each
             else:
                 self._jobs.pop(each.uid, None)
+        for number, each in enumerate(rows.values(), 1):
+            shown[each.id] = await self._words.job(each)
+            if number % SAID_AT_ONCE == 0:
+                await asyncio.sleep(0)
         told = []
         for event in events:
             row = rows.get(event.job_id) if event.job_id is not None else None
