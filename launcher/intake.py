@@ -36,6 +36,7 @@ from launcher.backend import Backend
 from launcher.errors import HttpError, NotSupported, TooLarge
 from launcher.multipart import Form, read_form
 from launcher.schemas import JobOrder
+from launcher.strict_json import strict_json
 from launcher.teller import teller_of
 from launcher.upload_store import Incoming, Kept, UploadStore, made_id
 from launcher.views import input_files
@@ -521,31 +522,6 @@ async def _body(request: Request, most: int) -> bytes:
     except ClientDisconnect as error:
         raise BadInput("the client left before the body was whole") from error
     return bytes(data)
-
-
-def strict_json(data: bytes | str) -> Any:
-    """Return what a JSON text says: no NaN, no name twice, nothing that is no Unicode.
-
-    Raises RequestValidationError.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name is there twice")
-        return found
-
-    def no_constant(word: str) -> Any:
-        raise ValueError(f"{word} is no JSON")
-
-    try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data
-        said = json.loads(text, object_pairs_hook=once, parse_constant=no_constant)
-        json.dumps(said, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else foreign_text(error, 120)
-        raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": f"not JSON: {why}"}]) from error
-    return said
 
 
 def _order(said: Any) -> JobOrder:

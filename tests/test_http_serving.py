@@ -520,6 +520,7 @@ async def _status(product: Product, server: str) -> int:
         (["--no-http", "--no-queue"], "nothing to do"),
         (["--no-http", "--port", "9000"], "--no-http"),
         (["--server", "not a url", "--no-http", "--once"], "not a"),
+        (["--server", "", "--no-http", "--once"], "names no address"),
     ],
 )
 def test_flags_that_contradict_each_other(

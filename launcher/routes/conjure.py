@@ -37,6 +37,7 @@ from launcher.conjure.services import MODES
 from launcher.conjure.state_file import as_json
 from launcher.errors import error_body, status_of
 from launcher.guarding.guard import Principal
+from launcher.schemas import GUARDED
 from launcher.views import without_paths
 from runcomfy.domain.exceptions import (
     InputFileInvalid,
@@ -167,10 +168,7 @@ class StateSetRequest(BaseModel):
 
 
 def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {
-        status: {"model": Problem}
-        for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 502, 503, 504, 507, *statuses)
-    }
+    return {status: {"model": Problem} for status in (*GUARDED, 404, 409, 502, 504, 507, *statuses)}
 
 
 async def desk_of(request: Request, backend: Annotated[Backend, Depends(backend_of)]) -> Desk:

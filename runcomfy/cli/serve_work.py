@@ -65,6 +65,8 @@ class Asked:
             raise ValueInvalid("--no-http and --no-queue leave nothing to do", hint="give one of them")
         if self.no_http and (self.host is not None or self.port is not None):
             raise ValueInvalid("--no-http answers nowhere, --host and --port say where", hint="give one of them")
+        if self.server is not None and not self.server.strip():  # a variable of the shell that is not set
+            raise ValueInvalid("--server names no address", hint="for example --server http://127.0.0.1:8188")
         if self.pool:
             return {"where": "pool"}
         return {"where": "server", "api_base_url": self.server}
