@@ -200,7 +200,6 @@ async def test_a_failed_request_says_why_and_which_one(
 async def test_the_same_call_twice_at_once_is_one_request(
     service: ServerlessGenerationService, deployment: ServerlessEmulator, project: Path
 ) -> None:
-    deployment.cold_start = 1_500  # the story's time may run ahead while a thread reads the picture
     first, second = await asyncio.gather(
         service.a_generate_flux_mesh_unified(seed=1), service.a_generate_flux_mesh_unified(seed=1)
     )
