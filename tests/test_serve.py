@@ -273,7 +273,7 @@ def test_a_signal_drains_and_ends_the_machines(
         "--max-machines",
         "2",
     ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COMFYUI_AGENT_DRAIN": "1s"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COMFYUI_AGENT_DRAIN_SECONDS": "1"}
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             _wait(lambda: bool(account.call(lambda c: list(c.billing))), process)

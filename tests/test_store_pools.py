@@ -151,9 +151,9 @@ async def test_a_database_after_pools_is_refused_by_what_does_not_know_them(old_
     async with opened(old_database):
         pass
     with an_engine_of(old_database) as newer:
-        newer.execute(text("UPDATE alembic_version SET version_num = '0004'"))
+        newer.execute(text("UPDATE alembic_version SET version_num = '0005'"))
         newer.execute(text("UPDATE upgrades SET program_version = '9.8.7'"))
-    with pytest.raises(StoreTooNew, match=r"version 9\.8\.7 .*0004") as caught:
+    with pytest.raises(StoreTooNew, match=r"version 9\.8\.7 .*0005") as caught:
         await opened(old_database).open()
     assert f"up to {migrate.HEAD}" in caught.value.message
     with an_engine_of(old_database) as connection:

@@ -79,6 +79,8 @@ KINDS: Final[Mapping[type[RunComfyError], Kind]] = {
     errors.JobBusy: Kind.WRONG,
     errors.NameTaken: Kind.WRONG,
     errors.IdempotencyConflict: Kind.WRONG,
+    errors.AddressRefused: Kind.WRONG,
+    errors.TooManyRequests: Kind.WRONG,  # of whoever puts jobs in; no run of a job meets it
     # settings
     errors.ConfigurationError: Kind.MISSING,
     errors.CredentialsMissing: Kind.MISSING,
@@ -130,6 +132,7 @@ KINDS: Final[Mapping[type[RunComfyError], Kind]] = {
     errors.BudgetExceeded: Kind.BUDGET,
     # this computer
     errors.LocalError: Kind.MISSING,
+    errors.AddressInUse: Kind.MISSING,
     errors.DiskFull: Kind.MISSING,
     errors.StoreUnavailable: Kind.STORE,
     errors.StoreCorrupt: Kind.STORE,

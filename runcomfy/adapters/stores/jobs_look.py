@@ -58,7 +58,7 @@ _OF_JOB: Final = Sql(
 )
 _ALL: Final = Sql(f"SELECT {EVENTS} FROM job_events WHERE number > :after ORDER BY number LIMIT :count")
 _SETTLED: Final = Sql(
-    "SELECT number FROM job_events ORDER BY number DESC LIMIT 1",
+    "SELECT max(number) AS number FROM job_events",
     # By number and not by time: an old event is found at once, and what is newer is read through its gaps.
     postgres="SELECT number FROM job_events WHERE at <= :settled ORDER BY number DESC LIMIT 1",
 )
@@ -149,8 +149,8 @@ def past_results(
 
 def settled(connection: Connection, now: datetime) -> int:
     """Return an event's number above which every event of the future is; 0 if there is no such event."""
-    row = _SETTLED.run(connection, {"settled": stamps(connection).exact(now - SURELY_OVER)}).first()
-    return int(row[0]) if row is not None else 0
+    number = _SETTLED.run(connection, {"settled": stamps(connection).exact(now - SURELY_OVER)}).scalar()
+    return int(number) if number is not None else 0
 
 
 def known_keys(connection: Connection, keys: Collection[str]) -> set[str]:
