@@ -215,7 +215,7 @@ async def ended(process: asyncio.subprocess.Process) -> str:
     return out
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.campaign)])
 def dsn(request: pytest.FixtureRequest) -> str | None:
     """Which database the story is told over."""
     return str(request.getfixturevalue("postgres_dsn")) if request.param == "postgres" else None

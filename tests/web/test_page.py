@@ -316,6 +316,7 @@ def test_a_connection_that_breaks_comes_back_with_what_was_missed(
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
 
 
+@pytest.mark.campaign
 def test_a_job_is_seen_while_it_runs_and_after(serve: Callable[..., Any], browser: "Browser", tmp_path: Path) -> None:
     from playwright.sync_api import expect
 
@@ -390,6 +391,7 @@ def test_a_job_is_seen_while_it_runs_and_after(serve: Callable[..., Any], browse
     assert visit.wrong == []
 
 
+@pytest.mark.campaign
 def test_every_shipped_workflow_is_run_from_its_form(serve: Callable[..., Any], browser: "Browser") -> None:
     from playwright.sync_api import expect
 
