@@ -24,7 +24,7 @@ demo: install
 	@$(BIN)/comfyctl demo $(ARGS)
 
 test: install
-	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 format: install
 	@$(BIN)/ruff format .
@@ -42,11 +42,11 @@ floors: install
 
 # Everything the gates ask for; under ten minutes on two cores.
 check: lint types floors
-	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Which lines and branches the tests reach; measuring it makes them half as slow again.
 coverage: install
-	@$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term $(ARGS)
 
 # Everything that is measured; `ARGS="planning fleet"` only these. The replay needs a trace: `TRACE=requests.csv`.
 bench: install
@@ -66,7 +66,7 @@ web:
 # The checks again with more examples, and the campaigns: executors killed at random, everything of ours killed at every
 # durable write and remote call.
 nightly: check
-	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n $(WORKERS) -m "campaign or not campaign" $(ARGS)
+	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "campaign or not campaign" $(ARGS)
 	@$(BIN)/python -m benchmarks killing leaks
 
 clean:

@@ -75,7 +75,7 @@ def run(end: str, cloud: Any, project: Path) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("call", ["generate", "rent"])
+@pytest.mark.parametrize("call", ["generate", pytest.param("rent", marks=pytest.mark.campaign)])
 def test_what_a_daemon_thread_has_rented_is_ended_with_the_program(project: Path, call: str) -> None:
     end = f"threading.Thread(target=lambda: asyncio.run({call}()), daemon=True).start(); wait()"
     with served(lambda: RunComfyEmulator(boot_time=3600, delete_takes=0.1, rate_limit=False)) as cloud:
@@ -85,6 +85,7 @@ def test_what_a_daemon_thread_has_rented_is_ended_with_the_program(project: Path
         assert cloud.call(lambda c: list(c.alive)) == []
 
 
+@pytest.mark.campaign
 def test_a_thread_that_python_waits_for_can_work_to_its_end(project: Path) -> None:
     end = "threading.Thread(target=lambda: asyncio.run(generate())).start(); wait()"
     with served(lambda: RunComfyEmulator(boot_time=0.5, delete_takes=0.1, rate_limit=False)) as cloud:

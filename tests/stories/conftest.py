@@ -35,7 +35,7 @@ def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.campaign)])
 def queue_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The path or address of a fresh database: every story is told on both kinds."""
     if request.param == "postgresql":

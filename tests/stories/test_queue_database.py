@@ -166,7 +166,9 @@ def fresh_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[s
     server.drop(dsn)
 
 
-ON_BOTH = pytest.mark.parametrize("fresh_database", ["sqlite", "postgresql"], indirect=True)
+ON_BOTH = pytest.mark.parametrize(
+    "fresh_database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.campaign)], indirect=True
+)
 
 
 @ON_BOTH
