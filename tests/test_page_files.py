@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 
+from launcher.web_app import ROUTERS
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.web import Web, serving_web
 
@@ -89,3 +94,20 @@ async def test_jobs_that_wait_are_listed_as_they_will_be_begun(tmp_path: Path, c
         assert len((await api.get("/jobs?order=queue&limit=2")).json["jobs"]) == 2
         newest = (await api.get("/jobs?status=pending")).json["jobs"]
         assert [job["number"] for job in newest] == [job["number"] for job in reversed(made)]
+
+
+# -- where answers are made ----------------------------------------------------------------------------------
+
+
+def test_every_answer_is_made_in_the_loop() -> None:
+    """FastAPI runs plain functions in threads of its own: slower than the request, and unseen by virtual time."""
+
+    def calls(dependant: Dependant) -> Iterator[Any]:
+        yield dependant.call
+        for inner in dependant.dependencies:
+            yield from calls(inner)
+
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    assert len(routes) > 30
+    found = [(route.path, call) for route in routes for call in calls(route.dependant)]
+    assert [(path, call) for path, call in found if not inspect.iscoroutinefunction(call)] == []

@@ -70,13 +70,13 @@ def _answer(request: Request, file: PageFile, kept: str) -> Response:
 
 
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-def page(request: Request) -> Response:
+async def page(request: Request) -> Response:
     """Return the page."""
     return _answer(request, _built()[0], EACH_TIME)
 
 
 @router.api_route("/assets/{name}", methods=["GET", "HEAD"], include_in_schema=False)
-def asset(request: Request, name: str) -> Response:
+async def asset(request: Request, name: str) -> Response:
     """Return a script, style or picture of the page."""
     file = _built()[1].get(name)
     if file is None:
