@@ -25,6 +25,8 @@ READY_WITHIN: Final = timedelta(seconds=10)
 """How long a server may take to say that it is back."""
 FOR_GOOD: Final = timedelta(days=1)
 """How long a pause that only a user ends is believed without asking."""
+BUDGET_AGAIN: Final = timedelta(seconds=15)
+"""How soon a budget is asked again at the earliest: its window turns by our clock, pauses by the database's."""
 CLOCKS_DIFFER: Final = timedelta(seconds=5)
 """A pause that begins farther ahead than this was written before the clock was set back."""
 
@@ -80,16 +82,17 @@ class Gate:
         loop = asyncio.get_running_loop()
         if self._until is not None and loop.time() < self._until:
             return
-        self._until = loop.time() + (decision.retry_in or FOR_GOOD).total_seconds()
+        retry_in = decision.retry_in
+        if retry_in is None and decision.until is not None:
+            retry_in = max(BUDGET_AGAIN, decision.until - self._store.now())
+        self._until = loop.time() + (retry_in or FOR_GOOD).total_seconds()
         self.in_a_row += 1
         scope = QUEUE_SCOPE if decision.scope is retry.Scope.QUEUE else self._host
         message = f"{error.message}; {error.hint}" if error.hint else error.message
         try:
             if any(pause.scope == scope and pause.until is None for pause in await self._pauses()):
                 return  # somebody's pause is not to end by itself because of ours
-            await self._store.pause(
-                scope=scope, reason=error.code, message=message, retry_in=decision.retry_in, by=self._by
-            )
+            await self._store.pause(scope=scope, reason=error.code, message=message, retry_in=retry_in, by=self._by)
         except LocalError as refused:
             self._trouble(refused)
 
@@ -133,7 +136,7 @@ class Gate:
         words = f"{pause.scope} {pause.reason} {pause.message}"
         if words != self._told:
             self._told = words
-            again = f"; tried again at {pause.until:%H:%M:%S} UTC" if pause.until is not None else ""
+            again = f"; tried again at {pause.until:%Y-%m-%d %H:%M:%S} UTC" if pause.until is not None else ""
             self._tell(f"paused: {pause.message}{again}")
 
 

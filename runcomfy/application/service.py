@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 
 from runcomfy.application.role import Role
 from runcomfy.application.working_off import failed_here, left_behind, left_words
-from runcomfy.domain.exceptions import LocalError, RunComfyError
+from runcomfy.domain.exceptions import BudgetExceeded, LocalError, RunComfyError
 from runcomfy.domain.queued import Pause, QueueStatus
 from runcomfy.ports.jobs import JobStore
 
@@ -246,7 +246,8 @@ class Service:
                     if not waiting:
                         return None
                     pause = await crew.executor.paused()
-                    if pause is not None and pause.until is None:
+                    # A budget's pause may last a month; the plan, too, does not wait for a budget (`stuck`).
+                    if pause is not None and (pause.until is None or pause.reason == BudgetExceeded.code):
                         return await left_behind(self._jobs, pause)
                     if ready >= waiting and (stuck := crew.fleet.stuck()) is not None:
                         self._tell(f"{left_words(waiting)}: {stuck.message}")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import Enum, auto
 from typing import Final
 
@@ -190,7 +190,9 @@ class Pause:
 
     scope: Scope
     retry_in: timedelta | None
-    """None: until somebody resumes it."""
+    """None: until `until`, or until somebody resumes it."""
+    until: datetime | None = None
+    """Aware UTC: when what is missing will be there, if that is known as a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +244,7 @@ class RetryPolicy:
         if kind is Kind.WRONG:
             return Fail("error")
         if kind is Kind.BUDGET:
-            return Pause(Scope.QUEUE, None)
+            return Pause(Scope.QUEUE, None, until=resets_at(error))
         if kind is Kind.MISSING or (kind is Kind.UNREACHABLE and (server_stays or not submitted)):
             return Pause(Scope.HOST, growing(PAUSE_FIRST, PAUSE_MOST, pauses))
         if kind is Kind.BUSY and not submitted:
@@ -267,6 +269,17 @@ class RetryPolicy:
 def kind_of(error: RunComfyError) -> Kind:
     """Return the kind of an error; a class that has no row goes by its nearest base that has one."""
     return next(KINDS[base] for base in type(error).__mro__ if base in KINDS)
+
+
+def resets_at(error: RunComfyError) -> datetime | None:
+    """Return when the window of the budget that refused is over; None: it never is, or waiting does not help.
+
+    It does not where one lease costs more than the whole budget (`domain.budget.exceeded`).
+    """
+    resets = error.details.get("resets_at")
+    if not isinstance(resets, str) or "lease_usd" in error.details:
+        return None
+    return datetime.fromisoformat(resets)
 
 
 def growing(first: timedelta, most: timedelta, times: int) -> timedelta:

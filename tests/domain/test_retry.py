@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -171,8 +171,14 @@ def test_what_every_job_misses_pauses_this_computer_and_costs_the_job_nothing(er
     assert retry_in == sorted(retry_in, key=lambda wait: wait or timedelta(0))
 
 
-def test_a_budget_stops_the_whole_queue_until_somebody_resumes_it() -> None:
+def test_a_budget_stops_the_whole_queue_until_its_window_turns_or_somebody_resumes_it() -> None:
+    resets = datetime(2026, 3, 2, tzinfo=UTC)
+    details = {"resets_at": resets.isoformat()}
     assert decide(tree.BudgetExceeded(), submitted=False) == Pause(Scope.QUEUE, None)
+    assert decide(tree.BudgetExceeded(details={"resets_at": None})) == Pause(Scope.QUEUE, None)
+    assert decide(tree.BudgetExceeded(details=details)) == Pause(Scope.QUEUE, None, until=resets)
+    too_small = {**details, "lease_usd": "0.20"}  # one lease costs more than the budget: no window allows it
+    assert decide(tree.BudgetExceeded(details=too_small)) == Pause(Scope.QUEUE, None)
 
 
 @pytest.mark.parametrize("error", [tree.NoCapacity, tree.ProviderBusy, tree.RateLimited])

@@ -1,0 +1,108 @@
+"""Pauses as executors keep them: which end by themselves, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import pytest_asyncio
+
+from runcomfy.adapters.stores.choose import store_from
+from runcomfy.adapters.stores.jobs import SqlJobs
+from runcomfy.application.gate import BUDGET_AGAIN, Gate
+from runcomfy.application.job_queue import JobQueue
+from runcomfy.domain.budget import Budget, BudgetState, Period, Window, exceeded
+from runcomfy.domain.exceptions import BudgetExceeded
+from runcomfy.domain.job import JobRequest
+from runcomfy.domain.lease import Owner
+from runcomfy.domain.machine import OwnerId
+from runcomfy.domain.queued import QUEUE_SCOPE
+from runcomfy.domain.retry import Pause, RetryPolicy
+from runcomfy.domain.secret import Secret
+from runcomfy.domain.settings import QueueSettings
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.programs import EmulatedProcesses
+
+MIDNIGHT = datetime(2026, 11, 21, tzinfo=UTC)
+TODAY = BudgetState(Budget(Period.DAY, hard=Decimal(1)), Window(MIDNIGHT - timedelta(days=1), MIDNIGHT), Decimal(1))
+
+
+@dataclass
+class Door:
+    gate: Gate
+    store: SqlJobs
+    asked: int = 0
+    """How often it was asked whether jobs could run."""
+
+    async def refused(self, error: BudgetExceeded) -> None:
+        decision = RetryPolicy().decide(
+            error,
+            submitted=False,
+            server_stays=True,
+            retries_attempted=0,
+            retry_limit=None,
+            kill_count=0,
+            pauses=0,
+            draw=lambda low, _: low,
+        )
+        assert isinstance(decision, Pause)
+        await self.gate.pause(decision, error)
+
+
+@pytest_asyncio.fixture(name="door")
+async def _door(tmp_path: Path, clock: LoopClock) -> AsyncIterator[Door]:
+    settings = QueueSettings(
+        root=str(tmp_path),
+        jobs_processing=str(tmp_path / "processing"),
+        jobs_finished=str(tmp_path / "finished"),
+        database=Secret(str(tmp_path / "queue.sqlite3")),
+    )
+    owner = Owner(OwnerId("me"), "host", 1, 0.0, "comfyctl", clock.now(), clock.now())
+
+    async def ready() -> None:
+        door.asked += 1
+
+    wake = timedelta(hours=1)  # nobody listens
+    async with SqlJobs(store_from(settings.database, clock=clock, durable=False, wake_interval=wake)) as store:
+        await JobQueue(store, settings, processes=EmulatedProcesses()).enqueue(JobRequest("text2img", prompt="x"))
+        gate = Gate(store, owner, RetryPolicy(), ready, tell=lambda _: None, trouble=lambda _: None)
+        door = Door(gate, store)
+        yield door
+
+
+async def test_a_budgets_pause_ends_when_its_window_turns_and_one_job_is_tried_then(
+    door: Door, clock: LoopClock
+) -> None:
+    await door.refused(exceeded(TODAY, wanted=Decimal("0.2"), lease_of="medium"))
+    [pause] = await door.store.pauses()
+    assert (pause.scope, pause.reason) == (QUEUE_SCOPE, "budget-exceeded")
+    assert pause.until is not None
+    assert abs(pause.until - MIDNIGHT) < timedelta(seconds=1)
+    await asyncio.sleep((MIDNIGHT - clock.now()).total_seconds() - 60)
+    assert not await door.gate.opens()
+    assert door.asked == 0
+    await asyncio.sleep(61)
+    assert await door.gate.opens()
+    assert (door.gate.on_trial, door.asked, await door.store.pauses()) == (True, 1, [])
+
+
+async def test_a_budget_that_no_window_allows_is_for_somebody_to_mend(door: Door) -> None:
+    await door.refused(exceeded(TODAY, wanted=Decimal(2), lease_of="large"))
+    [pause] = await door.store.pauses()
+    assert pause.until is None
+    await asyncio.sleep(timedelta(days=2).total_seconds())
+    assert not await door.gate.opens()
+
+
+async def test_a_window_that_has_turned_for_the_database_and_not_for_us_is_asked_again_soon_and_not_at_once(
+    door: Door, clock: LoopClock
+) -> None:
+    await asyncio.sleep((MIDNIGHT - clock.now()).total_seconds() + 30)
+    await door.refused(exceeded(TODAY, wanted=Decimal("0.2"), lease_of="medium"))
+    assert not await door.gate.opens()
+    await asyncio.sleep(BUDGET_AGAIN.total_seconds() + 1)
+    assert await door.gate.opens()
