@@ -259,6 +259,18 @@ async def test_the_second_token_is_used_when_the_first_is_refused(
     assert len(deployment.run_log) == 1
 
 
+async def test_of_two_refused_tokens_the_refusal_that_says_more_is_told(
+    deployment: ServerlessEmulator, settings: Settings, clock: LoopClock
+) -> None:
+    deployment.next_call("POST inference", status=403, body={"error_code": 403003, "error_message": "Forbidden"})
+    tokens = (*settings.cloud.tokens, Secret("rotated-away"))
+    async with RunComfyServerless(settings.serverless, replace(settings.cloud, tokens=tokens), clock=clock) as api:
+        with pytest.raises(errors.AccessDenied, match="403003"):
+            await api.submit({})
+        await api.submit({})  # the first token is asked again: the second is not valid at all
+    assert len(deployment.calls) == 3
+
+
 async def test_an_unknown_deployment_is_said_to_be_that(
     deployment: ServerlessEmulator, settings: Settings, clock: LoopClock
 ) -> None:

@@ -8,16 +8,14 @@ answer about another request, or one without an id where one was asked for, is n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from runcomfy.adapters.providers.runcomfy_wire import Unreadable, read_json
+from runcomfy.adapters.providers.runcomfy_wire import Unreadable, read_id, read_json, read_url
 from runcomfy.domain.exceptions import foreign_text
-from runcomfy.domain.secret import SecretUrl
 from runcomfy.domain.serverless import (
     DeploymentView,
     Fault,
@@ -49,8 +47,6 @@ STATES: Final[Mapping[str, RequestState]] = {
 
 MAX_FILES: Final = 1_000
 MAX_FAULTS: Final = 20
-_ID: Final = re.compile(r"\w[\w.:-]{0,199}", re.ASCII)
-"""An id becomes a part of a path, so it must not be able to lead elsewhere."""
 _WORDS: Final = ("debugInfo", "details", "detail", "message", "error_message", "error", "type")
 
 
@@ -239,7 +235,7 @@ def _file(node: str, channel: str, entry: Mapping[str, Any]) -> RemoteFile:
         filename=_plain(entry.get("filename"))[:4096] or _name_in(entry.get("url")),
         subfolder=_plain(entry.get("subfolder"))[:4096],
         type=_text(entry.get("type")) or "output",
-        url=_url(entry.get("url")),
+        url=read_url(entry.get("url")),
     )
 
 
@@ -248,18 +244,6 @@ def _name_in(url: Any) -> str:
         return urlsplit(url).path.rpartition("/")[2] if isinstance(url, str) else ""
     except ValueError:
         return ""
-
-
-def _url(value: Any) -> SecretUrl | None:
-    if not isinstance(value, str):
-        return None
-    text = value.strip()
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        return None
-    return SecretUrl(text) if usable and text.isascii() and text.isprintable() and " " not in text else None
 
 
 # --- parts --------------------------------------------------------------------------------------------------
@@ -284,10 +268,8 @@ def _about(payload: Any, expected: RequestId) -> Mapping[str, Any]:
 
 
 def _request_id(body: Mapping[str, Any]) -> RequestId | None:
-    value = body.get("request_id")
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    return RequestId(value) if isinstance(value, str) and _ID.fullmatch(value) else None
+    named = read_id(body.get("request_id"))
+    return RequestId(named) if named is not None else None
 
 
 def _state(word: str) -> RequestState:

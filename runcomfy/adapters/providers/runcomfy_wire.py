@@ -75,6 +75,26 @@ def read_json(body: bytes) -> Any:
         raise Unreadable("an empty body" if not body.strip() else kind) from None
 
 
+def read_id(value: Any) -> str | None:
+    """Return an id that may become a part of a path; None if it is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return value if isinstance(value, str) and _ID.fullmatch(value) else None
+
+
+def read_url(value: Any) -> SecretUrl | None:
+    """Return an address that can be asked; None if it is none."""
+    if not isinstance(value, str):
+        return None
+    text = value.strip()
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return None
+    return SecretUrl(text) if usable and text.isascii() and text.isprintable() and " " not in text else None
+
+
 def read_page(payload: Any) -> Page:
     """Find the entries of a list, bare or wrapped, and what the answer says about further pages. Raises Unreadable."""
     if isinstance(payload, list):
@@ -192,7 +212,7 @@ def read_machine(entry: Mapping[str, Any]) -> MachineReport:
         phase=PHASES.get(status.casefold(), Phase.UNKNOWN),
         status=status,
         server_type=_text(entry, "server_type"),
-        url=_url(entry.get("main_service_url")),
+        url=read_url(entry.get("main_service_url")),
         duration=_duration(entry.get("estimated_duration")),
         ready_at=_stamp(entry.get("service_ready_at")),
         stopping_at=_stamp(entry.get("estimated_stopping_at")),
@@ -253,10 +273,8 @@ def whole_seconds(span: timedelta) -> int:
 
 
 def _server_id(entry: Mapping[str, Any]) -> ServerId | None:
-    value = entry.get("server_id")
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    return ServerId(value) if isinstance(value, str) and _ID.fullmatch(value) else None
+    named = read_id(entry.get("server_id"))
+    return ServerId(named) if named is not None else None
 
 
 def _text(entry: Mapping[str, Any], *names: str) -> str:
@@ -265,18 +283,6 @@ def _text(entry: Mapping[str, Any], *names: str) -> str:
         if isinstance(value, str) and value:
             return foreign_text(value)
     return ""
-
-
-def _url(value: Any) -> SecretUrl | None:
-    if not isinstance(value, str):
-        return None
-    text = value.strip()
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        return None
-    return SecretUrl(text) if usable and text.isascii() and text.isprintable() and " " not in text else None
 
 
 def _duration(value: Any) -> timedelta | None:
