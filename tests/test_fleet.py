@@ -21,9 +21,16 @@ import pytest_asyncio
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.sql import SqlStore
-from runcomfy.application.fleet import FAILED_FIRST, FAILED_MOST
+from runcomfy.application.fleet import FAILED_FIRST, FAILED_MOST, GIVEN_UP_AFTER
 from runcomfy.domain.budget import Budget, Period
-from runcomfy.domain.exceptions import AuthRejected, BudgetExceeded, NoCapacity, StoreUnavailable
+from runcomfy.domain.exceptions import (
+    AuthRejected,
+    BudgetExceeded,
+    LaunchRefused,
+    NoCapacity,
+    RunComfyError,
+    StoreUnavailable,
+)
 from runcomfy.domain.plan_view import DemandView, Plan, PlanView, Stage
 from runcomfy.domain.queued import FLEET_SCOPE
 from runcomfy.testing.clock import START, SettableClock
@@ -88,6 +95,59 @@ async def test_another_type_is_taken_where_one_is_sold_out(office: Office) -> No
     async with office.running(types=("medium", "large")):
         await asyncio.sleep(60)
         assert [machine.machine.server_type for machine in office.pool.machines] == ["large"]
+
+
+async def test_a_machine_is_waited_for_while_any_type_may_still_be_had(office: Office) -> None:
+    """`serve --once` ends by that."""
+    office.pool.fails |= {"medium": NoCapacity("none left"), "large": LaunchRefused("no")}
+    async with office.running(types=("medium", "large")) as fleet:
+        await asyncio.sleep(5)
+        assert (office.pool.asked, fleet.stuck()) == ([], None)
+        await put(office.jobs)
+        await asyncio.sleep(FAILED_FIRST)
+        assert {name for _, name in office.pool.asked} == {"medium", "large"}
+        assert fleet.stuck() is None  # one of them has failed for good, the other one a few times only
+        await asyncio.sleep(60)
+        assert isinstance(fleet.stuck(), NoCapacity)
+        office.pool.fails.clear()
+        await asyncio.sleep(FAILED_MOST)
+        assert fleet.stuck() is None
+    assert len(office.pool.machines) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "launches"),
+    [(NoCapacity("none left"), GIVEN_UP_AFTER), (AuthRejected("no"), 1), (LaunchRefused("no"), 1)],
+)
+async def test_how_often_a_launch_fails_before_it_is_given_up(
+    office: Office, error: RunComfyError, launches: int
+) -> None:
+    office.pool.fails["medium"] = error
+    await put(office.jobs)
+    async with office.running() as fleet:
+        for _ in range(100):
+            await asyncio.sleep(1)
+            if fleet.stuck() is not None:
+                break
+        assert (fleet.stuck(), len(office.pool.asked)) == (error, launches)
+
+
+async def test_machines_that_never_become_usable_are_not_waited_for_either(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their launches are answered; the pool says when it has had enough of them."""
+    monkeypatch.setattr(office.pool, "why_no_room", lambda name: f"{name} is not launched: it did not start")
+    await put(office.jobs)
+    async with office.running() as fleet:
+        await asyncio.sleep(5)
+        [machine] = office.pool.machines
+        monkeypatch.setattr(office.pool, "room", lambda _: 0)
+        assert fleet.stuck() is None
+        office.pool.lose(machine)
+        await asyncio.sleep(5)
+        stuck = fleet.stuck()
+        assert isinstance(stuck, NoCapacity)
+        assert stuck.message == "medium is not launched: it did not start"
 
 
 @pytest.mark.fault(26)

@@ -34,10 +34,12 @@ from runcomfy.domain.exceptions import (
     AuthRejected,
     BudgetExceeded,
     LocalError,
+    NoCapacity,
     OutOfCredit,
     RunComfyError,
     foreign_text,
 )
+from runcomfy.domain.health import Blame, blame_of
 from runcomfy.domain.plan_view import (
     Action,
     Backlog,
@@ -70,6 +72,8 @@ BUDGETS_EVERY: Final = 5.0
 FAILED_FIRST: Final = 10.0
 FAILED_MOST: Final = 300.0
 """Seconds until a type is tried again that could not be launched; doubled each time."""
+GIVEN_UP_AFTER: Final = 3
+"""Launches of a type in a row that failed after which somebody who waits for it is told that it will not come."""
 SOON: Final = 0.05
 
 
@@ -88,6 +92,16 @@ class _Failing:
     wait: float = FAILED_FIRST
     until: float = float("-inf")
     why: str = ""
+    error: RunComfyError | None = None
+    """What the last launch failed with."""
+    times: int = 0
+    """How many launches in a row did."""
+
+    @property
+    def given_up(self) -> RunComfyError | None:
+        """Return the error if trying on is not worth waiting for: it has failed often, or somebody has to mend it."""
+        hopeless = self.error is not None and blame_of(self.error) in (Blame.ACCOUNT, Blame.REFUSED)
+        return self.error if hopeless or self.times >= GIVEN_UP_AFTER else None
 
 
 @dataclass(slots=True)
@@ -254,9 +268,25 @@ class Fleet:
         purse, waiting = self._with.purse, self._waiting
         if waiting and not any(purse.allows(each.user, each.project) for each in waiting):
             return purse.used_up(waiting[0].user, waiting[0].project)
-        if self.pool.machines or self._coming:
+        if not waiting or self.pool.machines or self._coming:
             return None
-        return self._forbidden
+        return self._forbidden or self._given_up()
+
+    def _given_up(self) -> RunComfyError | None:
+        """Return why no machine of any type can be had, if that is not only for a moment."""
+        errors: list[RunComfyError] = []
+        for name in self._with.offers.types:
+            if (failing := self._failing.get(name)) is not None:
+                error = failing.given_up
+            elif self.pool.room(name) > 0:
+                error = None
+            else:  # its launches are answered, and its machines do not become usable
+                why = self.pool.why_no_room(name)
+                error = NoCapacity(why, hint="`comfyctl costs decisions` shows what was tried")
+            if error is None:
+                return None
+            errors.append(error)
+        return errors[0]
 
     async def _backlog_now(self) -> Sequence[Waiting]:
         return await self._with.jobs.backlog(places=[machine.key for machine in self.pool.machines])
@@ -478,7 +508,7 @@ class Fleet:
         for name in self._with.offers.types if everywhere else (offer,):
             failing = self._failing.setdefault(name, _Failing())
             failing.until, failing.wait = now + failing.wait, min(failing.wait * 2, FAILED_MOST)
-            failing.why = error.message
+            failing.why, failing.error, failing.times = error.message, error, failing.times + 1
         log.warning("launch_failed", extra={"fields": {"type": offer, "error": error.code, "message": error.message}})
         if news:
             self._with.tell(f"a {offer} machine could not be launched: {error.message}; tried again")

@@ -50,7 +50,8 @@ def serve(as_json: bool, **options: Any) -> int:
     is left. Budgets are hard: what would go above one is not launched, and jobs wait.
 
     With --once jobs that wait for their next try are waited for. It exits 0 only if nothing is left: else with the code
-    of what keeps jobs from being begun (8: a budget, 2: the queue is paused), or 5 if jobs failed in this run.
+    of what keeps jobs from being begun (8: a budget, 4: no machine can be had, 2: the queue is paused), or 5 if jobs
+    failed in this run.
     """
     from runcomfy.cli.serve_work import Asked, work
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from runcomfy.domain.exceptions import JobBusy, WorkflowFailed
+from runcomfy.domain.exceptions import BudgetExceeded, JobBusy, NoCapacity, OutOfCredit, WorkflowFailed
 from runcomfy.domain.job import JobRequest
-from runcomfy.domain.queued import Ending, Outcome, QueueStatus, WorkerId
+from runcomfy.domain.queued import QUEUE_SCOPE, Ending, Outcome, QueueStatus, WorkerId
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
@@ -52,6 +53,38 @@ async def test_once_with_a_paused_queue_says_what_it_leaves(services: Services, 
         with pytest.raises(JobBusy, match="1 job is left undone, paused: lunch"):
             await task
     assert cloud.alive == []
+
+
+@pytest.mark.parametrize("why", ["no money", "no machine starts"])
+async def test_once_ends_when_no_machine_can_be_had(services: Services, cloud: RunComfyEmulator, why: str) -> None:
+    if why == "no money":
+        cloud.balance_usd = Decimal(0)
+    else:
+        for _ in range(8):
+            cloud.next_machine(fails=True)
+    await services.put(1)
+    async with services.start(once=True) as served:
+        task, served.task = served.task, None
+        assert task is not None
+        with pytest.raises(OutOfCredit if why == "no money" else NoCapacity) as caught:
+            await asyncio.wait_for(task, 1_000)
+    assert caught.value.exit_code == 4
+    assert cloud.alive == []
+    assert (await services.queue.counts())[QueueStatus.PENDING] == 1
+    assert [line for line in served.said if line.startswith("1 job is left undone: ")]
+
+
+async def test_once_does_not_wait_for_a_budget_that_paused_the_queue_elsewhere(services: Services) -> None:
+    """Executors without a pool pause until the budget's window turns, which may be a month away."""
+    await services.put(1)
+    store = await services._onlooker.job_store()
+    day = timedelta(days=1)
+    await store.pause(scope=QUEUE_SCOPE, reason="budget-exceeded", message="used up", retry_in=day, by="w")
+    async with services.start(once=True) as served:
+        task, served.task = served.task, None
+        assert task is not None
+        with pytest.raises(BudgetExceeded, match="1 job is left undone, paused: used up"):
+            await asyncio.wait_for(task, 600)
 
 
 async def test_once_says_that_jobs_failed(services: Services) -> None:
