@@ -232,6 +232,21 @@ async def test_cancelling_at_any_moment_leaves_nothing(app: App, cloud: RunComfy
 
 
 @pytest.mark.fault(22)
+async def test_cancelling_while_the_machine_is_being_ended_comes_too_late(app: App, cloud: RunComfyEmulator) -> None:
+    """The results were committed; a person who is told that the job was cancelled runs, and pays, it again."""
+    cancel = asyncio.Event()
+
+    def press(progress: Progress) -> None:
+        if progress.step is Step.STOPPING:
+            cancel.set()
+
+    result = await app.orchestrator().run(JobRequest(delay(10)), cancel=cancel, on_progress=press)
+    assert cancel.is_set()
+    assert (result.status, result.error, result.exit_code) == (JobStatus.DONE, None, 0)
+    assert result.outputs[0].path.endswith(".png")
+    assert cloud.alive == []
+
+
 async def test_a_machine_that_goes_away_during_the_job_is_told(app: App, cloud: RunComfyEmulator) -> None:
     cloud.next_machine(vanishes_after=timedelta(minutes=10))
     result = await app.orchestrator().run(JobRequest(delay(3600, steps=1)))

@@ -179,8 +179,8 @@ class RunComfyOrchestrator:
                 waiter.cancel()
         try:
             work.result()
-        except asyncio.CancelledError:
-            error = Interrupted("the job was cancelled", hint="run it again when you like")
+        except asyncio.CancelledError as cancelled:
+            error = _cut_short(run, cancelled)
         except RunComfyError as caught:
             error = caught
         except Exception as caught:
@@ -441,6 +441,13 @@ class RunComfyOrchestrator:
             "timings": {name: round(seconds, 6) for name, seconds in run.timings.items()},
             "committed_at": self._clock.now().isoformat(),
         }
+
+
+def _cut_short(run: RunRecord, cancelled: asyncio.CancelledError) -> RunComfyError | None:
+    """Return what a cancellation means. After the commit it came too late: only what the ending said still counts."""
+    if not run.outputs:
+        return Interrupted("the job was cancelled", hint="run it again when you like")
+    return cancelled.__cause__ if isinstance(cancelled.__cause__, RunComfyError) else None
 
 
 def _unforeseen(error: Exception) -> RunComfyError:
