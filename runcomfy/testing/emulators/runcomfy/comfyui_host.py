@@ -11,6 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
+from runcomfy.testing.emulators.runcomfy.cloud import Listener
 from runcomfy.testing.emulators.runcomfy.faults import SPLASH
 from runcomfy.testing.emulators.runcomfy.machines import ComfyServer, EmulatedMachine, call, in_seconds
 
@@ -38,21 +39,17 @@ class SplashServer:
 
     def __init__(self, *, status: int) -> None:
         self._status = status
-        self._runner: web.ServerRunner | None = None
+        self._listener: Listener | None = None
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Listen, and return the address."""
-        runner = web.ServerRunner(web.Server(self._answer, access_log=None), shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, host, port)
-        await site.start()
-        self._runner = runner
-        return f"http://{host}:{port}"
+        self._listener = Listener(self._answer, host=host, port=port)
+        return await self._listener.start()
 
     async def stop(self) -> None:
         """Go away."""
-        if self._runner is not None:
-            await self._runner.cleanup()
+        if self._listener is not None:
+            await self._listener.stop()
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(status=self._status, text=SPLASH, content_type="text/html")

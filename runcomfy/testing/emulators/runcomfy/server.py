@@ -12,13 +12,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 from urllib.parse import unquote
 from uuid import uuid4
@@ -26,8 +24,9 @@ from uuid import uuid4
 from aiohttp import web
 
 from runcomfy.testing.emulators.runcomfy import comfyui_host
+from runcomfy.testing.emulators.runcomfy.cloud import EmulatedCloud
 from runcomfy.testing.emulators.runcomfy.comfyui_host import ComfyUIFactory, emulated_comfyui, spawn
-from runcomfy.testing.emulators.runcomfy.faults import CallFault, CallFaults, Outcome, send
+from runcomfy.testing.emulators.runcomfy.faults import Outcome
 from runcomfy.testing.emulators.runcomfy.machines import (
     DEFAULT_RATES,
     Bill,
@@ -65,19 +64,6 @@ _ROUTES: Final[Sequence[tuple[str, re.Pattern[str], str]]] = (
 
 
 @dataclass(frozen=True, slots=True)
-class CallRecord:
-    """One request as it arrived."""
-
-    at: datetime
-    method: str
-    path: str
-    """Below the user's prefix where there is one, with its query."""
-    body: Any
-    token: int | None
-    """Which token it carried: 1, 2, or None for none or a wrong one."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Route:
     name: str
     call: str
@@ -85,7 +71,7 @@ class _Route:
     server: str = ""
 
 
-class RunComfyEmulator:
+class RunComfyEmulator(EmulatedCloud):
     """An emulated cloud with one account.
 
     `async with RunComfyEmulator() as cloud:` listens on a free loopback port; `cloud.environment()` has the variables
@@ -96,8 +82,6 @@ class RunComfyEmulator:
     """Every machine there ever was, by id."""
     launched: list[str]
     """The ids of the machines that clients launched, in order."""
-    calls: list[CallRecord]
-    """Every request to the API."""
     spent_elsewhere_usd: Decimal
     """What other products of the provider have taken off the balance; negative: money was paid in."""
     page_size: int | None
@@ -136,6 +120,7 @@ class RunComfyEmulator:
         their files in `folder`, by default a temporary one. `now` is the cloud's clock, by default a stamp taken at
         the first request plus the loop's time.
         """
+        super().__init__(folder=folder, now=now, host=host, port=port)
         self.token, self.second_token, self.user_id = token, second_token, user_id
         self.workflows = [dict(workflow) for workflow in workflows]
         self.boot_time, self.delete_takes = boot_time, delete_takes
@@ -147,42 +132,15 @@ class RunComfyEmulator:
         self.page_size = None
         self.machines = {}
         self.launched = []
-        self.calls = []
         self._revoked: set[int] = set()
-        self._faults = CallFaults()
         self._next_traits: list[Traits] = []
         self._comfyui = comfyui or comfyui_factory is not None
         self._factory, self._speed = comfyui_factory, comfyui_speed
-        self._folder = folder
-        self._own_folder: tempfile.TemporaryDirectory[str] | None = None
-        self._clock = now
-        self._origin: tuple[datetime, float] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._tokens_left = float(burst)
         self._tokens_at: float | None = None
-        self._host, self._port = host, port
-        self._runner: web.ServerRunner | None = None
-        self._closing = asyncio.Event()
-        self.url = ""
+        self._host = host
 
     # --- life ---------------------------------------------------------------------------------------------
-
-    async def start(self) -> str:
-        """Listen, and return the base address. Harmless when repeated. Raises OSError if the port is taken."""
-        if self._runner is not None:
-            return self.url
-        runner = web.ServerRunner(web.Server(self._serve, access_log=None), shutdown_timeout=0.1)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, self._host, self._port).start()
-        except OSError:
-            await runner.cleanup()
-            raise
-        self._runner = runner
-        self._port = runner.addresses[0][1]
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        self.url = f"http://{host}:{self._port}"
-        return self.url
 
     async def stop(self) -> None:
         """End everything: machines, their ComfyUI, the API. Harmless when repeated.
@@ -196,26 +154,12 @@ class RunComfyEmulator:
                 task.cancel()
             await asyncio.gather(*machine.work, return_exceptions=True)
             await comfyui_host.take_down(machine)
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
-        if self._own_folder is not None:
-            self._own_folder.cleanup()
-            self._own_folder = None
+        await super().stop()
         errors = [error for machine in self.machines.values() for error in machine.errors]
         for machine in self.machines.values():
             machine.errors.clear()
         if errors:
             raise errors[0]
-
-    async def __aenter__(self) -> RunComfyEmulator:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
 
     def environment(self) -> dict[str, str]:
         """Return the variables that point a client at this cloud."""
@@ -259,23 +203,7 @@ class RunComfyEmulator:
         spent = sum((bill.usd for bill in self.books.values()), self.spent_elsewhere_usd)
         return (self.balance_usd or Decimal(0)) - spent
 
-    def now(self) -> datetime:
-        """The cloud's time."""
-        if self._clock is not None:
-            return self._clock()
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()  # kept: nodes of a machine ask from other threads
-        loop_time = self._loop.time()
-        if self._origin is None:
-            self._origin = datetime.now(UTC), loop_time
-        start, zero = self._origin
-        return start + timedelta(seconds=loop_time - zero)
-
     # --- misbehaving --------------------------------------------------------------------------------------
-
-    def next_call(self, call: str = "*", **fault: Any) -> None:
-        """Let the next calls that fit go wrong; the arguments are those of `CallFault`."""
-        self._faults.add(CallFault(call, **fault))
 
     def next_machine(self, **traits: Any) -> None:
         """Let the next machine misbehave; the arguments are those of `Traits`. Several calls queue up."""
@@ -343,10 +271,7 @@ class RunComfyEmulator:
         if not self._comfyui:
             return None
         if self._factory is None:
-            if self._folder is None:
-                self._own_folder = tempfile.TemporaryDirectory(prefix="runcomfy-emulator-")
-                self._folder = Path(self._own_folder.name)
-            self._factory = emulated_comfyui(self._folder, now=lambda: self.now().timestamp(), speed=self._speed)
+            self._factory = emulated_comfyui(self._room(), now=lambda: self.now().timestamp(), speed=self._speed)
         return self._factory
 
     def _plan_end(self, machine: EmulatedMachine) -> None:
@@ -387,26 +312,18 @@ class RunComfyEmulator:
     # --- the API ------------------------------------------------------------------------------------------
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        raw = await request.read()
-        try:
-            body: Any = await request.json() if raw else None
-        except ValueError:
-            body = None
+        _, body = await self._heard(request)
         if request.rel_url.path.startswith("/__emulator__/"):
             return self._answer_test(request, body)
         route = self._route(request)
         known = route.call if route else f"{request.method} {request.rel_url.raw_path_qs}"
-        method, _, path = known.partition(" ")
-        self.calls.append(CallRecord(self.now(), method, path, body, self._token_of(request)))
-        fault = self._faults.take(known, loop_time=asyncio.get_running_loop().time())
-        if fault is None:
-            return await send(
-                request, self._outcome(request, route, body, works=True), reply=None, closing=self._closing
-            )
-        outcome = fault.answer(self._outcome(request, route, body, works=fault.does_work))
-        if fault.delay:
-            await asyncio.sleep(in_seconds(fault.delay))
-        return await send(request, outcome, reply=fault.reply, closing=self._closing)
+        return await self._tell(
+            request,
+            known,
+            body,
+            self._token_of(request),
+            lambda works: self._outcome(request, route, body, works=works),
+        )
 
     def _route(self, request: web.BaseRequest) -> _Route | None:
         path = request.rel_url.raw_path

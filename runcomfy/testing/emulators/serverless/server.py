@@ -12,14 +12,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 from urllib.parse import quote, unquote
 from uuid import uuid4
 
@@ -27,9 +24,9 @@ import aiohttp
 from aiohttp import web
 
 import workflows
-from runcomfy.testing.emulators.runcomfy.faults import SPLASH, CallFault, CallFaults, Outcome, send
+from runcomfy.testing.emulators.runcomfy.cloud import EmulatedCloud, Listener
+from runcomfy.testing.emulators.runcomfy.faults import SPLASH, Outcome, send
 from runcomfy.testing.emulators.runcomfy.machines import Span, in_seconds
-from runcomfy.testing.emulators.runcomfy.server import CallRecord
 from runcomfy.testing.emulators.serverless.requests import (
     NAMES,
     EmulatedInstance,
@@ -46,8 +43,33 @@ MAX_BODY: Final = 10 * 1024**2
 """The gateway's limit (AWS API Gateway, quotas)."""
 
 
-class ServerlessEmulator:
-    """An emulated deployment. `async with ServerlessEmulator() as cloud:`; `environment()` points a client at it."""
+class ServerlessEmulator(EmulatedCloud):
+    """An emulated deployment. `async with ServerlessEmulator() as cloud:`; `environment()` points a client at it.
+
+    Calls, as `next_call` knows them: `POST inference`, `GET requests/*/status`, `GET requests/*/result`,
+    `POST requests/*/cancel`, `GET deployment`.
+    """
+
+    gate: int | None
+    """A code that every submit is refused with: 10001 no money, 10002 disabled, 10003 deleted, 10013 empty."""
+    gate_status: int
+    """The HTTP status of that refusal; RunComfy sends some with 200."""
+    british: bool
+    """Whether it says `cancelled`, as some of RunComfy's pages do, and answers a cancel with an `outcome`."""
+    tells_urls: bool
+    """Whether a submit's answer names the addresses of the other calls."""
+    deployment_told: bool
+    """Whether the call about the deployment is answered."""
+    requests: dict[str, EmulatedRequest]
+    """Every request there ever was: what ran."""
+    instances: list[EmulatedInstance]
+    """Every instance there ever was: what was billed."""
+    files: dict[str, bytes]
+    """Results by path."""
+    file_calls: list[tuple[str, dict[str, str]]]
+    """Path and headers of every request for a result."""
+    file_faults: list[str]
+    """How the next requests for results go wrong: `lost`, `502`, `404`, `redirect`, `truncated`, `html`."""
 
     def __init__(
         self,
@@ -72,6 +94,7 @@ class ServerlessEmulator:
         `workflow` is the deployment's saved graph, by default generate_flux_mesh2. `times` is how times are written:
         `naive`, `offset` or `zulu`. `now` is the cloud's clock, by default a stamp taken at the start plus loop time.
         """
+        super().__init__(folder=folder, now=now, host=host, port=port)
         self.token, self.deployment_id = token, deployment_id
         self.workflow: dict[str, Any] = (
             dict(workflow) if workflow is not None else json.loads(workflows.load("generate_flux_mesh2")[0])
@@ -79,61 +102,26 @@ class ServerlessEmulator:
         self.cold_start, self.keep_warm, self.max_instances = cold_start, keep_warm, max_instances
         self.hardware, self.usd_per_hour = hardware, usd_per_hour
         self.times = times
-        self.gate: int | None = None
-        """A code that every submit is refused with: 10001 no money, 10002 disabled, 10003 deleted, 10013 empty."""
-        self.gate_status = 403
-        """The HTTP status of that refusal; RunComfy sends some with 200."""
-        self.british = False
-        """Whether it says `cancelled`, as some of RunComfy's pages do, and answers a cancel with an `outcome`."""
-        self.tells_urls = True
-        """Whether a submit's answer names the addresses of the other calls."""
-        self.deployment_told = True
-        """Whether the call about the deployment is answered."""
-        self.requests: dict[str, EmulatedRequest] = {}
-        """Every request there ever was: what ran."""
-        self.instances: list[EmulatedInstance] = []
-        """Every instance there ever was: what was billed."""
-        self.calls: list[CallRecord] = []
-        self.files: dict[str, bytes] = {}
-        """Results by path."""
-        self.file_calls: list[tuple[str, dict[str, str]]] = []
-        """Path and headers of every request for a result."""
-        self.file_faults: list[str] = []
-        """How the next requests for results go wrong: `lost`, `502`, `404`, `redirect`, `truncated`, `html`."""
-        self.url = self.files_url = ""
+        self.gate, self.gate_status = None, 403
+        self.british, self.tells_urls, self.deployment_told = False, True, True
+        self.requests, self.instances = {}, []
+        self.files, self.file_calls, self.file_faults = {}, [], []
         self._speed = comfyui_speed
         self._queue: list[EmulatedRequest] = []
         self._arrived = asyncio.Event()
-        self._faults = CallFaults()
         self._next_traits: list[RequestTraits] = []
         self._lives: set[asyncio.Task[None]] = set()
         self._errors: list[BaseException] = []
-        self._folder, self._clock = folder, now
-        self._origin: tuple[datetime, float] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._host, self._port = host, port
-        self._stack = AsyncExitStack()
-        self._closing = asyncio.Event()
+        self._results = Listener(self._serve_file, host=host)
 
     # --- life ---------------------------------------------------------------------------------------------
 
     async def start(self) -> str:
-        """Listen, and return the API's base address."""
-        if self._folder is None:
-            own = tempfile.TemporaryDirectory(prefix="serverless-emulator-")
-            self._folder = Path(own.name)
-            self._stack.callback(own.cleanup)
+        """Listen, and return the API's base address. Harmless when repeated. Raises OSError if the port is taken."""
         self.now()
-        self.url = await self._listen(self._serve, self._port)
-        self.files_url = await self._listen(self._serve_file, 0)
+        await super().start()
+        await self._results.start()
         return self.url
-
-    async def _listen(self, serve: Any, port: int) -> str:
-        runner = web.ServerRunner(web.Server(serve, access_log=None), shutdown_timeout=0.1)
-        await runner.setup()
-        self._stack.push_async_callback(runner.cleanup)
-        await web.TCPSite(runner, self._host, port).start()
-        return f"http://{self._host}:{runner.addresses[0][1]}"
 
     async def stop(self) -> None:
         """End everything. Raises what went wrong in the emulator itself, if anything did."""
@@ -141,18 +129,10 @@ class ServerlessEmulator:
         for task in list(self._lives):
             task.cancel()
         await asyncio.gather(*self._lives, return_exceptions=True)
-        await self._stack.aclose()
+        await self._results.stop()
+        await super().stop()
         if self._errors:
             raise self._errors.pop()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
 
     def environment(self) -> dict[str, str]:
         """Return the variables that point a client at this deployment."""
@@ -186,27 +166,7 @@ class ServerlessEmulator:
         now = self.now()
         return sum((instance.usd(now) for instance in self.instances), Decimal(0))
 
-    def now(self) -> datetime:
-        """The cloud's time."""
-        if self._clock is not None:
-            return self._clock()
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()  # kept: nodes of an instance ask from other threads
-        at = self._loop.time()
-        if self._origin is None:
-            self._origin = datetime.now(UTC), at
-        start, zero = self._origin
-        return start + timedelta(seconds=at - zero)
-
     # --- misbehaving --------------------------------------------------------------------------------------
-
-    def next_call(self, call: str = "*", **fault: Any) -> None:
-        """Let the next calls that fit go wrong; the arguments are those of `CallFault`.
-
-        Calls are `POST inference`, `GET requests/*/status`, `GET requests/*/result`, `POST requests/*/cancel`,
-        `GET deployment`.
-        """
-        self._faults.add(CallFault(call, **fault))
 
     def next_request(self, **traits: Any) -> None:
         """Let the next request misbehave; the arguments are those of `RequestTraits`. Several calls queue up."""
@@ -215,24 +175,14 @@ class ServerlessEmulator:
     # --- the API ------------------------------------------------------------------------------------------
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        raw = await request.read()
-        try:
-            body: Any = json.loads(raw) if raw else None
-        except ValueError:
-            body = None
+        raw, body = await self._heard(request)
         route = self._route(request)
         known = route[0] if route else f"{request.method} {request.rel_url.raw_path_qs}"
-        method, _, path = known.partition(" ")
         given = request.headers.get("Authorization", "")
-        self.calls.append(CallRecord(self.now(), method, path, body, 1 if given == f"Bearer {self.token}" else None))
-        fault = self._faults.take(known, loop_time=asyncio.get_running_loop().time())
-        works = fault is None or fault.does_work
-        outcome = self._outcome(route, given, body, len(raw), works=works)
-        if fault is None:
-            return await send(request, outcome, reply=None, closing=self._closing)
-        if fault.delay:
-            await asyncio.sleep(in_seconds(fault.delay))
-        return await send(request, fault.answer(outcome), reply=fault.reply, closing=self._closing)
+        token = 1 if given == f"Bearer {self.token}" else None
+        return await self._tell(
+            request, known, body, token, lambda works: self._outcome(route, given, body, len(raw), works=works)
+        )
 
     def _route(self, request: web.BaseRequest) -> tuple[str, str, str] | None:
         """Return the call by its short name, the deployment, and the request's id."""
@@ -364,9 +314,7 @@ class ServerlessEmulator:
         """An instance from its waking to its end."""
         from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 
-        if self._folder is None:
-            raise RuntimeError("the emulator was not started")
-        folder = self._folder / instance.instance_id
+        folder = self._room() / instance.instance_id
         folder.mkdir(parents=True)
         try:
             await asyncio.sleep(in_seconds(self.cold_start))
@@ -423,7 +371,7 @@ class ServerlessEmulator:
             if not without_urls:
                 path = f"/{request.request_id}/{number}/{quote(str(file['filename']))}"
                 self.files[path] = _spoiled(content, request.traits.corrupt)
-                shown["url"] = f"{self.files_url}{path}"
+                shown["url"] = f"{self._results.url}{path}"
             named = request.traits.channel if channel == "3d" else channel
             request.outputs.setdefault(node, {}).setdefault(named, []).append(shown)
         if without_urls:
