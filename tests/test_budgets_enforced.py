@@ -221,7 +221,9 @@ async def test_the_run_command_refuses_what_its_budget_cannot_pay(
     arguments = ["run", "image_invert", "--image", str(picture), "--budget", "0.10", "--user", "ann"]
     code = await asyncio.to_thread(call, comfyctl, [*arguments, "--out", str(tmp_path / "out")])
     assert code == 8
-    assert "the budget per run is $0.1000" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "the budget per run is $0.1000" in shown.err
+    assert "launching" not in shown.out + shown.err
     assert cloud.launched == []
 
 

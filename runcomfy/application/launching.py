@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -91,10 +91,11 @@ class Launching:
 
     # -- one machine ---------------------------------------------------------------------------------------
 
-    async def launch(self, intent: Machine) -> Machine:
+    async def launch(self, intent: Machine, *, sending: Callable[[], None] = lambda: None) -> Machine:
         """Rent the machine of `intent`, exactly one, and return it with the provider's id. Hold the lock.
 
-        If it raises, or is cancelled, what it may have started is ended before.
+        If it raises, or is cancelled, what it may have started is ended before. `sending` is called when a request is
+        about to leave: the budgets allow it.
 
         Raises BudgetExceeded (a hard budget; nothing was written or sent), what the provider refuses with;
         MachineFailed (it was given a dearer type than asked for);
@@ -103,12 +104,12 @@ class Launching:
         """
         try:
             await self._resolve_earlier()
-            return await self._try(intent)
+            return await self._try(intent, sending)
         except BaseException:
             await finish(self.settle(intent, reason="the launch was broken off", locked=True))
             raise
 
-    async def _try(self, intent: Machine) -> Machine:
+    async def _try(self, intent: Machine, sending: Callable[[], None]) -> Machine:
         for number in range(1, LAUNCH_TRIES + 1):
             before = await self._provider.list_machines()
             machine = replace(
@@ -122,6 +123,7 @@ class Launching:
             self._tries.setdefault(intent.id, []).append(attempt)
             await finish(self._books.add_intent(machine))
             faultpoint("launch.intended")
+            sending()
             log.info("machine_launch", extra={"fields": self._books.facts(machine)})
             # Shielded: a Ctrl+C while the request is under way must not lose the answer.
             launched = await finish(self._launch_once(attempt))

@@ -95,9 +95,9 @@ class Machines:
         """Be the only one of the account who launches; waits for a living process, replaces a dead one."""
         return self._launching.lock()
 
-    async def launch(self, intent: Machine) -> Machine:
+    async def launch(self, intent: Machine, *, sending: Callable[[], None] = lambda: None) -> Machine:
         """Rent the machine of `intent`, exactly one; see `Launching.launch`. Hold `launch_lock`."""
-        return await self._launching.launch(intent)
+        return await self._launching.launch(intent, sending=sending)
 
     def has_given_up(self, machine: Machine) -> bool:
         """Whether an unanswered launch is of this process, and nobody in it works on that any more."""

@@ -85,9 +85,9 @@ class OwnMachine:
         """
         if self._intent is None:
             raise RunComfyError("a machine was to be launched that nobody had asked for")
-        show(Progress(Step.LAUNCHING, message=f"launching a {self._intent.server_type} machine"))
+        launching = Progress(Step.LAUNCHING, message=f"launching a {self._intent.server_type} machine")
         async with self._machines.launch_lock():
-            self.machine = await self._machines.launch(self._intent)
+            self.machine = await self._machines.launch(self._intent, sending=lambda: show(launching))
         return await self._bring_up(self.machine, show=show, step=step)
 
     async def take_over(self, row: Machine, *, note: str, show: Show, step: TimeStep) -> ComfyUI | None:
