@@ -8,11 +8,12 @@ paid for like any other, within the budgets; a user's order ends it at once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Final
 
 from runcomfy.domain.exceptions import RunComfyError
+from runcomfy.domain.job import PromptId
 from runcomfy.ports.comfyui import ComfyUI
 
 ASKED_WITHIN: Final = timedelta(seconds=10)
@@ -33,18 +34,28 @@ class ByHand:
         loop = asyncio.get_running_loop()
         if loop.time() < self._until:
             return True
-        try:
-            async with asyncio.timeout(ASKED_WITHIN.total_seconds()):
-                queue = await server.queue()
-        except (RunComfyError, TimeoutError):
-            return False
-        if not queue.running and not queue.pending:
+        if not await used_by_hand(server):
             return False
         if not self._told:
             self._told = True
-            tell(
-                f"machine {name} has no job, but a prompt that somebody has sent by hand; it is ended when that is "
-                f"done (`comfyctl machines stop {name}` ends it at once)"
-            )
+            tell(by_hand_words(f"machine {name}", name))
         self._until = loop.time() + ASKED_EVERY.total_seconds() / 2
         return True
+
+
+async def used_by_hand(server: ComfyUI, *, ours: Collection[PromptId] = ()) -> bool:
+    """Return whether a prompt computes or waits on a server that is none of `ours`. Never raises."""
+    try:
+        async with asyncio.timeout(ASKED_WITHIN.total_seconds()):
+            queue = await server.queue()
+    except (RunComfyError, TimeoutError):
+        return False
+    return not {*queue.running, *queue.pending} <= set(ours)
+
+
+def by_hand_words(what: str, name: str) -> str:
+    """Return why a machine without a job is not ended; `name` is what `comfyctl machines stop` knows it by."""
+    return (
+        f"{what} has no job, but a prompt that somebody has sent by hand; it is ended when that is done "
+        f"(`comfyctl machines stop {name}` ends it at once)"
+    )

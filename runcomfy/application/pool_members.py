@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final
 
+from runcomfy.application.by_hand import by_hand_words, used_by_hand
 from runcomfy.application.ending import Said
 from runcomfy.application.finish import finish
 from runcomfy.application.machines import Machines
@@ -35,8 +36,6 @@ from runcomfy.ports.comfyui import ComfyUI
 log = logging.getLogger("runcomfy.pool")
 
 PROMPTS_KEPT: Final = 500
-ASKED_WITHIN: Final = timedelta(seconds=10)
-"""How long a server may take to say what is in its queue before the machine is ended all the same."""
 STOP_AGAIN: Final = timedelta(minutes=1)
 """After how long a stop that the provider refused is tried again. `Ending` has its own patience before it gives up."""
 
@@ -321,25 +320,12 @@ class Members:
 
         It is asked again with the next list; meanwhile the machine is paid like one that has a job.
         """
-        used = await self._is_used_by_hand(member)
+        used = member.client is not None and await used_by_hand(member.client, ours=member.prompts)
         if used and member.said.due("by hand"):
-            self.books.tell(
-                f"{member.name} has no job any more, but a prompt that somebody has sent by hand; it is ended when "
-                f"that is done (`comfyctl machines stop {member.machine.server_id}` ends it at once)"
-            )
+            self.books.tell(by_hand_words(member.name, str(member.machine.server_id)))
         member.by_hand = used
         if not used and not member.pooled.leases:
             self.end(member, member.pooled.draining)
-
-    async def _is_used_by_hand(self, member: Member) -> bool:
-        if member.client is None:
-            return False
-        try:
-            async with asyncio.timeout(ASKED_WITHIN.total_seconds()):
-                queue = await member.client.queue()
-        except (RunComfyError, TimeoutError):
-            return False
-        return not {*queue.running, *queue.pending} <= set(member.prompts)
 
     def ill(self, member: Member, why: str, *, dead: bool) -> None:
         """Replace a machine: jobs there may finish, unless it is proven dead. The plan launches another one."""
