@@ -337,7 +337,7 @@ async def test_the_planner_that_slept_finds_another_in_its_place_and_takes_nothi
 @pytest.mark.looptime(False)
 async def test_an_event_loop_that_is_blocked_for_longer_than_a_lease_loses_nothing(tmp_path: Path) -> None:
     settings = load_settings(overrides={})
-    lease, beat = timedelta(seconds=3), timedelta(milliseconds=200)
+    lease, beat = timedelta(seconds=5), timedelta(milliseconds=200)
     leases: list[str] = []
     over = threading.Event()
 
@@ -358,7 +358,7 @@ async def test_an_event_loop_that_is_blocked_for_longer_than_a_lease_loses_nothi
             await when(lambda: is_in(worker, job, Phase.SUBMITTED), "the prompt is on the server", every=0.02)
             witness = threading.Thread(target=look)
             witness.start()
-            over.wait(5)  # nothing else runs in this thread meanwhile
+            over.wait(7)  # nothing else runs in this thread meanwhile
             over.set()
             witness.join()
             done = await worker.queue.wait(job, timeout=timedelta(seconds=60))

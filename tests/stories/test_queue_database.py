@@ -292,11 +292,11 @@ def _grow(path: Path) -> int:
 @pytest.mark.fault(62)
 @pytest.mark.processes
 @pytest.mark.looptime(False)
-async def test_a_loop_that_stands_still_for_two_leases_loses_nothing_to_a_planner_that_watches(
+async def test_a_loop_that_stands_still_for_longer_than_a_lease_loses_nothing_to_a_planner_that_watches(
     queue_database: str, tmp_path: Path
 ) -> None:
     """I11, I20: leases are renewed by a thread; somebody else takes back whatever is over, and nothing is."""
-    lease = timedelta(seconds=2)
+    lease = timedelta(seconds=5)  # a busy computer may hold up a heart, too, for seconds
     planning, over, rounds = threading.Event(), threading.Event(), list[int]()
 
     def heart(store: SqlJobs, worker: WorkerId) -> Pulse:
@@ -324,7 +324,7 @@ async def test_a_loop_that_stands_still_for_two_leases_loses_nothing_to_a_planne
             await programs.start(heart=heart)
             job = await programs.put(seconds=1)
             await programs.began()
-            over.wait(2 * lease.total_seconds())  # a big picture, a plugin: nothing else runs here
+            over.wait(1.5 * lease.total_seconds())  # a big picture, a plugin: nothing else runs here
             job = await programs.queue.wait(job)
         finally:
             over.set()
