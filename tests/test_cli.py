@@ -375,7 +375,7 @@ def test_a_signal_ends_the_prompt_and_the_machine_and_says_so(number: signal.Sig
     process = start_run(cloud)
     wait_for(process, step)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "ending in good order" in err
     assert "[interrupted]" in err
@@ -392,7 +392,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_says_what_bills_and_how_to_stop_it(c
     process.send_signal(signal.SIGINT)
     wait_for(process, "stopping")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     (machine,) = cloud.call(lambda c: list(c.billing))
     assert "This may still run and bill:" in err
@@ -411,7 +411,7 @@ def test_an_interrupted_start_of_a_dev_server_leaves_none(cloud: Cloud) -> None:
     )  # fmt: skip
     wait_for(process, "booting")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "cancelled; nothing that this command rented still runs" in err
     assert cloud.call(lambda c: list(c.alive)) == []
@@ -437,7 +437,7 @@ def test_ctrl_c_in_the_monitor_asks_whether_to_stop_or_leave(answer: str, said: 
     assert re.fullmatch(r"idle; \$\d+\.\d+ so far, stops \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", line)
     process.send_signal(signal.SIGINT)
     os.write(ours, f"{answer}\n".encode())
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=120)
     os.close(ours)
     assert process.returncode == 0
     assert "[s]top the machine, or [l]eave it running?" in rest
@@ -458,7 +458,7 @@ def test_without_a_terminal_the_monitor_leaves_the_machine_running(comfy: Any, c
         if line.startswith("idle; $"):
             break
     process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=120)
     assert (process.returncode, rest) == (0, "left running, and billing; `comfyctl dev shutdown` stops it\n")
     assert comfy("dev", "shutdown")[0] == 0
 
@@ -566,7 +566,7 @@ def test_in_a_terminal_there_is_one_live_line(comfyui: InThread[ComfyUIEmulator]
             break
         seen += piece
     os.close(ours)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "inverted.png" in out
     text = seen.decode(errors="replace")

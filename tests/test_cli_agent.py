@@ -328,7 +328,7 @@ def executor(comfyui: InThread[ComfyUIEmulator], say: Say, tmp_path: Path) -> It
         process.stdout.readline()
         yield process
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
 
 
 @pytest.mark.processes
@@ -411,7 +411,7 @@ def test_ctrl_c_leaves_the_job_in_the_queue_and_says_how_to_find_it(say: Say, tm
             assert line, heard
             heard += line
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     (job,) = json.loads(say("queue", "ls", "--json")[1])
     assert job["status"] == "pending"

@@ -216,7 +216,7 @@ def watching(*words: str) -> Iterator[tuple[Callable[[], str], subprocess.Popen[
         assert process.stdout is not None
         yield process.stdout.readline, process
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, ""), "Ctrl+C is how looking ends"
 
 
@@ -255,7 +255,7 @@ def test_a_watched_job_is_shown_when_it_has_ended(say: Say, project: Path) -> No
         assert process.stderr is not None
         assert process.stderr.readline() == "pending: waits\n"
         say("e3", "queue", "cancel", KNIGHT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "status          cancelled" in out
     assert err.startswith("failed: ")

@@ -279,7 +279,7 @@ def test_a_signal_drains_and_ends_the_machines(
             _wait(lambda: bool(account.call(lambda c: list(c.billing))), process)
             _wait(lambda: "processing" in _counts(tmp_path), process)
             process.send_signal(number)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == 0, err.decode()

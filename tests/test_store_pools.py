@@ -229,7 +229,7 @@ async def test_four_processes_spend_what_is_left_once(kind: str, path: Path, req
                 assert process.stdout.readline().strip() == "ready", process.communicate()[1]  # type: ignore[union-attr]
     written = []
     for process in processes:
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         written.append(int(out))
     assert sum(written) == 7

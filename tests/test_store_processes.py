@@ -89,7 +89,7 @@ async def test_four_processes_that_start_at_once_share_one_new_database(path: Pa
     processes = [a_process(path, body) for _ in range(4)]
     let_go(processes)
     for process in processes:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     async with a_store(path) as store:
         assert len(await store.machines(provider="runcomfy", account="shared")) == 4
@@ -110,7 +110,7 @@ async def test_four_processes_that_write_about_one_machine_lose_nothing(path: Pa
     processes = [a_process(path, body) for _ in range(4)]
     let_go(processes)
     for process in processes:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     async with a_store(path) as store:
         story = await store.story(machine.id)
@@ -135,7 +135,7 @@ async def test_an_intent_outlives_the_process_that_is_killed_right_after(path: P
     let_go([process])
     assert heard(process) == "written"
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     async with a_store(path) as store:
         [machine] = await store.machines(provider="runcomfy", account="mine")
         assert (machine.state, machine.reason) == (MachineState.REQUESTED, "a job")
@@ -156,7 +156,7 @@ async def test_a_process_that_is_killed_while_it_writes_leaves_whole_rows(path: 
     while heard(process) != "20":
         pass
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     async with a_store(path) as store:
         machines = await store.machines(provider="runcomfy", account="mine")
         assert len(machines) >= 21
@@ -170,7 +170,7 @@ async def test_a_database_that_is_up_to_date_needs_no_migration_library(path: Pa
     process = a_process(path, "print('alembic' in sys.modules, flush=True)")
     let_go([process])
     assert heard(process) == "False"
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
 
 
@@ -183,7 +183,7 @@ async def test_a_disk_that_is_full_from_the_start_leaves_no_half_made_database(p
         resource = pytest.importorskip("resource")
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
     let_go([process])
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "DiskFull" in errors
     assert (await filled(path)).state is MachineState.READY

@@ -126,7 +126,7 @@ def test_ctrl_c_while_python_waits_for_a_thread_ends_its_machine(project: Path) 
             try:
                 assert process.stdout.readline().strip() == "waits"
                 process.send_signal(signal.SIGINT)
-                process.wait(90)
+                process.wait(120)
             finally:
                 process.kill()
         assert len(cloud.call(lambda c: list(c.launched))) == 1
@@ -160,7 +160,7 @@ while not os.path.exists("go"):
             try:
                 assert process.stdout.readline().strip() == "begun"
                 (project / "go").touch()
-                assert process.wait(90) == 0
+                assert process.wait(120) == 0
             finally:
                 process.kill()
         (request,) = cloud.call(lambda c: list(c.requests.values()))

@@ -141,7 +141,7 @@ def executor(url: str) -> Iterator[None]:
             yield
         finally:
             process.terminate()
-            said, _ = process.communicate(timeout=60)
+            said, _ = process.communicate(timeout=120)
     assert process.returncode in (0, 1), said.decode()  # 1: Windows ends it without asking
 
 
@@ -180,7 +180,7 @@ def service(url: str, state: Path) -> Iterator[str]:
                 pytest.fail("it never listened")
         finally:
             process.terminate()
-            process.communicate(timeout=60)
+            process.communicate(timeout=120)
     assert process.returncode in (0, 1, 130)  # 1: Windows ends it without asking
 
 

@@ -53,7 +53,7 @@ class Served:
         """Tell it to stop, and wait until it has. Harmless when repeated."""
         self._process.terminate()
         try:
-            self._process.wait(30)
+            self._process.wait(120)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
