@@ -394,14 +394,16 @@ def main() -> Awaitable[None]:
     """Run the script and exit with its code.
 
     CONJURE's own is a coroutine. So, called within a running event loop, this returns one: `await main()` does the same
-    with the `DevServerManager` of `runcomfy.dev_server_startup`, whoever stands in for it there.
+    with the `DevServerManager` of `runcomfy.dev_server_startup`, whoever stands in for it there. So does
+    `asyncio.run(main())` while somebody does.
     """
     from runcomfy.cli.main import call
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        sys.exit(call(script, name=SCRIPT))
+        if _manager_class() is DevServerManager:
+            sys.exit(call(script, name=SCRIPT))
     return _main_in_loop(sys.argv[1:])
 
 
@@ -426,9 +428,13 @@ async def _main_in_loop(arguments: list[str]) -> None:
     sys.exit(0 if done else 1)
 
 
+def _manager_class() -> Any:
+    """Return the class that the public door shows, which may be a stand-in."""
+    return getattr(sys.modules.get("runcomfy.dev_server_startup"), "DevServerManager", DevServerManager)
+
+
 async def _through_manager(verb: str | None, given: dict[str, Any]) -> bool:
-    door = sys.modules.get("runcomfy.dev_server_startup")
-    manager: DevServerManager = getattr(door, "DevServerManager", DevServerManager)()
+    manager: DevServerManager = _manager_class()()
     interactive = not given["no_interactive"]
     if verb == "status":
         await manager.show_status()

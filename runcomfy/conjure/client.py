@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum
 from pathlib import Path
@@ -24,6 +24,7 @@ from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient as AccountCli
 from runcomfy.application.finish import finish
 from runcomfy.application.machines import Machines
 from runcomfy.bootstrap import App
+from runcomfy.conjure.attributes import headers_with, told_span
 from runcomfy.conjure.errors import also, builtin_errors
 from runcomfy.conjure.office import Office, cloud_to_stop, log, open_office
 from runcomfy.conjure.two_forms import TwoForms
@@ -36,6 +37,7 @@ from runcomfy.domain.exceptions import (
     ValueInvalid,
 )
 from runcomfy.domain.machine import IllegalTransition, Machine, MachineReport, Phase, Purpose, ServerId
+from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings, Settings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.limiter import Limiter
@@ -117,25 +119,45 @@ class ConjureAPIClient:
         cloud = self._settings.cloud
         self.base_url: str = cloud.base_url
         self.user_id: str = cloud.user_id
+        self._tokens: tuple[Secret, ...] = cloud.tokens
         self.default_server_type: str = cloud.server_type
         self.default_duration: int = _seconds(cloud.duration)
         self.max_retries: int = cloud.max_retries
         self.poll_interval: float = cloud.poll_interval.total_seconds()
-        self.machine_timeout: int = _seconds(cloud.boot_timeout)
+        self.machine_timeout: float = _seconds(cloud.boot_timeout)
 
     def __repr__(self) -> str:
         return f"RunComfyAPIClient({self.base_url!r})"
 
+    def as_told(self) -> Settings:
+        """Return the settings with what callers have written into the attributes since. Raises SettingInvalid."""
+        cloud = self._settings.cloud
+        told = replace(
+            cloud,
+            base_url=str(self.base_url).rstrip("/"),
+            user_id=self.user_id,
+            tokens=self._tokens,
+            server_type=_text(self.default_server_type),
+            duration=told_span("default_duration", self.default_duration, cloud.duration, whole=True),
+            max_retries=self.max_retries,
+            poll_interval=told_span("poll_interval", self.poll_interval, cloud.poll_interval),
+            boot_timeout=told_span("machine_timeout", self.machine_timeout, cloud.boot_timeout, whole=True),
+        )
+        return self._settings if told == cloud else replace(self._settings, cloud=told)
+
     @property
     def api_token(self) -> str:
         """The token in clear; empty if none is set."""
-        tokens = self._settings.cloud.tokens
-        return tokens[0].reveal() if tokens else ""
+        return self._tokens[0].reveal() if self._tokens else ""
+
+    @api_token.setter
+    def api_token(self, token: str) -> None:
+        self._tokens = (Secret(token),) if token else ()
 
     @property
     def headers(self) -> dict[str, str]:
         """What a request to the API carries."""
-        return {"Authorization": f"Bearer {self.api_token}", "Content-Type": "application/json"}
+        return headers_with(self.api_token)
 
     def is_available(self) -> bool:
         """Say whether token and user id are set; nobody is asked."""
@@ -158,10 +180,10 @@ class ConjureAPIClient:
         Raises ValueError (no version id is given or set), RuntimeError (refused, or over budget).
         """
         version = self._version(workflow_version_id)
-        kind = _text(server_type) or self.default_server_type
+        kind = _text(server_type) or _text(self.default_server_type)
         seconds = self.default_duration if estimated_duration is None else estimated_duration
         with builtin_errors():
-            async with self._office(self._settings) as app:
+            async with self._office(self.as_told()) as app:
                 machines, _ = await app.cloud()
                 machine = await self._launch(app, machines, kind, timedelta(seconds=seconds), version)
                 return self._of_machine(machine)
@@ -199,7 +221,7 @@ class ConjureAPIClient:
     async def get_machine_status(self, server_id: str) -> MachineInfo:
         """Return what RunComfy says of a machine. Raises RuntimeError if it knows none of that id."""
         with builtin_errors():
-            async with self._office(self._settings) as app:
+            async with self._office(self.as_told()) as app:
                 machines, _ = await app.cloud()
                 report = await machines.provider.get_machine_status(ServerId(server_id))
                 if report is None:
@@ -213,10 +235,10 @@ class ConjureAPIClient:
         A machine that failed, or was not ready within `machine_timeout`, is ended. One that is not waited for that
         long, because `timeout` is shorter, goes on starting.
         """
-        limit = self._settings.cloud.boot_timeout.total_seconds()
-        patience = limit if timeout is None else timeout
         with builtin_errors():
-            async with self._office(self._settings) as app:
+            limit = self.as_told().cloud.boot_timeout.total_seconds()
+            patience = limit if timeout is None else timeout
+            async with self._office(self.as_told()) as app:
                 machines, _ = await app.cloud()
                 loop = asyncio.get_running_loop()
                 began = loop.time()
@@ -244,11 +266,11 @@ class ConjureAPIClient:
         """
         self._version(None)
         with builtin_errors():
-            async with self._office(self._settings) as app:
+            async with self._office(self.as_told()) as app:
                 _, dev = await app.cloud()
                 await app.start_guard()
                 _, report, _ = await dev.start(
-                    server_type=_text(server_type) or self.default_server_type,
+                    server_type=_text(server_type) or _text(self.default_server_type),
                     duration=timedelta(seconds=self.default_duration),
                 )
                 return self._of_report(report)
@@ -259,7 +281,7 @@ class ConjureAPIClient:
         Nothing is raised for what can go wrong; the log says it, and `comfyctl machines ls` whether it still runs.
         """
         try:
-            async with self._office(self._settings) as app:
+            async with self._office(self.as_told()) as app:
                 machines = await cloud_to_stop(app)
                 stopped = await self._end(machines, server_id, reason="stop asked for by CONJURE")
                 if stopped is None:
@@ -314,7 +336,7 @@ class ConjureAPIClient:
 
     async def _or_empty(self, failure: str, ask: Callable[[Machines], Awaitable[list[T]]]) -> list[T]:
         try:
-            async with self._office(self._settings) as app:
+            async with self._office(self.as_told()) as app:
                 machines, _ = await app.cloud()
                 return await ask(machines)
         except RunComfyError as error:

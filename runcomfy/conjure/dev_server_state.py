@@ -36,6 +36,16 @@ log = logging.getLogger("runcomfy.conjure")
 class DevServerStateManager(StateFile):
     """Reads and writes the file, as CONJURE's class of that name does. What is no coroutine blocks."""
 
+    def load_server_state(self) -> DevServerState | None:
+        """Return what the file says of a server; None, too, if it does not name one: no id, no address or no status.
+
+        Such a file is left where it is. Raises LocalError.
+        """
+        state = super().load_server_state()
+        if state is not None and state.server_id and state.base_url and state.status:
+            return state
+        return None
+
     async def check_server_health(self, state: DevServerState) -> bool:
         """Ask the server whether it answers, note it in `state`, and save that.
 

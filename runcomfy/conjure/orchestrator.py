@@ -198,7 +198,7 @@ class ConjureOrchestrator:
         if not self.auto_shutdown:
             return []
         with builtin_errors():
-            async with self._office(self._settings) as app:
+            async with self._office(self._as_told()) as app:
                 _, dev = await app.cloud()
                 status = await dev.status()
                 idle = status.idle if status is not None else None
@@ -279,9 +279,13 @@ class ConjureOrchestrator:
 
     def _as_told(self) -> Settings:
         """Return the settings with what callers have written into the attributes since."""
-        app = self._settings.app
+        client: Any = self.runcomfy_client  # callers may have put something of their own there
+        comfy: Any = self.comfyui_client
+        told = client.as_told() if isinstance(client, ConjureAPIClient) else self._settings
+        settings = comfy.as_told() if isinstance(comfy, ConjureWorkflowClient) else told.comfy
         reuse = bool(self.machine_reuse and self.prefer_dev_server)
-        return replace(self._settings, app=replace(app, machine_reuse=reuse, auto_shutdown=bool(self.auto_shutdown)))
+        app = replace(told.app, machine_reuse=reuse, auto_shutdown=bool(self.auto_shutdown))
+        return replace(told, app=app, comfy=settings)
 
     async def _in_engine(self, app: App, job: FluxMeshJob, picture: str) -> JobResult:
         journal = NoJournal(random.SystemRandom().randint, asyncio.to_thread)
@@ -359,7 +363,7 @@ class ConjureOrchestrator:
         jobs = self.get_all_jobs()
         machines = len(self.machine_pool)
         with suppress(RunComfyError):  # without an account, or books, there are those that were given out here
-            async with self._office(self._settings) as app:
+            async with self._office(self._as_told()) as app:
                 cloud, _ = await app.cloud()
                 machines = len(await cloud.books.rows())
         return {

@@ -13,7 +13,7 @@ import logging
 import os
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
@@ -28,6 +28,7 @@ from runcomfy.adapters.providers.runcomfy_serverless_wire import read_files
 from runcomfy.adapters.results import DiskResults
 from runcomfy.application.finish import finish
 from runcomfy.application.serverless_run import ServerlessOrder, ServerlessRuns, Waited
+from runcomfy.conjure.attributes import headers_with, told_span
 from runcomfy.conjure.errors import builtin_errors
 from runcomfy.conjure.serverless_runs import (
     IMAGE,
@@ -40,6 +41,7 @@ from runcomfy.conjure.serverless_runs import (
 )
 from runcomfy.domain.exceptions import OutputMissing, RequestNotFound, ValueInvalid, foreign_text
 from runcomfy.domain.job import JobId
+from runcomfy.domain.secret import Secret
 from runcomfy.domain.serverless import (
     RequestId,
     RequestResult,
@@ -106,6 +108,7 @@ class ServerlessRunComfyClient:
         mine = self._settings.serverless
         self.base_url: str = self._settings.cloud.base_url
         self.user_id: str = self._settings.cloud.user_id
+        self._tokens: tuple[Secret, ...] = self._settings.cloud.tokens
         self.deployment_id: str = mine.deployment_id
         self.max_retries: int = self._settings.cloud.max_retries
         self.poll_interval: float = mine.poll_interval.total_seconds()
@@ -116,9 +119,44 @@ class ServerlessRunComfyClient:
     def __repr__(self) -> str:
         return f"ServerlessRunComfyClient({self.base_url!r})"
 
+    def as_told(self) -> Settings:
+        """Return the settings with what callers have written into the attributes since. Raises SettingInvalid."""
+        cloud, mine = self._settings.cloud, self._settings.serverless
+        return replace(
+            self._settings,
+            cloud=replace(
+                cloud,
+                base_url=str(self.base_url).rstrip("/"),
+                user_id=self.user_id,
+                tokens=self._tokens,
+                max_retries=self.max_retries,
+            ),
+            serverless=replace(
+                mine,
+                deployment_id=self.deployment_id,
+                poll_interval=told_span("poll_interval", self.poll_interval, mine.poll_interval),
+                request_timeout=told_span("request_timeout", self.request_timeout, mine.request_timeout),
+            ),
+        )
+
+    @property
+    def api_token(self) -> str:
+        """The token in clear; empty if none is set."""
+        return self._tokens[0].reveal() if self._tokens else ""
+
+    @api_token.setter
+    def api_token(self, token: str) -> None:
+        self._tokens = (Secret(token),) if token else ()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request to the API carries."""
+        return headers_with(self.api_token)
+
     def is_available(self) -> bool:
         """Return whether a deployment and a token are set. Asks nobody."""
-        return unavailable(self._settings.serverless, self._settings.cloud) is None
+        told = self.as_told()
+        return unavailable(told.serverless, told.cloud) is None
 
     # --- what is sent -------------------------------------------------------------------------------------
 
@@ -167,7 +205,7 @@ class ServerlessRunComfyClient:
         given = (prompt, render_image_path, seed, steps_flux, steps_partpacker)
         overrides = await asyncio.to_thread(self.build_conjure_overrides, *given)
         with builtin_errors():
-            async with serverless_api(self._settings, self._clock) as api:
+            async with serverless_api(self.as_told(), self._clock) as api:
                 submitted = await self._runs(api).submit(ServerlessOrder((), overrides))
         self._known[submitted.request_id] = submitted
         return ServerlessRequest(submitted.request_id, self.deployment_id, RequestStatus.IN_QUEUE)
@@ -177,7 +215,7 @@ class ServerlessRunComfyClient:
     async def get_request_status(self, request_id: str) -> ServerlessRequest:
         """Return where a request stands; `completed` says only that it is over."""
         with builtin_errors():
-            async with serverless_api(self._settings, self._clock) as api:
+            async with serverless_api(self.as_told(), self._clock) as api:
                 report = await api.status(self._submitted(request_id))
         return ServerlessRequest(
             request_id, self.deployment_id, _status(report.state), queue_position=report.queue_position
@@ -186,7 +224,7 @@ class ServerlessRunComfyClient:
     async def get_request_result(self, request_id: str) -> ServerlessRequest:
         """Return the result as far as there is one."""
         with builtin_errors():
-            async with serverless_api(self._settings, self._clock) as api:
+            async with serverless_api(self.as_told(), self._clock) as api:
                 result = await api.result(self._submitted(request_id))
                 cost = await self._cost(self._runs(api), Waited(result, None, self._clock.now()))
         return self._told(result, cost)
@@ -200,7 +238,7 @@ class ServerlessRunComfyClient:
         request = self._submitted(request_id)
         limit = timedelta(seconds=timeout) if timeout is not None else None
         with builtin_errors():
-            async with serverless_api(self._settings, self._clock) as api:
+            async with serverless_api(self.as_told(), self._clock) as api:
                 runs = self._runs(api)
                 wait = runs.wait_or_cancel if request_id in self._known else runs.wait
                 waited = await wait(request, timeout=limit)
@@ -211,7 +249,7 @@ class ServerlessRunComfyClient:
     async def cancel_request(self, request_id: str) -> bool:
         """Ask for a request to end; False: it was over already, or is not known."""
         with builtin_errors():
-            async with serverless_api(self._settings, self._clock) as api:
+            async with serverless_api(self.as_told(), self._clock) as api:
                 return await api.cancel(self._submitted(request_id))
 
     # --- results ------------------------------------------------------------------------------------------
@@ -232,7 +270,7 @@ class ServerlessRunComfyClient:
                 JobId(f"request-{foreign_text(request.request_id, 60)}"), under=str(target), again=True
             )
             try:
-                async with serverless_api(self._settings, self._clock) as api:
+                async with serverless_api(self.as_told(), self._clock) as api:
                     for name, (wanted, file_name) in FILES.items():
                         try:
                             file = find_file(result, wanted)
@@ -254,7 +292,7 @@ class ServerlessRunComfyClient:
     # --- parts --------------------------------------------------------------------------------------------
 
     def _runs(self, api: Serverless) -> ServerlessRuns:
-        return ServerlessRuns(api, DiskResults(self._settings.files), self._settings, self._clock)
+        return ServerlessRuns(api, DiskResults(self._settings.files), self.as_told(), self._clock)
 
     def _submitted(self, request_id: str) -> Submitted:
         if request_id not in self._known and not _is_id(request_id):

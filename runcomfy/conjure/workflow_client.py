@@ -15,7 +15,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final, Self, overload
@@ -29,12 +29,13 @@ from runcomfy.adapters.config import load_settings
 from runcomfy.adapters.media import inspect
 from runcomfy.application.prompting import find_prompt
 from runcomfy.application.watcher import Watcher
+from runcomfy.conjure.attributes import told_span
 from runcomfy.conjure.errors import builtin_errors
 from runcomfy.conjure.files import FLUX_IMAGE, MESH, RENDER, copy_picture, put_result
 from runcomfy.conjure.office import log
 from runcomfy.conjure.progress_tracker import STAGED, FluxMeshProgressTracker, progress_tracker
 from runcomfy.conjure.two_forms import TwoForms
-from runcomfy.domain.exceptions import RunComfyError, ServerUnreachable, foreign_text
+from runcomfy.domain.exceptions import RunComfyError, ServerUnreachable, WorkflowInvalid, foreign_text
 from runcomfy.domain.job import FileRef, OutputKind, PromptId
 from runcomfy.domain.progress import HistoryEntry, NodeLabel, Progress, ServerEvent
 from runcomfy.domain.secret import SecretUrl
@@ -109,6 +110,16 @@ class ConjureWorkflowClient:
     def __repr__(self) -> str:
         return f"ComfyUIWorkflowClient({str(self.output_dir)!r})"
 
+    def as_told(self) -> ComfySettings:
+        """Return the settings with what callers have written into the attributes since. Raises SettingInvalid."""
+        comfy = self._settings.comfy
+        return replace(
+            comfy,
+            execution_timeout=told_span("execution_timeout", self.execution_timeout, comfy.execution_timeout),
+            poll_interval=told_span("poll_interval", self.poll_interval, comfy.poll_interval),
+            max_retries=self.max_retries,
+        )
+
     # -- before it is sent ---------------------------------------------------------------------------------
 
     def prepare_flux_mesh_workflow(
@@ -171,8 +182,10 @@ class ConjureWorkflowClient:
             self._tracker.observe(prompt_id, progress, client_id=client_id or "")
 
         try:
-            async with asyncio.timeout(self.execution_timeout), self._server(url, client_id) as server:
-                watcher = Watcher(server, self._settings.comfy, clock=self._clock)
+            settings = self.as_told()
+            limit = settings.execution_timeout.total_seconds()
+            async with asyncio.timeout(limit), self._server(url, client_id) as server:
+                watcher = Watcher(server, settings, clock=self._clock)
                 name = PromptId(prompt_id)
                 listening: AbstractAsyncContextManager[AsyncIterator[ServerEvent]]
                 listening = server.listen(name) if hear else nullcontext(_Silence())
@@ -193,7 +206,7 @@ class ConjureWorkflowClient:
         return execution
 
     def _failed(self, execution: PromptExecution, error: Exception) -> PromptExecution:
-        late = f"not done after {self.execution_timeout:.0f} s"
+        late = f"not done after {self.execution_timeout:g} s"
         text = error.message if isinstance(error, RunComfyError) else late
         execution.status = ExecutionStatus.FAILED.value
         execution.completed_at = self._now()
@@ -210,11 +223,11 @@ class ConjureWorkflowClient:
         upload_input_image: bool = True,
     ) -> PromptExecution:
         """Upload CONJURE's render as the input, send the workflow and wait until it has ended. Never raises."""
-        graph = copy.deepcopy(dict(workflow))
         execution = PromptExecution("", ExecutionStatus.QUEUED.value, queued_at=self._now())
         try:
+            graph = _copy_of(workflow)
             if upload_input_image and "16" in graph:
-                graph["16"].setdefault("inputs", {})["image"] = await self.upload_image(comfyui_url, RENDER)
+                graph["16"]["inputs"]["image"] = await self.upload_image(comfyui_url, RENDER)
             execution.prompt_id, execution.client_id = await self.submit_workflow(comfyui_url, graph)
         except RunComfyError as error:
             return self._failed(execution, error)
@@ -240,9 +253,8 @@ class ConjureWorkflowClient:
         A file that cannot be fetched whole, or is not what it should be, is left out, said in the log, and what was at
         its place stays.
         """
-        outputs: Mapping[str, Any] = (
-            execution_result.outputs or {} if isinstance(execution_result, PromptExecution) else execution_result
-        )
+        found = execution_result.outputs if isinstance(execution_result, PromptExecution) else execution_result
+        outputs: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
         places = {"24": FLUX_IMAGE, "33": self.output_dir / MESH}
         done: dict[str, str] = {}
         try:
@@ -274,7 +286,7 @@ class ConjureWorkflowClient:
 
     def _server(self, url: str | None, client_id: str | None = None) -> ServerClient:
         # None is what CONJURE has of a machine that is not ready.
-        return ServerClient(SecretUrl(url or ""), self._settings.comfy, clock=self._clock, client_id=client_id)
+        return ServerClient(SecretUrl(url or ""), self.as_told(), clock=self._clock, client_id=client_id)
 
     def _now(self) -> str:
         return self._clock.now().isoformat()
@@ -283,6 +295,16 @@ class ConjureWorkflowClient:
         self._labels[prompt_id] = labels_of(workflow)
         while len(self._labels) > KEPT_LABELS:
             self._labels.popitem(last=False)
+
+
+def _copy_of(workflow: Any) -> dict[str, Any]:
+    """Return a copy of a graph; its picture node, if it has one, can be given a picture. Raises WorkflowInvalid."""
+    if isinstance(workflow, Mapping):
+        graph: dict[str, Any] = copy.deepcopy(dict(workflow))
+        node = graph.get("16", {})
+        if isinstance(node, dict) and isinstance(node.setdefault("inputs", {}), dict):
+            return graph
+    raise WorkflowInvalid("that is no workflow in API format", hint="export it with ComfyUI's `Export (API)`")
 
 
 def set_prompt(graph: dict[str, Any], prompt: str) -> None:

@@ -117,6 +117,37 @@ async def test_a_machine_that_never_gets_ready_is_none_and_is_ended(
     assert await client.list_machines() == []
 
 
+@pytest.mark.cloud(boot_time=10_000)
+async def test_what_callers_write_into_the_attributes_counts_from_the_next_call_on(
+    client: ConjureAPIClient, cloud: RunComfyEmulator
+) -> None:
+    loop = asyncio.get_running_loop()
+    token, address = client.api_token, client.base_url
+    client.api_token = "00000000-1111-4222-8333-444444444444"
+    assert client.headers["Authorization"] == "Bearer 00000000-1111-4222-8333-444444444444"
+    assert await client.list_machines() == []
+    with pytest.raises(RuntimeError):
+        await client.launch_machine()
+    client.api_token = ""
+    assert not client.is_available()
+    client.api_token = token
+    client.base_url, client.max_retries = "http://127.0.0.1:9", 0
+    with pytest.raises(RuntimeError):
+        await client.launch_machine()
+    client.base_url = address
+    client.default_server_type, client.default_duration = ServerType.LARGE.value, 900
+    launched = await client.launch_machine()
+    assert (launched.server_type, launched.estimated_duration) == ("large", 900)
+    client.machine_timeout, client.poll_interval = 60, 1
+    began = loop.time()
+    assert await client.wait_for_machine_ready(launched.server_id) is None
+    assert 60 <= loop.time() - began < 120
+    assert cloud.billing == []
+    client.machine_timeout = float("nan")
+    with pytest.raises(RuntimeError, match="machine_timeout"):
+        await client.wait_for_machine_ready(launched.server_id)
+
+
 async def test_workflows_have_conjures_form(client: ConjureAPIClient, cloud: RunComfyEmulator) -> None:
     found = await client.get_workflows()
     assert found

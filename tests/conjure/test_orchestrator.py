@@ -112,6 +112,22 @@ async def test_one_run_gives_the_picture_and_the_mesh_and_touches_nothing_of_the
     assert (costs["total_jobs"], costs["active_jobs"], costs["active_machines"]) == (1, 0, 0)
 
 
+async def test_what_is_written_into_its_clients_counts_for_the_jobs_too(
+    make: Callable[..., ConjureOrchestrator], cloud: RunComfyEmulator, settings: Settings
+) -> None:
+    elsewhere, true = "http://127.0.0.1:9", settings.cloud.base_url
+    orchestrator = make()
+    orchestrator.runcomfy_client.base_url = elsewhere
+    orchestrator.runcomfy_client.max_retries = 0
+    assert (await orchestrator.execute_flux_mesh_generation()).status is JobStatus.FAILED
+    assert cloud.launched == []
+    orchestrator.runcomfy_client.base_url = true + "/"
+    orchestrator.comfyui_client.execution_timeout = 0.001
+    late = await orchestrator.execute_flux_mesh_generation()
+    assert late.status is JobStatus.FAILED, late
+    assert cloud.billing == []
+
+
 @pytest.mark.parametrize("attribute", ["prefer_dev_server", "machine_reuse"])
 async def test_the_dev_server_is_left_alone_where_that_is_told(
     make: Callable[..., ConjureOrchestrator], cloud: RunComfyEmulator, attribute: str
@@ -374,6 +390,37 @@ async def test_what_goes_wrong_is_in_the_execution_and_old_results_stay(
     nobody = await client.wait_for_completion_polling("http://127.0.0.1:9", "p")
     assert nobody.status == ExecutionStatus.FAILED.value
     assert there(FLUX) == b"the old one"
+
+
+@pytest.mark.parametrize("broken", [None, [1], "text", {"16": []}, {"16": {"class_type": "LoadImage", "inputs": None}}])
+async def test_what_is_no_workflow_is_a_failure_and_nothing_is_raised(
+    client: ConjureWorkflowClient, broken: Any
+) -> None:
+    done = await client.execute_workflow("http://127.0.0.1:9", broken)
+    assert done.status == ExecutionStatus.FAILED.value
+    assert "workflow" in str(done.error_message)
+
+
+@pytest.mark.parametrize("nothing", [None, [], "text", {}])
+async def test_where_there_are_no_results_none_are_fetched(client: ConjureWorkflowClient, nothing: Any) -> None:
+    assert await client.download_results("http://127.0.0.1:9", nothing) == {}
+
+
+async def test_what_callers_write_into_the_attributes_counts_from_the_next_call_on(
+    client: ConjureWorkflowClient, graph: dict[str, Any]
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with ComfyUIEmulator() as server:
+        server.stall_node("3")
+        client.execution_timeout = 40
+        client.poll_interval = 0.5
+        began = loop.time()
+        late = await client.execute_workflow(server.url, graph)
+    assert (late.status, late.error_message) == (ExecutionStatus.FAILED.value, "not done after 40 s")
+    assert 40 <= loop.time() - began < 120
+    client.poll_interval = -1
+    refused = await client.execute_workflow("http://127.0.0.1:9", graph)
+    assert "poll_interval" in str(refused.error_message)
 
 
 async def test_sending_and_waiting_may_be_two_calls(client: ConjureWorkflowClient, graph: dict[str, Any]) -> None:

@@ -158,6 +158,16 @@ async def test_main_can_be_awaited_and_works_through_the_doors_manager(
     assert left.value.code == (0 if up or arguments == ["--status"] else 1)
 
 
+def test_main_may_be_run_by_asyncio_while_somebody_stands_in_for_the_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dev_server_startup.py", "--status"])
+    monkeypatch.setattr(dev_server_startup, "DevServerManager", Pretender)
+    monkeypatch.setattr(Pretender, "calls", [])
+    awaited: Any = main()
+    with pytest.raises(SystemExit) as left:
+        asyncio.run(awaited)
+    assert (left.value.code, Pretender.calls) == (0, [("show_status", (), {})])
+
+
 # -- what else the contract says of these modules ----------------------------------------------------------
 
 
@@ -273,6 +283,18 @@ def test_a_broken_file_is_set_aside_and_not_deleted(manager: DevServerStateManag
     assert manager.load_server_state() is None
     aside = list(manager.state_file_path.parent.glob("*.broken-*"))
     assert [path.read_text(encoding="utf-8") for path in aside] == ["{broken"]
+
+
+@pytest.mark.parametrize("missing", ["server_id", "base_url", "status"])
+def test_a_file_that_names_no_server_is_none_and_stays(manager: DevServerStateManager, missing: str) -> None:
+    manager.save_server_state(a_state())
+    facts = json.loads(manager.state_file_path.read_text(encoding="utf-8"))
+    del facts[missing]
+    manager.state_file_path.write_text(json.dumps(facts), encoding="utf-8")
+    assert manager.load_server_state() is None
+    assert manager.get_server_info() is None
+    assert not manager.has_active_server()
+    assert json.loads(manager.state_file_path.read_text(encoding="utf-8")) == facts
 
 
 def test_costs_are_added_and_shown(manager: DevServerStateManager) -> None:

@@ -395,6 +395,25 @@ async def test_a_wait_that_is_too_short_is_a_timeout_and_ends_the_request(
     assert not deployment.going_on
 
 
+async def test_what_is_written_into_the_clients_attributes_counts_from_the_next_call_on(
+    client: ServerlessRunComfyClient, deployment: ServerlessEmulator
+) -> None:
+    token, client.api_token = client.api_token, "00000000-1111-4222-8333-444444444444"
+    assert client.headers["Authorization"].endswith(client.api_token)
+    with pytest.raises(RuntimeError):
+        await client.submit_request("a cat", str(RENDER), 5)
+    client.api_token = token
+    deployment.next_request(never_ends=True)
+    asked = await client.submit_request("a cat", str(RENDER), 5)
+    client.request_timeout, client.poll_interval = 30, 5
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(TimeoutError):
+        await client.wait_for_completion(asked.request_id)
+    assert 30 <= asyncio.get_running_loop().time() - began < 90
+    client.deployment_id = ""
+    assert not client.is_available()
+
+
 async def test_a_cancelled_request_says_so(client: ServerlessRunComfyClient, deployment: ServerlessEmulator) -> None:
     request = await client.submit_request("a cat", RENDER)
     assert await client.cancel_request(request.request_id) is True

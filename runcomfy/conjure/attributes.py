@@ -1,0 +1,35 @@
+"""
+Attributes of CONJURE's objects that its code writes to.
+
+There, an attribute of a client is its setting: whoever writes another address, token or patience into it gets that from
+the next call on. Here settings are values that do not change, so each call asks for them with what was written since.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import Any
+
+from runcomfy.domain.exceptions import SettingInvalid, foreign_text
+
+
+def told_span(name: str, seconds: Any, known: timedelta, *, whole: bool = False) -> timedelta:
+    """Return an attribute's seconds as a span: `known` itself where it says the same. Raises SettingInvalid.
+
+    `whole`: the attribute shows whole seconds only, so the same whole seconds are not another value.
+    """
+    shown = int(known.total_seconds()) if whole else known.total_seconds()
+    if seconds == shown:
+        return known
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not number or not math.isfinite(seconds) or seconds < 0:
+        raise SettingInvalid(
+            f"{name} = {foreign_text(seconds, 60)} is no number of seconds", hint="give one from 0 on, such as 5"
+        )
+    return timedelta(seconds=seconds)
+
+
+def headers_with(token: str) -> dict[str, str]:
+    """Return what a request to the provider carries, as CONJURE shows it."""
+    return {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
