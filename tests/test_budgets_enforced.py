@@ -142,6 +142,30 @@ async def test_an_extension_that_was_not_heard_of_counts_until_it_is_known(
         await program.machines.stop(known, reason="the test is over")
 
 
+@pytest.mark.fault(24)
+async def test_an_extension_that_was_never_granted_counts_no_longer_than_its_machine_lives(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """The provider ends it at its old time, and every launch looks first what is gone: nobody is held up for ever."""
+    day = Budget(Period.DAY, hard=LEASE_USD * 3)
+    capped(programs, day)
+    async with programs.start() as other:
+        async with programs.start(max_retries=0) as program:
+            machine, _ = await program.ready()
+            cloud.next_call("POST servers/*/update-estimated-duration", works=False, status=502, times=None)
+            with pytest.raises(ProviderError):
+                await program.machines.extend(machine, total=timedelta(minutes=25))
+            cloud.behave()
+        with pytest.raises(BudgetExceeded):
+            await other.launch()
+        await asyncio.sleep(605)
+        assert cloud.alive == []
+        await other.reaper.reap()
+        [state, *_] = await other.store.budgets([day], now=other.machines.clock.now())
+        assert LEASE_USD <= state.committed <= LEASE_USD + Decimal("0.01")
+        await other.machines.stop(await other.launch(), reason="the test is over")
+
+
 async def test_a_launch_that_is_tried_again_is_checked_again(
     cloud: RunComfyEmulator, programs: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
