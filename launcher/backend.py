@@ -32,6 +32,8 @@ class Backend:
     """Set when listeners must leave."""
     parts: frozenset[str] = frozenset({"http", "queue", "pool"})
     """What of `comfyctl serve` is switched on in this process."""
+    queue_name: str = ""
+    """What the queue's database calls itself: several queues may share a state folder."""
 
 
 async def backend_of(request: Request) -> Backend:

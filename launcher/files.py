@@ -11,27 +11,40 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import re
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO, Final
 from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from launcher.errors import Gone, NotFound, plain_body
-from runcomfy.adapters.files import local_error, make_private_dir, open_regular, safe_name
+from launcher.listening import is_watched
+from runcomfy.adapters.files import local_error, make_private_dir, open_regular, remove_quietly, safe_name
 from runcomfy.adapters.media_thumbnail import thumbnail
 from runcomfy.domain.exceptions import OutputCorrupt
 
+log = logging.getLogger("runcomfy.http")
+
 CHUNK: Final = 256 * 1024
+ROOM_TAKES: Final = 10
+"""Times the patience with a client, until there is room for another piece: systems hold megabytes for a slow line."""
 KNOWN_MOST: Final = 4_096
 THUMBNAILS: Final = "thumbnails"
+THUMBNAIL_KEPT_S: Final = 30 * 24 * 3600.0
+"""After it was last looked at; it is made anew if somebody wants it again."""
+THUMBNAILS_MOST: Final = 256 * 1024**2
+"""Bytes of all of them: some tens of thousands."""
 
 SAFE_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
@@ -62,8 +75,11 @@ class Wanted:
     sha256: str | None = None
 
 
-async def send_file(request: Request, wanted: Wanted, *, download: bool = False) -> Response:
-    """Return the answer: the file, a range of it, 304 or 416. Raises Gone."""
+async def send_file(request: Request, wanted: Wanted, *, patience: timedelta, download: bool = False) -> Response:
+    """Return the answer: the file, a range of it, 304 or 416; `patience` is for a client that takes nothing of it.
+
+    Raises Gone.
+    """
     file, size, sha256 = await asyncio.to_thread(_open_verified, wanted)
     etag = f'"{sha256}"'
     headers = {
@@ -88,24 +104,47 @@ async def send_file(request: Request, wanted: Wanted, *, download: bool = False)
             start, end, status = *found, 206
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     headers["Content-Length"] = str(end - start)
-    return _OpenFile(file, start, end, status, headers=headers, media_type=wanted.media_type)
+    return _OpenFile(file, start, end, status, headers=headers, media_type=wanted.media_type, patience=patience)
 
 
 class _OpenFile(StreamingResponse):
     """The bytes of a file that is open already: what is sent is what was verified."""
 
     def __init__(
-        self, file: BinaryIO, start: int, end: int, status: int, *, headers: dict[str, str], media_type: str
+        self,
+        file: BinaryIO,
+        start: int,
+        end: int,
+        status: int,
+        *,
+        headers: dict[str, str],
+        media_type: str,
+        patience: timedelta,
     ) -> None:
         super().__init__(_pieces(file, start, end), status, headers=headers, media_type=media_type)
-        self._file = file
+        self._file, self._patience = file, patience.total_seconds()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it; the file is closed however that ends."""
+
+        async def in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._patience * ROOM_TAKES):
+                    await send(message)
+            except TimeoutError as error:
+                raise _Stalled from error
+
         try:
-            await super().__call__(scope, receive, send)
+            # Our own server looks at the bytes that are taken; another one's only word is that there is room again.
+            await super().__call__(scope, receive, send if is_watched(scope) else in_time)
+        except _Stalled:
+            log.info("client_given_up", extra={"fields": {"seconds": self._patience}})
         finally:
             self._file.close()
+
+
+class _Stalled(Exception):
+    """Nothing can be said any more to a client that takes nothing."""
 
 
 def range_of(text: str, size: int) -> tuple[int, int] | None:
@@ -216,7 +255,32 @@ def _thumbnail(state_dir: str, wanted: Wanted) -> tuple[bytes, str]:
             thumbnail(wanted.path, target)
         except OutputCorrupt as error:
             raise NotFound(error.message, hint="only pictures have a small picture") from error
+    with suppress(OSError):
+        os.utime(target)  # who is looked at stays
     try:
         return target.read_bytes(), sha256
     except OSError as error:
         raise local_error(error, target, "read") from error
+
+
+def sweep_thumbnails(state_dir: str, *, now: float | None = None) -> int:
+    """Remove small pictures that nobody looked at for long, and the oldest of too many; return how many. Blocks.
+
+    `now` in seconds since 1970, as the disk has.
+    """
+    now = time.time() if now is None else now
+    there: list[tuple[float, int, Path]] = []
+    with suppress(OSError):
+        for path in (Path(state_dir) / THUMBNAILS).iterdir():
+            with suppress(OSError):
+                stat = path.lstat()
+                there.append((stat.st_mtime, stat.st_size, path))
+    there.sort(reverse=True)
+    room, gone = THUMBNAILS_MOST, [path for at, _, path in there if now - at >= THUMBNAIL_KEPT_S]
+    for at, size, path in there:
+        room -= size
+        if room < 0 and now - at < THUMBNAIL_KEPT_S:
+            gone.append(path)
+    for path in gone:
+        remove_quietly(path)
+    return len(gone)

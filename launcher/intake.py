@@ -28,13 +28,13 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
-from starlette.requests import ClientDisconnect
 
 import workflows
+from launcher.api_words import in_api_words, with_key
 from launcher.backend import Backend
-from launcher.errors import HttpError, NotSupported, TooLarge
+from launcher.errors import HttpError, NotSupported
 from launcher.multipart import Form, read_form
+from launcher.orders import KEY_MOST, check_texts, key_of, merged, order_of, whole_body
 from launcher.schemas import JobOrder
 from launcher.strict_json import strict_json
 from launcher.teller import teller_of
@@ -50,18 +50,10 @@ from runcomfy.domain.queued import NewJob, QueuedJob, QueueStatus
 from runcomfy.domain.sidecar import Sidecar
 from runcomfy.domain.workflow import Workflow
 
-KEY_MOST: Final = 255
-"""Characters of an idempotency key."""
-TEXT_MOST: Final = 100_000
-DEPTH_MOST: Final = 64
 METADATA_MOST: Final = 16 * 1024
 UPLOAD: Final = "upload:"
 JSON: Final = "application/json"
 MULTIPART: Final = "multipart/form-data"
-_JSON_FIELDS: Final = frozenset(
-    {"inputs", "sets", "metadata", "seed", "priority", "timeout_s", "retry_limit", "dry_run"}
-)
-_WORKFLOW: Final = "workflow"
 _NEGATIVE: Final = ("negative", "negative_prompt")
 _REFUSALS: Final = (BadInput, HttpError, RequestValidationError)
 """After one of these nothing was queued."""
@@ -179,13 +171,12 @@ class Intake:
         """
         backend, store = self._backend, self._backend.queue.store
         client = self._client(request)
-        said = _key_of(request)
+        said = key_of(request)
         key = f"{client}{said}" if said is not None else f"{client}/{uuid4()}"
         async with self._alone(key), self._under_way(client):
             known = said is not None and key in await store.known_keys([key])
             if not known:
                 backend.guard.admit_jobs(backend.guard.principal_of(request), 1, waiting=await self._waiting(client))
-                await self._uploads.sweep_now_and_then(store.known_keys)
             form = Form()
             try:
                 given = await self._read(request)
@@ -196,7 +187,7 @@ class Intake:
                     taken = Taken(estimate=Estimate(await self._estimate(new, given.order)))
                     await self._uploads.forget(self._brought)
                     return taken
-                await self._uploads.use([path for _, path in input_files(new.request)], key)
+                await self._use(new.request, key)
                 job = await self._queue().enqueue(new)
             except BaseException as error:
                 await form.abort()
@@ -204,8 +195,14 @@ class Intake:
                 # where another process may have put the key's job in meanwhile, over the same files.
                 if isinstance(error, _REFUSALS) and (known or not isinstance(error, IdempotencyConflict)):
                     await self._uploads.forget(self._brought)
+                if said is not None and isinstance(error, IdempotencyConflict):
+                    raise with_key(error, key, said) from error
                 raise
             return Taken(job, replayed=known)
+
+    async def _use(self, request: JobRequest, key: str) -> None:
+        """Say that a job uses its files, before it is put in. Raises NotFound, LocalError."""
+        await self._uploads.use([path for _, path in input_files(request)], key, queue=self._backend.queue_name)
 
     async def again(self, request: Request, job: QueuedJob, seed: int | None) -> QueuedJob:
         """Put the same job in once more, with another seed. Raises BadInput, TooManyRequests, LocalError."""
@@ -228,7 +225,7 @@ class Intake:
             out_file=None,
             earlier_outputs={},
         )
-        await self._uploads.use([path for _, path in input_files(fresh)], key)
+        await self._use(fresh, key)
         new = NewJob(
             fresh,
             job.workflow_id,
@@ -286,7 +283,7 @@ class Intake:
         http = self._backend.guard.http
         if kind == JSON:
             most = http.max_upload_bytes * 4 // 3 + http.max_body_bytes
-            return _Given(_order(strict_json(await _body(request, most))))
+            return _Given(order_of(strict_json(await whole_body(request, most))))
         if kind != MULTIPART:
             raise NotSupported(
                 "a job is sent as application/json or multipart/form-data", hint="say which with Content-Type"
@@ -297,7 +294,7 @@ class Intake:
 
         form = await read_form(request, open_sink, field_most=http.max_body_bytes)
         try:
-            return _Given(_order(_merged(form)), form)
+            return _Given(order_of(merged(form)), form)
         except BaseException:
             await form.abort()
             raise
@@ -356,8 +353,8 @@ class Intake:
         from launcher.guarding.addresses import checked_url
 
         for name, value in (("workflow", order.workflow), ("inputs", order.inputs), ("sets", order.sets)):
-            _check_texts(value, name)
-        _check_texts(order.metadata, "metadata")
+            check_texts(value, name)
+        check_texts(order.metadata, "metadata")
         if len(json.dumps(order.metadata)) > METADATA_MOST:
             raise ValueInvalid(f"the metadata has more than {METADATA_MOST} bytes", hint="keep large things elsewhere")
         if "webhook_url" in order.metadata:
@@ -457,6 +454,11 @@ class Intake:
         return JobQueue(queue.store, queue.settings, check=self._check, processes=self._app.processes)
 
     async def _check(self, request: JobRequest) -> None:
+        """Refuse a request, in the words that its client knows. Raises BadInput."""
+        with in_api_words():
+            await self._check_run(request)
+
+    async def _check_run(self, request: JobRequest) -> None:
         """Refuse what could never be run, and what would read a file of this computer that is no upload.
 
         A plain text where a workflow takes a file would be read from here if a file of that name is here when the job
@@ -499,77 +501,6 @@ def _takes_file(name: str, workflow: Workflow, sidecar: Sidecar, request: JobReq
 
 
 # -- small things --------------------------------------------------------------------------------------------
-
-
-def _key_of(request: Request) -> str | None:
-    said = request.headers.getlist("idempotency-key")
-    if not said:
-        return None
-    if len(said) > 1 or not 0 < len(said[0]) <= KEY_MOST or not (said[0].isascii() and said[0].isprintable()):
-        raise ValueInvalid(
-            "the Idempotency-Key cannot be used", hint=f"send one of 1 to {KEY_MOST} printable ASCII characters"
-        )
-    return said[0]
-
-
-async def _body(request: Request, most: int) -> bytes:
-    data = bytearray()
-    try:
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > most:
-                raise TooLarge(f"the body has more than {most} bytes", hint="send files as multipart")
-    except ClientDisconnect as error:
-        raise BadInput("the client left before the body was whole") from error
-    return bytes(data)
-
-
-def _order(said: Any) -> JobOrder:
-    try:
-        return JobOrder.model_validate(said)
-    except ValidationError as error:
-        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors(include_url=False)]
-        raise RequestValidationError(problems) from error
-
-
-def _merged(form: Form) -> dict[str, Any]:
-    """Return the fields of a form as the JSON body has them. Raises BadInput, RequestValidationError."""
-    fields = dict(form.fields)
-    whole = fields.pop("job", None)
-    said = strict_json(whole) if whole is not None else {}
-    if not isinstance(said, dict):
-        raise ValueInvalid("the field job is no JSON object")
-    for name, text in fields.items():
-        if name in said:
-            raise ValueInvalid(f"{foreign_text(name, 80)!r} is given twice", hint="as a field, or in job")
-        is_graph = name == _WORKFLOW and text.lstrip().startswith("{")
-        said[name] = strict_json(text) if is_graph or (name in _JSON_FIELDS and text.strip()) else text
-        if name in _JSON_FIELDS and not text.strip():
-            del said[name]  # a form sends what was left empty
-    return said
-
-
-def _check_texts(value: Any, where: str, depth: int = 0) -> None:
-    """Refuse texts that are too long or hold control characters, and what is nested too deep. Raises ValueInvalid."""
-    if depth > DEPTH_MOST:
-        raise ValueInvalid(f"{where} is nested too deep", hint=f"at most {DEPTH_MOST} levels")
-    match value:
-        case str():
-            if value.startswith("data:") and where in ("inputs", "sets"):
-                return
-            if len(value) > TEXT_MOST:
-                raise ValueInvalid(f"{where} holds a text of more than {TEXT_MOST} characters")
-            if any(ord(c) < 32 and c not in "\t\n\r" for c in value) or "\x7f" in value:
-                raise ValueInvalid(f"{where} holds a text with control characters", hint="write plain text")
-        case Mapping():
-            for name, item in value.items():
-                _check_texts(name, where, depth + 1)
-                _check_texts(item, where, depth + 1)
-        case list():
-            for item in value:
-                _check_texts(item, where, depth + 1)
-        case _:
-            return
 
 
 def _literal(text: str) -> str:

@@ -17,12 +17,16 @@ import socket
 import sys
 from collections.abc import AsyncIterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any, Final
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runcomfy.domain.exceptions import AddressInUse, SettingInvalid, foreign_text
+from runcomfy.domain.settings import HttpSettings
+
+log = logging.getLogger("runcomfy.http")
 
 BACKLOG: Final = 512
 ACCEPTED_AT_ONCE: Final = 4
@@ -33,6 +37,7 @@ request."""
 LEAVE_WITHIN: Final = 3
 """Seconds that requests under way have at the end."""
 DATE_EVERY: Final = 1.0
+PATIENCE: Final = HttpSettings().stalled
 HEAD_WITHIN: Final = 20.0
 """Seconds that a new connection, or a request that has begun, may take until its head is there."""
 CONNECTIONS_MOST: Final = 4_096
@@ -46,8 +51,9 @@ _NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 class Server(uvicorn.Server):
     """uvicorn without its own ideas of signals and time."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, patience: timedelta) -> None:
         super().__init__(config)
+        self._patience = patience.total_seconds()
         self.told = asyncio.Event()
         self.answers = asyncio.Event()
 
@@ -56,11 +62,20 @@ class Server(uvicorn.Server):
         self.answers.set()
         while not self.told.is_set():
             await self.on_tick(0)  # the header with the date
+            self._give_up()
             try:
                 async with asyncio.timeout(DATE_EVERY):
                     await self.told.wait()
             except TimeoutError:
                 continue
+
+    def _give_up(self) -> None:
+        """Let those go who take nothing of what they asked for: each holds a connection, and maybe a file."""
+        now = asyncio.get_running_loop().time()
+        for each in list(self.server_state.connections):
+            if isinstance(each, Connection) and each.stuck_for(now) >= self._patience:
+                log.info("client_given_up", extra={"fields": {"seconds": self._patience}})
+                each.transport.abort()
 
 
 class Connection(H11Protocol):
@@ -69,7 +84,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin; if there are too many by now, one that asks for nothing goes, else this one."""
         self._head_by: asyncio.TimerHandle | None = None
-        self.since = self.loop.time()
+        self._left = 0
+        self._taken = True
+        self.since = self._moved_at = self.loop.time()
         super().connection_made(transport)
         if len(self.connections) > connections_most():
             self._make_room()
@@ -107,6 +124,20 @@ class Connection(H11Protocol):
         cycle: Any = self.cycle  # None before the first request
         return cycle is None or bool(cycle.response_complete)
 
+    def resume_writing(self) -> None:
+        """Go on: the client has taken most of what it was sent."""
+        self._taken = True
+        super().resume_writing()
+
+    def stuck_for(self, now: float) -> float:
+        """Return for how many seconds the client has taken nothing of what waits for it, as far as looks here tell."""
+        left = self.transport.get_write_buffer_size()
+        if left:
+            left += _sent_and_not_taken(self.transport)
+        if not left or left != self._left or self._taken:
+            self._left, self._taken, self._moved_at = left, False, now
+        return now - self._moved_at
+
     def _hurry(self) -> None:
         if self._head_by is None:
             self._head_by = self.loop.call_later(HEAD_WITHIN, self._too_slow)
@@ -120,6 +151,23 @@ class Connection(H11Protocol):
         self._head_by = None
         if self.idle and self.timeout_keep_alive_task is None:  # else it waits between two requests, as it may
             self.transport.close()
+
+
+def _sent_and_not_taken(transport: asyncio.Transport) -> int:
+    """Return how many bytes the system holds for a client; 0 where it does not say.
+
+    They are megabytes, of which it says nothing else before a third is gone: minutes of a slow line.
+    """
+    if sys.platform != "linux":
+        return 0
+    import fcntl
+    import termios
+
+    try:
+        said = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(said, sys.byteorder)
 
 
 def _worth(connection: Connection) -> tuple[bool, float]:
@@ -163,6 +211,11 @@ def line_of(scope: MutableMapping[str, Any]) -> Line | None:
     transport = scope.get("extensions", {}).get(LINE, {}).get("transport")
     chunked = scope["method"] == "GET" and scope.get("http_version") == "1.1"
     return Line(transport) if isinstance(transport, asyncio.Transport) and chunked else None
+
+
+def is_watched(scope: MutableMapping[str, Any]) -> bool:
+    """Return whether a client that takes nothing of the answer is given up by the server itself."""
+    return LINE in scope.get("extensions", {})
 
 
 class _Forwarded(logging.Handler):
@@ -255,10 +308,13 @@ def _bind(family: int, proto: int, address: Any) -> socket.socket:
 
 
 @asynccontextmanager
-async def answering(web: Any, sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
+async def answering(
+    web: Any, sockets: Sequence[socket.socket], *, patience: timedelta = PATIENCE
+) -> AsyncIterator[None]:
     """Answer requests at bound sockets, which are closed at the end, for the block.
 
-    If the server dies, the block is cancelled and the error raised.
+    `patience`: how long a client may take nothing of an answer before its connection is ended. If the server dies, the
+    block is cancelled and the error raised.
     """
     _log_here()
     config = uvicorn.Config(
@@ -274,7 +330,7 @@ async def answering(web: Any, sockets: Sequence[socket.socket]) -> AsyncIterator
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=LEAVE_WITHIN,
     )
-    server = Server(config)
+    server = Server(config, patience)
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(server._serve(list(sockets)), name="http")

@@ -44,7 +44,7 @@ async def http(app: App, options: ServeOptions) -> AsyncIterator[None]:
             backend = await stack.enter_async_context(open_backend(app, options, host=host))
             web = create_app(backend)
             await stack.enter_async_context(at_desk(web, backend))
-            await stack.enter_async_context(answering(web, sockets))
+            await stack.enter_async_context(answering(web, sockets, patience=settings.stalled))
             stack.enter_context(quick_answers())
             where = page_of(backend, host, sockets[0].getsockname()[1])
             file = await asyncio.to_thread(
@@ -70,6 +70,7 @@ async def open_backend(app: App, options: ServeOptions, *, host: str) -> AsyncIt
     from launcher.guarding.guard import Guard
     from launcher.hub import Hub
     from launcher.teller import teller_of
+    from launcher.tidying import keep_tidy
     from launcher.webhooks import Webhooks
     from runcomfy.application.service import first_of
 
@@ -80,14 +81,19 @@ async def open_backend(app: App, options: ServeOptions, *, host: str) -> AsyncIt
     if said := guard.announcement():
         app.tell(said)
     hub, webhooks = Hub(queue, app.live, teller_of(app)), await Webhooks.open(app)
-    backend = Backend(app, queue, hub, guard, options.shut_down, parts=options.parts | {"http"})
+    parts = options.parts | {"http"}
+    backend = Backend(app, queue, hub, guard, options.shut_down, parts=parts, queue_name=await webhooks.queue_name())
     try:
         async with asyncio.TaskGroup() as group:
-            delivering = group.create_task(webhooks.run(), name="webhooks")
+            work = [
+                group.create_task(webhooks.run(), name="webhooks"),
+                group.create_task(keep_tidy(app, queue, backend.queue_name), name="tidying"),
+            ]
             try:
                 yield backend
             finally:
-                delivering.cancel()
+                for task in work:
+                    task.cancel()
                 await hub.close()
     except BaseExceptionGroup as errors:
         raise first_of(errors) from errors

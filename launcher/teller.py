@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from launcher.views import Json, detail_view, event_view, job_view, live_progress, progress_view, time_left_view, usd
 from runcomfy.domain.job import JobId
@@ -117,12 +117,15 @@ class Teller:
         return await self.glances.money()
 
 
-_TELLERS: WeakKeyDictionary[App, Teller] = WeakKeyDictionary()
+_TELLERS: WeakKeyDictionary[App, ref[Teller]] = WeakKeyDictionary()
+"""Held weakly, for a teller holds its app: it lives as long as the app, which holds who listens to its jobs."""
 
 
 def teller_of(app: App) -> Teller:
     """Return the app's teller; the hub's and the routes' are the same one."""
-    found = _TELLERS.get(app)
+    held = _TELLERS.get(app)
+    found = held() if held is not None else None
     if found is None:
-        found = _TELLERS[app] = Teller(app)
+        found = Teller(app)
+        _TELLERS[app] = ref(found)
     return found

@@ -2,8 +2,9 @@
 Files that clients send, on the disk before the answer: `state/uploads/ID/NAME`.
 
 Rule 1: a file is judged by its content. What no workflow takes as an input is not kept.
-Rule 2: whoever uses a file says so before the job is put in (`use`); a file that no job of the queue uses is swept a
-day after it was touched.
+Rule 2: whoever uses a file says so before the job is put in (`use`), with the name of its queue; a file that no job of
+the queue uses is swept a day after it was touched. Several queues may share a state folder: what a job of another one
+uses is left to that one's own service, as long as it was seen within three months.
 Rule 3: names are ours: the folder's is random (or made from an idempotency key, so that a repeated request means the
 same file), the file's is a safe form of what the client called it.
 """
@@ -35,11 +36,15 @@ from runcomfy.domain.job import OutputKind
 
 FOLDER: Final = "uploads"
 USED_BY: Final = ".used-by"
+QUEUES: Final = "uploads_used_by"
+"""Of the state folder: a file for each queue, touched whenever its service uses or sweeps uploads."""
+GOING: Final = ".going-"
 PART: Final = ".part"
 CHUNK: Final = 256 * 1024
 ID: Final = re.compile(r"[0-9a-f]{32}\Z")
 KEPT_UNUSED_S: Final = 24 * 3600.0
-SWEEP_EVERY_S: Final = 3600.0
+KEPT_FOR_OTHERS_S: Final = 90 * 24 * 3600.0
+"""How long after its last sign a queue that shares this folder keeps its uploads."""
 _PICTURES_TOO: Final = frozenset({".bmp", ".tif", ".exr", ".hdr"})
 _FILES_TOO: Final = frozenset({".aac", ".aiff", ".fbx", ".dae"})
 _KINDS: Final = frozenset({OutputKind.IMAGE, OutputKind.MESH, OutputKind.VIDEO, OutputKind.AUDIO})
@@ -180,7 +185,6 @@ class UploadStore:
         self.folder = Path(state_dir).absolute() / FOLDER
         self.most_bytes = most_bytes
         self.max_pixels = max_pixels
-        self._swept_at = float("-inf")
         self._touching = threading.Lock()
         """Held by threads while they take a file into use, or look a last time whether it may go."""
 
@@ -227,23 +231,24 @@ class UploadStore:
         parent = Path(path).parent
         return parent.parent == self.folder and ID.match(parent.name) is not None
 
-    async def use(self, paths: Collection[str], key: str) -> None:
-        """Say that the job with this idempotency key uses these files; before it is put in.
+    async def use(self, paths: Collection[str], key: str, *, queue: str = "") -> None:
+        """Say that the job of `queue` with this idempotency key uses these files; before it is put in.
 
         Raises NotFound (one was swept meanwhile), LocalError.
         """
         ours = [path for path in paths if self.holds(path)]
         if ours:
-            await asyncio.to_thread(self._use, ours, key)
+            await asyncio.to_thread(self._use, ours, key, queue)
 
-    def _use(self, paths: Collection[str], key: str) -> None:
+    def _use(self, paths: Collection[str], key: str, queue: str) -> None:
+        self._seen(queue)
         for path in paths:
             note = Path(path).parent / USED_BY
             try:
                 with self._touching:
                     with note.open("a", encoding="utf-8") as file:
                         note.chmod(0o600)
-                        file.write(f"{key}\n")
+                        file.write(f"{queue}\t{key}\n")
                     os.utime(note.parent)
             except FileNotFoundError as error:
                 raise _no_upload(note.parent.name) from error
@@ -258,21 +263,14 @@ class UploadStore:
 
     # -- sweeping ------------------------------------------------------------------------------------------
 
-    async def sweep_now_and_then(self, known_keys: KnownKeys) -> None:
-        """Sweep, unless that was done within the last hour."""
-        now = asyncio.get_running_loop().time()
-        if now - self._swept_at >= SWEEP_EVERY_S:
-            self._swept_at = now
-            await self.sweep(known_keys)
-
-    async def sweep(self, known_keys: KnownKeys, *, now: float | None = None) -> int:
+    async def sweep(self, known_keys: KnownKeys, *, queue: str = "", now: float | None = None) -> int:
         """Remove uploads that no job uses and nobody touched for a day; return how many.
 
-        `known_keys` tells which of some idempotency keys the queue has; `now` in seconds since 1970, as the disk has.
+        `known_keys` tells which of some idempotency keys `queue` has; `now` in seconds since 1970, as the disk has.
         """
         now = time.time() if now is None else now
         removed = 0
-        for folder, keys in await asyncio.to_thread(self._old, now):
+        for folder, keys in await asyncio.to_thread(self._old, queue, now):
             if not keys or not await known_keys(keys):
                 removed += await asyncio.to_thread(self._remove, folder, now)
         return removed
@@ -282,19 +280,62 @@ class UploadStore:
         with self._touching:
             if not _is_old(folder, now):
                 return False
-            shutil.rmtree(folder, ignore_errors=True)
+            # Other processes do not see the lock: nobody can take into use what has another name by now.
+            going = folder.with_name(f"{GOING}{folder.name}")
+            try:
+                folder.rename(going)
+                if not _is_old(going, now):
+                    going.rename(folder)
+                    return False
+            except OSError:
+                return False  # another process does the same
+            shutil.rmtree(going, ignore_errors=True)
             return True
 
-    def _old(self, now: float) -> list[tuple[Path, list[str]]]:
-        found = []
+    def _old(self, queue: str, now: float) -> list[tuple[Path, list[str]]]:
+        """Return uploads that may go if `queue` has none of their keys."""
+        self._seen(queue)
+        found, others = [], dict[str, bool]()
         with suppress(OSError):
             for folder in self.folder.iterdir():
                 with suppress(OSError):
-                    if ID.match(folder.name) and _is_old(folder, now):
-                        note = folder / USED_BY
-                        keys = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
-                        found.append((folder, keys))
+                    if folder.name.startswith(GOING):  # of a process that was killed
+                        if _is_old(folder, now):
+                            shutil.rmtree(folder, ignore_errors=True)
+                    elif ID.match(folder.name) and _is_old(folder, now):
+                        users = _users(folder)
+                        for other in {name for name, _ in users} - {queue, ""}:
+                            others[other] = others[other] if other in others else self._lives(other, now)
+                        if not any(others.get(name, False) for name, _ in users):
+                            found.append((folder, [key for name, key in users if name in (queue, "")]))
         return found
+
+    def _mark(self, queue: str) -> Path:
+        return self.folder.parent / QUEUES / made_id(queue)
+
+    def _seen(self, queue: str) -> None:
+        """Note that the service of a queue works on this folder."""
+        if queue:
+            mark = self._mark(queue)
+            try:
+                make_private_dir(mark.parent)
+                mark.touch(mode=0o600)
+            except OSError as error:
+                raise local_error(error, mark, "write") from error
+
+    def _lives(self, queue: str, now: float) -> bool:
+        """Return whether a queue was seen not too long ago."""
+        try:
+            return now - self._mark(queue).stat().st_mtime < KEPT_FOR_OTHERS_S
+        except OSError:
+            return False
+
+
+def _users(folder: Path) -> list[tuple[str, str]]:
+    """Return the jobs that use an upload, as (queue, idempotency key); "" is the queue that did not say its name."""
+    note = folder / USED_BY
+    lines = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
+    return [(queue, key) if tab else ("", line) for line in lines for queue, tab, key in [line.partition("\t")]]
 
 
 def _is_old(folder: Path, now: float) -> bool:

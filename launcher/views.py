@@ -16,6 +16,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
+from launcher.api_words import api_words
 from runcomfy.domain.exceptions import foreign_text
 from runcomfy.domain.job import JobId, JobRequest, OutputKind
 from runcomfy.domain.queued import Attempt, JobEvent, Pause, QueuedJob, QueueStatus
@@ -212,8 +213,8 @@ def error_of(job: QueuedJob) -> Json | None:
     hint = next((line.removeprefix("hint: ") for line in lines[1:] if line.startswith("hint: ")), "")
     return {
         "code": foreign_text(code or job.reason or "failed", 80),
-        "message": foreign_text(without_paths(message or job.reason or "it failed"), 1_000),
-        "hint": foreign_text(without_paths(hint), 1_000),
+        "message": foreign_text(api_words(without_paths(message or job.reason or "it failed")), 1_000),
+        "hint": foreign_text(api_words(without_paths(hint)), 1_000),
     }
 
 

@@ -106,6 +106,10 @@ class Webhooks:
             await asyncio.to_thread(webhook_secret, state_dir)
         return cls(SqlWebhooks(jobs), jobs, role, app.settings.http, lambda: webhook_secret(state_dir), **options)
 
+    async def queue_name(self) -> str:
+        """Return what the queue's database calls itself; another name is another queue. Raises LocalError."""
+        return (await self._book.read_to())[0]
+
     async def run(self) -> None:
         """Deliver while this process has the role, wait for it meanwhile; until cancelled."""
         try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
+from weakref import ref
 
 import pytest
 from hypothesis import given
@@ -15,6 +17,7 @@ from launcher.errors import error_body, status_of
 from launcher.files import NOTHING, disposition, range_of
 from launcher.teller import teller_of
 from launcher.views import without_paths
+from runcomfy.bootstrap import App
 from runcomfy.domain import exceptions as known
 from runcomfy.domain.exceptions import RunComfyError
 from runcomfy.domain.progress import Progress, Step
@@ -118,3 +121,15 @@ async def test_a_running_job_costs_its_machines_price_for_its_time_there(tmp_pat
         assert Decimal(shown["cost_usd"]) == pytest.approx(rate.usd_per_hour / 2, rel=Decimal("0.01"))
         assert shown["machine"] == {"server_type": "medium", "id": None}
         watching.over()
+
+
+async def test_what_tells_of_an_app_goes_with_it(tmp_path: Path, clock: LoopClock) -> None:
+    app = App(clock=clock, queue={"root": str(tmp_path)})
+    teller = teller_of(app)
+    assert teller_of(app) is teller
+    assert teller.glances is teller_of(app).glances
+    of_app, of_teller = ref(app), ref(teller)
+    del app, teller
+    gc.collect()
+    assert of_app() is None
+    assert of_teller() is None

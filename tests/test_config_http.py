@@ -34,6 +34,7 @@ def test_every_setting_can_be_set() -> None:
         HTTP_MAX_WAITING="3",
         HTTP_MAX_PER_MINUTE="4",
         HTTP_SESSION="30m",
+        HTTP_STALLED="20s",
         HTTP_ALLOW_PRIVATE="true",
         WEBHOOK_URL="https://hooks.example/T/secret",
     )
@@ -47,6 +48,7 @@ def test_every_setting_can_be_set() -> None:
         max_waiting=3,
         max_per_minute=4,
         session=timedelta(minutes=30),
+        stalled=timedelta(seconds=20),
         allow_private=True,
         webhook_url="https://hooks.example/T/secret",
     )
@@ -69,6 +71,7 @@ def test_every_setting_can_be_set() -> None:
         ("HTTP_MAX_BODY", "0"),
         ("HTTP_MAX_PER_MINUTE", "0"),
         ("HTTP_SESSION", "0s"),
+        ("HTTP_STALLED", "0s"),
         ("WEBHOOK_URL", "ftp://x.example/"),
         ("WEBHOOK_URL", "https://user:hunter2@x.example/"),
         ("WEBHOOK_URL", "https://x.example/a b"),

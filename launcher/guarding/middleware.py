@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs
 
@@ -30,6 +31,12 @@ CHUNK_TIMEOUT_S: Final = 20.0
 """How long a body may say nothing."""
 BODY_TIMEOUT_S: Final = 600.0
 """How long a body may take in all: 64 MB at 1 Mbit/s."""
+
+DRAINED_MOST: Final = 64 * 1024**2
+DRAIN_TIMEOUT_S: Final = 10.0
+DRAIN_PAUSE_S: Final = 2.0
+"""What is still read, and thrown away, of a body that is too large: most clients read no answer before they have sent
+everything, and a connection that is closed under them tells them nothing."""
 
 _TOO_LARGE: Final = Refusal(413, "body-too-large", "the request is larger than allowed")
 _TOO_SLOW: Final = Refusal(408, "body-too-slow", "the request's body did not come in time")
@@ -171,16 +178,35 @@ class _Exchange:
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with a refusal, unless an answer has begun."""
-        # What is left of the body is not read: the connection cannot be used again.
+        # What is left of the body is not read, or not all of it: the connection cannot be used again.
         extra = [(b"connection", b"close")] if refusal.status in (408, 413) else []
-        await self.answer(refusal_messages(refusal, extra=extra))
+        await self.answer(refusal_messages(refusal, extra=extra), drains=refusal.status == 413)
 
-    async def answer(self, messages: list[Message]) -> None:
-        """Send an answer of the guard's own, unless one has begun."""
+    async def answer(self, messages: list[Message], *, drains: bool = False) -> None:
+        """Send an answer of the guard's own, unless one has begun; `drains`: end it when the body was sent, too."""
         self.refusal = None
-        if not self._started:
-            for message in messages:
-                await self.send(message)
+        if self._started:
+            return
+        for message in messages:
+            await self.send({**message, "more_body": True} if drains and "body" in message else message)
+        if drains:
+            await self._drain()
+            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _drain(self) -> None:
+        """Throw away what the client still sends, within limits."""
+        names = {name for name, _ in self.scope["headers"]}
+        if self._whole or (b"expect" in names and not self._read):  # it waits for a word before it sends
+            return
+        left = DRAINED_MOST
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                while left > 0:
+                    async with asyncio.timeout(DRAIN_PAUSE_S):
+                        message = await self._receive()
+                    left -= len(message.get("body", b""))
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return
 
 
 def head_of(scope: Scope) -> Head:

@@ -208,7 +208,8 @@ async def send_output(
     request: Request, backend: Serves, job_id: JobKey, n: Nth, download: Annotated[bool, Query()] = False
 ) -> Response:
     """Send a result: whole, a range of it, or nothing if the client has it already."""
-    return await send_file(request, _output(await backend.queue.job(job_id), n), download=download)
+    wanted = _output(await backend.queue.job(job_id), n)
+    return await send_file(request, wanted, patience=backend.guard.http.stalled, download=download)
 
 
 @router.get("/{job_id}/outputs/{n}/thumbnail", response_model=None, responses=_file(404, 410, 507))
@@ -241,7 +242,7 @@ async def send_input(
 ) -> Response:
     """Send a file that the job was given."""
     wanted = await asyncio.to_thread(_input, await backend.queue.job(job_id), n)
-    return await send_file(request, wanted, download=download)
+    return await send_file(request, wanted, patience=backend.guard.http.stalled, download=download)
 
 
 @router.get("/{job_id}/inputs/{n}/thumbnail", response_model=None, responses=_file(404, 410, 507))

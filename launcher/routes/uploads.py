@@ -42,7 +42,6 @@ async def upload(request: Request, backend: Serves) -> PlainJson:
     if kind != MULTIPART:
         raise NotSupported("a file is sent as multipart/form-data", hint="in a part with the name file")
     store = uploads_of(backend.app)
-    await store.sweep_now_and_then(backend.queue.store.known_keys)
 
     async def open_sink(_: str, file_name: str) -> Incoming:
         return await store.open(file_name)

@@ -110,6 +110,12 @@ HTTP_VARIABLES: Final = (
     ),
     Variable("RUNCOMFY_HTTP_SESSION", DURATION, "http.session", "How long the page stays logged in."),
     Variable(
+        "RUNCOMFY_HTTP_STALLED",
+        DURATION,
+        "http.stalled",
+        "How long a client may take nothing of a file or another answer before it is given up.",
+    ),
+    Variable(
         "RUNCOMFY_HTTP_ALLOW_PRIVATE",
         OPENING,
         "http.allow_private",

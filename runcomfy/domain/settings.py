@@ -258,6 +258,8 @@ class HttpSettings:
     """Jobs that one client may put in per minute."""
     session: timedelta = timedelta(hours=12)
     """How long the page stays logged in."""
+    stalled: timedelta = timedelta(seconds=60)
+    """How long a client may take nothing of an answer before it is given up."""
     allow_private: bool = False
     """Whether webhooks and addresses of pictures may point at this computer or a private network."""
     webhook_url: str | None = field(default=None, repr=False)
