@@ -88,21 +88,7 @@ async def examine_cloud(
     found.append(Finding("user id", ok=True, detail="the account's workflows can be listed"))
 
     async def version() -> str:
-        workflows = await provider.get_workflows()
-        fitting = next((w for w in workflows if w.version_id == cloud.workflow_version_id), None)
-        if fitting is not None:
-            return f"version belongs to workflow {fitting.name!r}"
-        mistaken = next((w for w in workflows if w.workflow_id == cloud.workflow_version_id), None)
-        if mistaken is not None:
-            raise SettingInvalid(
-                "RUNCOMFY_WORKFLOW_VERSION_ID holds a workflow's id, not a version id",
-                hint=f"use its version id, {mistaken.version_id}",
-            )
-        raise SettingInvalid(
-            "the account has no workflow with this version id",
-            hint="it has: "
-            + (", ".join(f"{w.name} ({w.version_id})" for w in workflows) or "none; save one in the cloud"),
-        )
+        return f"version belongs to workflow {await _name_of(cloud.workflow_version_id, provider)!r}"
 
     found.append(await _test("workflow version", version))
 
@@ -112,6 +98,24 @@ async def examine_cloud(
 
     found.append(await _test("machine list", machines))
     return found
+
+
+async def _name_of(version_id: str, provider: Provider) -> str:
+    """Return the name of the workflow that a version belongs to. Raises SettingInvalid if there is none."""
+    workflows = await provider.get_workflows()
+    fitting = next((w for w in workflows if w.version_id == version_id), None)
+    if fitting is not None:
+        return fitting.name
+    mistaken = next((w for w in workflows if w.workflow_id == version_id), None)
+    if mistaken is not None:
+        raise SettingInvalid(
+            "RUNCOMFY_WORKFLOW_VERSION_ID holds a workflow's id, not a version id",
+            hint=f"use its version id, {mistaken.version_id}",
+        )
+    raise SettingInvalid(
+        "the account has no workflow with this version id",
+        hint="it has: " + (", ".join(f"{w.name} ({w.version_id})" for w in workflows) or "none; save one in the cloud"),
+    )
 
 
 def lease_finding(outcome: Outcome | None) -> Finding:

@@ -3,8 +3,7 @@ The worker of the queue: claims jobs by priority and age, runs them, and survive
 
     turn      nothing paused, a slot free: claim, one task per job (`job_run`); at a station with seats of its own it
               chooses the jobs (`dispatch`), and slots do not count
-    watch     every second, and after every change: what is no longer held is cut: cancelled jobs have their prompt
-              interrupted, lost ones leave it to whoever holds the job now
+    watch     every second, and after every change: what is no longer held is cut (`claims`)
     report    progress, a batch every two seconds
     sweep     prompts of cancelled jobs whose worker is gone are ended at the places served here (`sweeper`)
     plan      one executor of the database takes back the jobs of dead workers (`planner`)
@@ -22,14 +21,15 @@ import random
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final, Protocol, Self
 
+from runcomfy.application.claims import Claims
 from runcomfy.application.dispatch import Choice, Chooser, Dispatch
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.gate import Gate
-from runcomfy.application.heartbeat import Held, LoopHeart, Pulse
+from runcomfy.application.heartbeat import LoopHeart, Pulse
 from runcomfy.application.job_queue import EXECUTOR
 from runcomfy.application.job_run import Bench, JobRun, RunsJobs, Why
 from runcomfy.application.placing import PlaceFactory
@@ -48,12 +48,8 @@ from runcomfy.domain.exceptions import (
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.queued import (
     Barred,
-    Ending,
-    Outcome,
     Pause,
     QueuedJob,
-    QueueStatus,
-    RowId,
     WorkerId,
 )
 from runcomfy.domain.settings import QueueSettings
@@ -63,17 +59,12 @@ from runcomfy.ports.processes import Processes
 
 log = logging.getLogger("runcomfy.queue")
 
-WATCH_EVERY: Final = 1.0
-WATCH_GAP: Final = 0.2
-"""Seconds between two looks at what is held: a busy database changes a thousand times a second."""
 REPORT_EVERY: Final = 2.0
 TROUBLE_FIRST: Final = 0.5
 TROUBLE_MOST: Final = 15.0
 """Seconds between two looks at a database that refuses."""
 CUT_WITHIN: Final = timedelta(seconds=30)
 """How long runs that were cut may take to leave their places. Ending a rented machine has its own patience."""
-SLEPT: Final = 5.0
-"""Seconds by which the wall clock and the loop's may drift apart before we have slept, or somebody set the clock."""
 
 
 class Workplace(Protocol):
@@ -137,7 +128,6 @@ class Executor:
         self.owner = replace(owner, command=f"{owner.command} {EXECUTOR}".strip())
         self.worker = WorkerId(owner.id)
         self.tell = tell
-        self._clock = clock
         self._heart: Pulse = heart or LoopHeart(
             lambda: store.renew(self.worker, lease=settings.lease), every=settings.heartbeat, lease=settings.lease
         )
@@ -145,7 +135,6 @@ class Executor:
         self._runs: dict[tuple[int, int], tuple[JobRun, asyncio.Task[None]]] = {}
         self._limits, self._barred, self._failed = limits_of(settings), barred, 0
         self._wake = asyncio.Event()
-        self._nudge = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._resting: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
@@ -153,48 +142,66 @@ class Executor:
         self._depth = 0
         """How many `async with` blocks are open."""
         self._leave = asyncio.Event()
-        self._owes = False
-        """Whether a claim may be left open that runs nowhere: its end, or its answer, was lost on the way."""
-        self._claims = asyncio.Lock()
-        """Held while what is claimed and what runs may differ."""
         self._trouble: LocalError | None = None
         self._trouble_wait = TROUBLE_FIRST
         policy = retry.RetryPolicy(
             settings.retry_limit, settings.kill_limit, settings.backoff_first, settings.backoff_most
         )
         self._gate = Gate(store, self.owner, policy, station.ready, tell=tell, trouble=self._troubled)
-        self._bench = Bench(
-            store=store,
-            settings=settings,
+        self._bench = self._set_up(orchestrator, policy, draw or random.uniform)
+        self._claims = self._hold(clock)
+        self._sweeper = Sweeper(
+            store, station, busy=lambda: [run.row.id for run in self._running()], trouble=self._troubled
+        )
+        self._dispatch = self._chosen(station) if isinstance(station, Chooser) else None
+
+    def _set_up(self, orchestrator: RunsJobs, policy: retry.RetryPolicy, draw: retry.Draw) -> Bench:
+        """Return what every run works with."""
+        return Bench(
+            store=self.store,
+            settings=self.settings,
             orchestrator=orchestrator,
-            at=station.at,
-            places=station.places,
+            at=self.station.at,
+            places=self.station.places,
             pulse=self._heart,
             policy=policy,
-            draw=draw or random.uniform,
+            draw=draw,
             gate=self._gate,
             reached=self._reached,
             trouble=self._troubled,
             leaving=self._leave.is_set,
-            tell=tell,
+            tell=self.tell,
         )
 
-        self._sweeper = Sweeper(
-            store, station, busy=lambda: [run.row.id for run in self._running()], trouble=self._troubled
+    def _hold(self, clock: Clock) -> Claims:
+        """Return what claims jobs and sees that they are held."""
+        return Claims(
+            self.store,
+            self.settings,
+            self.worker,
+            self._heart,
+            clock=clock,
+            places=self.station.places,
+            limits=lambda: replace(self._limits, barred=self._barred()),
+            runs=self._running,
+            trouble=self._troubled,
+            works=lambda: self._trouble is None,
+            tell=self.tell,
         )
-        self._dispatch: Dispatch | None = None
-        if isinstance(station, Chooser):
-            self._dispatch = Dispatch(
-                store,
-                settings,
-                station,
-                claim=self._claim,
-                begin=self._begin,
-                runs=self._running,
-                owes=self._owing,
-                barred=barred,
-            )
-            station.on_change(self._wake.set)
+
+    def _chosen(self, station: Chooser) -> Dispatch:
+        """Let the station choose the jobs."""
+        station.on_change(self._wake.set)
+        return Dispatch(
+            self.store,
+            self.settings,
+            station,
+            claim=self._claims.claim,
+            begin=self._begin,
+            runs=self._running,
+            owes=self._claims.owe,
+            barred=self._barred,
+        )
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -219,13 +226,13 @@ class Executor:
         self._leave.clear()
         try:
             await self.store.register_owner(self.owner)
-            self._heart.start(self._beaten)
+            self._heart.start(self._claims.beaten)
             await self.planner.round()
         except BaseException:
             await finish(self._heart.stop())
             raise
         for name, loop in (
-            ("watch", self._watch()),
+            ("watch", self._claims.watch()),
             ("report", self._report()),
             ("sweep", self._sweeper.run()),
             ("plan", self.planner.run()),
@@ -262,7 +269,7 @@ class Executor:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _sign_off(self) -> None:
-        if self._owes:  # or nobody would see that the open claim's worker is gone
+        if self._claims.owes:  # or nobody would see that the open claim's worker is gone
             return
         with suppress(LocalError):  # whoever looks later sees it all the same
             await self.store.sign_off(self.owner.id)
@@ -310,7 +317,7 @@ class Executor:
                 return row
             if (pause := await self._gate.standing()) is not None:
                 raise JobBusy(f"the queue is paused: {pause.message}", hint="`comfyctl queue resume` ends the pause")
-            claimed = await self._claim(1, only=row.id)
+            claimed = await self._claims.claim(1, only=row.id)
             if not claimed:
                 raise JobBusy(
                     f"job {row.config_name} cannot be claimed now: it is {row.status}",
@@ -355,7 +362,7 @@ class Executor:
                 wake.cancel()
                 if look.done():
                     mark, look = self._seen(look, mark), None
-                    self._nudge.set()
+                    self._claims.look()
         finally:
             if look is not None:
                 look.cancel()
@@ -417,31 +424,13 @@ class Executor:
         return begun
 
     async def _begin_some(self, count: int) -> int:
-        claimed = await self._claim(count)
+        claimed = await self._claims.claim(count)
         for row in claimed:
             self._begin(row)
         return len(claimed)
 
     def _running(self) -> Collection[JobRun]:
         return [run for run, _ in self._runs.values()]
-
-    def _owing(self) -> None:
-        self._owes = True
-
-    async def _claim(self, count: int, *, only: RowId | None = None) -> Sequence[QueuedJob]:
-        async with self._claims:
-            try:
-                return await self.store.claim(
-                    self.worker,
-                    count=count,
-                    lease=self.settings.lease,
-                    places=self.station.places(),
-                    limits=replace(self._limits, barred=self._barred()),
-                    only=only,
-                )
-            except BaseException:
-                self._owes = True  # it may have been written all the same
-                raise
 
     def _begin(self, row: QueuedJob) -> JobRun:
         faultpoint("queue.claimed")
@@ -453,11 +442,11 @@ class Executor:
             del self._runs[run.key]
             if isinstance(self.station, Chooser):
                 self.station.release(row.uid, row.token)
-            self._owes = self._owes or run.unwritten
+            self._claims.owes = self._claims.owes or run.unwritten
             self._failed += run.failed
             self._wake.set()
             if not task.cancelled() and (error := task.exception()) is not None:
-                self._broken, self._owes = self._broken or error, True
+                self._broken, self._claims.owes = self._broken or error, True
 
         task.add_done_callback(over)
         return run
@@ -484,78 +473,6 @@ class Executor:
         else:
             self._trouble_wait = min(self._trouble_wait * 2, TROUBLE_MOST)
         self._trouble = error
-
-    # -- what is held --------------------------------------------------------------------------------------
-
-    def _beaten(self, held: Held) -> None:
-        """Hear from the heart what is held; what is missing is looked up, for it may have ended in good order."""
-        self._troubled(None)
-        if any(held.get(run.row.id) != run.row.token for run, _ in self._runs.values()):
-            self._nudge.set()
-
-    async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
-        last = loop.time(), self._clock.now()
-        warned = False
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_EVERY):
-                    await self._nudge.wait()
-            self._nudge.clear()
-            last = self._slept(*last)
-            if self._runs and not self._heart.fresh and not warned:
-                warned = True
-                self.tell("no lease could be renewed for a whole lease: others may take over what runs here")
-            warned = warned and not self._heart.fresh
-            await self._look_at_held()
-            if self._owes and self._trouble is None:
-                await self._give_back()
-            await asyncio.sleep(WATCH_GAP)
-
-    def _slept(self, at: float, wall: datetime) -> tuple[float, datetime]:
-        """After the computer slept (or the clock was set), the first thing is to see what is still held."""
-        now, now_wall = asyncio.get_running_loop().time(), self._clock.now()
-        if (
-            abs((now_wall - wall).total_seconds() - (now - at)) > SLEPT
-            or now - at > self.settings.lease.total_seconds()
-        ):
-            log.warning(
-                "clock_jumped", extra={"fields": {"loop_s": now - at, "wall_s": (now_wall - wall).total_seconds()}}
-            )
-            self._heart.hurry()
-        return now, now_wall
-
-    async def _look_at_held(self) -> None:
-        """Cut every run whose claim is gone."""
-        watched = [run for run, _ in self._runs.values() if not run.ending and run.why in (None, Why.DRAIN)]
-        if not watched:
-            return
-        try:
-            held = await self.store.holds(self.worker)
-            for run in watched:
-                if held.get(run.row.id) != run.row.token and not run.ending:
-                    row = await self.store.job(run.row.id)
-                    wanted = row is not None and row.status in (QueueStatus.PENDING, QueueStatus.PROCESSING)
-                    if run.journal.done is not None:
-                        continue  # its own result has ended the claim, just now
-                    if not run.ending:
-                        run.cut(Why.LOST if wanted else Why.CANCELLED)
-        except LocalError as error:
-            self._troubled(error)
-
-    async def _give_back(self) -> None:
-        """Put back what is held in our name and runs nowhere here: the heart would renew its lease for ever."""
-        async with self._claims:
-            runs = set(self._runs)
-            try:
-                held = await self.store.holds(self.worker)
-                for job_id, token in held.items() - runs:
-                    with suppress(LeaseLost):
-                        await self.store.finish(job_id, token, Ending(Outcome.PUT_BACK, keeps_prompt=True))
-            except LocalError as error:
-                self._troubled(error)
-            else:
-                self._owes = False
 
     async def _report(self) -> None:
         while True:

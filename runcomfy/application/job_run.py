@@ -303,7 +303,6 @@ class JobRun:
             self._tell_ending(ending, error, row)
 
     async def _ending(self, error: RunComfyError) -> Ending:
-        bench, row = self._bench, self.row
         facts = error.as_dict()
         if self._asked_back and isinstance(error, PromptRemoved):
             self._withdrawn = True  # that was us: the watch has found out first
@@ -315,16 +314,7 @@ class JobRun:
             return Ending(Outcome.PUT_BACK, keeps_prompt=self._keeps(error))
         # A machine that was ended at the end of its lease did not die of the job.
         outran = self._place is not None and self._place.seat.outran
-        decision = bench.policy.decide(
-            error,
-            submitted=self.journal.touched or self.journal.killed,
-            server_stays=self._server_stays,
-            retries_attempted=row.retries_attempted,
-            retry_limit=row.retry_limit,
-            kill_count=0 if outran else row.kill_count + (self.journal.killed and self.journal.touched),
-            pauses=bench.gate.in_a_row,
-            draw=bench.draw,
-        )
+        decision = self._decide(error, outran=outran)
         # A prompt of an earlier attempt that this one did not get to is not forgotten by a failure of its own.
         gone = self._place is not None and self._place.seat.server_gone
         left = self.journal.earlier is not None and not self.journal.touched and not gone
@@ -334,7 +324,7 @@ class JobRun:
             case retry.Pause():
                 # What a worker misses that slept through its lease, its successor took away: no fault of the place.
                 await self._insist_on_claim()
-                await bench.gate.pause(decision, error)  # first, or the job would be claimed again at once
+                await self._bench.gate.pause(decision, error)  # first, or the job would be claimed again at once
                 return Ending(
                     Outcome.PUT_BACK, error=facts, keeps_prompt=self._keeps(error), killed_machine=self.journal.killed
                 )
@@ -363,6 +353,20 @@ class JobRun:
                     killed_machine=(decision.killed_machine or self.journal.killed) and not outran,
                     end_prompt=ends or left,
                 )
+
+    def _decide(self, error: RunComfyError, *, outran: bool) -> retry.Decision:
+        """Return what follows by the usual rules. `outran`: the machine was ended at the end of its lease."""
+        bench, row = self._bench, self.row
+        return bench.policy.decide(
+            error,
+            submitted=self.journal.touched or self.journal.killed,
+            server_stays=self._server_stays,
+            retries_attempted=row.retries_attempted,
+            retry_limit=row.retry_limit,
+            kill_count=0 if outran else row.kill_count + (self.journal.killed and self.journal.touched),
+            pauses=bench.gate.in_a_row,
+            draw=bench.draw,
+        )
 
     def _excused(self, error: RunComfyError) -> Ending | None:
         """Return how a run ends that a machine of the pool has failed without its doing; None: by the usual rules."""
