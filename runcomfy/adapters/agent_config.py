@@ -29,6 +29,7 @@ from runcomfy.adapters.agent_variables import (
     is_server,
 )
 from runcomfy.adapters.config import SettingRow
+from runcomfy.adapters.setting_kinds import text_shown
 from runcomfy.adapters.variables import QUEUE_PREFIX
 from runcomfy.adapters.yaml_text import MAX_BYTES, read_yaml
 from runcomfy.domain.durations import show_duration
@@ -437,15 +438,9 @@ def _server(settings: QueueSettings) -> str:
 
 def _value_shown(value: object) -> str:
     match value:
-        case None:
-            return ""
-        case bool():
-            return "true" if value else "false"
-        case timedelta():
-            return show_duration(value)
         case Secret():
             return database_shown(value)
         case Mapping():
             return ", ".join(f"{name}={count}" for name, count in value.items())
         case _:
-            return str(value)
+            return text_shown(value)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
@@ -30,9 +28,8 @@ from runcomfy.adapters.credentials import (
 from runcomfy.adapters.http_variables import HTTP_VARIABLES
 from runcomfy.adapters.pool_variables import POOL_VARIABLES, budget_shown, budgets_from
 from runcomfy.adapters.rates import load_rates
-from runcomfy.adapters.setting_kinds import Variable
+from runcomfy.adapters.setting_kinds import Variable, text_shown
 from runcomfy.adapters.variables import BY_NAME, OTHERS, QUEUE_PREFIX, VARIABLES, Layer, read_layers
-from runcomfy.domain.durations import show_duration
 from runcomfy.domain.exceptions import (
     ConfigurationError,
     CredentialsMalformed,
@@ -470,22 +467,4 @@ def _value_shown(variable: Variable, settings: Settings) -> str:
         return ",".join(value)
     if variable.kind.secret:
         return "***" if value else ""
-    return _text_of(value)
-
-
-def _text_of(value: object) -> str:
-    match value:
-        case None:
-            return ""
-        case bool():
-            return "true" if value else "false"
-        case timedelta():
-            return show_duration(value)
-        case Decimal():
-            return str(value)
-        case tuple():
-            return os.pathsep.join(map(str, value))
-        case float():
-            return f"{value:g}"
-        case _:
-            return str(value)
+    return text_shown(value)

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
-from typing import Annotated, Any, Final
-from urllib.parse import urlsplit
+from typing import Final
 
-from pydantic import BeforeValidator
-
-from runcomfy.adapters.setting_kinds import BYTES, DURATION, SWITCH, Kind, Variable, number, refuse, shown
+from runcomfy.adapters.setting_kinds import (
+    BYTES,
+    DURATION,
+    SWITCH,
+    Kind,
+    Variable,
+    number,
+    refuse,
+    several,
+    shown,
+    text_of,
+    web_address,
+)
 
 _HOST_NAME: Final = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*\.?")
 
@@ -33,23 +41,13 @@ def _host(value: object) -> str:
 
 
 def _hosts(value: object) -> tuple[str, ...]:
-    names = value if isinstance(value, (tuple, list)) else str(value).split(",")
-    found = tuple(dict.fromkeys(_host(name) for name in names if str(name).strip()))
-    if not found:
-        raise refuse(f"{shown(value)} names no host")
-    return found
+    return several(value, _host, "host")
 
 
 def _webhook(value: object) -> str:
     """Return an address that is told of every job. It may hold a secret, so no error repeats it."""
     text = str(value).strip()
-    try:
-        parts = urlsplit(text)
-        host, _ = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise refuse("is not an address") from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise refuse("is not an address that begins with https:// and names a host")
+    parts = web_address(text)
     if parts.username is not None or parts.password is not None:
         raise refuse("has a user name or password inside")
     if any(c.isspace() or not c.isprintable() for c in text):
@@ -57,14 +55,10 @@ def _webhook(value: object) -> str:
     return text
 
 
-def _text(unit: str, hint: str, check: Callable[[object], Any], kind: Any = str, *, secret: bool = False) -> Kind:
-    return Kind(Annotated[kind, BeforeValidator(check)], unit, hint, secret, place=True)
-
-
-HOST: Final = _text("host", "write 127.0.0.1, or the name or address to listen on", _host)
-HOSTS: Final = _text("host names", "write names with commas between them", _hosts, tuple[str, ...])
+HOST: Final = text_of("host", "write 127.0.0.1, or the name or address to listen on", _host, place=True)
+HOSTS: Final = text_of("host names", "write names with commas between them", _hosts, into=tuple[str, ...], place=True)
 OPENING: Final = Kind(SWITCH.annotation, SWITCH.unit, SWITCH.hint, place=True)
-WEBHOOK: Final = _text("address", "write an address that begins with https://", _webhook, secret=True)
+WEBHOOK: Final = text_of("address", "write an address that begins with https://", _webhook, secret=True, place=True)
 
 HTTP_VARIABLES: Final = (
     Variable(

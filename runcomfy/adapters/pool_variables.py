@@ -22,15 +22,17 @@ from runcomfy.adapters.setting_kinds import (
     YEAR,
     Kind,
     Variable,
+    duration_of,
     number,
+    number_of,
     refuse,
     server_type,
+    several,
     shown,
     text_of,
 )
 from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.durations import HINT as DURATION_HINT
-from runcomfy.domain.durations import parse_duration
 from runcomfy.domain.exceptions import ValueInvalid, foreign_text
 from runcomfy.domain.settings import KNOWN_SERVER_TYPES, WAIT_PRICES
 
@@ -46,34 +48,21 @@ Flawed = tuple[str, str]
 
 
 def _duration_or_none(value: object) -> timedelta:
-    if isinstance(value, timedelta):
-        duration = value
-    else:
-        try:
-            duration = parse_duration(str(value))
-        except ValueInvalid as error:
-            raise refuse(error.message) from error
+    duration = duration_of(value)
     if not timedelta(0) <= duration <= YEAR:
         raise refuse(f"{shown(value)} is not from nothing to a year")
     return duration
 
 
 def _factor(value: object) -> float:
-    try:
-        factor = float(str(value))
-    except ValueError as error:
-        raise refuse(f"{shown(value)} is not a number") from error
+    factor = number_of(value)
     if not 1 < factor <= 1000:
         raise refuse(f"{shown(value)} is not more than 1 and at most 1000")
     return factor
 
 
 def _server_types(value: object) -> tuple[str, ...]:
-    names = value if isinstance(value, (tuple, list)) else str(value).split(",")
-    found = tuple(dict.fromkeys(server_type(name) for name in names if str(name).strip()))
-    if not found:
-        raise refuse(f"{shown(value)} names no machine type")
-    return found
+    return several(value, server_type, "machine type")
 
 
 def _wait_price(value: object) -> str:

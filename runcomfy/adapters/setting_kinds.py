@@ -2,7 +2,7 @@
 The sorts of values that settings have: how each is checked, and how people are told about it.
 
 What is checked may be a text (of a variable, a file, an option) or, from a Python program, a value of the right type
-already. Which settings there are is in `variables` and `pool_variables`.
+already. Which settings there are is in `variables` and the modules it draws together.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Final
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Final, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from runcomfy.adapters.rates import PLANS, SERVER_TYPE
 from runcomfy.domain.durations import HINT as DURATION_HINT
-from runcomfy.domain.durations import parse_duration
+from runcomfy.domain.durations import parse_duration, show_duration
 from runcomfy.domain.exceptions import RunComfyError, foreign_text
 from runcomfy.domain.secret import Secret, is_loopback
 from runcomfy.domain.settings import DEFAULT_API_BASE_URL, KNOWN_SERVER_TYPES
+
+T = TypeVar("T")
 
 YEAR: Final = timedelta(days=366)
 LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -46,17 +48,55 @@ def shown(value: object) -> str:
     return repr(foreign_text(value, 60))
 
 
-def _duration(value: object) -> timedelta:
+def text_shown(value: object) -> str:
+    """Return a checked value as its variable would hold it; empty for None."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "true" if value else "false"
+        case timedelta():
+            return show_duration(value)
+        case tuple():
+            return os.pathsep.join(map(str, value))
+        case float():
+            return f"{value:g}"
+        case _:
+            return str(value)
+
+
+def duration_of(value: object) -> timedelta:
+    """Return a length of time, whatever its size."""
     if isinstance(value, timedelta):
-        duration = value
-    else:
-        try:
-            duration = parse_duration(str(value))
-        except RunComfyError as error:
-            raise refuse(error.message) from error
+        return value
+    try:
+        return parse_duration(str(value))
+    except RunComfyError as error:
+        raise refuse(error.message) from error
+
+
+def _duration(value: object) -> timedelta:
+    duration = duration_of(value)
     if not timedelta(0) < duration <= YEAR:
         raise refuse(f"{shown(value)} is not more than nothing and at most a year")
     return duration
+
+
+def number_of(value: object) -> float:
+    """Return a number, whatever its size."""
+    try:
+        return float(str(value))
+    except ValueError as error:
+        raise refuse(f"{shown(value)} is not a number") from error
+
+
+def several(value: object, read: Callable[[object], T], what: str) -> tuple[T, ...]:
+    """Return what `read` makes of each name between commas, each once; `what` they name, if there must be one."""
+    names = value if isinstance(value, (tuple, list)) else str(value).split(",")
+    found = tuple(dict.fromkeys(read(name) for name in names if str(name).strip()))
+    if not found:
+        raise refuse(f"{shown(value)} names no {what}")
+    return found
 
 
 def whole_between(least: int, most: int) -> Callable[[object], int]:
@@ -74,10 +114,7 @@ def whole_between(least: int, most: int) -> Callable[[object], int]:
 
 
 def _rate_per_second(value: object) -> float:
-    try:
-        number = float(str(value))
-    except ValueError as error:
-        raise refuse(f"{shown(value)} is not a number") from error
+    number = number_of(value)
     if not math.isfinite(number) or not 0 < number <= 1000:
         raise refuse(f"{shown(value)} is not more than 0 and at most 1000")
     return number
@@ -139,12 +176,8 @@ def _path_list(value: object) -> str:
     return os.pathsep.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
-def check_base_url(value: object) -> str:
-    """Return the API's address without a trailing slash, or raise what is wrong with it.
-
-    A password in it and everything after its path is never repeated in the error.
-    """
-    text = str(value).strip().rstrip("/")
+def web_address(text: str) -> SplitResult:
+    """Return the parts of an address that begins with http:// or https:// and names a host."""
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname or "", parts.port
@@ -152,6 +185,17 @@ def check_base_url(value: object) -> str:
         raise refuse("is not an address") from error
     if parts.scheme not in ("http", "https") or not host:
         raise refuse("is not an address that begins with https:// and names a host")
+    return parts
+
+
+def check_base_url(value: object) -> str:
+    """Return the API's address without a trailing slash, or raise what is wrong with it.
+
+    A password in it and everything after its path is never repeated in the error.
+    """
+    text = str(value).strip().rstrip("/")
+    parts = web_address(text)
+    host = parts.hostname or ""
     if not re.fullmatch(r"[a-z0-9._:-]+", host) or any(c.isspace() or not c.isprintable() for c in str(value).strip()):
         raise refuse("has characters inside that no address has")
     if parts.scheme == "http" and not is_loopback(host):
@@ -195,9 +239,17 @@ def number(least: int, most: int, unit: str) -> Kind:
     )
 
 
-def text_of(unit: str, hint: str, check: Callable[[object], Any] = str, *, place: bool = False) -> Kind:
-    """Return a kind of text."""
-    return Kind(Annotated[str, BeforeValidator(check)], unit, hint, place=place)
+def text_of(
+    unit: str,
+    hint: str,
+    check: Callable[[object], Any] = str,
+    *,
+    into: Any = str,
+    secret: bool = False,
+    place: bool = False,
+) -> Kind:
+    """Return a kind of text, which `check` may make `into` something else."""
+    return Kind(Annotated[into, BeforeValidator(check)], unit, hint, secret, place)
 
 
 DURATION: Final = Kind(Annotated[timedelta, BeforeValidator(_duration)], "duration", DURATION_HINT)
