@@ -11,11 +11,11 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page, Route
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
 PICTURE = Path(__file__).parents[2] / "examples" / "render.png"
-SOON = 15_000
-A_JOB = 60_000
+SOON = 45_000
+A_JOB = 150_000
 
 
 class Visit:
@@ -100,6 +100,18 @@ def too_wide(page: "Page") -> bool:
     return bool(page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"))
 
 
+def turned(canvas: "Locator", before: bytes) -> bytes:
+    """Return what is shown once it is no longer `before` and moves no more; a software WebGL takes its time."""
+    last = before
+    for _ in range(100):
+        now = canvas.screenshot()
+        if now == last != before:
+            break
+        last = now
+        canvas.page.wait_for_timeout(100)
+    return last
+
+
 def test_a_picture_becomes_a_mesh_and_the_rest_of_the_day(
     serve: Callable[..., Any], browser: "Browser", tmp_path: Path
 ) -> None:
@@ -141,18 +153,16 @@ def test_a_picture_becomes_a_mesh_and_the_rest_of_the_day(
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2 + 160, box["y"] + box["height"] / 2 + 20, steps=8)
     page.mouse.up()
-    page.wait_for_timeout(400)
-    dragged = canvas.screenshot()
+    dragged = turned(canvas, before)
     assert dragged != before, "dragging turns the mesh"
     canvas.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_timeout(200)
-    assert canvas.screenshot() != dragged, "so do the arrow keys"
+    assert turned(canvas, dragged) != dragged, "so do the arrow keys"
     page.screenshot(path=tmp_path / "job.png", full_page=True)
 
     # Cancel another: it appears in the list by itself, and is asked for first.
     visit.go("#/", "Finished")
-    other = visit.ask("POST", "/jobs", slow(90))["body"]
+    other = visit.ask("POST", "/jobs", slow(600))["body"]
     card = page.locator("li.job", has_text=f"#{other['number']} ")
     expect(card.get_by_role("progressbar")).to_be_visible(timeout=A_JOB)
     page.screenshot(path=tmp_path / "jobs.png")
@@ -176,7 +186,7 @@ def test_a_picture_becomes_a_mesh_and_the_rest_of_the_day(
 
     # Read the money.
     visit.go("#/money", "Money")
-    expect(page.get_by_test_id("today")).to_have_text(re.compile(r"^(< \$0\.01|\$0\.\d[1-9])$"))
+    expect(page.get_by_test_id("today")).to_have_text(re.compile(r"^(< \$0\.01|\$0\.(?!00)\d\d)$"))
     expect(page.locator("main")).to_contain_text("of $25.00")
     page.get_by_text("As a table").click()
     expect(page.get_by_role("region", name="Spent over time").get_by_role("row")).not_to_have_count(1)
