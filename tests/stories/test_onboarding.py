@@ -370,7 +370,7 @@ async def test_a_failing_job_has_three_runs_and_three_more_by_retry(project: Pro
 @pytest.mark.fault(61)
 async def test_stopped_in_the_middle_the_next_start_goes_on_with_the_same_prompt(project: Project) -> None:
     agent = await project.start("comfyui_agent.run", COMFYUI_AGENT_DRAIN_SECONDS="0")
-    project.drop("T2I_1_1_slow.yaml", job("wf_slow", "slow", inputs={"seconds": 6.0}))
+    project.drop("T2I_1_1_slow.yaml", job("wf_slow", "slow", inputs={"seconds": 10.0}))
     await project.until(lambda: project.comfyui.run_log, "ComfyUI runs it")
     await project.until(
         lambda: project.ask("SELECT phase FROM jobs") == [("submitted",)], "the database knows of the prompt"
