@@ -3,6 +3,9 @@ The product for programs: `connect()`, in an async and a sync form.
 
 The sync form has a thread with an event loop of its own, so it also works inside a running loop (though it blocks that
 loop's thread while it waits, as any sync call does).
+
+A program that ends in the middle of a job, because it runs in a daemon thread or its loop stands still, ends first
+what was rented for it (`runcomfy.wiring.leaving`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from runcomfy.domain.durations import parse_duration
 from runcomfy.domain.job import JobRequest, JobResult
 from runcomfy.domain.progress import Progress
 from runcomfy.domain.queued import JobEvent, NewJob, Pause, QueuedJob, QueueStatus
+from runcomfy.wiring.leaving import asked_by, under_way
 
 if TYPE_CHECKING:
     from runcomfy.application.cost_optimizer import Advice, CostOptimizer
@@ -167,7 +171,8 @@ class Connection:
         """
         from runcomfy.application.service import ServeOptions
 
-        await self.app.serve(ServeOptions(monitor=monitor, once=once, guard=guard), stop or asyncio.Event())
+        with under_way():
+            await self.app.serve(ServeOptions(monitor=monitor, once=once, guard=guard), stop or asyncio.Event())
 
     @asynccontextmanager
     async def serving(self, *, monitor: bool = False, guard: bool = True) -> AsyncIterator[None]:
@@ -219,7 +224,8 @@ class Connection:
         a job that did not succeed raises its error (`RunComfyError`); without it, look at `result.status`.
         """
         request = self._request(workflow, image, prompt, seed, sets, out_dir, server_url, server_type, timeout, convert)
-        return checked(await self._orchestrator.run(request, on_progress=on_progress), check)
+        with under_way():
+            return checked(await self._orchestrator.run(request, on_progress=on_progress), check)
 
     def start(self, workflow: PathText | Mapping[str, Any], *, check: bool = True, **options: Any) -> Running:
         """Start a workflow (options as for `run`) and return it while it runs."""
@@ -228,7 +234,8 @@ class Connection:
         request = self._request(workflow, *(options.get(name) for name in RUN_OPTIONS))
 
         async def work(on_progress: OnProgress, cancel: asyncio.Event) -> JobResult:
-            return checked(await self._orchestrator.run(request, on_progress=on_progress, cancel=cancel), check)
+            with under_way():
+                return checked(await self._orchestrator.run(request, on_progress=on_progress, cancel=cancel), check)
 
         return Running(work)
 
@@ -413,12 +420,14 @@ class SyncConnection:
 
     def run(self, workflow: PathText | Mapping[str, Any], **options: Any) -> JobResult:
         """Run a workflow; everything as in `Connection.run`. Ctrl+C ends the job in good order first."""
-        future = asyncio.run_coroutine_threadsafe(self._connection.run(workflow, **options), self._loop)
+        work = asked_by(threading.current_thread(), self._connection.run(workflow, **options))
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except KeyboardInterrupt:
-            # Cancelling interrupts the prompt and ends what was rented; wait for that, however long it takes.
-            self._call(_cancelled(self._tasks()))
+        except BaseException:
+            if not future.done():  # Ctrl+C, or what another handler of signals has raised
+                # Cancelling interrupts the prompt and ends what was rented; wait for that, however long it takes.
+                self._call(_cancelled(self._tasks()))
             raise
 
     def _tasks(self) -> list[asyncio.Task[Any]]:

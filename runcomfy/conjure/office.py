@@ -14,9 +14,9 @@ from typing import Self
 
 from runcomfy.application.machines import Machines
 from runcomfy.bootstrap import App
-from runcomfy.conjure.leaving import under_way
 from runcomfy.domain.exceptions import LocalError, foreign_text
 from runcomfy.domain.settings import Settings
+from runcomfy.wiring.leaving import under_way
 
 log = logging.getLogger("runcomfy.conjure")
 

@@ -35,7 +35,6 @@ from runcomfy.conjure.client import ConjureAPIClient, MachineInfo
 from runcomfy.conjure.dev_server_state import DevServerStateManager
 from runcomfy.conjure.errors import also, builtin_errors
 from runcomfy.conjure.files import FLUX_IMAGE, MESH, MODELS, RENDER, copy_picture, put_result, read_graph, read_prompt
-from runcomfy.conjure.leaving import under_way
 from runcomfy.conjure.office import Office, log, open_office
 from runcomfy.conjure.progress_tracker import FLUX_MESH, FluxMeshProgressTracker, progress_tracker
 from runcomfy.conjure.two_forms import TwoForms
@@ -47,6 +46,7 @@ from runcomfy.domain.progress import Progress
 from runcomfy.domain.settings import Settings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.results import Results
+from runcomfy.wiring.leaving import under_way
 
 CONJURES_WORKFLOW: Final = Path("runcomfy", "workflows", "generate_flux_mesh.json")
 """Where CONJURE keeps it, relative to the working directory; the same graph ships with this product."""

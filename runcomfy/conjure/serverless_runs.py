@@ -14,11 +14,11 @@ from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.providers.runcomfy_serverless import RunComfyServerless
 from runcomfy.adapters.results import DiskResults
 from runcomfy.application.serverless_run import ServerlessRuns
-from runcomfy.conjure.leaving import under_way
 from runcomfy.domain.job import OutputKind
 from runcomfy.domain.serverless import Wanted
 from runcomfy.domain.settings import Settings
 from runcomfy.ports.clock import Clock
+from runcomfy.wiring.leaving import under_way
 
 STEPS_FLUX: Final = 20
 STEPS_PARTPACKER: Final = 50

@@ -1,10 +1,10 @@
 """
 What a program does with calls that are under way when it ends.
 
-CONJURE makes its calls in threads and event loops of its own. When its main thread ends, Python lets daemon threads
-stand still where they are, and takes the worker threads away that every call needs to end what it has rented: also
-from threads that it waits for. So before that happens, calls in daemon threads are cancelled and waited for until what
-they rented is gone, and other threads are let run to their end, as Python itself would have it.
+Programs make their calls in threads and event loops of their own. When the main thread ends, Python lets daemon
+threads stand still where they are, and takes the worker threads away that every call needs to end what it has rented:
+also from threads that it waits for. So before that happens, calls in daemon threads are cancelled and waited for until
+what they rented is gone, and other threads are let run to their end, as Python itself would have it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import atexit
 import concurrent.futures.thread  # noqa: F401 - its exit function must be registered before ours
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from runcomfy.domain.exceptions import Interrupted
+
+T = TypeVar("T")
 
 _LOOK_UP_SECONDS: Final = 0.5
 """How often a waiting thread looks up: on Windows, Ctrl+C is not heard in the middle of a wait."""
@@ -30,12 +33,20 @@ class _Call:
     loop: asyncio.AbstractEventLoop
     task: asyncio.Task[Any]
     thread: threading.Thread
+    """Which waits for the call: the one it runs in, or the one that has handed it to the loop of another."""
     pid: int
 
 
 _CALLS: Final[set[_Call]] = set()
 _CHANGED: Final = threading.Condition()
 _leaving = threading.Event()
+_ASKED_BY: ContextVar[threading.Thread | None] = ContextVar("asked_by", default=None)
+
+
+async def asked_by(thread: threading.Thread, work: Coroutine[Any, Any, T]) -> T:
+    """Do work for a thread that waits for it while it runs in the loop of another one."""
+    _ASKED_BY.set(thread)
+    return await work
 
 
 @contextmanager
@@ -43,7 +54,7 @@ def under_way() -> Iterator[None]:
     """Say that the task that runs now must not be left behind in this block. Raises Interrupted: the program ends."""
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - coroutines are run by tasks
-    call = _Call(task.get_loop(), task, threading.current_thread(), os.getpid())
+    call = _Call(task.get_loop(), task, _ASKED_BY.get() or threading.current_thread(), os.getpid())
     if _leaving.is_set() and call.thread.daemon:
         raise Interrupted("the program is ending", hint="nothing was begun")
     with _CHANGED:
@@ -76,7 +87,7 @@ def leave() -> None:
             for call in _calls():
                 if call.loop.is_closed() or not call.loop.is_running():
                     _run_out(call)
-                elif patient and not call.thread.daemon:
+                elif patient and not call.thread.daemon and call.thread is not threading.current_thread():
                     waited_for.add(call.thread)
                 elif call not in told:
                     told.add(call)
