@@ -247,7 +247,10 @@ class Job(BaseModel):
     attempts: int
     progress: ProgressShown | None
     time_left: TimeLeftShown | None
-    cost_usd: str | None
+    cost_usd: str | None = Field(
+        description="Its time at rented machines in all its attempts, in USD, so far or when done; machines' idle "
+        "time is told by `/costs`. Null while it waits or runs in another process, and of a job that failed."
+    )
     seeds: dict[str, int]
     machine: JobMachine | None
     error: JobError | None

@@ -85,8 +85,8 @@ class Teller:
     def cost_so_far(self, job: QueuedJob, live: LiveJob | None) -> Decimal | None:
         """Return what a running job has cost, in USD: its machine's price for the time it is at the machine.
 
-        A round figure on purpose: what others at the machine take over of it, and the machine's idle time, are known
-        when it is over. None: it runs in another process, or on a server that costs nothing here.
+        With what earlier attempts of it have cost. A round figure on purpose: what others at the machine take over of
+        it is known when it is over. None: it runs in another process, or on a server that costs nothing here.
         """
         if live is None or job.status is not QueueStatus.PROCESSING or not live.server_type:
             return None
@@ -95,7 +95,8 @@ class Teller:
             return None
         now = self._app.clock.now()
         since = self._since.get(live.uid)
-        return meter(since, now, rate.usd_per_hour) if since is not None and since < now else Decimal(0)
+        here = meter(since, now, rate.usd_per_hour) if since is not None and since < now else Decimal(0)
+        return live.progress.earlier_usd + here
 
     # -- machines and money --------------------------------------------------------------------------------
 

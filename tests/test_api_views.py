@@ -113,6 +113,9 @@ async def test_a_running_job_costs_its_machines_price_for_its_time_there(tmp_pat
         teller = teller_of(api.app)
         live = api.app.live.job(job.uid)
         assert teller.cost_so_far(job, live) == 0
+        earlier = Decimal("0.25")  # by attempts whose process is gone
+        watching.progress(Progress(Step.UPLOADING, server_type="medium", earlier_usd=earlier))
+        assert teller.cost_so_far(job, api.app.live.job(job.uid)) == earlier
         watching.progress(Progress(Step.RUNNING, server_type="medium"))
         await asyncio.sleep(1800)
         rate = api.app.settings.rates.find("medium")

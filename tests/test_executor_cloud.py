@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -68,6 +69,12 @@ async def when(condition: Callable[[], Any], what: str, *, within: float = 3_600
             return
         await asyncio.sleep(every)
     pytest.fail(f"did not happen: {what}")
+
+
+def manifest_of(path: str) -> dict[str, Any]:
+    found = json.loads((Path(path).parent / "manifest.json").read_text())
+    assert isinstance(found, dict)
+    return found
 
 
 def comfyui_of(cloud: RunComfyEmulator, number: int = -1) -> ComfyUIEmulator:
@@ -138,17 +145,31 @@ async def test_a_machine_that_goes_away_under_a_job_is_replaced_and_two_of_them_
 
 
 async def test_a_killed_workers_machine_is_taken_over_with_the_prompt_on_it(
-    programs: Programs, workers: Workers, cloud: RunComfyEmulator
+    programs: Programs, workers: Workers, cloud: RunComfyEmulator, clock: LoopClock
 ) -> None:
-    """Invariants I11, I12, I20: the prompt that a dead worker sent is gone on with, on the same machine."""
+    """Invariants I11, I12, I20: the prompt that a dead worker sent is gone on with, on the same machine.
+
+    What the job cost is its time there in both processes.
+    """
     async with working(programs, workers) as (first, program):
         job = await first.queue.enqueue(JobRequest(picture(400)))
         await when(lambda: submitted(first, job), "the prompt is on the machine")
+        began = clock.now()
+        await asyncio.sleep(60)
         await program.kill()
         await first.kill(workers.processes)
-    async with working(programs, workers) as (second, _):
+    async with working(programs, workers) as (second, program):
         done = await second.queue.wait(job, timeout=timedelta(minutes=10))
         assert (done.status, done.run_count) == (QueueStatus.DONE, 1)
+        took = (clock.now() - began).total_seconds()
+        [before, now] = done.result["bill"]
+        assert before["what"] == "medium (earlier attempts of this job)"
+        assert float(before["seconds"]) >= 60
+        assert took - 10 <= float(before["seconds"]) + float(now["seconds"]) <= took + 10
+        assert Decimal(done.result["cost_usd"]) == Decimal(before["amount_usd"]) + Decimal(now["amount_usd"])
+        [output] = done.result["outputs"]
+        await when(lambda: manifest_of(output["path"])["cost_usd"] is not None, "the manifest has the cost", within=60)
+        assert Decimal(manifest_of(output["path"])["cost_usd"]) >= Decimal(done.result["cost_usd"])
         kinds = [event.kind for event in (await second.queue.show(job)).events]
         assert EventKind.ATTACHED in kinds
         assert ran(cloud) == ["success"]

@@ -22,7 +22,6 @@ import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from typing import Any, Final
 from uuid import uuid4
 
@@ -30,6 +29,7 @@ from runcomfy.application.delivery import deliver, promised
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.journal import Journal, NoJournal, Publish
+from runcomfy.application.own_machine import total_of
 from runcomfy.application.placing import Place, PlaceFactory, Placer, Show, owed
 from runcomfy.application.prompting import Prompting
 from runcomfy.application.run_record import RunRecord
@@ -193,7 +193,7 @@ class RunComfyOrchestrator:
         run.end()
         if isinstance(error, RunComfyError):
             veil_error(error, self._veil)
-        bill = (run.place.bill if run.place is not None else ()) or run.bill
+        bill = run.earlier + ((run.place.bill if run.place is not None else ()) or run.bill)
         status, exit_code = JobStatus.DONE, 0
         if isinstance(error, RunComfyError):
             exit_code = error.exit_code
@@ -210,7 +210,7 @@ class RunComfyOrchestrator:
             prompt_id=run.prompt_id,
             outputs=run.outputs,
             seeds=dict(run.seeds),
-            cost_usd=sum((line.amount_usd for line in bill), Decimal(0)),
+            cost_usd=total_of(bill),
             timings=dict(run.timings),
             folder=run.folder,
             bill=bill,
@@ -248,6 +248,7 @@ class RunComfyOrchestrator:
             prefer = earlier.place if earlier is not None else None
             async with at(job_id=run.job_id, show=run.show, step=run.step, on_bill=run.owe, prefer=prefer) as place:
                 run.place = place
+                run.earlier = await self._placer.earlier(place, run.job_id)
                 await self._within_timeout(run, prepared, place, folder)
                 run.step("leave")
         except BaseException as error:
@@ -274,9 +275,10 @@ class RunComfyOrchestrator:
         """Complete the manifest with what is known only when the place was left. The results are whole without it."""
         if run.place is None or not run.place.bill:
             return
+        bill = run.earlier + run.place.bill
         facts = {
-            "cost_usd": format(run.place.cost_usd, "f"),
-            "bill": [_shown(line) for line in run.place.bill],
+            "cost_usd": format(total_of(bill), "f"),
+            "bill": [_shown(line) for line in bill],
             "timings": {name: round(seconds, 6) for name, seconds in run.timings.items()},
         }
         try:
@@ -404,7 +406,7 @@ class RunComfyOrchestrator:
         self, run: RunRecord, prepared: Prepared, bound: BoundWorkflow, place: Place, ended: Ended
     ) -> dict[str, Any]:
         """Return what a journal keeps of a job that is done, besides its outputs; costs and times are those so far."""
-        bill = owed(place, now=self._clock.now())
+        bill = run.earlier + owed(place, now=self._clock.now())
         return {
             "prompt_id": run.prompt_id,
             "workflow": {"name": prepared.workflow.name, "sha256": bound.sha256},
@@ -414,7 +416,7 @@ class RunComfyOrchestrator:
             "place": place.key,
             "nodes": run.timeline.as_list(),
             "cached_nodes": sorted(ended.cached),
-            "cost_usd": format(sum((line.amount_usd for line in bill), Decimal(0)), "f"),
+            "cost_usd": format(total_of(bill), "f"),
             "bill": [_shown(line) for line in bill],
             "timings": {name: round(seconds, 6) for name, seconds in run.timings.items()},
         }

@@ -27,6 +27,7 @@ from runcomfy.application.own_machine import ComfyFactory, OwnMachine, Show, Tim
 from runcomfy.application.reaper import Reaper
 from runcomfy.application.seat import Seat
 from runcomfy.application.work_book import JobFacts, WorkBook
+from runcomfy.domain.earlier import earlier_bill
 from runcomfy.domain.exceptions import BudgetExceeded, LeaseLost, LocalError, RunComfyError
 from runcomfy.domain.job import BillLine, JobId, JobRequest
 from runcomfy.domain.lease import Use
@@ -86,6 +87,8 @@ class Place:
     """How the job leaves, in the queue's words, where that is known better than from the error it leaves with."""
     outlives: bool = True
     """Whether the server goes on existing when this process ends."""
+    attempt: int = 0
+    """The token of the queue's claim, where the books hear of the job; 0 without the queue."""
 
     @property
     def cost_usd(self) -> Decimal:
@@ -195,6 +198,20 @@ class Placer:
         if self._book is None:
             self._book = WorkBook(machines.store, machines.clock)
         return self._book
+
+    async def earlier(self, place: Place, job_id: JobId) -> tuple[BillLine, ...]:
+        """Return what the job's attempts before the one at `place` have cost, by the machines' books.
+
+        What cannot be read is logged, and not in the job's figure then; the ledger has it all the same.
+        """
+        if place.attempt <= 1:
+            return ()
+        try:
+            machines, _ = await self.cloud()
+            return await _earlier(machines, job_id, place.attempt)
+        except RunComfyError as error:
+            log.warning("earlier_cost_not_read", extra={"fields": {"job": job_id, "error": error.code}})
+            return ()
 
     def key_of(self, url: str) -> str:
         """Return the key of a server that was named by its address."""
@@ -351,6 +368,20 @@ class Placer:
                 on_bill(bill)
             finally:
                 await own.close()
+
+
+async def _earlier(machines: Machines, job_id: JobId, attempt: int) -> tuple[BillLine, ...]:
+    store = machines.store
+    own = await store.works(job_ids=[job_id])
+    places = {work.machine_id for work in own if work.attempt < attempt}
+    if not places:
+        return ()
+    there = await store.works(machine_ids=places)
+    unended = {work.job_id for work in there if work.ended_at is None} | {job_id}
+    works = {*there, *await store.works(job_ids=unended)}
+    rows = [await store.machine(machine_id) for machine_id in places]
+    known = {row.id: row for row in rows if row is not None}
+    return earlier_bill(job_id, attempt, works, known, now=machines.clock.now())
 
 
 async def _bill(machines: Machines, machine: Machine | None) -> tuple[BillLine, ...]:

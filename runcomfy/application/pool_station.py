@@ -381,6 +381,7 @@ class PoolStation:
             share=lambda _: self._bill(lease),
             seat=seat,
             outlives=self._outlives(),
+            attempt=facts.attempt,
         )
         error: BaseException | None = None
         try:

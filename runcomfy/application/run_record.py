@@ -13,6 +13,7 @@ from datetime import timedelta
 
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.journal import Journal
+from runcomfy.application.own_machine import total_of
 from runcomfy.application.placing import Place, Show
 from runcomfy.domain.job import BillLine, JobId, Output, PromptId
 from runcomfy.domain.progress import Progress
@@ -34,6 +35,8 @@ class RunRecord:
     outputs: tuple[Output, ...] = ()
     folder: str | None = None
     bill: tuple[BillLine, ...] = ()
+    earlier: tuple[BillLine, ...] = ()
+    """What earlier attempts of the job have cost."""
     timings: dict[str, float] = field(default_factory=dict)
     place: Place | None = None
     joined: bool = False
@@ -53,6 +56,8 @@ class RunRecord:
         seconds = asyncio.get_running_loop().time() - self.started
         elapsed = timedelta(seconds=seconds)
         progress = replace(progress, elapsed=elapsed, server_type=self.server_type, joined=self.joined)
+        if self.earlier:
+            progress = replace(progress, earlier_usd=total_of(self.earlier))
         self.timeline = self.timeline.seen(progress, seconds)
         if self.on_progress is not None:
             self.on_progress(progress)

@@ -37,6 +37,7 @@ class Present(Protocol):
 
     seat: Seat
     outcome: str
+    attempt: int
 
     @property
     def machine(self) -> Machine | None:
@@ -72,7 +73,7 @@ class WorkBook:
             yield
             return
         stay = self.begin(place.machine, job_id, facts)
-        place.seat = stay
+        place.seat, place.attempt = stay, facts.attempt
         error: BaseException | None = None
         try:
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from decimal import Decimal
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -74,6 +75,8 @@ class Progress:
     """The type of the rented machine the job is at; empty before, and on a server that was given."""
     joined: bool = False
     """Whether the prompt of an earlier attempt is gone on with: what ran before was not heard."""
+    earlier_usd: Decimal = Decimal(0)
+    """What earlier attempts of the job have cost."""
 
 
 @dataclass(frozen=True, slots=True)

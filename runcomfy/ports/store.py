@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from runcomfy.domain.budget import Budget, BudgetState
 from runcomfy.domain.decision import Decision
+from runcomfy.domain.job import JobId
 from runcomfy.domain.lease import Owner, Use
 from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineState, OwnerId, ServerId, Transition
 from runcomfy.domain.money import LedgerEntry
@@ -189,11 +190,15 @@ class Store(Protocol):
         self,
         *,
         machine_ids: Collection[MachineId] | None = None,
+        job_ids: Collection[JobId] | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         limit: int | None = None,
     ) -> Sequence[Work]:
-        """Return what began in [`since`, `until`), oldest first; with `limit` the newest so many."""
+        """Return what began in [`since`, `until`), oldest first; with `limit` the newest so many.
+
+        `job_ids` is meant for a few.
+        """
         ...
 
     # signals and decisions

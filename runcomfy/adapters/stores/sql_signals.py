@@ -11,6 +11,7 @@ from sqlalchemy import Connection, insert, select
 from runcomfy.adapters.stores import roles, tables
 from runcomfy.adapters.stores import sql_parts as parts
 from runcomfy.domain.decision import Decision
+from runcomfy.domain.job import JobId
 from runcomfy.domain.machine import MachineId, OwnerId
 from runcomfy.domain.signal import Signal
 from runcomfy.domain.work import Work
@@ -38,12 +39,15 @@ class SignalsPart(parts.SqlPart):
         self,
         *,
         machine_ids: Collection[MachineId] | None = None,
+        job_ids: Collection[JobId] | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         limit: int | None = None,
     ) -> Sequence[Work]:
         """Return what began in [`since`, `until`), oldest first; with `limit` the newest so many."""
         query = select(_work)
+        if job_ids is not None:
+            query = query.where(_work.c.job_id.in_(sorted(set(job_ids))))
         if since is not None:
             query = query.where(_work.c.began_at >= since)
         if until is not None:

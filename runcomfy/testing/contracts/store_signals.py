@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 
 from runcomfy.domain.decision import Decision
+from runcomfy.domain.job import JobId
 from runcomfy.domain.machine import MachineId
 from runcomfy.domain.signal import Signal, SignalKind
 from runcomfy.domain.work import Work
@@ -54,6 +55,9 @@ class WorkContract:
 
         assert await names(machine_ids=ids) == "01234"
         assert await names(machine_ids=[one.id]) == "024"
+        assert await names(machine_ids=ids, job_ids=[JobId("1"), JobId("4")]) == "14"
+        assert await names(machine_ids=[one.id], job_ids=[JobId("1"), JobId("4")]) == "4"
+        assert await names(machine_ids=ids, job_ids=[]) == ""
         assert await names(machine_ids=ids, since=after(1), until=after(4)) == "123"
         assert await names(machine_ids=ids, limit=2) == "34"
         assert await names(machine_ids=ids, until=after(3), limit=2) == "12"
