@@ -295,15 +295,11 @@ def _flag(name: str) -> str:
     return f"--{name}" if name in ("image", "prompt") else f"--set {name}=…"
 
 
-def _print_facts(facts: Mapping[str, Any]) -> None:
-    from runcomfy.cli.output import table
+def _sections(facts: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Return what is shown of a workflow: the heading, the columns and the rows of each table."""
     from runcomfy.domain.exceptions import foreign_text
 
-    click.echo(
-        foreign_text(facts["name"]) + (f": {foreign_text(facts['description'])}" if facts["description"] else "")
-    )
-    click.echo(f"{facts['node_count']} nodes, sha256 {facts['sha256']}")
-    sections: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
+    return [
         (
             "Inputs",
             ("option", "goes to", "now", "description"),
@@ -352,7 +348,17 @@ def _print_facts(facts: Mapping[str, Any]) -> None:
             [(n["id"], n["class_type"], n["title"], ", ".join(n["inputs"])) for n in facts["nodes"]],
         ),
     ]
-    for heading, headers, rows in sections:
+
+
+def _print_facts(facts: Mapping[str, Any]) -> None:
+    from runcomfy.cli.output import table
+    from runcomfy.domain.exceptions import foreign_text
+
+    click.echo(
+        foreign_text(facts["name"]) + (f": {foreign_text(facts['description'])}" if facts["description"] else "")
+    )
+    click.echo(f"{facts['node_count']} nodes, sha256 {facts['sha256']}")
+    for heading, headers, rows in _sections(facts):
         if rows:
             click.echo(f"\n{heading}\n{table(headers, rows)}")
     if not facts["outputs"]:

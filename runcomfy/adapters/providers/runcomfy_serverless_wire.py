@@ -9,12 +9,12 @@ answer about another request, or one without an id where one was asked for, is n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from itertools import islice
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from runcomfy.adapters.providers.runcomfy_wire import Unreadable, read_id, read_json, read_url
+from runcomfy.adapters.providers.runcomfy_wire import Unreadable, read_id, read_json, read_time, read_url
 from runcomfy.domain.exceptions import foreign_text
 from runcomfy.domain.serverless import (
     DeploymentView,
@@ -172,17 +172,6 @@ def read_faults(body: Mapping[str, Any]) -> Iterator[Fault]:
     top = _code(body.get("error_code"))
     if not found and top:
         yield Fault(top, "", _words(body))
-
-
-def read_time(value: Any) -> datetime | None:
-    """Read a time in UTC; one without an offset is taken for UTC, as RunComfy's documents write them."""
-    if not isinstance(value, str):
-        return None
-    try:
-        at = datetime.fromisoformat(value.strip())
-        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    except (ValueError, OverflowError):
-        return None
 
 
 # --- files --------------------------------------------------------------------------------------------------

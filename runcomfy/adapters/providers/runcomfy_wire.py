@@ -95,6 +95,17 @@ def read_url(value: Any) -> SecretUrl | None:
     return SecretUrl(text) if usable and text.isascii() and text.isprintable() and " " not in text else None
 
 
+def read_time(value: Any) -> datetime | None:
+    """Read a time in UTC; one without an offset is taken for UTC, as RunComfy's documents write them."""
+    if not isinstance(value, str):
+        return None
+    try:
+        at = datetime.fromisoformat(value.strip())
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
 def read_page(payload: Any) -> Page:
     """Find the entries of a list, bare or wrapped, and what the answer says about further pages. Raises Unreadable."""
     if isinstance(payload, list):
@@ -214,8 +225,8 @@ def read_machine(entry: Mapping[str, Any]) -> MachineReport:
         server_type=_text(entry, "server_type"),
         url=read_url(entry.get("main_service_url")),
         duration=_duration(entry.get("estimated_duration")),
-        ready_at=_stamp(entry.get("service_ready_at")),
-        stopping_at=_stamp(entry.get("estimated_stopping_at")),
+        ready_at=read_time(entry.get("service_ready_at")),
+        stopping_at=read_time(entry.get("estimated_stopping_at")),
         workflow_version_id=_text(entry, "workflow_version_id"),
     )
 
@@ -293,14 +304,3 @@ def _duration(value: Any) -> timedelta | None:
     except (ValueError, OverflowError):
         return None
     return span if span > timedelta(0) else None
-
-
-def _stamp(value: Any) -> datetime | None:
-    """Read a time in UTC; without an offset it is taken for UTC."""
-    if not isinstance(value, str):
-        return None
-    try:
-        at = datetime.fromisoformat(value.strip())
-        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    except (ValueError, OverflowError):
-        return None

@@ -52,6 +52,14 @@ def refused_by_origin(request: web.Request, *, fetch_site: bool) -> bool:
     return domain != host.lower()
 
 
+def allow(response: web.StreamResponse, origin: str) -> None:
+    """Let pages of that origin read the answer."""
+    response.headers["Access-Control-Allow-Origin"] = origin
+    response.headers["Access-Control-Allow-Methods"] = "POST, GET, DELETE, PUT, OPTIONS, PATCH"
+    response.headers["Access-Control-Allow-Headers"] = "Content-Type, Authorization"
+    response.headers["Access-Control-Allow-Credentials"] = "true"
+
+
 def make_middlewares(process: ServerProcess, requests: list[RequestRecord]) -> list[Middleware]:
     """The chain, outermost first."""
     options, can = process.options, process.capabilities
@@ -97,10 +105,7 @@ def make_middlewares(process: ServerProcess, requests: list[RequestRecord]) -> l
             return web.Response(status=403)
         response = web.Response() if request.method == "OPTIONS" else await handler(request)
         if options.cors is not None and not response.prepared:
-            response.headers["Access-Control-Allow-Origin"] = options.cors
-            response.headers["Access-Control-Allow-Methods"] = "POST, GET, DELETE, PUT, OPTIONS, PATCH"
-            response.headers["Access-Control-Allow-Headers"] = "Content-Type, Authorization"
-            response.headers["Access-Control-Allow-Credentials"] = "true"
+            allow(response, options.cors)
         return response
 
     @web.middleware

@@ -37,6 +37,16 @@ class ComfyUIEmulator:
             ...  # comfyui.url
     """
 
+    run_log: list[RunRecord]
+    """Every prompt that was begun, oldest first, over all boots."""
+    requests: list[RequestRecord]
+    """Every HTTP request, handshakes included."""
+    boots: int
+    """How often the server was started."""
+    _process: ServerProcess | None
+    _runner: web.AppRunner | None
+    _crash: asyncio.Task[None] | None
+
     def __init__(
         self,
         *,
@@ -74,16 +84,11 @@ class ComfyUIEmulator:
         """
         self._own_folder = folder is None
         self._base = folder if folder is not None else Path(tempfile.mkdtemp(prefix="comfyui-emulator-"))
-        base = self._base.resolve()
-        self.folders = Folders(base / "input", base / "output", base / "temp", base / "user", base / "models")
-        if nodes is None:
-            from runcomfy.testing.emulators.comfyui.nodes import NODE_CLASSES
-
-            nodes = NODE_CLASSES
+        self.folders = Folders.below(self._base.resolve())
         capabilities = Capabilities.of(version)
         self.options = Options(
             folders=self.folders,
-            nodes={name: node for name, node in nodes.items() if node.since <= capabilities.version},
+            nodes=_known(nodes, capabilities),
             capabilities=capabilities,
             now=now,
             max_upload_size=max_upload_size_mb,
@@ -97,17 +102,9 @@ class ComfyUIEmulator:
             round_trip=round_trip,
         )
         self.faults = FaultPlan()
-        self.run_log: list[RunRecord] = []
-        """Every prompt that was begun, oldest first, over all boots."""
-        self.requests: list[RequestRecord] = []
-        """Every HTTP request, handshakes included."""
-        self.boots = 0
-        """How often the server was started."""
-        self.host = "127.0.0.1"
-        self.port = 0
-        self._process: ServerProcess | None = None
-        self._runner: web.AppRunner | None = None
-        self._crash: asyncio.Task[None] | None = None
+        self.run_log, self.requests, self.boots = [], [], 0
+        self.host, self.port = "127.0.0.1", 0
+        self._process, self._runner, self._crash = None, None, None
 
     # Life
 
@@ -300,3 +297,12 @@ def _tables(can: Capabilities) -> list[web.RouteTableDef]:
     if can.jobs:
         tables.append(jobs.routes)
     return tables
+
+
+def _known(nodes: Mapping[str, NodeClass] | None, capabilities: Capabilities) -> dict[str, NodeClass]:
+    """Return which of these nodes, or of those that are shipped, a server of that version has."""
+    if nodes is None:
+        from runcomfy.testing.emulators.comfyui.nodes import NODE_CLASSES
+
+        nodes = NODE_CLASSES
+    return {name: node for name, node in nodes.items() if node.since <= capabilities.version}

@@ -74,6 +74,11 @@ class Folders:
     user: Path
     models: Path
 
+    @classmethod
+    def below(cls, base: Path) -> Folders:
+        """Return the folders of a server whose base folder that is."""
+        return cls(base / "input", base / "output", base / "temp", base / "user", base / "models")
+
     def of(self, kind: str) -> Path | None:
         """The folder for a file reference's `type`, None for a type nobody knows."""
         return {"input": self.input, "output": self.output, "temp": self.temp}.get(kind)

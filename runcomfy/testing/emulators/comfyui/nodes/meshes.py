@@ -292,31 +292,7 @@ def glb(mesh: Mesh, *, name: str = "mesh", extras: Mapping[str, Any] | None = No
     """Return the mesh as binary glTF 2.0. `extras` goes into `asset.extras`, beside the generator's name."""
     count = mesh.vertices
     buffer = _Buffer()
-    axes = [mesh.positions[axis::3] for axis in range(3)]
-    attributes = {
-        "POSITION": buffer.add(
-            _little(mesh.positions),
-            ARRAY_BUFFER,
-            componentType=FLOAT,
-            count=count,
-            type="VEC3",
-            min=[min(axis) for axis in axes],
-            max=[max(axis) for axis in axes],
-        )
-    }
-    if mesh.normals:
-        attributes["NORMAL"] = buffer.add(
-            _little(mesh.normals), ARRAY_BUFFER, componentType=FLOAT, count=count, type="VEC3"
-        )
-    if mesh.colors:
-        attributes["COLOR_0"] = buffer.add(
-            _little(mesh.colors),
-            ARRAY_BUFFER,
-            componentType=UNSIGNED_SHORT,
-            normalized=True,
-            count=count,
-            type="VEC4",
-        )
+    attributes = _attributes(mesh, buffer)
     # 65535 itself is the primitive restart value, which no index may have.
     short = count <= 65535
     indices = buffer.add(
@@ -351,6 +327,37 @@ def glb(mesh: Mesh, *, name: str = "mesh", extras: Mapping[str, Any] | None = No
         "buffers": [{"byteLength": len(buffer.data)}],
     }
     return packed(document, bytes(buffer.data))
+
+
+def _attributes(mesh: Mesh, buffer: _Buffer) -> dict[str, int]:
+    """Put what each vertex has into the buffer; return the accessor of each attribute."""
+    count = mesh.vertices
+    axes = [mesh.positions[axis::3] for axis in range(3)]
+    attributes = {
+        "POSITION": buffer.add(
+            _little(mesh.positions),
+            ARRAY_BUFFER,
+            componentType=FLOAT,
+            count=count,
+            type="VEC3",
+            min=[min(axis) for axis in axes],
+            max=[max(axis) for axis in axes],
+        )
+    }
+    if mesh.normals:
+        attributes["NORMAL"] = buffer.add(
+            _little(mesh.normals), ARRAY_BUFFER, componentType=FLOAT, count=count, type="VEC3"
+        )
+    if mesh.colors:
+        attributes["COLOR_0"] = buffer.add(
+            _little(mesh.colors),
+            ARRAY_BUFFER,
+            componentType=UNSIGNED_SHORT,
+            normalized=True,
+            count=count,
+            type="VEC4",
+        )
+    return attributes
 
 
 def packed(document: Mapping[str, Any], data: bytes) -> bytes:
