@@ -158,6 +158,9 @@ def test_a_wrong_value_is_refused_with_node_and_title(
     assert "the canvas" in what.err
     assert "width" in what.err
     assert "height" in what.err  # every problem is named, not only the first
+    listed = [line for line in what.err.splitlines() if line.lstrip().startswith("- ")]
+    assert len(listed) == 2
+    assert all(line.count("the canvas") == 1 for line in listed)
 
 
 @pytest.mark.parametrize("item", ["nonsense", "=5", "77.image=x", "3.no_such_input=1", "LoadImage=1"])

@@ -182,4 +182,4 @@ def _show_problems(problems: Any) -> None:
     if not isinstance(problems, list) or len(problems) < 2:
         return
     for problem in problems:
-        tell(f"  - node {problem['node_id']} ({problem['title']}): {problem['message']} -> {problem['hint']}")
+        tell(f"  - {problem['message']} -> {problem['hint']}")  # the message names the node
