@@ -27,6 +27,7 @@ from uuid import uuid4
 
 import workflows
 from launcher.conjure.engine import Engine, Made, Order, shared_engine
+from launcher.conjure.generating import Unified
 from launcher.conjure.parameters import FLUX_IMAGE, FLUX_MESH, IMAGE_TO_MESH
 from launcher.conjure.services import MachineGenerationService
 from runcomfy.adapters.data_uri import png_data_uri
@@ -194,7 +195,10 @@ def progress_of(report: RequestReport) -> Progress:
 
 
 class ServerlessGenerationService(MachineGenerationService):
-    """Generates with requests to a serverless deployment of RunComfy's (RUNCOMFY_DEPLOYMENT_ID)."""
+    """Generates with requests to a serverless deployment of RunComfy's (RUNCOMFY_DEPLOYMENT_ID).
+
+    `cost` in its answers is an estimate, and `cost_estimate` says between what it may lie.
+    """
 
     mode: ClassVar[str] = SERVERLESS
     where: ClassVar[str] = SERVERLESS
@@ -220,94 +224,25 @@ class ServerlessGenerationService(MachineGenerationService):
             return True, ""
         return False, f"{reason.message}: {reason.hint}"
 
-    # -- the calls -----------------------------------------------------------------------------------------
+    # -- how calls are made --------------------------------------------------------------------------------
 
-    def generate_flux_image(self, prompt: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
-        """Make a picture from words. See `MachineGenerationService`; `cost` is an estimate."""
-        return self._shown(super().generate_flux_image(prompt, seed, **kwargs))
-
-    async def a_generate_flux_image(self, prompt: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
-        """Await `generate_flux_image`."""
-        return self._shown(await super().a_generate_flux_image(prompt, seed, **kwargs))
-
-    def generate_flux_depth_image(
-        self, control_image_path: str, prompt: str, seed: int = 0, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Make a picture over a depth, and keep its mesh. See `MachineGenerationService`; `cost` is an estimate."""
-        return self._shown(super().generate_flux_depth_image(control_image_path, prompt, seed, **kwargs))
-
-    async def a_generate_flux_depth_image(
-        self, control_image_path: str, prompt: str, seed: int = 0, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Await `generate_flux_depth_image`."""
-        return self._shown(await super().a_generate_flux_depth_image(control_image_path, prompt, seed, **kwargs))
-
-    def generate_3d_model(self, image_path: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
-        """Return the mesh of a picture. See `MachineGenerationService`; `cost` is an estimate."""
-        return self._shown(super().generate_3d_model(image_path, seed, **kwargs))
-
-    async def a_generate_3d_model(self, image_path: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
-        """Await `generate_3d_model`."""
-        return self._shown(await super().a_generate_3d_model(image_path, seed, **kwargs))
-
-    def generate_flux_mesh_unified(
-        self,
-        prompt: str | None = None,
-        render_image_path: str | None = None,
-        seed: int | None = None,
-        steps_flux: int | None = None,
-        steps_partpacker: int | None = None,
-    ) -> dict[str, Any]:
-        """Make picture and mesh in one request, from the user's prompt and render unless others are given.
-
-        Never raises: what goes wrong is `success: False` with `error`, and `request_id` and `status` where known.
-        """
-        flux, mesh = self._steps(steps_flux, steps_partpacker)
-        found = super().generate_flux_mesh_unified(prompt, render_image_path, seed, flux, mesh)
-        return self._shown(self._with_steps(found, flux, mesh))
-
-    async def a_generate_flux_mesh_unified(
-        self,
-        prompt: str | None = None,
-        render_image_path: str | None = None,
-        seed: int | None = None,
-        steps_flux: int | None = None,
-        steps_partpacker: int | None = None,
-    ) -> dict[str, Any]:
-        """Await `generate_flux_mesh_unified`."""
-        flux, mesh = self._steps(steps_flux, steps_partpacker)
-        found = await super().a_generate_flux_mesh_unified(prompt, render_image_path, seed, flux, mesh)
-        return self._shown(self._with_steps(found, flux, mesh))
-
-    # -- parts ---------------------------------------------------------------------------------------------
-
-    def _steps(self, flux: int | None, mesh: int | None) -> tuple[int | None, int | None]:
-        """Return the steps to ask for; None: those that the deployment's workflow has, which need not be sent."""
-        try:
-            settings = self._engine.app.settings.serverless
-        except RunComfyError:
-            return flux, mesh  # the call itself says what is wrong with the settings
+    def _completed(self, asked: Unified) -> Unified:
+        """Return it with the steps of the settings; None: the deployment's workflow has them, they need not be sent."""
+        settings = self._engine.app.settings.serverless
+        flux, mesh = asked.steps_flux, asked.steps_partpacker
         if flux is None and settings.steps_flux != STEPS_FLUX:
             flux = settings.steps_flux
         if mesh is None and settings.steps_partpacker != STEPS_PARTPACKER:
             mesh = settings.steps_partpacker
-        return flux, mesh
+        return replace(asked, steps_flux=flux, steps_partpacker=mesh)
 
-    @staticmethod
-    def _with_steps(answer: dict[str, Any], flux: int | None, mesh: int | None) -> dict[str, Any]:
-        if not answer["success"]:
-            return answer
-        return {**answer, "steps_flux": flux or STEPS_FLUX, "steps_partpacker": mesh or STEPS_PARTPACKER}
-
-    def _shown(self, answer: dict[str, Any]) -> dict[str, Any]:
+    def _told(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Return an answer with what is known of its cost, said to be an estimate."""
         if not answer.get("success"):
             return answer
         estimate = self._estimates.get(str(answer.get("job_id")))
-        return {
-            **answer,
-            "cost_estimate": dict(estimate) if estimate is not None and not answer.get("reused") else None,
-        }
+        known = dict(estimate) if estimate is not None and not answer.get("reused") else None
+        return {**answer, "cost_estimate": known}
 
 
 class ServerlessRunComfyService(ServerlessGenerationService):

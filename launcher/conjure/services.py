@@ -15,6 +15,7 @@ Where jobs run and how calls get there from any thread is the engine's business 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -25,6 +26,9 @@ from launcher.conjure.generating import Generating, Unified
 from launcher.conjure.hugging_face import SpacesGenerating
 from launcher.conjure.probe import answers
 from runcomfy.domain.exceptions import RunComfyError, foreign_text
+
+Call = Callable[[Generating | SpacesGenerating], Coroutine[Any, Any, dict[str, Any]]]
+"""What is asked of the work."""
 
 MODES: Final = ("local", "cloud", "serverless", "cloud_legacy", "local_comfyui", "huggingface")
 """Every mode that either revision of CONJURE writes, and the one that its newer menu names."""
@@ -88,6 +92,34 @@ class MachineGenerationService(GenerationService):
     def _places(self) -> places.Places:
         return places.Places() if self._root is None else places.Places(Path(self._root))
 
+    # -- how calls are made --------------------------------------------------------------------------------
+
+    def _run(self, call: Call) -> dict[str, Any]:
+        """Have the work done and wait for it."""
+        work = self._generating()
+        return self._engine.wait(lambda: call(work))
+
+    async def _a_run(self, call: Call) -> dict[str, Any]:
+        """Have the work done and await it."""
+        work = self._generating()
+        return await self._engine.here(lambda: call(work))
+
+    def _ask(self, call: Call) -> dict[str, Any]:
+        """Return what the caller gets."""
+        return self._told(self._run(call))
+
+    async def _a_ask(self, call: Call) -> dict[str, Any]:
+        """Return what the caller gets."""
+        return self._told(await self._a_run(call))
+
+    def _told(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Return an answer with what else this service knows of it."""
+        return answer
+
+    def _completed(self, asked: Unified) -> Unified:
+        """Return what is asked for in one run, with what this service's settings say beside."""
+        return asked
+
     # -- the calls -----------------------------------------------------------------------------------------
 
     def generate_flux_image(self, prompt: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
@@ -98,13 +130,11 @@ class MachineGenerationService(GenerationService):
         `job_id`, `not_applied`.
         Raises RunComfyError: what went wrong with the job.
         """
-        work = self._generating()
-        return self._engine.wait(lambda: work.image(prompt, seed, kwargs))
+        return self._ask(lambda work: work.image(prompt, seed, kwargs))
 
     async def a_generate_flux_image(self, prompt: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
         """Await `generate_flux_image`."""
-        work = self._generating()
-        return await self._engine.here(lambda: work.image(prompt, seed, kwargs))
+        return await self._a_ask(lambda work: work.image(prompt, seed, kwargs))
 
     def generate_flux_depth_image(
         self, control_image_path: str, prompt: str, seed: int = 0, **kwargs: Any
@@ -114,15 +144,13 @@ class MachineGenerationService(GenerationService):
         Parameters as for `generate_flux_image`; `randomize_seed` is false by default. Returns the same keys.
         Raises PictureMissing (a FileNotFoundError), RunComfyError.
         """
-        work = self._generating()
-        return self._engine.wait(lambda: work.depth(control_image_path, prompt, seed, kwargs))
+        return self._ask(lambda work: work.depth(control_image_path, prompt, seed, kwargs))
 
     async def a_generate_flux_depth_image(
         self, control_image_path: str, prompt: str, seed: int = 0, **kwargs: Any
     ) -> dict[str, Any]:
         """Await `generate_flux_depth_image`."""
-        work = self._generating()
-        return await self._engine.here(lambda: work.depth(control_image_path, prompt, seed, kwargs))
+        return await self._a_ask(lambda work: work.depth(control_image_path, prompt, seed, kwargs))
 
     def generate_3d_model(self, image_path: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
         """Return the mesh of a picture: the one of the run that made the picture, if there is one that fits.
@@ -132,13 +160,11 @@ class MachineGenerationService(GenerationService):
         model_path, seed_used, cost` (USD, 0 if nothing ran), `job_id`, `reused`, `not_applied`.
         Raises PictureMissing (a FileNotFoundError), RunComfyError.
         """
-        work = self._generating()
-        return self._engine.wait(lambda: work.model(image_path, seed, kwargs))
+        return self._ask(lambda work: work.model(image_path, seed, kwargs))
 
     async def a_generate_3d_model(self, image_path: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
         """Await `generate_3d_model`."""
-        work = self._generating()
-        return await self._engine.here(lambda: work.model(image_path, seed, kwargs))
+        return await self._a_ask(lambda work: work.model(image_path, seed, kwargs))
 
     def generate_flux_mesh_unified(
         self,
@@ -153,10 +179,10 @@ class MachineGenerationService(GenerationService):
         Returns `success, request_id, flux_image_path, mesh_model_path, seed_used, steps_flux, steps_partpacker,
         generation_mode`, or `success, error` and what is known beside.
         """
-        asked = Unified(prompt, render_image_path, seed, steps_flux, steps_partpacker)
+        given = Unified(prompt, render_image_path, seed, steps_flux, steps_partpacker)
         try:
-            work = self._generating()
-            return self._engine.wait(lambda: work.unified(asked))
+            asked = self._completed(given)
+            return self._told(self._run(lambda work: work.unified(asked)))
         except RunComfyError as error:  # wrong settings; the engine ends
             return {**failure(error), "generation_mode": self.mode}
 
@@ -169,10 +195,10 @@ class MachineGenerationService(GenerationService):
         steps_partpacker: int | None = None,
     ) -> dict[str, Any]:
         """Await `generate_flux_mesh_unified`."""
-        asked = Unified(prompt, render_image_path, seed, steps_flux, steps_partpacker)
+        given = Unified(prompt, render_image_path, seed, steps_flux, steps_partpacker)
         try:
-            work = self._generating()
-            return await self._engine.here(lambda: work.unified(asked))
+            asked = self._completed(given)
+            return self._told(await self._a_run(lambda work: work.unified(asked)))
         except RunComfyError as error:
             return {**failure(error), "generation_mode": self.mode}
 
@@ -269,49 +295,15 @@ class LocalComfyUIService(LocalGenerationService):
     def _on_spaces(self) -> bool:
         return False
 
-    def generate_flux_image(self, prompt: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
-        """Make a picture from words, or return `success: False` and the error."""
+    def _ask(self, call: Call) -> dict[str, Any]:
         try:
-            return super().generate_flux_image(prompt, seed, **kwargs)
+            return super()._ask(call)
         except RunComfyError as error:
             return failure(error)
 
-    def generate_flux_depth_image(
-        self, control_image_path: str, prompt: str, seed: int = 0, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Make a picture over a depth, or return `success: False` and the error."""
+    async def _a_ask(self, call: Call) -> dict[str, Any]:
         try:
-            return super().generate_flux_depth_image(control_image_path, prompt, seed, **kwargs)
-        except RunComfyError as error:
-            return failure(error)
-
-    def generate_3d_model(self, image_path: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
-        """Return the mesh of a picture, or `success: False` and the error."""
-        try:
-            return super().generate_3d_model(image_path, seed, **kwargs)
-        except RunComfyError as error:
-            return failure(error)
-
-    async def a_generate_flux_image(self, prompt: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
-        """Await `generate_flux_image`."""
-        try:
-            return await super().a_generate_flux_image(prompt, seed, **kwargs)
-        except RunComfyError as error:
-            return failure(error)
-
-    async def a_generate_flux_depth_image(
-        self, control_image_path: str, prompt: str, seed: int = 0, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Await `generate_flux_depth_image`."""
-        try:
-            return await super().a_generate_flux_depth_image(control_image_path, prompt, seed, **kwargs)
-        except RunComfyError as error:
-            return failure(error)
-
-    async def a_generate_3d_model(self, image_path: str, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
-        """Await `generate_3d_model`."""
-        try:
-            return await super().a_generate_3d_model(image_path, seed, **kwargs)
+            return await super()._a_ask(call)
         except RunComfyError as error:
             return failure(error)
 
