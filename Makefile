@@ -7,6 +7,8 @@ ARGS   ?=
 # Stories of real processes mostly wait: twice as many workers as processors.
 WORKERS ?= $(shell echo $$((2 * $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1))))
 TRACE  ?=
+# Hundreds of tests start processes of ours: without it each of them would compile the program anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install demo test check coverage format lint types floors bench docs nightly web clean
 

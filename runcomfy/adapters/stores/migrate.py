@@ -77,11 +77,9 @@ def upgrade(connection: Connection, where: str, *, at: datetime) -> None:
     if found == HEAD:
         return
     from alembic import command
-    from alembic.script import ScriptDirectory
 
     config = _config()
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if found is not None and found not in known:
+    if found is not None and found not in _known(config):
         raise _too_new(connection, where, found)
     config.attributes["connection"] = connection
     by_hand = found is None and connection.dialect.name == "sqlite" and _JOBS in inspect(connection).get_table_names()
@@ -114,6 +112,12 @@ def _config() -> Config:
     config.set_main_option("script_location", folder.replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
+
+
+def _known(config: Config) -> set[str]:
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
 
 
 def _too_new(connection: Connection, where: str, found: str) -> StoreTooNew:
