@@ -168,8 +168,12 @@ class ProgressShown(BaseModel):
 
 
 class TimeLeftShown(BaseModel):
-    """How long a job will still take."""
+    """How long a job will still take: a range that holds four times of five."""
 
+    counts_from: Literal["now", "start"] = Field(
+        description="`now` of a job that runs. `start` of one that waits: its own run, once it begins; when that is "
+        "depends on workers elsewhere, budgets, pauses and what is put before it, and is not told."
+    )
     low_s: float
     expected_s: float
     high_s: float

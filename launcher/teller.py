@@ -67,7 +67,7 @@ class Teller:
             "id": job.uid,
             "number": job.id,
             "progress": live_progress(job.uid, live) if live is not None else progress_view(job, None),
-            "time_left": time_left_view(left) if left is not None else None,
+            "time_left": time_left_view(left, begun=True) if left is not None else None,
             "cost_usd": usd(self.cost_so_far(job, live)),
         }
 

@@ -145,7 +145,7 @@ def job_view(
         "duration_s": job.duration,
         "attempts": job.run_count,
         "progress": progress_view(job, live) if running else None,
-        "time_left": time_left_view(time_left) if not job.ended and time_left is not None else None,
+        "time_left": time_left_view(time_left, begun=running) if not job.ended and time_left is not None else None,
         "cost_usd": _cost(job, cost_usd),
         "seeds": {str(name): seed for name, seed in _mapping(result.get("seeds")).items()},
         "machine": machine_of(job, live),
@@ -333,9 +333,10 @@ def live_progress(uid: JobId, live: LiveJob) -> Json:
     }
 
 
-def time_left_view(left: TimeLeft) -> Json:
-    """Return how long a job will still take, in seconds."""
+def time_left_view(left: TimeLeft, *, begun: bool) -> Json:
+    """Return how long a job will still take, in seconds: from now if it has begun, else from when it does."""
     return {
+        "counts_from": "now" if begun else "start",
         "low_s": round(left.low_s, 1),
         "expected_s": round(left.expected_s, 1),
         "high_s": round(left.high_s, 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 from launcher.errors import error_body, status_of
 from launcher.files import NOTHING, disposition, range_of
 from launcher.teller import teller_of
-from launcher.views import without_paths
+from launcher.views import job_view, without_paths
 from runcomfy.bootstrap import App
 from runcomfy.domain import exceptions as known
 from runcomfy.domain.exceptions import RunComfyError
 from runcomfy.domain.progress import Progress, Step
-from runcomfy.domain.queued import WorkerId
+from runcomfy.domain.queued import QueueStatus, WorkerId
+from runcomfy.domain.time_left import TimeLeft
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.web import serving_web
 
@@ -113,6 +115,9 @@ async def test_a_running_job_costs_its_machines_price_for_its_time_there(tmp_pat
         teller = teller_of(api.app)
         live = api.app.live.job(job.uid)
         assert teller.cost_so_far(job, live) == 0
+        left = TimeLeft(low_s=1, expected_s=2, high_s=3, sure=False, runs=1)
+        waits = replace(job, status=QueueStatus.PENDING)
+        assert [job_view(one, None, left)["time_left"]["counts_from"] for one in (waits, job)] == ["start", "now"]
         earlier = Decimal("0.25")  # by attempts whose process is gone
         watching.progress(Progress(Step.UPLOADING, server_type="medium", earlier_usd=earlier))
         assert teller.cost_so_far(job, api.app.live.job(job.uid)) == earlier
