@@ -198,7 +198,8 @@ async def test_a_client_that_reads_nothing_is_given_up(
             metrics = (await web.get("/metrics")).body.decode()
             assert "comfyctl_listeners 0.0" in metrics
             assert (await web.get("/jobs?limit=1")).status == 200, "nobody else is held up"
-            assert "listener_given_up" in caplog.messages
+            given_up = {"listener_given_up", "client_given_up"}  # whoever looks first
+            assert given_up & set(caplog.messages)
             assert "request_broke" not in caplog.messages, "a client that sleeps is no defect of ours"
         finally:
             writer.transport.abort()
