@@ -20,6 +20,7 @@ import atexit
 import concurrent.futures.thread  # noqa: F401 - its exit function must be registered before ours
 import logging
 import os
+import random
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -37,6 +38,7 @@ from launcher.conjure.errors import CalledFromEngine
 from launcher.conjure.runs import own_app
 from runcomfy.adapters.credentials import find_credentials
 from runcomfy.application.job_queue import workflow_id_of
+from runcomfy.application.journal import NoJournal
 from runcomfy.bootstrap import App
 from runcomfy.conjure.progress_tracker import STAGED, progress_tracker
 from runcomfy.domain.exceptions import Interrupted, LocalError, RunComfyError, foreign_text
@@ -308,18 +310,24 @@ async def run_directly(app: App, order: Order, accepted: Callable[[str], None]) 
         request = replace(request, server_url=app.queue_settings.api_base_url)
     accepted(job_id)
     name = workflow_id_of(request)
-    progress_tracker.start_workflow_tracking(name, job_id, "", staged=name in STAGED)
+    journal = NoJournal(random.SystemRandom().randint, asyncio.to_thread)
+    prompt_id = str(journal.prompt_id)
+    progress_tracker.start_workflow_tracking(name, prompt_id, "", staged=name in STAGED)
+    progress_tracker.name_also(prompt_id, job_id)
     try:
         result: JobResult = await app.live.observing(app.orchestrator()).run(
-            request, on_progress=lambda progress: progress_tracker.observe(job_id, progress, workflow_name=name)
+            request,
+            on_progress=lambda progress: progress_tracker.observe(prompt_id, progress, workflow_name=name),
+            journal=journal,
         )
         if result.exception is not None and result.status is not JobStatus.DONE:
             raise result.exception
     except BaseException as error:
         words = error.message if isinstance(error, RunComfyError) else type(error).__name__
-        progress_tracker.handle_workflow_completion(job_id, success=False, error_message=words)
+        progress_tracker.handle_workflow_completion(prompt_id, success=False, error_message=words)
         raise
-    progress_tracker.handle_workflow_completion(job_id)
+    progress_tracker.name_also(prompt_id, str(result.prompt_id or ""))  # the server may have given another one
+    progress_tracker.handle_workflow_completion(prompt_id)
     warning = result.exception
     if isinstance(warning, RunComfyError):
         log.error("generation_ended_with_warning", extra={"fields": {"job": job_id, "error": warning.code}})

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from launcher.conjure.places import Verified, copy_verified, verified
 from runcomfy.adapters.files import local_error, make_private_dir, write_atomically
+from runcomfy.conjure.files import Verified, copy_verified, verified
 
 MOST_KEPT: Final = 64
 MOST_BYTES: Final = 4 * 1024**3

@@ -1,46 +1,28 @@
 """
-CONJURE's fixed file places, and how they are written.
+The files of one CONJURE project: where generations find and leave them.
 
 CONJURE's launcher and its Blender add-on look for results at these paths, relative to the working directory, and not
-where a job puts them. A result gets there as a copy: written beside its place, flushed, compared with the hash that
-was recorded when it was verified, and then renamed over what was there. What the user owns (the prompt, the render) is
-only ever read.
+where a job puts them. How they are read and written is `runcomfy.conjure.files`' business; which of them a client may
+name is decided here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
-from runcomfy.adapters.files import (
-    DISK,
-    fsync_directory,
-    local_error,
-    make_private_dir,
-    open_regular,
-    remove_quietly,
-)
-from runcomfy.domain.exceptions import DownloadFailed, ValueInvalid
+from runcomfy.conjure import files
+from runcomfy.conjure.files import FLUX_IMAGE, MODELS, RENDER, USER_PROMPT, Verified
+from runcomfy.domain.exceptions import ValueInvalid
 
-FLUX_IMAGE: Final = Path("data", "generated_images", "flux", "flux.png")
 FLUX_RESULTS: Final = Path("data", "generated_images", "flux_results")
-RENDER: Final = Path("data", "generated_images", "gestureCamera", "render.png")
-MESHES: Final = Path("data", "generated_models", "partpacker_results")
-MESH: Final = MESHES / "partpacker_result_0.glb"
-USER_PROMPT: Final = Path("data", "generated_text", "userPrompt.txt")
+MESHES: Final = MODELS / "partpacker_results"
+MESH: Final = MODELS / files.MESH
 STATE: Final = Path("data", "input", "state.json")
-
-SHARED_FILE: Final = 0o644
-"""CONJURE, Blender and its add-on read these; they may run as another user."""
-_CHUNK: Final = 1 << 20
-MAX_PROMPT_BYTES: Final = 256 * 1024
 
 
 def flux_result(seed: int) -> Path:
@@ -51,15 +33,6 @@ def flux_result(seed: int) -> Path:
 def mesh_result(seed: int) -> Path:
     """Return where a mesh goes in local mode."""
     return MESHES / f"partpacker_result_{seed}.glb"
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """A file whose content is known: a job's result, or a kept copy of one."""
-
-    path: str
-    size_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,103 +70,24 @@ class Places:
         return any(led.is_relative_to(home) for home in homes)
 
     def publish(self, results: Mapping[Path, Verified]) -> None:
-        """Put copies of results at their places: all are written and compared before the first is renamed.
-
-        Raises DownloadFailed (a result is no longer what was verified), DiskFull, LocalError; nothing is replaced
-        then.
-        """
-        waiting: list[tuple[str, Path]] = []
-        try:
-            for place, result in results.items():
-                target = self.root / place
-                make_shared_dir(target.parent)
-                waiting.append((copy_verified(result, target.parent), target))
-            for temporary, target in waiting:
-                try:
-                    DISK.replace(temporary, os.fspath(target))
-                except OSError as error:
-                    raise local_error(error, target, "replace") from error
-            _flush_folders(target.parent for _, target in waiting)
-        finally:
-            for temporary, _ in waiting:
-                remove_quietly(temporary)
+        """Put copies of results at their places (`runcomfy.conjure.files.publish`)."""
+        files.publish({self.root / place: result for place, result in results.items()})
 
     def user_prompt(self) -> str:
         """Return the user's prompt; empty if there is none. Raises LocalError."""
-        path = self.root / USER_PROMPT
-        try:
-            with open_regular(path, follow=True) as file:
-                return file.read(MAX_PROMPT_BYTES).decode("utf-8", "replace").strip().removeprefix("\ufeff")
-        except FileNotFoundError:
-            return ""
-        except OSError as error:
-            raise local_error(error, path, "read") from error
+        return files.read_prompt(self.root / USER_PROMPT)
 
 
-def make_shared_dir(folder: Path) -> None:
-    """Make a folder of the project, with the permissions its other folders get. Raises LocalError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise local_error(error, folder, "make the folder") from error
-
-
-def copy_verified(result: Verified, folder: Path, *, mode: int = SHARED_FILE) -> str:
-    """Copy a result into a temporary file of the folder and compare it; return the file's path.
-
-    Raises DownloadFailed, DiskFull, LocalError; nothing is left behind then.
-    """
-    temporary = ""
-    try:
-        fd, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
-        with os.fdopen(fd, "wb") as target, open_regular(result.path) as source:
-            size, digest = _copy(source, target)
-            target.flush()
-            os.fsync(target.fileno())
-        if (size, digest) != (result.size_bytes, result.sha256):
-            raise DownloadFailed(
-                f"{result.path} is not what was verified: it has changed since",
-                hint="run the generation again",
-                details={"path": result.path},
-            )
-        Path(temporary).chmod(mode)
-    except OSError as error:
-        remove_quietly(temporary)
-        raise local_error(error, folder, "write to") from error
-    except BaseException:
-        remove_quietly(temporary)
-        raise
-    return temporary
-
-
-def _copy(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    while chunk := source.read(_CHUNK):
-        digest.update(chunk)
-        target.write(chunk)
-        size += len(chunk)
-    return size, digest.hexdigest()
-
-
-def verified(path: Path) -> Verified | None:
-    """Return what a file holds now; None if it cannot be read."""
-    try:
-        with open_regular(path) as file:
-            digest, size = hashlib.sha256(), 0
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-    except OSError:
-        return None
-    return Verified(str(path), size, digest.hexdigest())
-
-
-def private_folder(path: Path) -> Path:
-    """Return a folder of ours in the state folder, made if it is missing. Raises LocalError."""
-    return make_private_dir(path)
-
-
-def _flush_folders(folders: Iterable[Path]) -> None:
-    for folder in set(folders):
-        with suppress(Exception):  # the files themselves are flushed, and their names are there
-            fsync_directory(folder)
+__all__ = [
+    "FLUX_IMAGE",
+    "FLUX_RESULTS",
+    "MESH",
+    "MESHES",
+    "RENDER",
+    "STATE",
+    "USER_PROMPT",
+    "Places",
+    "Verified",
+    "flux_result",
+    "mesh_result",
+]

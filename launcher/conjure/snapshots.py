@@ -8,7 +8,6 @@ until nobody needs it any more; its own file is left alone.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import time
@@ -23,23 +22,13 @@ from runcomfy.adapters.files import (
     DISK,
     local_error,
     make_private_dir,
-    open_regular,
     remove_quietly,
     write_atomically,
 )
 from runcomfy.adapters.media import check_input_image, likely_extension
+from runcomfy.conjure.files import PAUSE_SECONDS, TRIES, read_still
 from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing, ValueInvalid, foreign_text
 
-TRIES: Final = 40
-PAUSE_SECONDS: Final = 0.1
-"""Together longer than the add-on takes for one picture."""
-MAX_BYTES: Final = 256 * 1024**2
-_NO_FILE: Final = frozenset(
-    getattr(errno, name)
-    for name in "EINVAL EACCES EPERM ENXIO ENODEV ENAMETOOLONG ELOOP EISDIR".split()  # noqa: SIM905
-    if hasattr(errno, name)
-)
-"""The path leads to no ordinary file that may be read: the caller's mistake, not this computer's."""
 KEPT_SECONDS: Final = 30 * 24 * 3_600
 """Jobs of the queue may be run again from their inputs for so long."""
 
@@ -72,7 +61,7 @@ def snapshot(picture: Path, folder: Path, *, max_pixels: int) -> Snapshot:
     for attempt in range(TRIES):
         if attempt:
             time.sleep(PAUSE_SECONDS)
-        data = _read_still(picture)
+        data = read_still(picture, missing=PictureMissing)
         if data is None:
             continue
         try:
@@ -89,32 +78,6 @@ def snapshot(picture: Path, folder: Path, *, max_pixels: int) -> Snapshot:
         f"{foreign_text(str(picture), limit=512)} is being written all the time",
         hint="wait until the program that writes it has ended",
     )
-
-
-def _read_still(picture: Path) -> bytes | None:
-    """Return the content, None if the file changed while it was read."""
-    try:
-        with open_regular(picture, follow=True) as file:
-            before = os.fstat(file.fileno())
-            if before.st_size > MAX_BYTES:
-                raise InputFileInvalid(
-                    f"{foreign_text(str(picture), limit=512)} is larger than {MAX_BYTES >> 20} MiB",
-                    hint="make it smaller",
-                )
-            data = file.read(before.st_size + 1)
-            after = os.fstat(file.fileno())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise PictureMissing(
-            f"there is no file {foreign_text(str(picture), limit=512)}", hint="check the path", details={}
-        ) from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_FILE:
-            raise local_error(error, picture, "read") from error
-        is_folder = os.path.isdir(picture)  # noqa: PTH112 - `Path.is_dir` fails for a path that is too long
-        words = "is a folder, not a file" if is_folder else f"cannot be read: {foreign_text(error)}"
-        raise InputFileMissing(f"{foreign_text(str(picture), limit=512)} {words}", hint="check the path") from error
-    still = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and len(data) == after.st_size
-    return data if still else None
 
 
 def _is_cut(data: bytes) -> bool:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from launcher.conjure.errors import StateUnreadable
-from launcher.conjure.places import SHARED_FILE, make_shared_dir
 from runcomfy.adapters.files import local_error, open_regular, write_atomically
 from runcomfy.adapters.folder_lock import FolderLock
+from runcomfy.conjure.files import SHARED_FILE, make_shared_dir
 from runcomfy.domain.exceptions import FolderWatched, LocalError, ValueInvalid, foreign_text
 
 log = logging.getLogger("launcher.state_file")

@@ -34,7 +34,17 @@ from runcomfy.bootstrap import App
 from runcomfy.conjure.client import ConjureAPIClient, MachineInfo
 from runcomfy.conjure.dev_server_state import DevServerStateManager
 from runcomfy.conjure.errors import also, builtin_errors
-from runcomfy.conjure.files import FLUX_IMAGE, MESH, MODELS, RENDER, copy_picture, put_result, read_graph, read_prompt
+from runcomfy.conjure.files import (
+    FLUX_IMAGE,
+    MESH,
+    MODELS,
+    RENDER,
+    Verified,
+    copy_picture,
+    publish,
+    read_graph,
+    read_prompt,
+)
 from runcomfy.conjure.office import Office, log, open_office
 from runcomfy.conjure.progress_tracker import FLUX_MESH, FluxMeshProgressTracker, progress_tracker
 from runcomfy.conjure.two_forms import TwoForms
@@ -310,7 +320,9 @@ class ConjureOrchestrator:
     def _settle(self, job: FluxMeshJob, result: JobResult) -> None:
         """Take over what the engine says of a job, but for its results."""
         job.actual_machine_cost = float(result.cost_usd)
-        job.prompt_id = str(result.prompt_id) if result.prompt_id else job.prompt_id
+        if result.prompt_id:
+            self._tracker.name_also(str(job.prompt_id), str(result.prompt_id))
+            job.prompt_id = str(result.prompt_id)
         if result.status is EndStatus.DONE:
             self._tracker.handle_workflow_completion(str(job.prompt_id))
             if result.exception is not None:  # whole results, and a machine that was not seen gone
@@ -325,12 +337,9 @@ class ConjureOrchestrator:
         places = {"Generated Image": FLUX_IMAGE, "Generated Mesh": MODELS / MESH}
         found = {"Generated Image": _output(result, "24", OutputKind.IMAGE)}
         found["Generated Mesh"] = _output(result, "33", OutputKind.MESH)
-        done = {}
-        for name, output in found.items():
-            if output is not None:
-                put_result(output.path, places[name], sha256=output.sha256)
-                done[name] = str(places[name])
-        return done
+        there = {name: output for name, output in found.items() if output is not None}
+        publish({places[name]: Verified(each.path, each.size_bytes, each.sha256) for name, each in there.items()})
+        return {name: str(places[name]) for name in there}
 
     def _fail(self, job: FluxMeshJob, message: str) -> None:
         job.status, job.error_message, job.completed_at = JobStatus.FAILED, foreign_text(message), self._now()

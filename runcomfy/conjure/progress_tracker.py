@@ -139,6 +139,8 @@ class FluxMeshProgressTracker:
         }
         self.active_workflows: dict[str, WorkflowProgress] = {}
         """By prompt id, oldest first; ended ones stay until they are cleaned away. `summaries()` reads it safely."""
+        self._names: dict[str, str] = {}
+        """Another id of a workflow -> the id of its prompt."""
 
     # -- telling -------------------------------------------------------------------------------------------
 
@@ -164,6 +166,12 @@ class FluxMeshProgressTracker:
             self._make_room()
             return _copy(known)
 
+    def name_also(self, prompt_id: str, other: str) -> None:
+        """Let a workflow be found by another id, too: that of its job."""
+        with self._lock:
+            if other and prompt_id in self.active_workflows:
+                self._names[other] = prompt_id
+
     def update_node_progress(
         self,
         prompt_id: str,
@@ -179,7 +187,7 @@ class FluxMeshProgressTracker:
         a snapshot of the workflow, None if it is not tracked.
         """
         with self._lock:
-            known = self.active_workflows.get(prompt_id)
+            known = self._known(prompt_id)
             if known is None:
                 return None
             if known.status in ENDED or node_id is None:
@@ -208,7 +216,7 @@ class FluxMeshProgressTracker:
         `handle_workflow_completion`.
         """
         with self._lock:
-            known = self.active_workflows.get(prompt_id)
+            known = self._known(prompt_id)
             if known is None:
                 self.start_workflow_tracking(workflow_name, prompt_id, client_id, staged=workflow_name in STAGED)
                 known = self.active_workflows[prompt_id]
@@ -241,7 +249,7 @@ class FluxMeshProgressTracker:
     ) -> None:
         """Say that a workflow ended. Told twice, the first word stays."""
         with self._lock:
-            known = self.active_workflows.get(prompt_id)
+            known = self._known(prompt_id)
             if known is None or known.status in ENDED:
                 return
             now = self._now()
@@ -265,13 +273,13 @@ class FluxMeshProgressTracker:
     def get_workflow_progress(self, prompt_id: str) -> WorkflowProgress | None:
         """Return a snapshot of a workflow, or None if it is not known (any more)."""
         with self._lock:
-            known = self.active_workflows.get(prompt_id)
+            known = self._known(prompt_id)
             return _copy(known) if known is not None else None
 
     def get_workflow_summary(self, prompt_id: str) -> dict[str, Any] | None:
         """Return what CONJURE's `/workflow/progress` says of a workflow, or None if it is not known (any more)."""
         with self._lock:
-            known = self.active_workflows.get(prompt_id)
+            known = self._known(prompt_id)
             return _summary(known) if known is not None else None
 
     def summaries(self) -> list[dict[str, Any]]:
@@ -290,6 +298,7 @@ class FluxMeshProgressTracker:
             ]
             for prompt_id in old:
                 del self.active_workflows[prompt_id]
+            self._forget_names()
             return len(old)
 
     # -- folding -------------------------------------------------------------------------------------------
@@ -297,10 +306,19 @@ class FluxMeshProgressTracker:
     def _now(self) -> str:
         return self._clock.now().isoformat()
 
+    def _known(self, key: str) -> WorkflowProgress | None:
+        return self.active_workflows.get(key) or self.active_workflows.get(self._names.get(key, ""))
+
+    def _forget_names(self) -> None:
+        self._names = {other: key for other, key in self._names.items() if key in self.active_workflows}
+
     def _make_room(self) -> None:
+        if len(self.active_workflows) <= MAX_WORKFLOWS:
+            return
         while len(self.active_workflows) > MAX_WORKFLOWS:
             ended = (key for key, known in self.active_workflows.items() if known.status in ENDED)
             del self.active_workflows[next(ended, next(iter(self.active_workflows)))]
+        self._forget_names()
 
     def _node(self, known: WorkflowProgress, node_id: str, told: Mapping[str, Any]) -> NodeProgress | None:
         node_id = foreign_text(node_id)

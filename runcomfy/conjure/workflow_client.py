@@ -31,7 +31,7 @@ from runcomfy.application.prompting import find_prompt
 from runcomfy.application.watcher import Watcher
 from runcomfy.conjure.attributes import told_span
 from runcomfy.conjure.errors import builtin_errors
-from runcomfy.conjure.files import FLUX_IMAGE, MESH, RENDER, copy_picture, put_result
+from runcomfy.conjure.files import FLUX_IMAGE, MESH, RENDER, Verified, copy_picture, publish
 from runcomfy.conjure.office import log
 from runcomfy.conjure.progress_tracker import STAGED, FluxMeshProgressTracker, progress_tracker
 from runcomfy.conjure.two_forms import TwoForms
@@ -280,7 +280,7 @@ class ConjureWorkflowClient:
             facts = await server.fetch(file, str(fetched))
             pixels = self._settings.files.max_output_pixels
             await asyncio.to_thread(lambda: inspect(fetched, max_pixels=pixels, expected=kind))
-            await asyncio.to_thread(put_result, str(fetched), place, sha256=facts.sha256)
+            await asyncio.to_thread(publish, {place: Verified(str(fetched), facts.size_bytes, facts.sha256)})
 
     # -- parts ---------------------------------------------------------------------------------------------
 

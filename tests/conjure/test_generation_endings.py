@@ -76,7 +76,8 @@ async def test_results_that_are_whole_are_given_also_when_their_machine_may_stil
     assert "may still bill" in answer["warning"]
     shown = progress_tracker.get_workflow_summary(answer["job_id"])
     assert shown is not None
-    assert shown["status"] == "completed"
+    assert (shown["status"], shown["prompt_id"]) == ("completed", answer["prompt_id"])
+    assert progress_tracker.get_workflow_summary(answer["prompt_id"]) == shown
 
 
 async def test_a_generation_that_nobody_waits_for_any_more_is_not_shown_as_running(clock: LoopClock) -> None:

@@ -190,3 +190,23 @@ def test_the_bar_never_goes_back_and_never_leaves_its_range(events: list[tuple[s
         now = bar(tracker)
         assert last <= now <= 100
         last = now
+
+
+def test_a_workflow_is_found_by_its_jobs_id_too_until_it_is_forgotten(tracker: FluxMeshProgressTracker) -> None:
+    tracker.start_workflow_tracking("generate_flux_mesh", "a-prompt", "c")
+    tracker.name_also("a-prompt", "a-job")
+    tracker.name_also("nobodys", "another")
+    tracker.update_node_progress("a-job", "3", "executing")
+    shown = tracker.get_workflow_summary("a-job")
+    assert shown is not None
+    assert shown == tracker.get_workflow_summary("a-prompt")
+    assert (shown["prompt_id"], list(tracker.active_workflows)) == ("a-prompt", ["a-prompt"])
+    assert tracker.get_workflow_summary("another") is None
+    tracker.handle_workflow_completion("a-job")
+    assert tracker.cleanup_completed_workflows(max_age_hours=0) == 1
+    assert tracker.get_workflow_summary("a-job") is None
+    for number in range(2 * MAX_WORKFLOWS):
+        tracker.start_workflow_tracking("generate_flux_mesh", f"p{number}", "c")
+        tracker.name_also(f"p{number}", f"j{number}")
+    assert tracker.get_workflow_summary("j0") is None
+    assert tracker.get_workflow_summary(f"j{2 * MAX_WORKFLOWS - 1}") is not None
