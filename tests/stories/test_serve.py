@@ -215,6 +215,10 @@ async def test_killed_in_the_middle_the_next_one_goes_on_with_the_machines(
     assert set(launched) <= set(cloud.launched)
     assert await services.complaints() == []
     assert [record.outcome for record in services.ran()] == ["success"] * 6
+    results = [job.result for job in await services.queue.list()]
+    before = [line for result in results for line in result["bill"] if "earlier attempts" in line["what"]]
+    assert len(before) >= 2  # the jobs know what they had cost before the service was killed
+    assert sum(Decimal(result["cost_usd"]) for result in results) <= cloud.total_usd
 
 
 def _ran(services: Services, count: int) -> bool:
