@@ -81,6 +81,7 @@ async def open_backend(app: App, options: ServeOptions, *, host: str) -> AsyncIt
     if said := guard.announcement():
         app.tell(said)
     hub, webhooks = Hub(queue, app.live, teller_of(app)), await Webhooks.open(app)
+    app.time_left()  # loaded now: else the first answer of all loads it, and everybody waits for 15 ms
     parts = options.parts | {"http"}
     backend = Backend(app, queue, hub, guard, options.shut_down, parts=parts, queue_name=await webhooks.queue_name())
     try:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import error_body, status_of
 from launcher.files import NOTHING, disposition, range_of
+from launcher.intake import uploads_of
 from launcher.teller import teller_of
 from launcher.views import job_view, without_paths
 from runcomfy.bootstrap import App
@@ -136,6 +137,7 @@ async def test_what_tells_of_an_app_goes_with_it(tmp_path: Path, clock: LoopCloc
     teller = teller_of(app)
     assert teller_of(app) is teller
     assert teller.glances is teller_of(app).glances
+    assert uploads_of(app) is uploads_of(app)
     of_app, of_teller = ref(app), ref(teller)
     del app, teller
     gc.collect()
