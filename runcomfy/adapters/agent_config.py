@@ -28,7 +28,7 @@ from runcomfy.adapters.agent_variables import (
     database_shown,
     is_server,
 )
-from runcomfy.adapters.config import SettingRow
+from runcomfy.adapters.config import SettingRow, working_directory
 from runcomfy.adapters.setting_kinds import text_shown
 from runcomfy.adapters.variables import QUEUE_PREFIX
 from runcomfy.adapters.yaml_text import MAX_BYTES, read_yaml
@@ -106,7 +106,7 @@ class _Loader:
     ) -> None:
         self._settings = settings
         self._env = os.environ if env is None else env
-        self._cwd = _working_directory(cwd)
+        self._cwd = working_directory(cwd)
         self._named = os.fspath(config_file) if config_file is not None else self._variable(CONFIG_VARIABLE)
         self._overrides = overrides
         self._problems: list[dict[str, str]] = []
@@ -357,13 +357,6 @@ class _Loader:
             words = f"is more than agent.backoff_most_seconds ({show_duration(found.backoff_most)})"
             self._wrong(BY_FIELD["backoff_first"].keys[0], words, "choose less", "backoff_first")
         return found
-
-
-def _working_directory(cwd: Path | None) -> Path:
-    try:
-        return (Path.cwd() if cwd is None else cwd).absolute()
-    except OSError as error:
-        raise SettingInvalid("the working directory no longer exists", hint="change into a folder that does") from error
 
 
 def _absolute(path: str | os.PathLike[str], base: Path) -> Path:

@@ -94,7 +94,7 @@ def load_settings(
         `details["problems"]` has them all.
     """
     variables = os.environ if env is None else env
-    here = _working_directory(cwd)
+    here = working_directory(cwd)
     problems: list[ConfigurationError] = []
     file = _read_file(variables, here, problems)
     unread = bool(problems)
@@ -119,7 +119,8 @@ def load_settings(
     return replace(settings, warnings=(*ignored, *file.warnings, *_advice(settings, variables, file)))
 
 
-def _working_directory(cwd: Path | None) -> Path:
+def working_directory(cwd: Path | None) -> Path:
+    """Return the folder to begin in, whole. Raises SettingInvalid if it is gone."""
     try:
         return (Path.cwd() if cwd is None else cwd).absolute()
     except OSError as error:

@@ -42,7 +42,8 @@ def _skipped(layer: str, why: str) -> Finding:
     return Finding(layer, ok=False, detail=f"not tested: {why}", skipped=True)
 
 
-async def _test(layer: str, work: Callable[[], Awaitable[str]]) -> Finding:
+async def tested(layer: str, work: Callable[[], Awaitable[str]]) -> Finding:
+    """Return what came of testing a layer: what `work` says of it, or what it raises."""
     try:
         return Finding(layer, ok=True, detail=await work())
     except RunComfyError as error:
@@ -59,7 +60,7 @@ async def examine_cloud(
         await probe_host()
         return f"RunComfy's API answers at {cloud.base_url}"
 
-    found = [await _test("host and path", host)]
+    found = [await tested("host and path", host)]
     if not found[0].ok:
         return [
             *found,
@@ -70,7 +71,7 @@ async def examine_cloud(
         await provider.get_workflows()
         return "the token and the user id are accepted"
 
-    account = await _test("token", token)
+    account = await tested("token", token)
     error = account.error
     if isinstance(error, AccessDenied):
         found.append(Finding("token", ok=True, detail="known to RunComfy"))
@@ -90,13 +91,13 @@ async def examine_cloud(
     async def version() -> str:
         return f"version belongs to workflow {await _name_of(cloud.workflow_version_id, provider)!r}"
 
-    found.append(await _test("workflow version", version))
+    found.append(await tested("workflow version", version))
 
     async def machines() -> str:
         listed = await provider.list_machines()
         return f"{len(listed)} machine(s) listed; see `comfyctl machines ls`"
 
-    found.append(await _test("machine list", machines))
+    found.append(await tested("machine list", machines))
     return found
 
 
@@ -140,7 +141,7 @@ async def examine_deployment(api: Serverless) -> Finding:
         idle = f"; {view.min_instances} instance(s) bill all the time" if view.min_instances else ""
         return f"{view.name or 'it'} is enabled, on {', '.join(view.hardware) or 'unnamed hardware'}{warm}{idle}"
 
-    found = await _test(layer, deployment)
+    found = await tested(layer, deployment)
     return found if found.detail else _skipped(layer, "RunComfy says nothing about it that can be read")
 
 
@@ -157,4 +158,4 @@ async def examine_server(server: ComfyUI) -> list[Finding]:
         view = await server.queue()
         return f"{len(view.running)} running, {len(view.pending)} waiting"
 
-    return [*found, await _test("queue readable", queue)]
+    return [*found, await tested("queue readable", queue)]

@@ -26,7 +26,7 @@ from runcomfy.domain.estimate import Basis
 from runcomfy.domain.exceptions import foreign_text
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.moment import moment
-from runcomfy.domain.money import show_usd
+from runcomfy.domain.money import show_signed_usd, show_usd
 
 if TYPE_CHECKING:
     from runcomfy.adapters.spend_plot import Bar
@@ -221,7 +221,7 @@ def _print_check(checked: Checked) -> None:
             "GAP" if finding.gap else "note",
             str(finding.kind),
             finding.what,
-            "-" if finding.usd is None else _signed(finding.usd),
+            "-" if finding.usd is None else show_signed_usd(finding.usd),
             finding.words,
         )
         for finding in sorted(checked.findings, key=lambda finding: not finding.gap)
@@ -234,10 +234,6 @@ def _print_check(checked: Checked) -> None:
     else:
         gaps = "1 gap" if len(checked.gaps) == 1 else f"{len(checked.gaps)} gaps"
         click.echo(f"{gaps} in the books of {machines}")
-
-
-def _signed(amount: Decimal) -> str:
-    return show_usd(amount) if amount >= 0 else f"-{show_usd(-amount)}"
 
 
 # -- budgets and decisions -------------------------------------------------------------------------------------
@@ -303,7 +299,7 @@ async def show_decisions(interrupts: Interrupts, since: str | None, limit: int, 
                 f"{one.at.astimezone(UTC):%Y-%m-%d %H:%M:%S}",
                 one.action,
                 one.what,
-                "-" if one.expected_usd is None else _signed(one.expected_usd),
+                "-" if one.expected_usd is None else show_signed_usd(one.expected_usd),
                 one.why,
             )
             for one in found

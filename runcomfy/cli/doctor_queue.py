@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
-from runcomfy.application.doctor import Finding, examine_server
+from runcomfy.application.doctor import Finding, examine_server, tested
 from runcomfy.cli.words import show_span
-from runcomfy.domain.exceptions import RunComfyError, StoreUnavailable, foreign_text
+from runcomfy.domain.exceptions import StoreUnavailable, foreign_text
 
 if TYPE_CHECKING:
     from runcomfy.bootstrap import App
@@ -28,19 +27,12 @@ async def examine_queue(app: App) -> list[Finding]:
         where = f"not there yet; the first `comfyctl agent start` makes {app.queue_where}"
         found = [Finding("queue database", ok=True, detail=where)]
     else:
-        found = [await _finding("queue database", lambda: _database(app))]
+        found = [await tested("queue database", lambda: _database(app))]
         if found[0].ok:
-            found += [*await _transactions(app), await _finding("queue", lambda: _state(app))]
+            found += [*await _transactions(app), await tested("queue", lambda: _state(app))]
     if app.queue_settings.where == "server":
         found += await examine_server(app.given_server(app.queue_settings.api_base_url))
     return found
-
-
-async def _finding(layer: str, work: Callable[[], Awaitable[str]]) -> Finding:
-    try:
-        return Finding(layer, ok=True, detail=await work())
-    except RunComfyError as error:
-        return Finding(layer, ok=False, detail=error.message, error=error)
 
 
 async def _database(app: App) -> str:

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Final
 
-from runcomfy.domain.money import show_usd
+from runcomfy.domain.money import show_signed_usd, show_usd
 
 TOLERANCE: Final = Decimal("0.01")
 """Part of the ledger's amount within which balance and ledger agree."""
@@ -60,7 +60,7 @@ class BalanceCheck:
     def words(self) -> str:
         """What it means, for people."""
         span = f"since {self.before.at:%Y-%m-%d %H:%M} UTC"
-        both = f"{span} the balance fell by {_usd(self.fell)} and our machines cost {show_usd(self.ledger)}"
+        both = f"{span} the balance fell by {show_signed_usd(self.fell)} and our machines cost {show_usd(self.ledger)}"
         if self.agrees:
             return f"{both}: they agree"
         if self.elsewhere > 0:
@@ -80,7 +80,3 @@ def compare(readings: Sequence[Balance], ledger: Decimal, *, usd_per_hour: Decim
     lag = usd_per_hour * Decimal(_BILLING_LAG // timedelta(seconds=1)) / 3600
     slack = max(ledger * TOLERANCE, lag, Decimal("0.01"))  # a balance is told in cents at best
     return BalanceCheck(readings[0], readings[-1], ledger, slack)
-
-
-def _usd(amount: Decimal) -> str:
-    return show_usd(amount) if amount >= 0 else f"-{show_usd(-amount)}"

@@ -36,6 +36,11 @@ def show_usd(amount: Decimal) -> str:
     return f"${amount.quantize(digits, ROUND_HALF_UP)}"
 
 
+def show_signed_usd(amount: Decimal) -> str:
+    """Return an amount that may be negative for people."""
+    return show_usd(amount) if amount >= 0 else f"-{show_usd(-amount)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Rate:
     """The price of one machine type under one plan."""

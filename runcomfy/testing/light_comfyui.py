@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import struct
 import zlib
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ from runcomfy.domain.progress import HistoryEntry, QueueView, Said, ServerEvent,
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.comfyui import Fetched, ServerInfo, Submitted
 from runcomfy.testing.emulators.runcomfy.machines import EmulatedMachine
+from runcomfy.testing.samples import png_chunk, png_from, png_header
 
 NODES: Final[Mapping[str, Any]] = {
     "Compute": {
@@ -46,12 +46,8 @@ def graph(seconds: float, number: int) -> dict[str, Any]:
 
 
 def _png(side: int = 16) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     rows = b"".join(b"\0" + bytes((20 * y + x) % 256 for x in range(3 * side)) for y in range(side))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return png_from(png_header(side, side), png_chunk(b"IDAT", zlib.compress(rows)))
 
 
 PICTURE: Final = _png()

@@ -34,6 +34,11 @@ def in_seconds(span: Span) -> float:
     return span.total_seconds() if isinstance(span, timedelta) else float(span)
 
 
+def billed_usd(seconds: Decimal, usd_per_hour: Decimal) -> Decimal:
+    """Return what so many seconds cost, to the millionth of a dollar."""
+    return (seconds * usd_per_hour / 3600).quantize(_MICRODOLLAR, ROUND_HALF_UP)
+
+
 def stamp(at: datetime) -> str:
     """Write a time as the API does: RFC 3339 with microseconds and `Z`."""
     return at.strftime("%Y-%m-%dT%H:%M:%S.%f") + "Z"
@@ -157,7 +162,7 @@ class EmulatedMachine:
 
     def usd(self, now: datetime) -> Decimal:
         """Return what it has cost so far: machine seconds x hourly rate / 3600."""
-        return (self.seconds(now) * self.usd_per_hour / 3600).quantize(_MICRODOLLAR, ROUND_HALF_UP)
+        return billed_usd(self.seconds(now), self.usd_per_hour)
 
     def is_listed(self, now: datetime) -> bool:
         """Return whether it is in the list of machines."""

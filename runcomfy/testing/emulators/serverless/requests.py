@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from decimal import ROUND_HALF_UP, Decimal
+from datetime import datetime
+from decimal import Decimal
 from typing import Any, Final
 
-_MICRODOLLAR: Final = Decimal("0.000001")
+from runcomfy.testing.emulators.runcomfy.machines import billed_usd
 
 NAMES: Final[Mapping[int, str]] = {
     10000: "InternalError",
@@ -110,7 +110,7 @@ class EmulatedInstance:
 
     def usd(self, now: datetime) -> Decimal:
         """What it costs so far, cold start and warm time included."""
-        return (self.seconds(now) * self.usd_per_hour / 3600).quantize(_MICRODOLLAR, ROUND_HALF_UP)
+        return billed_usd(self.seconds(now), self.usd_per_hour)
 
 
 def written(at: datetime | None, *, style: str) -> str | None:
@@ -157,8 +157,3 @@ def result_of(request: EmulatedRequest, *, times: str, british: bool) -> dict[st
     if request.instance_id:
         answer["instance_id"] = request.instance_id
     return answer
-
-
-def seconds_of(span: timedelta | float) -> float:
-    """Return a span in seconds."""
-    return span.total_seconds() if isinstance(span, timedelta) else float(span)
