@@ -68,6 +68,7 @@ async def test_a_strangers_machine_is_listed_and_not_touched_by_looking_and_reap
     assert code == 0
     assert f"{stranger.server_id}: not ours, left alone (large, Ready)" in out
     assert "nothing to end" in out
+    assert (await comfy("machines", "ls"))[1].splitlines()[-1] == "0 of ours, none bills; spent $0.00"
     assert {recorded.method for recorded in cloud.calls} == {"GET"}
 
 
@@ -199,7 +200,7 @@ async def test_every_machine_is_listed_with_what_it_does_and_costs(cloud: RunCom
     assert "idle 0s" in line
     assert "$1.75/h" in line
     assert "kept until" in line
-    assert total.startswith("1 of ours, 1 bill $1.75 per hour; spent $")
+    assert total.startswith("1 of ours, 1 bills $1.75 per hour; spent $")
     code, out, _ = await comfy("machines", "show", stranger.server_id, "--json")
     [story] = json.loads(out)
     assert [step["event"] for step in story["steps"]][:2] == ["added", "answered"]

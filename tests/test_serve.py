@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from runcomfy.application.role import Role
 from runcomfy.application.service import ServeOptions, Service, first_of
 from runcomfy.bootstrap import App
 from runcomfy.cli.main import COMMANDS, call, comfyctl
-from runcomfy.cli.serve_work import Asked, _ended
+from runcomfy.cli.serve_work import Asked, _ended, cost_line
 from runcomfy.domain.budget import Period
 from runcomfy.domain.exceptions import DiskFull, RunComfyError, SettingInvalid, ValueInvalid
 from runcomfy.domain.lease import Owner
@@ -133,6 +134,14 @@ def test_options_that_make_no_sense_are_refused(
     assert call(comfyctl, ["serve", *arguments]) in (2, 3)
     assert "error: " in capsys.readouterr().err
     assert account.call(lambda c: list(c.launched)) == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [([], "no machine"), ([None], "no machine"), ([None, "a"], "1 machine"), (["a", "b"], "2 machines")],
+)
+def test_a_launch_that_was_refused_is_no_machine_that_cost(ids: list[str | None], words: str) -> None:
+    assert cost_line(Decimal("0.0031"), ids) == f"this run has cost $0.0031 ({words})"
 
 
 async def test_an_executor_of_its_own_does_not_take_the_pools_place(tmp_path: Path) -> None:
@@ -286,7 +295,7 @@ def test_a_signal_drains_and_ends_the_machines(
     lines = [json.loads(line)["message"] for line in out.decode().splitlines()]
     assert any("stopped: the machines are ended" in line for line in lines), lines
     assert any("is ended; it cost $" in line for line in lines), lines
-    assert any(line.startswith("this run has cost $") for line in lines), lines
+    assert any(re.fullmatch(r"this run has cost \$[\d.]+ \((1 machine|2 machines)\)", line) for line in lines), lines
     assert account.call(lambda c: list(c.alive)) == []
     assert _counts(tmp_path) == {"pending": 3}
 

@@ -81,7 +81,10 @@ def _sum_line(rows: Sequence[Row]) -> str:
     ours = [row for row in rows if row["ours"]]
     billing = [Decimal(row["usd_per_hour"]) for row in ours if row["state"] in ("ready", "lost")]
     spent = sum((Decimal(row["spent_usd"]) for row in ours), Decimal(0))
-    return f"{len(ours)} of ours, {len(billing)} bill ${sum(billing, Decimal(0))} per hour; spent {show_usd(spent)}"
+    bills = "none bills"
+    if billing:
+        bills = f"{len(billing)} {'bills' if len(billing) == 1 else 'bill'} ${sum(billing, Decimal(0))} per hour"
+    return f"{len(ours)} of ours, {bills}; spent {show_usd(spent)}"
 
 
 async def _watch(interrupts: Interrupts, cloud: Machines, *, has_books: bool, as_json: bool) -> None:

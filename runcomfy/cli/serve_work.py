@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,10 +159,17 @@ async def _tell_cost(app: App, voice: Voice) -> None:
     with suppress(LocalError):
         machines, _ = await app.cloud()
         books = machines.books
-        mine = {row.id for row in await books.rows(open_only=False) if row.run_id == books.owner.id}
+        mine = {row.id: row for row in await books.rows(open_only=False) if row.run_id == books.owner.id}
         if mine:
             spent = total(entry for entry in await books.store.ledger() if entry.machine_id in mine)
-            voice(f"this run has cost {show_usd(spent)} ({len(mine)} launches)")
+            voice(cost_line(spent, (row.server_id for row in mine.values())))
+
+
+def cost_line(spent: Decimal, server_ids: Iterable[str | None]) -> str:
+    """Return what a run has cost. A launch without a machine's id was refused, or started nothing."""
+    rented = sum(server_id is not None for server_id in server_ids)
+    what = "no machine" if not rented else "1 machine" if rented == 1 else f"{rented} machines"
+    return f"this run has cost {show_usd(spent)} ({what})"
 
 
 def _is_project(app: App) -> bool:
