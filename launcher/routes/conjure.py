@@ -26,13 +26,25 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
 
 from launcher.backend import Backend, backend_of
+from launcher.conjure.bodies import (
+    IMPORTED_ABOVE,
+    APIResponse,
+    Asked,
+    ConversationRequest,
+    FluxDepthRequest,
+    FluxRequest,
+    InstructionRequest,
+    MeshImportRequest,
+    PartPackerRequest,
+    Problem,
+    StateSetRequest,
+    StateUpdateRequest,
+)
 from launcher.conjure.desk import Desk, digest_of
 from launcher.conjure.engine import WATCHED, Shared
 from launcher.conjure.errors import AgentMissing, ServiceUnavailable
-from launcher.conjure.parameters import NotApplied, shown
 from launcher.conjure.services import MODES
 from launcher.conjure.state_file import as_json
 from launcher.errors import error_body, status_of
@@ -54,117 +66,6 @@ router = APIRouter(tags=["conjure"])
 JOB_HEADER: Final = "X-Job-Id"
 DEFECT: Final = 500
 FAILED: Final = 502
-LONGEST_TEXT: Final = 100_000
-MOST_UNKNOWN: Final = 20
-IMPORTED_ABOVE: Final = 0.001
-"""Parts of a mesh that are smaller than this (in Blender's units cubed) are dropped when it is imported."""
-
-
-class APIResponse(BaseModel):
-    """The envelope of CONJURE's API."""
-
-    success: bool
-    message: str
-    data: dict[str, Any] | None = None
-
-
-class Problem(BaseModel):
-    """What went wrong."""
-
-    detail: Any
-    error: dict[str, Any] | None = None
-
-
-Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
-FilePath = Annotated[str, Field(min_length=1, max_length=4_096)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class _Asked(BaseModel):
-    """What a generation is asked for. Whatever else is in the body is named in the answer as not applied."""
-
-    model_config = ConfigDict(extra="allow")
-
-    def parameters(self) -> dict[str, Any]:
-        """Return what is passed on."""
-        return self.model_dump(include=set(type(self).model_fields))
-
-    def unknown(self) -> list[dict[str, Any]]:
-        """Return what is not."""
-        extra = list((self.model_extra or {}).items())[:MOST_UNKNOWN]
-        return [
-            NotApplied(foreign_text(name, 80), shown(value), "no such parameter is known").as_dict()
-            for name, value in extra
-        ]
-
-
-class FluxRequest(_Asked):
-    """A picture from words."""
-
-    prompt: Text
-    seed: int = 0
-    randomize_seed: bool = True
-    width: int = 1024
-    height: int = 1024
-    guidance_scale: Finite = 3.5
-    num_inference_steps: int = 28
-
-
-class FluxDepthRequest(_Asked):
-    """A picture from words over the depth of another."""
-
-    control_image_path: FilePath
-    prompt: Text
-    seed: int = 0
-    randomize_seed: bool = True
-    width: int = 1024
-    height: int = 1024
-    guidance_scale: Finite = 10
-    num_inference_steps: int = 28
-
-
-class PartPackerRequest(_Asked):
-    """A mesh from a picture."""
-
-    image_path: FilePath
-    num_steps: int = 50
-    cfg_scale: Finite = 7
-    grid_res: int = 384
-    seed: int = 0
-    simplify_mesh: bool = False
-    target_num_faces: int = 100_000
-
-
-class MeshImportRequest(BaseModel):
-    """A mesh for Blender."""
-
-    mesh_path: FilePath
-    min_volume_threshold: Finite = IMPORTED_ABOVE
-
-
-class ConversationRequest(BaseModel):
-    """What was said so far."""
-
-    conversation_history: Text
-    include_image: bool = True
-
-
-class InstructionRequest(BaseModel):
-    """A tool's name and parameters."""
-
-    instruction: dict[str, Any]
-
-
-class StateUpdateRequest(BaseModel):
-    """Keys of the state with their new values."""
-
-    updates: dict[str, Any]
-
-
-class StateSetRequest(BaseModel):
-    """A key's new value."""
-
-    value: Any
 
 
 def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -252,7 +153,7 @@ def job_of(watched: list[Shared]) -> str:
 
 
 async def _image(
-    desk: Desk, who: Principal, response: Response, call: str, doing: str, words: str, *keys: str, asked: _Asked
+    desk: Desk, who: Principal, response: Response, call: str, doing: str, words: str, *keys: str, asked: Asked
 ) -> APIResponse | JSONResponse:
     """Generate something in the mode that holds, and tell `keys` of the result."""
     watched: list[Shared] = []
