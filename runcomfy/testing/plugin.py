@@ -7,13 +7,15 @@ under virtual time (looptime) as well as in real time.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from looptime import LoopTimeEventLoop
 
 from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
 from runcomfy.domain.secret import Secret
@@ -22,14 +24,25 @@ from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.postgres import NoPostgres, PostgresForTests
+from runcomfy.testing.standstill import count_anyio_threads, stand_still_for_threads
 from runcomfy.testing.web import Serving, Web, serving_web
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the marker that shapes the `cloud` fixture."""
+    """Name the marker that shapes the `cloud` fixture; make virtual time stand still for threads."""
+    count_anyio_threads()
     config.addinivalue_line(
         "markers", "cloud(**options): the arguments of RunComfyEmulator for this test's `cloud` fixture"
     )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup() -> Generator[None, Any, Any]:
+    """Hold the time of each loop that looptime has just patched."""
+    result = yield
+    if isinstance(result, asyncio.Runner) and isinstance(loop := result.get_loop(), LoopTimeEventLoop):
+        stand_still_for_threads(loop)
+    return result
 
 
 @pytest.fixture
