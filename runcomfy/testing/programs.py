@@ -226,7 +226,7 @@ class Programs:
     async def start(
         self,
         *,
-        busy_timeout: timedelta = timedelta(seconds=5),
+        busy_timeout: timedelta = timedelta(seconds=30),
         in_memory: bool = False,
         visit: Visit = _nothing,
         **changes: Any,

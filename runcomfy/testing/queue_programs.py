@@ -254,7 +254,7 @@ class QueuePrograms:
             with suppress(Killed, asyncio.CancelledError):
                 await program.task
 
-    def open(self, *, busy_timeout: timedelta = timedelta(seconds=5), durable: bool = False) -> SqlJobs:
+    def open(self, *, busy_timeout: timedelta = timedelta(seconds=30), durable: bool = False) -> SqlJobs:
         """Return a connection of its own, not opened yet."""
         return SqlJobs(
             store_from(
@@ -272,7 +272,7 @@ class QueuePrograms:
         works: bool = True,
         once: bool = False,
         heart: Callable[[SqlJobs, WorkerId], Pulse] | None = None,
-        busy_timeout: timedelta = timedelta(seconds=5),
+        busy_timeout: timedelta = timedelta(seconds=30),
         results: Any = None,
         **changes: Any,
     ) -> Program:

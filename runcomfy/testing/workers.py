@@ -132,7 +132,7 @@ class Workers:
         self._wake_interval = wake_interval
         self.processes = EmulatedProcesses()
 
-    def open(self, *, busy_timeout: timedelta = timedelta(seconds=5)) -> SqlJobs:
+    def open(self, *, busy_timeout: timedelta = timedelta(seconds=30)) -> SqlJobs:
         """Return a connection of its own, not opened yet."""
         database = store_from(
             self.queue_settings.database,
@@ -150,7 +150,7 @@ class Workers:
         works: bool = True,
         once: bool = False,
         heart: Callable[[SqlJobs, WorkerId], Pulse] | None = None,
-        busy_timeout: timedelta = timedelta(seconds=5),
+        busy_timeout: timedelta = timedelta(seconds=30),
         at: tuple[Placer, Station] | None = None,
         tell: Callable[[str], None] | None = None,
         **changes: Any,
