@@ -183,6 +183,7 @@ async def test_a_lost_launch_that_appears_late_is_not_taken_for_absent(
     machine, _ = await program.ready()
     assert cloud.launched == [machine.server_id]
     await end(program, machine)
+    assert "the launch was not answered; looking for what it started (this may take 2m 0s)" in program.said
 
 
 @pytest.mark.fault(9)

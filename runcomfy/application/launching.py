@@ -22,6 +22,7 @@ from runcomfy.application.books import Books, dearer
 from runcomfy.application.ending import HOPELESS, HOPELESS_AFTER, Ending, Said, ambiguous
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
+from runcomfy.domain.durations import show_span
 from runcomfy.domain.exceptions import LaunchUnclear, LeaseLost, LocalError, ProviderError, RunComfyError
 from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineReport, MachineState, Phase
 from runcomfy.ports.processes import Processes
@@ -172,7 +173,7 @@ class Launching:
             )
         except LaunchUnclear as error:
             self._books.asked(machine)
-            self._books.tell("the launch was not answered; looking for what it started")
+            self._books.tell(f"the launch was not answered; {self._looking()}")
             fields = {**self._books.facts(machine), "error": str(error)}
             log.warning("machine_launch_unclear", extra={"fields": fields})
             return await self._find(attempt)
@@ -183,13 +184,17 @@ class Launching:
         self._books.asked(machine)
         faultpoint("launch.answered")
         if report.server_id in machine.before_ids or await self._is_another(machine, report):
-            self._books.tell("the launch was answered with the id of an older machine; looking for what it started")
+            self._books.tell(f"the launch was answered with the id of an older machine; {self._looking()}")
             return await self._find(attempt)
         machine = await self._listed(machine, report, note="answered")
         real = await self._books.note_type(machine, report)
         if (failed := dearer(machine, real)) is not None:
             raise failed
         return real
+
+    def _looking(self) -> str:
+        """Say how long it may take, also after Ctrl+C: until then a machine may be there that no list shows."""
+        return f"looking for what it started (this may take {show_span(self._cloud.visibility_window)})"
 
     async def _is_another(self, machine: Machine, report: MachineReport) -> bool:
         """Whether the books know the answered id already. Books that cannot be read now contradict nothing."""
