@@ -170,6 +170,17 @@ async def test_what_our_books_have_ended_is_not_called_a_strangers(cloud: RunCom
     assert not stranger.bills
 
 
+async def test_a_dev_server_that_still_starts_is_not_called_unusable(cloud: RunComfyEmulator, comfy: Command) -> None:
+    machine = cloud.foreign("large")
+    assert (await comfy("machines", "adopt", machine.server_id))[0] == 0
+    machine.traits.fields = {"current_status": "Starting"}
+    code, out, err = await comfy("dev", "status")
+    assert code == 0, err
+    assert out.splitlines()[-1] == "still starting, which is free; `comfyctl dev start` waits for it"
+    machine.traits.fields = {}
+    await comfy("machines", "stop", machine.server_id)
+
+
 async def test_a_dev_server_that_is_not_usable_is_ended_and_the_command_fails(
     cloud: RunComfyEmulator, comfy: Command
 ) -> None:

@@ -252,6 +252,7 @@ def _facts(status: DevServerStatus, *, show_url: bool) -> dict[str, Any]:
 
 def _print_status(status: DevServerStatus, facts: dict[str, Any], idle_after: timedelta, warning: timedelta) -> None:
     from runcomfy.domain.exceptions import foreign_text
+    from runcomfy.domain.machine import Phase
 
     click.echo("development server")
     for name, value in facts.items():
@@ -260,7 +261,10 @@ def _print_status(status: DevServerStatus, facts: dict[str, Any], idle_after: ti
         click.echo(f"  {name + ':':<18} {value}")
     for layer in status.layers:
         click.echo(f"  {'ok ' if layer.ok else 'BAD'} {layer.name}: {foreign_text(layer.detail)}")
-    click.echo("healthy" if status.usable else "not reachable or not usable")
+    if status.report is not None and status.report.phase is Phase.STARTING:
+        click.echo("still starting, which is free; `comfyctl dev start` waits for it")
+    else:
+        click.echo("healthy" if status.usable else "not reachable or not usable")
     if status.ends_idle_in is not None and status.ends_idle_in <= warning:
         click.echo(
             f"WARNING: it is idle, and ended in {facts['Ends Idle In']} unless a job uses it or `comfyctl dev monitor` "
