@@ -532,6 +532,7 @@ async def test_while_the_database_is_locked_nothing_is_lost_and_it_is_said_once(
 @pytest.mark.fault(63)
 async def test_a_second_monitor_of_the_folder_is_refused_until_the_first_ends(project: Project) -> None:
     async with Watching(project.monitor()):
+        await asyncio.sleep(1)  # else either may be the first
         with pytest.raises(FolderWatched):
             await project.monitor().run(asyncio.Event())
         with pytest.raises(FolderWatched):
