@@ -303,6 +303,7 @@ async def test_a_failed_job_raises_and_leaves_the_files_of_the_last_one(
     assert content(FLUX) == before
 
 
+@pytest.mark.looptime(False)  # a thread waits for what the story does
 async def test_a_render_that_is_being_written_is_waited_for(local: DirectEngine, comfyui: ComfyUIEmulator) -> None:
     whole = content(RENDER)
     put(RENDER, whole[: len(whole) // 2])
@@ -384,6 +385,7 @@ def test_plain_calls_need_no_event_loop(own: InThread[ComfyUIEmulator]) -> None:
     assert own.call(lambda emulator: len(emulator.run_log)) == 1
 
 
+@pytest.mark.looptime(False)  # a thread works while the loop's own beats are counted
 @pytest.mark.usefixtures("engine")
 async def test_plain_calls_work_inside_a_running_event_loop_and_from_its_threads(
     own: InThread[ComfyUIEmulator],
