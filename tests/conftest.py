@@ -66,7 +66,8 @@ def _migrations_replayed() -> Iterator[None]:
 
     def upgrade(config: Config, revision: str) -> None:
         connection: Connection = config.attributes["connection"]
-        if connection.dialect.name != "sqlite" or inspect(connection).get_table_names():
+        on_server = connection.dialect.name != "sqlite"
+        if on_server or revision != "head" or inspect(connection).get_table_names():
             really(config, revision)
         elif not written:
             event.listen(connection, "before_cursor_execute", note)
