@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from sqlalchemy import Connection, event, inspect
 
 from runcomfy.adapters.log import unconfigure_logging
+from runcomfy.testing.signals import no_longer_ignored
 
 pytest_plugins = ["runcomfy.testing.plugin"]
 
@@ -29,11 +30,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_sessionstart() -> None:
-    """Have the policy make no event loops of its own.
+    """Start programs that can be interrupted, and have the policy make no event loops of its own.
 
     pytest-asyncio and looptime ask it for the current one, also in plain tests; as long as nobody has ever set one it
     makes one, which nobody closes. Once one was set, be it none, it makes no more.
     """
+    no_longer_ignored()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         asyncio.set_event_loop(None)
