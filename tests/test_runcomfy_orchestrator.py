@@ -16,6 +16,7 @@ import pytest_asyncio
 from PIL import Image
 
 from runcomfy.adapters.log import register_secret
+from runcomfy.application.faultpoints import listening
 from runcomfy.bootstrap import App
 from runcomfy.domain.job import JobRequest, JobResult, JobStatus, OutputKind
 from runcomfy.domain.progress import Progress, Step
@@ -231,22 +232,70 @@ async def test_cancelling_at_any_moment_leaves_nothing(app: App, cloud: RunComfy
     assert cloud.alive == []
 
 
-@pytest.mark.fault(22)
-async def test_cancelling_while_the_machine_is_being_ended_comes_too_late(app: App, cloud: RunComfyEmulator) -> None:
-    """The results were committed; a person who is told that the job was cancelled runs, and pays, it again."""
+async def cancelled_while_ending(
+    app: App, graph: dict[str, Any], *, then: Callable[[], None] = lambda: None
+) -> JobResult:
+    """Run a job and cancel it when its machine is about to be ended."""
     cancel = asyncio.Event()
 
     def press(progress: Progress) -> None:
         if progress.step is Step.STOPPING:
             cancel.set()
+            then()
 
-    result = await app.orchestrator().run(JobRequest(delay(10)), cancel=cancel, on_progress=press)
+    result = await app.orchestrator().run(JobRequest(graph), cancel=cancel, on_progress=press)
     assert cancel.is_set()
+    return result
+
+
+@pytest.mark.fault(61)
+async def test_cancelling_while_the_machine_is_being_ended_comes_too_late(app: App, cloud: RunComfyEmulator) -> None:
+    """The results were committed; a person who is told that the job was cancelled runs, and pays, it again."""
+    result = await cancelled_while_ending(app, delay(10))
     assert (result.status, result.error, result.exit_code) == (JobStatus.DONE, None, 0)
     assert result.outputs[0].path.endswith(".png")
     assert cloud.alive == []
 
 
+@pytest.mark.parametrize("graph", [delay(10), failing("error")], ids=["done", "failed"])
+async def test_cancelling_while_the_machine_cannot_be_ended_does_not_hide_that(
+    app: App, cloud: RunComfyEmulator, graph: dict[str, Any]
+) -> None:
+    """What may still bill is the last thing that somebody must hear, whenever Ctrl+C was pressed."""
+    result = await cancelled_while_ending(app, graph, then=lambda: cloud.revoke(1))
+    assert result.error is not None
+    assert (result.error["code"], result.exit_code) == ("machine-stop-unconfirmed", 4)
+    assert "may still bill" in result.error["message"]
+    assert result.status is (JobStatus.DONE if result.outputs else JobStatus.FAILED)
+    [held] = app.held()
+    cloud.behave()
+    machines, _ = await app.cloud()
+    await machines.stop(held, reason="the test is over")
+
+
+async def test_cancelling_while_a_defect_breaks_the_ending_does_not_hide_that(
+    app: App, cloud: RunComfyEmulator
+) -> None:
+    visits = []
+
+    def broken(point: str) -> None:
+        if point == "stop.asked":
+            visits.append(point)
+            if len(visits) == 1:
+                raise ZeroDivisionError
+
+    with listening(broken):
+        result = await cancelled_while_ending(app, delay(10))
+    assert result.error is not None
+    assert (result.status, result.exit_code) == (JobStatus.FAILED, 1)
+    assert "ZeroDivisionError" in result.error["message"]
+    [held] = app.held()
+    assert cloud.alive == [held.server_id]
+    machines, _ = await app.cloud()
+    await machines.stop(held, reason="the test is over")
+
+
+@pytest.mark.fault(22)
 async def test_a_machine_that_goes_away_during_the_job_is_told(app: App, cloud: RunComfyEmulator) -> None:
     cloud.next_machine(vanishes_after=timedelta(minutes=10))
     result = await app.orchestrator().run(JobRequest(delay(3600, steps=1)))

@@ -39,6 +39,8 @@ from runcomfy.domain.exceptions import (
     DeadlineExceeded,
     Interrupted,
     JobTimeout,
+    LaunchAmbiguous,
+    LaunchUnclear,
     LeaseLost,
     LocalError,
     PreflightFailed,
@@ -164,7 +166,7 @@ class RunComfyOrchestrator:
         place = at or self._placer.at_request(request)
         work = asyncio.create_task(self._do(run, request, place, queued=journal is not None), name=f"job-{run.job_id}")
         waiter = asyncio.create_task(cancel.wait()) if cancel is not None else None
-        error: BaseException | None = None
+        error: Exception | None = None
         try:
             await asyncio.wait({work, *([waiter] if waiter else [])}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -181,15 +183,15 @@ class RunComfyOrchestrator:
             work.result()
         except asyncio.CancelledError as cancelled:
             error = _cut_short(run, cancelled)
-        except RunComfyError as caught:
+        except Exception as caught:  # noqa: BLE001 - told below
             error = caught
-        except Exception as caught:
-            log.exception("job_defect", extra={"fields": {"job": run.job_id}})
-            error = _unforeseen(caught)
-            error.__cause__ = caught
+        if error is not None and not isinstance(error, RunComfyError):
+            log.error("job_defect", exc_info=error, extra={"fields": {"job": run.job_id}})
+            defect, error = error, _unforeseen(error)
+            error.__cause__ = defect
         return self._result(run, error)
 
-    def _result(self, run: RunRecord, error: BaseException | None) -> JobResult:
+    def _result(self, run: RunRecord, error: RunComfyError | None) -> JobResult:
         run.end()
         if isinstance(error, RunComfyError):
             veil_error(error, self._veil)
@@ -445,11 +447,17 @@ class RunComfyOrchestrator:
         }
 
 
-def _cut_short(run: RunRecord, cancelled: asyncio.CancelledError) -> RunComfyError | None:
-    """Return what a cancellation means. After the commit it came too late: only what the ending said still counts."""
-    if not run.outputs:
-        return Interrupted("the job was cancelled", hint="run it again when you like")
-    return cancelled.__cause__ if isinstance(cancelled.__cause__, RunComfyError) else None
+def _cut_short(run: RunRecord, cancelled: asyncio.CancelledError) -> Exception | None:
+    """Return what a cancellation means: after the commit it came too late.
+
+    What `finish` brought to its end meanwhile may have failed: that a machine may still bill, or a defect, is told.
+    """
+    broken = cancelled.__cause__
+    if isinstance(broken, Exception):
+        defect = not isinstance(broken, RunComfyError)
+        if run.outputs or defect or isinstance(broken, StopUnconfirmed | LaunchUnclear | LaunchAmbiguous):
+            return broken
+    return None if run.outputs else Interrupted("the job was cancelled", hint="run it again when you like")
 
 
 def _unforeseen(error: Exception) -> RunComfyError:
