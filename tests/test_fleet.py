@@ -130,6 +130,8 @@ async def test_how_often_a_launch_fails_before_it_is_given_up(
             if fleet.stuck() is not None:
                 break
         assert (fleet.stuck(), len(office.pool.asked)) == (error, launches)
+    [said] = [line for line in office.said if "could not be launched" in line]
+    assert said.endswith("; it is tried again") == (launches > 1)  # `serve --once` leaves where it is given up
 
 
 async def test_machines_that_never_become_usable_are_not_waited_for_either(
@@ -148,6 +150,8 @@ async def test_machines_that_never_become_usable_are_not_waited_for_either(
         stuck = fleet.stuck()
         assert isinstance(stuck, NoCapacity)
         assert stuck.message == "medium is not launched: it did not start"
+        monkeypatch.setattr(office.pool, "pausing", lambda _: True)
+        assert fleet.stuck() is None  # the pool takes breath only
 
 
 @pytest.mark.fault(26)

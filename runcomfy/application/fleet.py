@@ -278,7 +278,7 @@ class Fleet:
         for name in self._with.offers.types:
             if (failing := self._failing.get(name)) is not None:
                 error = failing.given_up
-            elif self.pool.room(name) > 0:
+            elif self.pool.room(name) > 0 or self.pool.pausing(name):
                 error = None
             else:  # its launches are answered, and its machines do not become usable
                 why = self.pool.why_no_room(name)
@@ -511,7 +511,8 @@ class Fleet:
             failing.why, failing.error, failing.times = error.message, error, failing.times + 1
         log.warning("launch_failed", extra={"fields": {"type": offer, "error": error.code, "message": error.message}})
         if news:
-            self._with.tell(f"a {offer} machine could not be launched: {error.message}; tried again")
+            again = "" if known.given_up else "; it is tried again"
+            self._with.tell(f"a {offer} machine could not be launched: {error.message}{again}")
             await self._write([self._decided("refused", offer, f"{error.code}: {error.message}", 0.0)])
 
     def _stop(self, action: Stop) -> list[Decision]:
@@ -545,12 +546,10 @@ class Fleet:
         if machine.idle_since is None or self._kept.get(str(machine.id)) == machine.idle_since:
             return []
         self._kept[str(machine.id)] = machine.idle_since
-        price = self._with.offers.price(machine.machine.server_type) if self._priced(machine) else 0.0
+        kind = machine.machine.server_type
+        price = self._with.offers.price(kind) if kind in self._with.offers.types else 0.0
         seconds = max(0.0, action.until - asyncio.get_running_loop().time())
         return [self._decided("extend", str(machine.id), action.why, price * seconds / 3600)]
-
-    def _priced(self, machine: PooledMachine) -> bool:
-        return machine.machine.server_type in self._with.offers.types
 
     def _machine(self, machine_id: str) -> PooledMachine | None:
         return next((machine for machine in self.pool.machines if str(machine.id) == machine_id), None)

@@ -378,6 +378,10 @@ class MachinePool:
         most = self._settings.pool.max_machines
         return f"{len(self._members)} machines are rented, at most {most} may be (those that start and end counted)"
 
+    def pausing(self, server_type: str) -> bool:
+        """See the protocol."""
+        return not self._refusal(server_type) and self._members.health.pausing(server_type)
+
     def _refusal(self, server_type: str) -> str:
         """Return why a type may not be launched at all."""
         if self._members.closing.is_set():

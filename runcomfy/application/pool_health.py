@@ -90,6 +90,16 @@ class PoolHealth:
         why = self._of(server_type).why_not(now)
         return f"{server_type} is not launched: {why}" if why else ""
 
+    def pausing(self, server_type: str) -> bool:
+        """Return whether a type is not launched only for a moment, after a failure that does not count for much yet."""
+        now = _now()
+        return not self._refused and self._account.room(now) != 0 and self._of(server_type).pausing(now)
+
+    def waits_s(self, server_type: str) -> float:
+        """Return for how many seconds no machine of a type is launched, for what happened to those before."""
+        now = _now()
+        return max((b.closed_until or now) - now for b in (self._account, self._of(server_type)))
+
     def launch_began(self, server_type: str) -> None:
         """Count a launch that is sent now."""
         now = _now()
@@ -168,8 +178,8 @@ class PoolHealth:
         self._tell(before, after, "the account")
 
     def _tell(self, before: Breaker, after: Breaker, what: str) -> None:
-        if after.rests_until is not None and after.rests_until != before.rests_until:
-            rest = after.rests_until - _now()
+        if after.closed_until is not None and after.closed_until != before.closed_until:
+            rest = after.closed_until - _now()
             self._said("breaker", what, f"nothing is launched for {rest:.0f} s: {after.why}")
             log.warning("pool_breaker", extra={"fields": {"what": what, "seconds": round(rest), "why": after.why}})
 

@@ -24,6 +24,7 @@ from runcomfy.application.own_machine import ComfyFactory
 from runcomfy.application.pool_health import PoolHealth
 from runcomfy.application.pooled import PooledMachine
 from runcomfy.domain.decision import Decision
+from runcomfy.domain.durations import show_span
 from runcomfy.domain.exceptions import LeaseLost, LocalError, RunComfyError
 from runcomfy.domain.health import Health
 from runcomfy.domain.job import PromptId
@@ -339,11 +340,17 @@ class Members:
         self.books.tell(f"{member.name} is replaced: {why}")
         self.decided("replace", member.machine.id, why)
         log.warning("machine_ill", extra={"fields": {**self.books.facts(member.machine), "why": why}})
-        self.health.start_failed(kind, why)
+        self.start_failed(kind, why)
         if dead:
             self.end(member, f"ill: {why}")
         else:
             self.drain(member, f"ill: {why}")
+
+    def start_failed(self, server_type: str, why: str) -> None:
+        """Count a machine that did not become usable or turned out to be ill, and say how long none follows it."""
+        self.health.start_failed(server_type, why)
+        if (seconds := self.health.waits_s(server_type)) > 0:
+            self.books.tell(f"no other {server_type} machine is launched for {show_span(timedelta(seconds=seconds))}")
 
     def end(self, member: Member, reason: str) -> None:
         """End a machine, whatever runs there. Harmless when repeated."""

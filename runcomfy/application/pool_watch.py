@@ -147,7 +147,7 @@ class Watch:
         if wrong is not None and not member.ended:
             asked, why = wrong  # only now: it is billed since it is Ready, and that is written down
             self._members.decided("replace", member.machine.id, why)
-            self._members.health.start_failed(asked, why)
+            self._members.start_failed(asked, why)
             self._members.end(member, f"ill: {why}")
             return
         if member.pooled.suspect.startswith(MISSING):

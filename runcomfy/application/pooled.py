@@ -204,3 +204,7 @@ class Pool(Protocol):
     def why_no_room(self, server_type: str) -> str:
         """Return why `room` is 0, for people."""
         ...
+
+    def pausing(self, server_type: str) -> bool:
+        """Return whether `room` is 0 only for a moment, between two starts of a type that has just failed."""
+        ...

@@ -207,11 +207,19 @@ class BreakerRules:
         """What everything rests when the cloud cannot be asked."""
         return self.rest_s / 40
 
+    def pause_s(self, failures: int) -> float:
+        """Return how long nothing of a type is launched after so many failures in a row, below the limit.
+
+        A machine that never became usable has billed meanwhile: the next one is not sent after it at once.
+        """
+        return min(self.rest_s, self.rest_s / 40 * 2 ** min(max(failures - 1, 0), DOUBLED_MOST))
+
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
     """Whether machines of one type, or of an account, may be launched.
 
+    closed --a failure--> pausing, each time twice as long --time--> closed
     closed --failures reach the limit, or one that counts at once--> resting --time--> one trial
     trial --usable--> closed, but the next failure opens it again --a job went well--> as new
     trial --failed--> resting, twice as long
@@ -221,6 +229,8 @@ class Breaker:
     rests: int = 0
     """How often in a row it opened: makes the next rest longer."""
     rests_until: float | None = None
+    pauses_until: float | None = None
+    """While it is closed: until when nothing is launched after the last failure."""
     trial: bool = False
     """Whether the one launch that is to find out is under way."""
     why: str = ""
@@ -235,7 +245,7 @@ class Breaker:
         if self.resting(now):
             return replace(self, failures=failures)
         if rest_s is None and failures < rules.limit and not self.trial:
-            return replace(self, failures=failures, why=why)
+            return replace(self, failures=failures, pauses_until=now + rules.pause_s(failures), why=why)
         first = rules.rest_s if rest_s is None else rest_s
         length = first * 2 ** min(self.rests, DOUBLED_MOST)
         length = min(length, max(first, rules.rest_most_s))
@@ -252,7 +262,7 @@ class Breaker:
     def usable(self, rules: BreakerRules) -> Breaker:
         """Return it after a machine became usable."""
         if self.rests_until is None:
-            return self
+            return replace(self, pauses_until=None)
         return replace(self, failures=max(0, rules.limit - 1), rests_until=None, trial=False)
 
     def worked(self) -> Breaker:
@@ -263,10 +273,19 @@ class Breaker:
         """Whether it rests at this time."""
         return self.rests_until is not None and now < self.rests_until
 
+    @property
+    def closed_until(self) -> float | None:
+        """Until when it allows no launch, whether it rests or pauses; None if nothing has failed."""
+        return self.pauses_until if self.rests_until is None else self.rests_until
+
+    def pausing(self, now: float) -> bool:
+        """Whether it is closed, and only waits a moment after a failure."""
+        return self.rests_until is None and self.pauses_until is not None and now < self.pauses_until
+
     def room(self, now: float) -> int | None:
-        """Return how many launches it allows: none while it rests, one after that, and then as many as one likes."""
+        """Return how many launches it allows: none while it rests or pauses, one after a rest, else any number."""
         if self.rests_until is None:
-            return None
+            return 0 if self.pausing(now) else None
         return 0 if self.resting(now) or self.trial else 1
 
     def why_not(self, now: float) -> str:
@@ -275,4 +294,4 @@ class Breaker:
             return ""
         if self.trial:
             return f"one is being tried again after: {self.why}"
-        return f"{self.why}; tried again in {(self.rests_until or now) - now:.0f} s"
+        return f"{self.why}; tried again in {(self.closed_until or now) - now:.0f} s"

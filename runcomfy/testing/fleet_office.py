@@ -140,6 +140,10 @@ class Rented(StandingPool):
         """See `Pool`."""
         return ""
 
+    def pausing(self, server_type: str) -> bool:
+        """See `Pool`."""
+        return False
+
 
 class Ordered:
     """A policy that says what the test wants said."""

@@ -187,5 +187,9 @@ class StandingPool:
         """See `Pool`."""
         return "machines of this pool are put in by hand"
 
+    def pausing(self, server_type: str) -> bool:
+        """See `Pool`."""
+        return False
+
     def _of(self, machine_id: MachineId) -> PooledMachine:
         return next(machine for machine in self._machines if machine.id == machine_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -153,7 +154,7 @@ def test_it_rests_after_failures_in_a_row_and_twice_as_long_each_time_the_trial_
     breaker, now, rests = Breaker(), 0.0, []
     for _ in range(2):
         breaker = breaker.failed(now, "no start", BREAKS)
-        assert breaker.room(now) is None
+        assert breaker.rests_until is None
     for _ in range(6):
         breaker = breaker.failed(now, "no start", BREAKS)
         assert breaker.room(now) == 0
@@ -169,6 +170,22 @@ def test_it_rests_after_failures_in_a_row_and_twice_as_long_each_time_the_trial_
     assert rests == [600, 1200, 2400, 3600, 3600, 3600]
 
 
+def test_below_the_limit_a_failure_makes_a_pause_that_grows_and_ends_by_itself_or_when_a_machine_is_usable() -> None:
+    rules = replace(BREAKS, limit=12)
+    breaker, now, pauses = Breaker(), 0.0, []
+    for _ in range(8):
+        breaker = breaker.failed(now, "no start", rules)
+        assert breaker.pausing(now)
+        assert breaker.room(now) == 0
+        assert breaker.closed_until is not None
+        pauses.append(breaker.closed_until - now)
+        assert breaker.why_not(now) == f"no start; tried again in {pauses[-1]:.0f} s"
+        assert breaker.usable(rules).room(now) is None
+        now = breaker.closed_until
+        assert breaker.room(now) is None
+    assert pauses == [15, 30, 60, 120, 240, 240, 240, 240]
+
+
 def test_a_trial_that_works_closes_it_but_the_next_failure_opens_it_again_until_a_job_went_well() -> None:
     opened = Breaker().failed(0.0, "sold out", BREAKS, rest_s=60.0)
     assert opened.rests_until == 60.0
@@ -177,7 +194,8 @@ def test_a_trial_that_works_closes_it_but_the_next_failure_opens_it_again_until_
     assert usable.failed(62.0, "ill", BREAKS).room(62.0) == 0
     worked = usable.worked()
     assert worked == Breaker()
-    assert worked.failed(63.0, "ill", BREAKS).room(63.0) is None
+    again = worked.failed(63.0, "ill", BREAKS)
+    assert (again.rests_until, again.room(63.0 + BREAKS.pause_s(1))) == (None, None)
 
 
 def test_a_trial_that_was_broken_off_may_be_made_again() -> None:

@@ -82,6 +82,7 @@ async def test_a_launch_that_is_answered_and_started_nothing_is_given_up_and_cou
         machine = await pool.launch()
         assert pool.pool.room("medium") == 3
         await pool.empty(within=400)
+        await asyncio.sleep(15)
         assert pool.pool.room("medium") == 4
         assert cloud.launched == []
         assert "gone" in await words(pool, machine.id)
@@ -230,7 +231,28 @@ async def test_a_ready_machine_whose_comfyui_never_answers_gets_no_job_and_is_re
         await pool.empty(within=400)
         assert 300 <= cloud.books[cloud.launched[0]].seconds <= 315
         assert "ill: the machine is Ready but its ComfyUI is not" in await words(pool, machine.id)
+        assert pool.pool.room("medium") == 0  # the next one could do no better
+        await asyncio.sleep(15)
         assert pool.pool.room("medium") == 4
+
+
+@pytest.mark.fault(15)
+async def test_machines_whose_comfyui_never_answers_follow_each_other_more_and_more_slowly_and_that_is_said(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    for _ in range(6):
+        cloud.next_machine(comfyui="502")
+    launched = []
+    async with told(cloud, programs) as pool:
+        for _ in range(5):
+            await until(lambda: pool.pool.room("medium") > 0, within=2000, what="the next launch to be allowed")
+            launched.append((await pool.launch()).machine.requested_at)
+            await pool.empty(within=700)
+        breaks = sorted(each.at for each in await pool.program.store.decisions() if each.action == "breaker")
+    pauses = [(after - ended).total_seconds() for after, ended in zip(launched[1:], breaks, strict=False)]
+    assert [round(pause) for pause in pauses] == [15, 30, 600, 1200]
+    said = [line for line in pool.program.said if "no other medium machine is launched" in line]
+    assert [line.rpartition("for ")[2] for line in said] == ["15s", "30s", "10m 0s", "20m 0s", "40m 0s"]
 
 
 @pytest.mark.fault(15)
