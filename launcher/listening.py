@@ -165,7 +165,7 @@ def _sent_and_not_taken(transport: asyncio.Transport) -> int:
 
     try:
         said = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-    except OSError:
+    except (OSError, ValueError):  # it was closed meanwhile
         return 0
     return int.from_bytes(said, sys.byteorder)
 

@@ -35,5 +35,8 @@ async def keep_tidy(app: App, queue: JobQueue, queue_name: str) -> None:
         except LocalError as error:
             log.warning("not_swept", extra={"fields": {"error": error.code}})
             continue
+        except Exception:
+            log.exception("not_swept")  # a defect here may not end those that run jobs and stop machines
+            continue
         if uploads or pictures:
             log.info("swept", extra={"fields": {"uploads": uploads, "thumbnails": pictures}})

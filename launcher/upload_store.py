@@ -248,8 +248,11 @@ class UploadStore:
                 with self._touching:
                     with note.open("a", encoding="utf-8") as file:
                         note.chmod(0o600)
-                        file.write(f"{queue}\t{key}\n")
+                        file.write(f"\n{queue}\t{key}\n")  # a line of its own, whatever a crash left of the last one
+                        file.flush()
+                        os.fsync(file.fileno())  # for the job will be
                     os.utime(note.parent)
+                    fsync_directory(note.parent)
             except FileNotFoundError as error:
                 raise _no_upload(note.parent.name) from error
             except OSError as error:
@@ -334,8 +337,9 @@ class UploadStore:
 def _users(folder: Path) -> list[tuple[str, str]]:
     """Return the jobs that use an upload, as (queue, idempotency key); "" is the queue that did not say its name."""
     note = folder / USED_BY
-    lines = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
-    return [(queue, key) if tab else ("", line) for line in lines for queue, tab, key in [line.partition("\t")]]
+    lines = note.read_text(encoding="utf-8", errors="replace").splitlines() if note.is_file() else []
+    said = [(line, *line.partition("\t")) for line in lines if line]
+    return [(queue, key) if tab else ("", line) for line, queue, tab, key in said]
 
 
 def _is_old(folder: Path, now: float) -> bool:

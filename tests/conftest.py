@@ -7,16 +7,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 import pytest
 from alembic import command
-from alembic.config import Config
 from hypothesis import HealthCheck, settings
-from sqlalchemy import Connection, event, inspect
 
 from runcomfy.adapters.log import unconfigure_logging
+from runcomfy.testing.remembered import Remembered
 from runcomfy.testing.signals import no_longer_ignored
 
 pytest_plugins = ["runcomfy.testing.plugin"]
@@ -53,35 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _migrations_replayed() -> Iterator[None]:
-    """Make each empty SQLite database with the statements that Alembic ran for the first one.
-
-    To work them out took 35 ms, in thousands of tests. Older databases and servers are brought up by Alembic each time.
-    """
-    written: list[tuple[str, Any]] = []
-    really = command.upgrade
-
-    def note(*told: Any) -> None:
-        statement, parameters, many = told[2], told[3], told[5]
-        if not statement.startswith(("SELECT", "PRAGMA")):
-            assert not many
-            written.append((statement, parameters))
-
-    def upgrade(config: Config, revision: str) -> None:
-        connection: Connection = config.attributes["connection"]
-        on_server = connection.dialect.name != "sqlite"
-        if on_server or revision != "head" or inspect(connection).get_table_names():
-            really(config, revision)
-        elif not written:
-            event.listen(connection, "before_cursor_execute", note)
-            really(config, revision)
-            event.remove(connection, "before_cursor_execute", note)
-        else:
-            for statement, parameters in written:
-                fresh = (uuid4().hex[:12], 0) if "INSERT INTO webhook_cursor" in statement else parameters
-                connection.exec_driver_sql(statement, fresh)
-
+    """Make each empty SQLite database from remembered statements."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "upgrade", upgrade)
+        patch.setattr(command, "upgrade", Remembered(command.upgrade).upgrade)
         yield
 
 

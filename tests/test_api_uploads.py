@@ -19,7 +19,7 @@ from PIL import Image
 from launcher.errors import NotFound
 from launcher.files import THUMBNAILS, Wanted, send_thumbnail, sweep_thumbnails
 from launcher.tidying import FIRST_AFTER_S
-from launcher.upload_store import UploadStore
+from launcher.upload_store import USED_BY, UploadStore
 from runcomfy.domain.secret import Secret
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.web import Answer, Serving, Web, serving_web
@@ -250,6 +250,19 @@ async def test_a_queue_that_was_not_seen_for_three_months_keeps_nothing(tmp_path
     assert await store.sweep(unknown, queue="this") == 0
     await asyncio.to_thread(aged, mark, days=91)
     assert await store.sweep(unknown, queue="this") == 1
+
+
+async def test_a_note_that_a_crash_left_torn_names_the_jobs_that_follow_it(tmp_path: Path, clock: LoopClock) -> None:
+    async with serving_web(tmp_path, clock) as api:
+        torn, used = [(await send(api, png(color))).json["upload"] for color in ("red", "green")]
+        notes = [api.state / "uploads" / each / USED_BY for each in (torn, used)]
+        for note in notes:
+            await asyncio.to_thread(note.write_bytes, b"a queue\t\xff\x00\xc3")
+        job = (await api.post("/jobs", {"workflow": "image_invert", "image": f"upload:{used}"})).json
+        await asyncio.to_thread(aged, *[note.parent for note in notes])
+        await asyncio.sleep(FIRST_AFTER_S + 1)
+        assert [note.parent.is_dir() for note in notes] == [False, True]
+        assert (await api.get(f"/jobs/{job['id']}/inputs/0")).status == 200
 
 
 async def test_what_another_process_takes_while_it_is_swept_stays(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 
@@ -70,6 +72,20 @@ async def test_a_thread_that_waits_for_the_story_is_not_waited_for_long(monkeypa
     assert await waits
 
 
+async def test_a_thread_that_waits_for_the_story_takes_no_patience_from_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(standstill, "PATIENCE", 1.0)
+    never, go_on = threading.Event(), threading.Event()
+    waits = asyncio.create_task(asyncio.to_thread(go_on.wait, 60))
+    await asyncio.to_thread(never.wait, 0.7)
+    async with asyncio.timeout(0.05):
+        await asyncio.to_thread(never.wait, 0.6)  # the other one is found out meanwhile
+    assert asyncio.get_running_loop().time() == 0
+    go_on.set()
+    assert await waits
+
+
 @pytest.mark.looptime(False)
 async def test_real_time_goes_on_while_a_thread_works() -> None:
     began = time.monotonic()
@@ -77,3 +93,9 @@ async def test_real_time_goes_on_while_a_thread_works() -> None:
         async with asyncio.timeout(0.05):
             await in_executor()
     assert time.monotonic() - began >= 0.05
+
+
+def test_the_fixtures_are_there_without_virtual_time() -> None:
+    """It is one of our tools, and nothing that a user's tests need."""
+    without = "import sys; sys.modules['looptime'] = None; import runcomfy.testing.plugin"
+    subprocess.run([sys.executable, "-c", without], check=True, timeout=120)

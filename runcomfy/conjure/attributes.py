@@ -7,7 +7,6 @@ the next call on. Here settings are values that do not change, so each call asks
 
 from __future__ import annotations
 
-import math
 from datetime import timedelta
 from typing import Any
 
@@ -22,12 +21,22 @@ def told_span(name: str, seconds: Any, known: timedelta, *, whole: bool = False)
     shown = int(known.total_seconds()) if whole else known.total_seconds()
     if seconds == shown:
         return known
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not number or not math.isfinite(seconds) or seconds < 0:
+    try:
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
+            raise ValueError
+        return timedelta(seconds=seconds)
+    except (ValueError, OverflowError) as error:  # nan and infinity, too
         raise SettingInvalid(
-            f"{name} = {foreign_text(seconds, 60)} is no number of seconds", hint="give one from 0 on, such as 5"
-        )
-    return timedelta(seconds=seconds)
+            f"{name} = {foreign_text(_shown(seconds), 60)} is no number of seconds",
+            hint="give one from 0 on, such as 5",
+        ) from error
+
+
+def _shown(value: Any) -> Any:
+    try:
+        return str(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return "a number of thousands of digits"
 
 
 def headers_with(token: str) -> dict[str, str]:

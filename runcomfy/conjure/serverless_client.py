@@ -51,7 +51,7 @@ from runcomfy.domain.serverless import (
     find_file,
     outcome,
 )
-from runcomfy.domain.settings import Settings
+from runcomfy.domain.settings import CloudSettings, Settings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.serverless import Serverless
 
@@ -121,22 +121,25 @@ class ServerlessRunComfyClient:
 
     def as_told(self) -> Settings:
         """Return the settings with what callers have written into the attributes since. Raises SettingInvalid."""
-        cloud, mine = self._settings.cloud, self._settings.serverless
+        mine = self._settings.serverless
         return replace(
             self._settings,
-            cloud=replace(
-                cloud,
-                base_url=str(self.base_url).rstrip("/"),
-                user_id=self.user_id,
-                tokens=self._tokens,
-                max_retries=self.max_retries,
-            ),
+            cloud=self._account(),
             serverless=replace(
                 mine,
                 deployment_id=self.deployment_id,
                 poll_interval=told_span("poll_interval", self.poll_interval, mine.poll_interval),
                 request_timeout=told_span("request_timeout", self.request_timeout, mine.request_timeout),
             ),
+        )
+
+    def _account(self) -> CloudSettings:
+        return replace(
+            self._settings.cloud,
+            base_url=str(self.base_url).rstrip("/"),
+            user_id=self.user_id,
+            tokens=self._tokens,
+            max_retries=self.max_retries,
         )
 
     @property
@@ -155,8 +158,8 @@ class ServerlessRunComfyClient:
 
     def is_available(self) -> bool:
         """Return whether a deployment and a token are set. Asks nobody."""
-        told = self.as_told()
-        return unavailable(told.serverless, told.cloud) is None
+        mine = replace(self._settings.serverless, deployment_id=self.deployment_id)
+        return unavailable(mine, self._account()) is None
 
     # --- what is sent -------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from looptime import LoopTimeEventLoop
 
 from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
 from runcomfy.domain.secret import Secret
@@ -40,8 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_fixture_setup() -> Generator[None, Any, Any]:
     """Hold the time of each loop that looptime has just patched."""
     result = yield
-    if isinstance(result, asyncio.Runner) and isinstance(loop := result.get_loop(), LoopTimeEventLoop):
-        stand_still_for_threads(loop)
+    if isinstance(result, asyncio.Runner):
+        stand_still_for_threads(result.get_loop())
     return result
 
 

@@ -51,8 +51,8 @@ class Standstill:
         if not self._loop.looptime_on:
             return self._really_select(timeout)
         if timeout != 0:
-            waited_for = [future for future, stood in self._stood.items() if stood < PATIENCE and not future.done()]
-            if waited_for:
+            # Again when one of them is found to wait for the story: the others are still expected to end.
+            while waited_for := [each for each, stood in self._stood.items() if stood < PATIENCE and not each.done()]:
                 began = time.monotonic()
                 found = self._really_select(PATIENCE - max(self._stood[future] for future in waited_for))
                 for future in waited_for:
@@ -62,9 +62,9 @@ class Standstill:
         return self._select(timeout)
 
 
-def stand_still_for_threads(loop: asyncio.BaseEventLoop) -> None:
-    """Hold the time of a loop that looptime has patched; harmless when repeated."""
-    if not hasattr(loop, "standstill"):
+def stand_still_for_threads(loop: asyncio.AbstractEventLoop) -> None:
+    """Hold the time of a loop if looptime has patched it, which need not be installed; harmless when repeated."""
+    if hasattr(loop, "looptime_on") and not hasattr(loop, "standstill"):
         Standstill(loop)
 
 

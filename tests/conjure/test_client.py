@@ -143,9 +143,11 @@ async def test_what_callers_write_into_the_attributes_counts_from_the_next_call_
     assert await client.wait_for_machine_ready(launched.server_id) is None
     assert 60 <= loop.time() - began < 120
     assert cloud.billing == []
-    client.machine_timeout = float("nan")
-    with pytest.raises(RuntimeError, match="machine_timeout"):
-        await client.wait_for_machine_ready(launched.server_id)
+    for unusable in (float("nan"), float("inf"), 1e300, 10**400, 10**9_000, -1, True):
+        client.machine_timeout = unusable
+        with pytest.raises(RuntimeError, match="machine_timeout"):
+            await client.wait_for_machine_ready(launched.server_id)
+    assert await client.list_machines() == [], "never raises, and the log says why"
 
 
 async def test_workflows_have_conjures_form(client: ConjureAPIClient, cloud: RunComfyEmulator) -> None:

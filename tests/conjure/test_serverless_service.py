@@ -410,6 +410,8 @@ async def test_what_is_written_into_the_clients_attributes_counts_from_the_next_
     with pytest.raises(TimeoutError):
         await client.wait_for_completion(asked.request_id)
     assert 30 <= asyncio.get_running_loop().time() - began < 90
+    client.poll_interval = float("inf")
+    assert client.is_available(), "how patient it is does not count"
     client.deployment_id = ""
     assert not client.is_available()
 
