@@ -70,8 +70,14 @@ until(2)
 
 
 @pytest.mark.campaign
-def test_what_a_loop_left_standing_had_begun_is_ended(tmp_path: Path) -> None:
-    end = """
+@pytest.mark.parametrize("presses", [0, 1])
+def test_what_a_loop_left_standing_had_begun_is_ended(tmp_path: Path, presses: int) -> None:
+    """The stop that RunComfy refuses at first is tried on, also when Ctrl+C is pressed meanwhile; not a second time."""
+    if presses and sys.platform == "win32":
+        pytest.skip("signals of POSIX")
+    end = f"""
+PRESSES = {presses}
+
 async def abandoned():
     comfy = await connect().__aenter__()
     job = comfy.start(**JOB)
@@ -80,11 +86,49 @@ async def abandoned():
 
 loop = asyncio.new_event_loop()
 kept = loop.run_until_complete(abandoned())
+
+def press():
+    for _ in range(PRESSES):
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=press, daemon=True).start()
 """
     with served(lambda: RunComfyEmulator(boot_time=3600, delete_takes=0.1, rate_limit=False)) as cloud:
+        if presses:
+            cloud.call(lambda c: c.next_call("DELETE servers/*", status=500, works=False, times=4))
         done = run(end, cloud, tmp_path)
         assert done.returncode == 0, done.stderr
         assert len(cloud.call(lambda c: list(c.launched))) == 1
+        assert cloud.call(lambda c: list(c.alive)) == []
+
+
+@pytest.mark.campaign
+def test_a_thread_whose_loop_stands_still_between_two_steps_works_to_its_end(tmp_path: Path) -> None:
+    end = """
+def by_steps():
+    loop = asyncio.new_event_loop()
+
+    async def begun():
+        comfy = await connect().__aenter__()
+        job = comfy.start(**JOB)
+        await asyncio.to_thread(until, 1)
+        return comfy, job
+
+    async def awaited(comfy, job):
+        print((await job).status, flush=True)
+        await comfy.close()
+
+    parts = loop.run_until_complete(begun())
+    time.sleep(2)
+    loop.run_until_complete(awaited(*parts))
+
+threading.Thread(target=by_steps).start()
+until(1)
+"""
+    with served(lambda: RunComfyEmulator(boot_time=0.5, delete_takes=0.1, rate_limit=False)) as cloud:
+        done = run(end, cloud, tmp_path)
+        assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
         assert cloud.call(lambda c: list(c.alive)) == []
 
 

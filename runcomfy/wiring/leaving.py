@@ -85,10 +85,10 @@ def leave() -> None:
     while True:
         try:
             for call in _calls():
-                if call.loop.is_closed() or not call.loop.is_running():
-                    _run_out(call)
-                elif patient and not call.thread.daemon and call.thread is not threading.current_thread():
+                if patient and _python_waits_for(call.thread):
                     waited_for.add(call.thread)
+                elif call.loop.is_closed() or not call.loop.is_running():
+                    _run_out(call, told)
                 elif call not in told:
                     told.add(call)
                     with suppress(RuntimeError):  # it was closed just now
@@ -103,14 +103,21 @@ def leave() -> None:
             patient = False
 
 
-def _run_out(call: _Call) -> None:
-    """Cancel a call whose loop stands still, and run that until it has ended."""
-    try:
-        with suppress(RuntimeError):  # the loop is closed, or begins to run just now
+def _python_waits_for(thread: threading.Thread) -> bool:
+    return thread.is_alive() and not thread.daemon and thread is not threading.current_thread()
+
+
+def _run_out(call: _Call, told: set[_Call]) -> None:
+    """Cancel a call whose loop stands still, and run that until it has ended. After KeyboardInterrupt it can go on."""
+    if not call.loop.is_closed():
+        if call not in told:
+            told.add(call)
             call.task.cancel()
-            call.loop.run_until_complete(asyncio.wait({call.task}))
-    finally:
-        _forget(call)
+        with suppress(Exception, asyncio.CancelledError):  # what came of it, or the loop begins to run just now
+            call.loop.run_until_complete(call.task)
+        if call.loop.is_running():
+            return  # it is somebody else's again, and looked at as that
+    _forget(call)
 
 
 with suppress(RuntimeError):  # the program is ending already
