@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Final
 
 from launcher.files import sweep_thumbnails
@@ -21,14 +22,23 @@ log = logging.getLogger("runcomfy.http")
 FIRST_AFTER_S: Final = 120.0
 """A service that is started is asked for other things first."""
 SWEEP_EVERY_S: Final = 3600.0
+JUMP_S: Final = 600.0
+"""How much further than this process's own time the computer's clock goes only if it was set, or the computer slept."""
 
 
 async def keep_tidy(app: App, queue: JobQueue, queue_name: str) -> None:
-    """Sweep every hour, until cancelled. What cannot be swept now is swept later."""
-    wait = FIRST_AFTER_S
+    """Sweep every hour, until cancelled. What cannot be swept now is swept later.
+
+    The disk's times are the computer's clock: after that has jumped, what was sent just before has another hour.
+    """
+    loop = asyncio.get_running_loop()
+    wait, ahead = FIRST_AFTER_S, time.time() - loop.time()
     while True:
         await asyncio.sleep(wait)
         wait = SWEEP_EVERY_S
+        before, ahead = ahead, time.time() - loop.time()
+        if ahead - before > JUMP_S:
+            continue
         try:
             uploads = await uploads_of(app).sweep(queue.store.known_keys, queue=queue_name)
             pictures = await asyncio.to_thread(sweep_thumbnails, app.settings.files.state_dir)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from launcher.errors import NotFound
 from launcher.files import THUMBNAILS, Wanted, send_thumbnail, sweep_thumbnails
-from launcher.tidying import FIRST_AFTER_S
+from launcher.tidying import FIRST_AFTER_S, SWEEP_EVERY_S
 from launcher.upload_store import USED_BY, UploadStore
 from runcomfy.domain.secret import Secret
 from runcomfy.testing.clock import LoopClock
@@ -250,6 +250,22 @@ async def test_a_queue_that_was_not_seen_for_three_months_keeps_nothing(tmp_path
     assert await store.sweep(unknown, queue="this") == 0
     await asyncio.to_thread(aged, mark, days=91)
     assert await store.sweep(unknown, queue="this") == 1
+
+
+@pytest.mark.fault(60)
+async def test_a_clock_that_jumps_takes_no_file_from_who_is_about_to_use_it(
+    tmp_path: Path, clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving_web(tmp_path, clock) as api:
+        sent = [(await send(api, png(color))).json["upload"] for color in ("red", "green")]
+        really = time.time
+        monkeypatch.setattr(time, "time", lambda: really() + 86_401)
+        await asyncio.sleep(FIRST_AFTER_S + 1)
+        order = {"workflow": "image_invert", "image": f"upload:{sent[0]}"}
+        job = (await api.post("/jobs", order)).json
+        await asyncio.sleep(SWEEP_EVERY_S)
+        assert [(api.state / "uploads" / each).is_dir() for each in sent] == [True, False]
+        assert (await api.get(f"/jobs/{job['id']}/inputs/0")).status == 200
 
 
 async def test_a_note_that_a_crash_left_torn_names_the_jobs_that_follow_it(tmp_path: Path, clock: LoopClock) -> None:
