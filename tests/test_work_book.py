@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,20 @@ async def test_a_machine_of_ones_own(program: Program) -> None:
     assert work.computed_at - work.computing_at == timedelta(seconds=10)
     assert 5 <= (work.computing_at - work.began_at).total_seconds() < 6
     assert 5 <= (work.ended_at - work.computed_at).total_seconds() < 6
+
+
+async def test_an_attempt_that_was_lost_counts_until_the_next_one_comes_whose_row_is_still_on_its_way(
+    program: Program,
+) -> None:
+    """Its prompt went on there; and a row is written while the job begins already."""
+    async with at(program) as place:
+        await place.seat.settled()
+        [lost] = await program.store.works()
+        await asyncio.sleep(100)
+        ended = lost.began_at + timedelta(seconds=10)
+        await program.store.put_work(replace(lost, ended_at=ended, outcome="lost"))
+        [line] = await program.placer.earlier(replace(place, attempt=lost.attempt + 1), lost.job_id)
+    assert 100 <= line.seconds < 101
 
 
 async def test_the_dev_server_is_warm_for_what_another_process_has_computed(

@@ -35,6 +35,7 @@ from runcomfy.domain.machine import Machine, MachineReport
 from runcomfy.domain.money import seconds_between, total
 from runcomfy.domain.place_key import machine_key, server_key
 from runcomfy.domain.progress import Progress, Step
+from runcomfy.domain.work import Work
 from runcomfy.ports.comfyui import ComfyUI
 
 log = logging.getLogger("runcomfy.placing")
@@ -208,7 +209,7 @@ class Placer:
             return ()
         try:
             machines, _ = await self.cloud()
-            return await _earlier(machines, job_id, place.attempt)
+            return await _earlier(machines, place, job_id)
         except RunComfyError as error:
             log.warning("earlier_cost_not_read", extra={"fields": {"job": job_id, "error": error.code}})
             return ()
@@ -370,8 +371,8 @@ class Placer:
                 await own.close()
 
 
-async def _earlier(machines: Machines, job_id: JobId, attempt: int) -> tuple[BillLine, ...]:
-    store = machines.store
+async def _earlier(machines: Machines, place: Place, job_id: JobId) -> tuple[BillLine, ...]:
+    store, now, attempt = machines.store, machines.clock.now(), place.attempt
     own = await store.works(job_ids=[job_id])
     places = {work.machine_id for work in own if work.attempt < attempt}
     if not places:
@@ -379,9 +380,11 @@ async def _earlier(machines: Machines, job_id: JobId, attempt: int) -> tuple[Bil
     there = await store.works(machine_ids=places)
     unended = {work.job_id for work in there if work.ended_at is None} | {job_id}
     works = {*there, *await store.works(job_ids=unended)}
+    if place.machine is not None and all(work.attempt < attempt for work in own):  # its own row is still on its way
+        works.add(Work(place.machine.id, job_id, attempt, "", place.machine.server_type, began_at=now))
     rows = [await store.machine(machine_id) for machine_id in places]
     known = {row.id: row for row in rows if row is not None}
-    return earlier_bill(job_id, attempt, works, known, now=machines.clock.now())
+    return earlier_bill(job_id, attempt, works, known, now=now)
 
 
 async def _bill(machines: Machines, machine: Machine | None) -> tuple[BillLine, ...]:

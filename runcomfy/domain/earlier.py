@@ -91,6 +91,9 @@ def _left_at(work: Work, following: Work | None) -> datetime | None:
 def _share(stays: Iterable[_Stay]) -> timedelta:
     """Return the time of the earlier attempts at one machine; what several jobs were there for is in equal parts."""
     stays = list(stays)
+    own = [stay for stay in stays if stay.earlier]
+    # A machine may have had thousands of jobs; few of them were there at the same time.
+    stays = [stay for stay in stays if any(stay.start < mine.end and stay.end > mine.start for mine in own)]
     edges = sorted({edge for stay in stays for edge in (stay.start, stay.end)})
     ticks = Fraction(0)
     for start, end in pairwise(edges):

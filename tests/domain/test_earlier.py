@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,6 +81,13 @@ def test_only_billed_time_counts_and_each_machine_has_its_line() -> None:
     works = work(JOB, 1, 100, 110), work(JOB, 2, 200, 230, at=TWO), work(JOB, 3, 300, 305), work(JOB, 4, 400)
     assert bill(*works, machines=(machine(), machine(TWO)), attempt=4) == [15, 30]
     assert bill(*works, machines=(), attempt=4) == []
+
+
+@pytest.mark.timeout(20)
+def test_a_machine_that_has_had_very_many_jobs_is_soon_looked_through() -> None:
+    """It is done in the loop in which everything else runs; comparing each with each takes minutes."""
+    others = [work(JobId(str(n)), 1, n * 10, n * 10 + 15) for n in range(20_000)]
+    assert bill(work(JOB, 1, 100, 160), work(JOB, 2, 500), *others, now=300_000) == [25]
 
 
 stays = st.tuples(st.integers(0, 900), st.integers(1, 90))
