@@ -295,6 +295,26 @@ async def test_too_many_requests_are_waited_out_by_launch_and_stop(
     await assert_bill_and_ledger_agree(cloud, program)
 
 
+@pytest.mark.fault(25)
+async def test_a_stop_that_is_turned_away_for_days_is_sent_again_after_seconds_and_its_delay_is_said(
+    cloud: RunComfyEmulator, program: Program, looptime: float
+) -> None:
+    machine, _ = await program.ready()
+    began = float(looptime)
+    cloud.next_call("DELETE *", status=429, headers={"Retry-After": "86400"}, times=2)
+    ended = await end(program, machine)
+    assert ended.stop_accepted_at is not None
+    assert ended.stop_asked_at is not None
+    assert (ended.stop_accepted_at - ended.stop_asked_at).total_seconds() < 25
+    assert looptime - began < 60
+    [said] = [line for line in program.said if "is delayed" in line]
+    assert said == (
+        f"the stop of {machine.server_id} is delayed: RunComfy has not accepted it after 5s; it bills until then, and "
+        "is asked again"
+    )
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
 # -- this computer fails -----------------------------------------------------------------------------------
 
 

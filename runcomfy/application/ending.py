@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from runcomfy.application.books import Books
 from runcomfy.application.faultpoints import faultpoint
+from runcomfy.domain.durations import show_span
 from runcomfy.domain.exceptions import (
     AccessDenied,
     AuthRejected,
@@ -44,6 +45,10 @@ SAY_AGAIN: Final = timedelta(hours=1)
 """After how long it is said again that the same still goes wrong. Alarms have their own time."""
 FIRST_LOOK: Final = timedelta(seconds=5)
 """How long a stop waits for the provider's word on whether the machine has begun to bill."""
+
+SLOW_STOP: Final = timedelta(seconds=5)
+"""After how long without an answer it is said that a stop is delayed: the machine bills until it is accepted. A stop
+that RunComfy turns away for its rate limit is sent again after some seconds, inside the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +203,7 @@ class Ending:
     async def _ask_to_stop(self, machine: Machine) -> tuple[Machine, bool]:
         """Call stop once; keep the provider's yes, which is until when it bills."""
         server_id = server_id_of(machine)
+        slow = asyncio.get_running_loop().call_later(SLOW_STOP.total_seconds(), self._say_slow, machine)
         try:
             accepted = await self._provider.stop_machine(server_id)
         except ProviderError as error:
@@ -207,6 +213,8 @@ class Ending:
             if isinstance(error, HOPELESS):
                 raise
             return machine, False
+        finally:
+            slow.cancel()
         faultpoint("stop.answered")
         if accepted and machine.stop_accepted_at is None:
             machine = await self._books.change_softly(machine, note="stop accepted", stop_accepted_at=self._clock.now())
@@ -214,6 +222,14 @@ class Ending:
             await self._books.post(machine, note="ready until the stop was accepted")
             faultpoint("stop.posted")
         return machine, accepted
+
+    def _say_slow(self, machine: Machine) -> None:
+        log.warning("machine_stop_delayed", extra={"fields": self._books.facts(machine)})
+        if self._is_news(machine, "slow"):
+            self._books.tell(
+                f"the stop of {machine.server_id} is delayed: RunComfy has not accepted it after "
+                f"{show_span(SLOW_STOP)}; it bills until then, and is asked again"
+            )
 
     async def look(self, machine: Machine) -> Look:
         """Return where the provider says the machine is; GONE only if its status and two full lists agree."""

@@ -212,7 +212,8 @@ class BreakerRules:
 
         A machine that never became usable has billed meanwhile: the next one is not sent after it at once.
         """
-        return min(self.rest_s, self.rest_s / 40 * 2 ** min(max(failures - 1, 0), DOUBLED_MOST))
+        doubled: int = 1 << min(max(failures - 1, 0), DOUBLED_MOST)
+        return min(self.rest_s, self.rest_s / 40 * doubled)
 
 
 @dataclass(frozen=True, slots=True)
