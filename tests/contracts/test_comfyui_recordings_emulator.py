@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.recordings import Comparison, Event, Recording, Results
 from runcomfy.testing.replay import Hook, Replay
@@ -207,7 +208,9 @@ async def run_graph(emulator: ComfyUIEmulator, graph: Mapping[str, Any]) -> None
 async def results_of(name: str, tmp_path: Path) -> Results:
     if name not in _played:
         scenario = SCENARIOS.get(name, Scenario())
-        emulator = ComfyUIEmulator(folder=tmp_path / "comfyui", **scenario.options)
+        # Stamps of the story's time: by the wall, how long a prompt took would be chance.
+        clock = LoopClock()
+        emulator = ComfyUIEmulator(folder=tmp_path / "comfyui", now=lambda: clock.now().timestamp(), **scenario.options)
         scenario.before(emulator)
         async with emulator:
             if scenario.warm_up is not None:
