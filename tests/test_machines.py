@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from runcomfy.application.by_order import stop_whosever
 from runcomfy.domain.exceptions import (
     BootTimeout,
     BudgetExceeded,
@@ -18,6 +19,7 @@ from runcomfy.domain.exceptions import (
     LaunchUnclear,
     MachineFailed,
     MachineLost,
+    MachineNotFound,
     NoCapacity,
     OutOfCredit,
     ProviderError,
@@ -284,6 +286,36 @@ async def test_a_strangers_machine_of_another_type_does_not_disturb_a_lost_launc
     assert machine.server_id == cloud.launched[0]
     await end(program, machine)
     assert stranger.bills
+
+
+@pytest.mark.fault(13)
+async def test_a_machine_with_an_id_that_cannot_be_used_disturbs_nobody_elses_launch_and_end(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    evil = {"server_id": "../../evil", "server_type": "medium", "current_status": "Ready", "estimated_duration": 600}
+    cloud.next_call("GET servers", change=lambda entries: [*entries, evil], times=None)
+    cloud.next_call("POST servers", reply="lost")
+    machine = await program.launch()
+    assert cloud.launched == [machine.server_id]
+    await end(program, machine)
+    await assert_bill_and_ledger_agree(cloud, program)
+    [foreign] = (await program.reaper.reap()).foreign
+    assert not foreign.addressable
+    with pytest.raises(MachineNotFound, match="under an id that cannot be used"):
+        await stop_whosever(program.machines, foreign.server_id, note="by hand")
+
+
+@pytest.mark.fault(13)
+async def test_a_launch_whose_machine_has_an_id_that_cannot_be_used_is_reported_and_not_thought_to_have_failed(
+    cloud: RunComfyEmulator, program: Program, looptime: float
+) -> None:
+    cloud.next_machine(fields={"server_id": "../../evil"})
+    with pytest.raises(LaunchAmbiguous, match="unusable-id-"):
+        await program.launch()
+    assert 115 <= looptime <= 200
+    assert len(cloud.launched) == 1
+    assert await states(program) == ["never"]
+    await program.machines.provider.stop_machine(ServerId(cloud.launched[0]))  # the user's part, on RunComfy's page
 
 
 @pytest.mark.fault(7)

@@ -117,7 +117,7 @@ async def test_a_list_without_an_end_is_given_up(client: Client, cloud: RunComfy
 
 
 @pytest.mark.parametrize(
-    "entry", [{}, {"server_id": None}, {"server_id": ["x"]}, {"server_id": "../../etc"}, None, "x"]
+    "entry", [{}, {"server_id": None}, {"server_id": ["x"]}, {"server_id": "  "}, {"server_id": " x "}, None, "x"]
 )
 async def test_a_list_in_which_a_machine_cannot_be_told_is_no_list(
     client: Client, cloud: RunComfyEmulator, entry: object
@@ -126,6 +126,23 @@ async def test_a_list_in_which_a_machine_cannot_be_told_is_no_list(
     cloud.next_call("GET servers", change=lambda entries: [*entries, entry], times=None)
     with pytest.raises(AnswerUnreadable):
         await client.list_machines()
+
+
+@pytest.mark.parametrize("strange", ["../../evil", "a b", "x" * 300, "\x1b[2J", "ümlaut/.."])
+async def test_an_id_that_cannot_be_used_spoils_no_list_is_shown_under_another_name_and_logged_once(
+    client: Client, cloud: RunComfyEmulator, caplog: pytest.LogCaptureFixture, strange: str
+) -> None:
+    stranger = cloud.foreign()
+    entry = {"server_id": strange, "server_type": "large", "current_status": "Ready"}
+    cloud.next_call("GET servers", change=lambda entries: [entry, *entries], times=None)
+    lists = [await client.list_machines() for _ in range(2)]
+    assert lists[0] == lists[1]
+    odd, known = lists[0]
+    assert (known.server_id, known.addressable) == (stranger.server_id, True)
+    assert (odd.phase, odd.server_type, odd.addressable) == (Phase.READY, "large", False)
+    assert odd.server_id.startswith("unusable-id-")
+    assert [record.getMessage() for record in caplog.records].count("provider_machine_id_unusable") == 1
+    assert strange not in caplog.text
 
 
 async def test_a_machine_listed_twice_counts_once_as_the_living_one(client: Client, cloud: RunComfyEmulator) -> None:

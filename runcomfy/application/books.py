@@ -435,7 +435,8 @@ class Books:
         exact = [
             report
             for report in new
-            if report.duration in (None, machine.duration)
+            if report.addressable  # what cannot be asked about can be neither taken nor ended
+            and report.duration in (None, machine.duration)
             and report.workflow_version_id in ("", machine.workflow_version_id)
         ]
         return exact, [report for report in new if report not in exact]

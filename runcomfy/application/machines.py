@@ -28,6 +28,7 @@ from runcomfy.domain.exceptions import (
     BootTimeout,
     MachineFailed,
     MachineLost,
+    MachineNotFound,
     ProviderError,
 )
 from runcomfy.domain.lease import Use
@@ -286,7 +287,15 @@ class Machines:
         return machine
 
     async def adopt(self, report: MachineReport, *, purpose: Purpose, reason: str) -> Machine:
-        """Put a machine that the account runs, and that we did not launch, into our books as ours."""
+        """Put a machine that the account runs, and that we did not launch, into our books as ours.
+
+        Raises MachineNotFound if its id cannot be used.
+        """
+        if not report.addressable:
+            raise MachineNotFound(
+                f"RunComfy lists {report.server_id} under an id that cannot be used",
+                hint="look at it, and end it, on RunComfy's page",
+            )
         rate = self.settings.rates.find(report.server_type)
         now = self.clock.now()
         machine = Machine(

@@ -230,6 +230,8 @@ class MachineReport:
     ready_at: datetime | None = None
     stopping_at: datetime | None = None
     workflow_version_id: str = ""
+    addressable: bool = True
+    """Whether the provider can be asked about it; where its id is unusable, `server_id` is a name made up for it."""
 
     @property
     def usable(self) -> bool:

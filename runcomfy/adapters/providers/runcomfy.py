@@ -80,6 +80,7 @@ class RunComfyAPIClient:
         self._clock = clock
         self._veil = self._sender.veil
         self._words_seen: set[str] = set()
+        """What was logged once and for all: status words, names made up for machines."""
         self._balance: Balance | None = None
         self._balance_asked: float | None = None
 
@@ -309,7 +310,10 @@ class RunComfyAPIClient:
             raise unreadable(error, what=call.what, facts=facts or {"call": call.name}) from None
 
     def _notice(self, report: MachineReport) -> None:
-        """Log a status word that we do not know, once."""
+        """Log a status word that we do not know, and a machine that cannot be asked about, once."""
+        if not report.addressable and report.server_id not in self._words_seen and len(self._words_seen) < 100:
+            self._words_seen.add(report.server_id)
+            _log.warning("provider_machine_id_unusable", extra={"fields": {"called": report.server_id}})
         if report.phase is Phase.UNKNOWN and report.status not in self._words_seen and len(self._words_seen) < 100:
             self._words_seen.add(report.status)
             fields = {"status": self._veil(report.status), "server_id": report.server_id}

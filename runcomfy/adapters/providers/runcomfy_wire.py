@@ -8,10 +8,11 @@ answer in which a machine cannot be told apart, or a list of which a part is mis
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final
@@ -180,10 +181,17 @@ def _integer(home: Mapping[str, Any], names: Sequence[str]) -> int | None:
 
 
 def read_machines(entries: Sequence[Mapping[str, Any]]) -> list[MachineReport]:
-    """Read a whole list. A machine that is in it twice counts once, as the more alive of the two. Raises Unreadable."""
+    """Read a whole list. A machine that is in it twice counts once, as the more alive of the two.
+
+    An id that no path can hold is none of those we know: its machine is listed under a name made up for it, and the
+    rest of the list counts. An entry without any id might be one of ours. Raises Unreadable.
+    """
     found: dict[ServerId, MachineReport] = {}
     for entry in entries:
-        report = read_machine(entry)
+        if (name := _made_up(entry.get("server_id"))) is not None:
+            report = replace(read_machine({**entry, "server_id": name}), addressable=False)
+        else:
+            report = read_machine(entry)
         before = found.get(report.server_id)
         if before is None or (before.phase is Phase.GONE and report.phase is not Phase.GONE):
             found[report.server_id] = report
@@ -210,6 +218,14 @@ def read_single(payload: Any, *, expected: ServerId | None = None) -> MachineRep
     if expected is not None and report.server_id != expected:
         raise Unreadable("an answer about another machine")
     return report
+
+
+def _made_up(server_id: Any) -> str | None:
+    """Return a name for an id that cannot be asked about; None if it can be, or is no text at all."""
+    if not isinstance(server_id, str) or not server_id.strip() or read_id(server_id.strip()) is not None:
+        return None
+    digest = hashlib.sha256(server_id.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"unusable-id-{digest[:12]}"
 
 
 def read_machine(entry: Mapping[str, Any]) -> MachineReport:
