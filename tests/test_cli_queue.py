@@ -138,6 +138,14 @@ def test_a_folder_without_a_queue_stays_without_one(say: Say, project: Path) -> 
     assert not (project / "database").exists()
 
 
+def test_a_queue_that_cannot_be_looked_for_is_not_said_to_be_empty(say: Say, project: Path) -> None:
+    (project / "database").write_text("a file in the folder's place", encoding="utf-8")
+    for command in (("ls",), ("show", "1"), ("events",)):
+        code, out, err = say("comfyctl", "queue", *command)
+        assert (code, out) == (9, "")
+        assert "cannot be opened" in err
+
+
 def test_the_list_is_in_the_order_of_running_and_says_that_nobody_works(say: Say, project: Path) -> None:
     for name, priority in (("T2I_1_1_a.yaml", 50), ("T2I_1_2_b.yaml", 10), ("T2I_1_3_c.yaml", 50)):
         say("e3", "add", write(project, name, JOB_FILE.replace("priority: 20", f"priority: {priority}")))
@@ -214,9 +222,12 @@ def watching(*words: str) -> Iterator[tuple[Callable[[], str], subprocess.Popen[
     command = [sys.executable, "-m", "runcomfy.cli.e3", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield process.stdout.readline, process
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        try:
+            yield process.stdout.readline, process
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()  # else a failing assertion waits for a command that never ends
     assert (process.returncode, err) == (0, ""), "Ctrl+C is how looking ends"
 
 
@@ -253,9 +264,12 @@ def test_a_watched_job_is_shown_when_it_has_ended(say: Say, project: Path) -> No
     command = [sys.executable, "-m", "runcomfy.cli.e3", "queue", "show", KNIGHT, "--watch"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert process.stderr.readline() == "pending: waits\n"
-        say("e3", "queue", "cancel", KNIGHT)
-        out, err = process.communicate(timeout=120)
+        try:
+            assert process.stderr.readline() == "pending: waits\n"
+            say("e3", "queue", "cancel", KNIGHT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert "status          cancelled" in out
     assert err.startswith("failed: ")

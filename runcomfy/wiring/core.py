@@ -278,11 +278,21 @@ class Core:
 
     @property
     def queue_exists(self) -> bool:
-        """Whether there is a database to look into; one on a server is taken to be there."""
+        """Whether there is a database to look into; one on a server is taken to be there.
+
+        So is one whose folder is a file, or may not be looked into: opening it says what is wrong.
+        """
         from runcomfy.adapters.stores.choose import is_server
 
         name = self.queue_settings.database
-        return is_server(name) or Path(name.reveal()).exists()
+        if is_server(name):
+            return True
+        path = Path(name.reveal())
+        try:
+            above = next((each for each in (path, *path.parents) if each.exists()), None)
+        except OSError:
+            return True
+        return above is not None and (above == path or not above.is_dir())
 
     async def job_store(self) -> SqlJobs:
         """Return the queue's database, opened on first use. Raises LocalError, SettingInvalid."""
