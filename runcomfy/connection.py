@@ -19,9 +19,11 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
 
 from runcomfy.adapters.pool_variables import pool_overrides
 from runcomfy.application.books import quiet
+from runcomfy.application.finish import finish
 from runcomfy.application.service import first_of
 from runcomfy.bootstrap import App
 from runcomfy.domain.durations import parse_duration
@@ -140,6 +142,12 @@ class Running:
         """End the job in good order: the prompt is interrupted, what was rented is ended; await the result."""
         self._cancel.set()
 
+    async def ended(self) -> None:
+        """Return when the job is over and what was rented is ended, whatever came of it."""
+        await asyncio.wait({self._task})
+        if not self._task.cancelled():
+            self._task.exception()  # heard: whoever wants it awaits the job itself
+
     def __await__(self) -> Generator[Any, None, JobResult]:
         return self._task.__await__()
 
@@ -155,6 +163,7 @@ class Connection:
         self.app = app
         self._server_url = server_url
         self._orchestrator = app.orchestrator()
+        self._started: WeakSet[Running] = WeakSet()
         self.queue = Queue(app, self._request)
         self.presence: Presence = app.presence()
         """Say that somebody is there, or that work comes: whoever serves the queue has a machine warm by then."""
@@ -199,8 +208,17 @@ class Connection:
         return await self.app.costs()
 
     async def close(self) -> None:
-        """Close every connection; a dev server stays, what was rented for a job is long gone."""
-        await self.app.close()
+        """Cancel started jobs that still run, wait for their ends, and close every connection. A dev server stays."""
+        try:
+            await finish(self._end_started())
+        finally:
+            await self.app.close()
+
+    async def _end_started(self) -> None:
+        for job in (jobs := list(self._started)):
+            job.cancel()
+        for job in jobs:
+            await job.ended()
 
     async def run(
         self,
@@ -237,7 +255,9 @@ class Connection:
             with under_way():
                 return checked(await self._orchestrator.run(request, on_progress=on_progress, cancel=cancel), check)
 
-        return Running(work)
+        job = Running(work)
+        self._started.add(job)
+        return job
 
     def _request(
         self,
@@ -427,15 +447,13 @@ class SyncConnection:
         except BaseException:
             if not future.done():  # Ctrl+C, or what another handler of signals has raised
                 # Cancelling interrupts the prompt and ends what was rented; wait for that, however long it takes.
-                self._call(_cancelled(self._tasks()))
+                self._call(_jobs_cancelled())
             raise
 
-    def _tasks(self) -> list[asyncio.Task[Any]]:
-        return [task for task in asyncio.all_tasks(self._loop) if task.get_name().startswith("job-")]
-
     def close(self) -> None:
-        """Close the connection and end its thread."""
+        """Close the connection and end its thread. Jobs that other threads have begun are cancelled before."""
         try:
+            self._call(_jobs_cancelled())
             self._call(self._connection.close())
         finally:
             self._end()
@@ -546,7 +564,9 @@ async def _next(events: AsyncIterator[JobEvent]) -> JobEvent | None:
     return await anext(events, None)
 
 
-async def _cancelled(tasks: list[asyncio.Task[Any]]) -> None:
+async def _jobs_cancelled() -> None:
+    """Cancel every job of the running loop, also one that was only just handed over, and wait for their ends."""
+    tasks = [task for task in asyncio.all_tasks() if task.get_name().startswith("job-")]
     for task in tasks:
         task.cancel()
     if tasks:

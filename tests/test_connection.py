@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -141,6 +142,17 @@ async def test_an_awaiting_task_that_is_cancelled_takes_its_job_along(
     assert server.run_log[-1].outcome == "interrupted"
 
 
+async def test_a_job_that_nobody_awaits_is_ended_with_the_block(server: ComfyUIEmulator, tmp_path: Path) -> None:
+    async with runcomfy.connect(server_url=server.url, RUNCOMFY_OUTPUT_DIR=str(tmp_path / "out")) as comfy:
+        job = comfy.start(SLOW)
+        await asyncio.sleep(20)
+        comfy.start(SLOW, sets={"2.seed": 2})  # handed over just now
+    with pytest.raises(Interrupted):
+        await job
+    await asyncio.sleep(2)
+    assert [record.outcome for record in server.run_log] == ["interrupted"]
+
+
 async def test_jobs_run_side_by_side(comfy: Connection) -> None:
     results = await asyncio.gather(*(comfy.run(SLOW, sets={"2.seed": n, "2.seconds": 1}) for n in range(5)))
     assert len({result.outputs[0].path for result in results}) == 5
@@ -174,6 +186,30 @@ def test_the_sync_form_needs_no_loop(served_comfyui: InThread[ComfyUIEmulator], 
             comfy.run(BROKEN)
     assert result.status == "done"
     assert seen[-1].step is Step.FINISHED
+
+
+def test_a_job_of_another_thread_is_ended_with_the_block(
+    served_comfyui: InThread[ComfyUIEmulator], tmp_path: Path
+) -> None:
+    begun = threading.Event()
+    ends: list[Interrupted] = []
+
+    def working() -> None:
+        try:
+            comfy.run(graph("EmulatorDelay", seconds=6_000.0, steps=6_000, previews=False, seed=1), on_progress=heard)
+        except Interrupted as error:
+            ends.append(error)
+
+    def heard(progress: Progress) -> None:
+        if progress.step is Step.RUNNING:
+            begun.set()
+
+    with runcomfy.connect(server_url=served_comfyui.emulator.url, RUNCOMFY_OUTPUT_DIR=str(tmp_path)) as comfy:
+        thread = threading.Thread(target=working, daemon=True)
+        thread.start()
+        assert begun.wait(60)
+    thread.join(60)
+    assert len(ends) == 1
 
 
 async def test_the_sync_form_works_in_a_running_loop(

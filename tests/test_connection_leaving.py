@@ -144,6 +144,25 @@ def test_a_thread_that_python_waits_for_can_work_to_its_end(tmp_path: Path, targ
 
 @pytest.mark.campaign
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_in_the_moment_in_which_a_job_is_handed_over_lets_nothing_begin(tmp_path: Path) -> None:
+    end = """
+with connect() as comfy:
+    comfy._loop.call_soon_threadsafe(time.sleep, 2)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        comfy.run(**JOB)
+    except KeyboardInterrupt:
+        print("cut", flush=True)
+    time.sleep(2)
+"""
+    with served(lambda: RunComfyEmulator(boot_time=3600, delete_takes=0.1, rate_limit=False)) as cloud:
+        done = run(end, cloud, tmp_path)
+        assert (done.returncode, done.stdout.strip()) == (0, "cut"), done.stderr
+        assert cloud.call(lambda c: list(c.launched)) == []
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_a_signal_whose_handler_ends_the_program_ends_the_job_first(tmp_path: Path) -> None:
     end = f"""
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
