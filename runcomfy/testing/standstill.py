@@ -50,16 +50,26 @@ class Standstill:
     def _patient_select(self, timeout: float | None) -> list[Any]:
         if not self._loop.looptime_on:
             return self._really_select(timeout)
-        if timeout != 0:
-            # Again when one of them is found to wait for the story: the others are still expected to end.
-            while waited_for := [each for each, stood in self._stood.items() if stood < PATIENCE and not each.done()]:
-                began = time.monotonic()
-                found = self._really_select(PATIENCE - max(self._stood[future] for future in waited_for))
-                for future in waited_for:
-                    self._stood[future] += time.monotonic() - began
-                if found:
-                    return found
-        return self._select(timeout)
+        found = self._really_select(0)
+        if found or timeout == 0:
+            return found
+        # Again when one of them is found to wait for the story: the others are still expected to end.
+        while waited_for := [each for each, stood in self._stood.items() if stood < PATIENCE and not each.done()]:
+            began = time.monotonic()
+            found = self._really_select(PATIENCE - max(self._stood[future] for future in waited_for))
+            for future in waited_for:
+                self._stood[future] += time.monotonic() - began
+            if found:
+                return found
+        return self._select_until_time_moves(timeout)
+
+    def _select_until_time_moves(self, timeout: float | None) -> list[Any]:
+        """Have looptime look as often as it is told to before time moves, without a turn of the loop for each look."""
+        now = self._loop.time()
+        found = self._select(timeout)
+        while not found and timeout is not None and self._loop.time() == now:
+            found = self._select(timeout)
+        return found
 
 
 def stand_still_for_threads(loop: asyncio.AbstractEventLoop) -> None:
