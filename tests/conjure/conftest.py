@@ -106,7 +106,7 @@ async def serving(clock: LoopClock, *, works: bool = True, **queue: Any) -> Asyn
         backend = await stack.enter_async_context(open_backend(app, options, host="127.0.0.1"))
         web = FastAPI()
         web.state.backend = backend
-        web.include_router(conjure.router)
+        web.router.routes.extend(conjure.router.routes)  # see `create_app`
         install_errors(web)
         backend.guard.install(web)
         sockets = await bound("127.0.0.1", 0)
