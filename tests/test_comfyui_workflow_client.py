@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from runcomfy.adapters.comfyui.upload import clean_name
 from runcomfy.comfyui_workflow_client import ComfyUIWorkflowClient
 from runcomfy.domain.exceptions import (
+    AnswerUnreadable,
     DiskFull,
     DownloadFailed,
     InputFileInvalid,
@@ -591,7 +592,14 @@ async def test_a_cut_upload_is_made_good(
 
 
 @pytest.mark.fault(53)
-@pytest.mark.parametrize("fault", [Fault(work=False, status=200, body=b""), Fault(work=False, status=405, body=b"")])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(work=False, status=200, body=b""),
+        Fault(work=False, status=405, body=b""),
+        Fault(endless=True, body=b"[" * 1000),
+    ],
+)
 async def test_a_proxy_that_hides_lengths_does_not_hide_an_upload(
     comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, fault: Fault, tmp_path: Path
 ) -> None:
@@ -603,6 +611,17 @@ async def test_a_proxy_that_hides_lengths_does_not_hide_an_upload(
     comfyui.faults.add("POST", "/upload/image", Fault(keep=10))
     name = await client.upload(str(tmp_path / "b.png"))
     assert (comfyui.folders.input / name).read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.fault(32)
+async def test_an_upload_that_is_looked_up_in_an_answer_without_an_end_says_that(
+    comfyui: ComfyUIEmulator, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(os.urandom(5000))
+    comfyui.faults.add("*", "/view", Fault(endless=True, body=b"[" * 1000), times=math.inf)
+    async with a_client(comfyui.url, max_frame_bytes=10_000, max_retries=0) as client:
+        with pytest.raises(AnswerUnreadable, match="sends more than 10000 bytes where a short answer was expected"):
+            await client.upload(str(tmp_path / "a.png"))
 
 
 @pytest.mark.fault(53)

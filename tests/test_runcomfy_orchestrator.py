@@ -21,7 +21,7 @@ from runcomfy.bootstrap import App
 from runcomfy.domain.job import JobRequest, JobResult, JobStatus, OutputKind
 from runcomfy.domain.progress import Progress, Step
 from runcomfy.testing.clock import LoopClock
-from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 
 pytestmark = pytest.mark.cloud(boot_time=180)
@@ -208,6 +208,21 @@ async def test_a_job_that_takes_too_long_is_interrupted_and_its_machine_ended(
     assert (result.status, result.exit_code) == (JobStatus.TIMEOUT, 6)
     assert cloud.alive == []
     assert 120 <= result.timings["execute"] < 140
+
+
+async def test_results_that_come_too_slowly_are_not_said_to_have_been_computed_too_slowly(
+    app: App, cloud: RunComfyEmulator
+) -> None:
+    job = asyncio.create_task(app.orchestrator().run(JobRequest(delay(30), timeout=timedelta(minutes=2))))
+    await when(lambda: bool(cloud.billing), "the machine is ready")
+    comfyui = cloud.machines[cloud.launched[0]].comfyui
+    assert isinstance(comfyui, ComfyUIEmulator)
+    comfyui.faults.add("GET", "/view", Fault(rate=1), times=99)
+    result = await job
+    assert result.error is not None
+    assert "was computed, but its results were not here after 120 s" in result.error["message"]
+    assert "fetching the results counts, too" in result.error["hint"]
+    assert cloud.alive == []
 
 
 async def test_cancelling_interrupts_the_prompt_and_ends_the_machine(app: App, cloud: RunComfyEmulator) -> None:

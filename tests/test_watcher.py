@@ -21,6 +21,7 @@ from runcomfy.domain.exceptions import (
     NodeFailed,
     NodeStuck,
     NotComfyUI,
+    OutputMissing,
     PromptInterrupted,
     PromptRemoved,
     RunComfyError,
@@ -359,6 +360,26 @@ async def test_a_page_in_place_of_the_server_is_said_once_it_stays(comfyui: Comf
     time, error = await took(job.end())
     assert isinstance(error, NotComfyUI)
     assert time == pytest.approx(SETTINGS.unreachable_timeout.total_seconds(), abs=10)
+
+
+@pytest.mark.parametrize("entry", ['{"outputs": ["x"], "status": {"status_str": "success"}}', "[1, 2]"])
+async def test_an_end_that_cannot_be_read_is_looked_at_twice_and_told(
+    comfyui: ComfyUIEmulator, jobs: Jobs, entry: str
+) -> None:
+    job = await jobs.started(steps(5))
+    body = f'{{"{job.prompt_id}": {entry}}}'.encode()
+    comfyui.faults.add("GET", "/history/*", Fault(work=False, body=body, content_type="application/json"), times=2)
+    time, error = await took(job.end())
+    assert isinstance(error, OutputMissing)
+    assert "the prompt has ended, but its results cannot be told" in error.message
+    assert time <= 15
+
+
+async def test_an_end_that_can_be_read_at_the_second_look_is_an_end(comfyui: ComfyUIEmulator, jobs: Jobs) -> None:
+    job = await jobs.started(steps(5))
+    body = f'{{"{job.prompt_id}": 5}}'.encode()
+    comfyui.faults.add("GET", "/history/*", Fault(work=False, body=body, content_type="application/json"), times=1)
+    assert (await job.end()).outputs
 
 
 async def test_a_hanging_server_is_waited_for(comfyui: ComfyUIEmulator, jobs: Jobs) -> None:

@@ -394,7 +394,7 @@ def ambiguous(ids: Sequence[ServerId]) -> LaunchAmbiguous:
     return LaunchAmbiguous(
         f"{len(ids)} new machine{'s' if len(ids) > 1 else ''} may be what an unanswered launch started: "
         f"{', '.join(ids)}; none was touched",
-        hint="look at `comfyctl machines ls`; end yours with `comfyctl machines stop ID`",
+        hint="look at `comfyctl machines ls`; end yours with `comfyctl machines stop ID`, or on RunComfy's page",
         details={"server_ids": list(ids)},
     )
 

@@ -295,6 +295,7 @@ class RunComfyOrchestrator:
         """
         limit = prepared.request.timeout or self._settings.comfy.execution_timeout
         loop, works = asyncio.get_running_loop(), True
+        what, hint = "the job was not done", "give it longer with --timeout, e.g. --timeout 30m"
 
         def begin() -> None:
             if works:
@@ -306,14 +307,16 @@ class RunComfyOrchestrator:
                 bound, ended = await self._executed(run, prepared, place)
                 run.step("fetch")
                 run.show(Progress(Step.FETCHING, percent=100.0, message="fetching the results"))
+                what = "the job was computed, but its results were not here"
+                hint = f"{hint}: fetching the results counts, too; or look why the machine sends them so slowly"
                 files = await deliver(
                     promised(ended.outputs, bound), place.server, folder, convert=prepared.request.convert
                 )
                 await self._commit(run, prepared, bound, ended, place, folder, files)
         except TimeoutError as error:
             raise JobTimeout(
-                f"the job was not done after {limit.total_seconds():.0f} s on the machine",
-                hint="give it longer with --timeout, e.g. --timeout 30m",
+                f"{what} after {limit.total_seconds():.0f} s on the machine",
+                hint=hint,
                 details={"timeout_seconds": limit.total_seconds(), "prompt_id": run.prompt_id},
             ) from error
         finally:

@@ -24,6 +24,7 @@ from runcomfy.domain.exceptions import (
     NodeFailed,
     NodeStuck,
     NotComfyUI,
+    OutputMissing,
     PromptInterrupted,
     PromptRemoved,
     ProviderError,
@@ -59,6 +60,8 @@ DEAF_PACE: Final = 0.25
 """Where nothing can be heard about a prompt it is asked after each time this share of its age has passed, up to the
 poll period: a prompt that runs for 50 ms is not noticed 5 s later."""
 DEAF_FIRST_SECONDS: Final = 0.05
+LOOKS_AT_AN_END: Final = 2
+"""A history entry that makes no sense is looked at again: nothing about it changes any more, but a proxy may pass."""
 
 _OVER: Final = frozenset({Ending.SUCCESS, Ending.ERROR, Ending.INTERRUPTED, Ending.REMOVED})
 """Endings after which the server goes on with the next prompt; after any other one that is not known."""
@@ -112,7 +115,7 @@ class Watcher:
         `seat` is told when the prompt begins to compute, and when it has ended, before its history is read.
 
         Raises NodeFailed, GpuOutOfMemory, PromptInterrupted, PromptRemoved, ServerRestarted, WorkerDead, NodeStuck,
-        ServerUnreachable, NotComfyUI.
+        ServerUnreachable, NotComfyUI, OutputMissing.
         """
         watch = _Watch(self._server, self._settings, self._clock, prompt_id, labels, on_progress, found, seat or Seat())
         listening = asyncio.create_task(watch.hear(events), name=f"hear {prompt_id}")
@@ -166,6 +169,8 @@ class _Watch:
         self._hurry = False
         """Whether to ask at once: the end was marked, or the connection changed and something may have been missed."""
         self._trouble: ProviderError | None = None
+        self._senseless = 0
+        """How often in a row the history had the prompt and could not be read."""
         self._deaf = found is not None
         """Whether the socket says nothing about this prompt because it is another's."""
         if found is not None:
@@ -277,7 +282,10 @@ class _Watch:
         except (ServerUnreachable, NotComfyUI, AnswerUnreadable) as error:
             # A page in ComfyUI's place may be a proxy that bridges a restart: believed only if it stays.
             self._trouble = error
+            self._make_sense(error)
             answer = PollFailed(error.message, _is_break(error), asked_at)
+        else:
+            self._senseless = 0
         self._asked_at = self._loop.time()
         before = self.state
         self._fold(answer)
@@ -285,6 +293,17 @@ class _Watch:
             self._doubt_the_socket(before)
             if answer.queue is not None:
                 self._seat.saw(answer.queue)
+
+    def _make_sense(self, error: ProviderError) -> None:
+        """Raise OutputMissing if the prompt has ended and its history says nothing sensible at a second look, too."""
+        ended = isinstance(error, AnswerUnreadable) and error.details.get("ended") is True
+        self._senseless = self._senseless + 1 if ended else 0
+        if self._senseless >= LOOKS_AT_AN_END:
+            raise OutputMissing(
+                f"the prompt has ended, but its results cannot be told: {error.message}",
+                hint="run it again; if that goes on, look what on that machine changes ComfyUI's history",
+                details={"prompt_id": self._prompt_id, "server": self._server.masked_url},
+            ) from error
 
     def _doubt_the_socket(self, before: WatchState) -> None:
         """An open socket that kept to itself what polling found out has been forgotten by the server."""

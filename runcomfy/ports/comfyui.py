@@ -106,7 +106,11 @@ class ComfyUI(Protocol):
         ...
 
     async def history(self, prompt_id: PromptId) -> HistoryEntry | None:
-        """Read what the server remembers of a prompt; None while it has not ended (or was never heard of)."""
+        """Read what the server remembers of a prompt; None while it has not ended (or was never heard of).
+
+        Raises AnswerUnreadable; its details have `ended` true if the server does remember the prompt, which has ended
+        then, and only what it says about it makes no sense.
+        """
         ...
 
     async def cancel(self, prompt_id: PromptId, *, alone: bool) -> bool:

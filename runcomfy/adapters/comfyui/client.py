@@ -306,6 +306,7 @@ class ComfyUIWorkflowClient:
         return AnswerUnreadable(
             f"the answer of {self.masked_url} cannot be read: {error}",
             hint="something between here and ComfyUI may change what it sends",
+            details={"ended": isinstance(error, wire.EntryUnreadable)},
         )
 
     async def cancel(self, prompt_id: PromptId, *, alone: bool) -> bool:

@@ -266,7 +266,7 @@ class Exchange:
         elif isinstance(error, aiohttp.ClientPayloadError):
             what, kind = "broke off in the middle of its answer", "cut"
         elif isinstance(error, aiohttp.ClientError):
-            return self.not_comfyui("does not answer in HTTP")
+            return self.not_comfyui("does not answer in HTTP", kind="not-http")
         elif isinstance(error, ConnectionError):
             what, kind = "broke the connection", "reset"
         else:
@@ -292,11 +292,12 @@ class Exchange:
             details={"kind": "status", "status": answer.status},
         )
 
-    def not_comfyui(self, what: str) -> NotComfyUI:
+    def not_comfyui(self, what: str, *, kind: str = "stranger") -> NotComfyUI:
         """The error for something else that answers."""
         return NotComfyUI(
             f"{self.address.masked} {what}",
             hint="give the address that ComfyUI's own page has in the browser",
+            details={"kind": kind},
         )
 
 

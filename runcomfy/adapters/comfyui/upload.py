@@ -24,6 +24,7 @@ from runcomfy.domain.exceptions import (
     AnswerUnreadable,
     InputFileInvalid,
     InputFileMissing,
+    NotComfyUI,
     ServerUnreachable,
     foreign_text,
 )
@@ -179,12 +180,17 @@ def _name_given(exchange: Exchange, answer: Answer, content: Content) -> str:
 async def _stored_size(exchange: Exchange, name: str, *, hoped: int) -> int | None:
     """How many bytes the server holds under that input name; None if it has no such file.
 
-    HEAD is cheapest, but a proxy in between may drop the length of an answer without a body: where it does not say
-    `hoped`, a GET has the last word.
+    HEAD is cheapest, but a proxy in between may drop the length of an answer without a body, or send a body where there
+    is none: where it does not say `hoped`, a GET has the last word.
     """
     path = view_path(FileRef(name, type="input"))
-    answer = await exchange.ask("HEAD", path)
-    told = _count(answer.headers.get("Content-Length", "")) if answer.status == 200 else None
+    told: int | None = None
+    try:
+        answer = await exchange.ask("HEAD", path)
+        told = _count(answer.headers.get("Content-Length", "")) if answer.status == 200 else None
+    except NotComfyUI as error:
+        if error.details.get("kind") != "not-http":
+            raise
     if told == hoped:
         return told
     answer = await exchange.ask("GET", path, headers={"Range": "bytes=0-0"})

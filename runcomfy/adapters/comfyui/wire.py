@@ -31,6 +31,10 @@ class Unreadable(Exception):
     """Something was sent that is not the JSON it should be."""
 
 
+class EntryUnreadable(Unreadable):
+    """A history has the prompt, and what it says about it makes no sense."""
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
@@ -200,17 +204,17 @@ def _queue_item(item: Any) -> tuple[float, str]:
 
 
 def read_history(answer: Any, prompt_id: str) -> HistoryEntry | None:
-    """Return the entry of a `/history/{id}` answer, None if it has none. Raises Unreadable."""
+    """Return the entry of a `/history/{id}` answer, None if it has none. Raises Unreadable, EntryUnreadable."""
     if not isinstance(answer, dict):
         raise Unreadable("it is not a history")
     entry = answer.get(prompt_id)
     if entry is None:
         return None
     if not isinstance(entry, dict):
-        raise Unreadable("its history entry is none")
+        raise EntryUnreadable("its history entry is none")
     outputs, status = entry.get("outputs"), entry.get("status")
     if outputs is not None and not isinstance(outputs, dict):
-        raise Unreadable("its outputs are not a table")
+        raise EntryUnreadable("its outputs are not a table")
     status = status if isinstance(status, dict) else {}
     said = status.get("status_str")
     messages = status.get("messages")
