@@ -173,7 +173,10 @@ STEPS: Final = ("add", "claim", "claim", "step", "finish", "finish", "renew", "t
 
 
 @given(st.lists(st.sampled_from(STEPS), min_size=15, max_size=50), st.integers(0, 2**32))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=settings().max_examples * 2 // 5,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 async def test_no_history_loses_a_job_or_gives_it_to_two(tmp_path: Path, steps: list[str], seed: int) -> None:
     empty, path = tmp_path / "empty.sqlite3", tmp_path / "queue.sqlite3"
     clock = StoryClock()
