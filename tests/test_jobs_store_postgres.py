@@ -134,6 +134,7 @@ async def test_an_old_gap_in_the_log_stops_nobody_while_a_transaction_is_open(
         assert [event.kind for event in await jobs.events()] == [EventKind.ENQUEUED]
 
 
+@pytest.mark.looptime(False)  # who finds a row locked waits, and the heart never rests: virtual time would stand still
 async def test_workers_hearts_and_the_planner_do_not_stop_each_other(jobs: SqlJobs, postgres_dsn: str) -> None:
     workers = [WorkerId(f"w{n}") for n in range(3)]
     clock = StoryClock()
