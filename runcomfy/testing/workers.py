@@ -122,7 +122,7 @@ class Workers:
         queue: QueueSettings,
         clock: Clock,
         *,
-        wake_interval: timedelta = timedelta(milliseconds=200),
+        wake_interval: timedelta = timedelta(seconds=1),
     ) -> None:
         """`queue.api_base_url` is where the jobs run.
 
