@@ -101,7 +101,7 @@ async def serving(clock: LoopClock, *, works: bool = True, **queue: Any) -> Asyn
     options = ServeOptions(pool=False, shut_down=lambda: shut.append(True))
     async with AsyncExitStack() as stack:
         # Each look into the file is real work, in a story of minutes too.
-        queue = {"wake_interval": timedelta(milliseconds=100), **queue}
+        queue = {"wake_interval": timedelta(milliseconds=500), **queue}
         app = await stack.enter_async_context(_Served(clock=clock, queue=queue))
         backend = await stack.enter_async_context(open_backend(app, options, host="127.0.0.1"))
         web = FastAPI()
