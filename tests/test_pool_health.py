@@ -258,7 +258,7 @@ async def test_a_type_whose_machines_fall_ill_one_after_the_other_rests_and_is_t
         await pool.empty(within=60)
     assert pool.pool.room("medium") == 0
     assert pool.pool.room("large") == 8
-    assert "nothing runs; tried again in" in pool.pool.why_no_room("medium")
+    assert "nothing runs; possible again in" in pool.pool.why_no_room("medium")
     breakers = [each for each in await program.store.decisions() if each.action == "breaker"]
     assert sorted(each.why.partition(":")[0] for each in breakers) == [
         f"nothing is launched for {seconds} s" for seconds in (15, 30, 600)

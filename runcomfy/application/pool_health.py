@@ -98,7 +98,7 @@ class PoolHealth:
     def waits_s(self, server_type: str) -> float:
         """Return for how many seconds no machine of a type is launched, for what happened to those before."""
         now = _now()
-        return max((b.closed_until or now) - now for b in (self._account, self._of(server_type)))
+        return max(0.0, *((b.closed_until or now) - now for b in (self._account, self._of(server_type))))
 
     def launch_began(self, server_type: str) -> None:
         """Count a launch that is sent now."""

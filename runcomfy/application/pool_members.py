@@ -349,7 +349,7 @@ class Members:
     def start_failed(self, server_type: str, why: str) -> None:
         """Count a machine that did not become usable or turned out to be ill, and say how long none follows it."""
         self.health.start_failed(server_type, why)
-        if (seconds := self.health.waits_s(server_type)) > 0:
+        if seconds := round(self.health.waits_s(server_type)):
             self.books.tell(f"no other {server_type} machine is launched for {show_span(timedelta(seconds=seconds))}")
 
     def end(self, member: Member, reason: str) -> None:

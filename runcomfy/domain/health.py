@@ -295,4 +295,4 @@ class Breaker:
             return ""
         if self.trial:
             return f"one is being tried again after: {self.why}"
-        return f"{self.why}; tried again in {(self.closed_until or now) - now:.0f} s"
+        return f"{self.why}; possible again in {(self.closed_until or now) - now:.0f} s"

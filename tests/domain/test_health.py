@@ -158,7 +158,7 @@ def test_it_rests_after_failures_in_a_row_and_twice_as_long_each_time_the_trial_
     for _ in range(6):
         breaker = breaker.failed(now, "no start", BREAKS)
         assert breaker.room(now) == 0
-        assert "no start; tried again in" in breaker.why_not(now)
+        assert "no start; possible again in" in breaker.why_not(now)
         assert breaker.rests_until is not None
         rests.append(breaker.rests_until - now)
         now = breaker.rests_until
@@ -179,7 +179,7 @@ def test_below_the_limit_a_failure_makes_a_pause_that_grows_and_ends_by_itself_o
         assert breaker.room(now) == 0
         assert breaker.closed_until is not None
         pauses.append(breaker.closed_until - now)
-        assert breaker.why_not(now) == f"no start; tried again in {pauses[-1]:.0f} s"
+        assert breaker.why_not(now) == f"no start; possible again in {pauses[-1]:.0f} s"
         assert breaker.usable(rules).room(now) is None
         now = breaker.closed_until
         assert breaker.room(now) is None

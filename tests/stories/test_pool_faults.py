@@ -514,7 +514,7 @@ async def test_a_type_that_is_sold_out_rests_and_another_one_may_be_launched(
             await pool.launch()
         assert list(pool.machines) == []
         assert pool.pool.room("medium") == 0
-        assert "tried again in" in pool.pool.why_no_room("medium")
+        assert "possible again in" in pool.pool.why_no_room("medium")
         assert pool.pool.room("large") == 4
         await pool.usable("large")
         assert pool.pool.room("medium") == 1  # stock comes back sooner than a defect is mended
