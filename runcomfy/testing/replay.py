@@ -76,6 +76,8 @@ class Replay:
             for reader in self._readers:
                 reader.cancel()
             await asyncio.gather(*self._readers, return_exceptions=True)
+            for sock in list(self._sockets):
+                await self._close(sock)
         return self.results
 
     async def _play(self, event: Event) -> None:
