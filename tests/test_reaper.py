@@ -461,7 +461,7 @@ ends = st.sampled_from(["in order", "cancelled", "killed"])
 
 
 @pytest.mark.fault(12)
-@settings(max_examples=settings().max_examples // 4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=min(settings().max_examples // 4, 100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     faults=st.lists(call_faults, max_size=4),
     traits=st.lists(machine_faults, max_size=2),

@@ -292,7 +292,7 @@ async def test_two_who_lock_each_other_out_both_get_through(postgres_dsn: str) -
         )
         done = await asyncio.gather(here.write(locking("a", "b")), there.write(locking("b", "a")))
     assert list(done) == ["a", "b"]
-    assert len(tries) == 3
+    assert len(tries) >= 3, "one was ended and done again"
 
 
 async def test_rows_that_somebody_keeps_locked_are_waited_for_only_so_long(postgres_dsn: str) -> None:

@@ -219,6 +219,8 @@ TELLING = {
         "after the launch was answered",
         "before the submit",
         "while it watches",
+        "before the results are committed",
+        "when everything is done",
         "while the stop is under way",
     },
     START: {"while the launch is under way", "when it is ready"},
