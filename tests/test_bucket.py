@@ -22,7 +22,7 @@ def slot_of(per_second: float) -> timedelta:
     return timedelta(seconds=1 / per_second)
 
 
-@given(limits, st.lists(st.tuples(gaps, st.booleans(), st.none() | st.floats(0, 90)), max_size=60))
+@given(limits, st.lists(st.tuples(gaps, st.booleans(), st.none() | st.floats(0, 20)), max_size=60))
 def test_no_stretch_of_time_sees_more_than_the_burst_and_the_rate(
     limit: tuple[float, int, int], calls: list[tuple[float, bool, float | None]]
 ) -> None:

@@ -296,7 +296,7 @@ async def test_too_many_requests_are_waited_out_by_launch_and_stop(
 
 
 @pytest.mark.fault(25)
-async def test_a_stop_that_is_turned_away_for_days_is_sent_again_after_seconds_and_its_delay_is_said(
+async def test_a_stop_that_is_turned_away_for_days_is_sent_again_each_minute_and_its_delay_is_said(
     cloud: RunComfyEmulator, program: Program, looptime: float
 ) -> None:
     machine, _ = await program.ready()
@@ -305,8 +305,8 @@ async def test_a_stop_that_is_turned_away_for_days_is_sent_again_after_seconds_a
     ended = await end(program, machine)
     assert ended.stop_accepted_at is not None
     assert ended.stop_asked_at is not None
-    assert (ended.stop_accepted_at - ended.stop_asked_at).total_seconds() < 25
-    assert looptime - began < 60
+    assert (ended.stop_accepted_at - ended.stop_asked_at).total_seconds() < 125
+    assert looptime - began < 200
     [said] = [line for line in program.said if "is delayed" in line]
     assert said == (
         f"the stop of {machine.server_id} is delayed: RunComfy has not accepted it after 5s; it bills until then, and "

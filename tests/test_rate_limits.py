@@ -15,7 +15,7 @@ from runcomfy.adapters.providers.limits import LocalLimiter, retry_after
 from runcomfy.adapters.stores.sql import SqlStore
 from runcomfy.application.limiter import StoreLimiter
 from runcomfy.domain.exceptions import DiskFull, LocalError
-from runcomfy.domain.pacing import SLACK, URGENT_HOLD, TokenBucket
+from runcomfy.domain.pacing import SLACK, TokenBucket
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.ports.limiter import Limiter
 from runcomfy.testing.clock import LoopClock
@@ -56,10 +56,8 @@ def test_never_more_than_the_burst_and_the_rate(
 def test_nobody_goes_while_it_is_held(now: float, wait: float) -> None:
     bucket = TokenBucket(per_second=1, burst=5, reserve=0)
     bucket.hold(now, wait)
-    assert bucket.take(now, urgent=False) >= wait - 1e-6
-    assert bucket.take(now, urgent=True) >= min(wait, URGENT_HOLD) - 1e-6
-    assert bucket.take(now + min(wait, URGENT_HOLD) + 1 + SLACK, urgent=True) == 0
-    assert bucket.take(now + wait + 2 + SLACK, urgent=False) == 0
+    assert bucket.take(now, urgent=True) >= wait - 1e-6
+    assert bucket.take(now + wait + 1 + SLACK, urgent=True) == 0
 
 
 def test_the_reserve_is_for_urgent_calls() -> None:
@@ -139,31 +137,9 @@ async def test_an_urgent_call_does_not_wait_for_the_others(limiter: Limiter, loo
 
 async def test_a_hold_holds_everybody(limiter: Limiter, looptime: float) -> None:
     await limiter.wait_turn(urgent=False)
-    await limiter.hold(timedelta(seconds=8))
+    await limiter.hold(timedelta(seconds=20))
     await limiter.wait_turn(urgent=True)
-    assert 7.9 <= looptime <= 9.1
-
-
-async def test_a_long_hold_holds_a_stop_for_a_moment_only_however_often_it_is_said_again(
-    limiter: Limiter, looptime: float
-) -> None:
-    await limiter.wait_turn(urgent=False)
-    ordinary = asyncio.create_task(limiter.wait_turn(urgent=False))
-    for number in range(1, 6):
-        await limiter.hold(timedelta(seconds=60))
-        await limiter.wait_turn(urgent=True)
-        assert number * URGENT_HOLD - 0.1 <= looptime <= number * URGENT_HOLD + 1.1
-    assert not ordinary.done()
-    await ordinary
-    assert 99.9 <= looptime <= 105
-
-
-async def test_stops_of_many_machines_come_at_the_accounts_rate_also_while_the_others_are_held(
-    limiter: Limiter, looptime: float
-) -> None:
-    await limiter.hold(timedelta(seconds=60))
-    await asyncio.gather(*(limiter.wait_turn(urgent=True) for _ in range(12)))
-    assert URGENT_HOLD + 6 <= looptime <= URGENT_HOLD + 13
+    assert 19.9 <= looptime <= 21.1
 
 
 async def test_a_hold_also_holds_those_who_wait_for_their_turn_already(limiter: Limiter, looptime: float) -> None:

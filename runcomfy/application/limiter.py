@@ -7,7 +7,7 @@ import logging
 from datetime import timedelta
 
 from runcomfy.domain.exceptions import LocalError
-from runcomfy.domain.pacing import SLACK, URGENT_HOLD, TokenBucket
+from runcomfy.domain.pacing import SLACK, TokenBucket
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.store import Store
@@ -27,20 +27,17 @@ class StoreLimiter:
         self._bucket = TokenBucket(
             per_second=settings.requests_per_second, burst=max(1, settings.stop_reserve), reserve=0
         )
-        self._held_until = self._urgent_held_until = float("-inf")
-        """Until when the provider wants to hear nothing of us, by the loop's clock; and how long urgent calls obey."""
+        self._held_until = float("-inf")
+        """Until when the provider wants to hear nothing of us, by the loop's clock."""
 
     async def wait_turn(self, *, urgent: bool) -> None:
         """Return when the account's next request may be sent."""
         loop = asyncio.get_running_loop()
         while True:
             wait = await self._next_turn(urgent=urgent)
-            await asyncio.sleep(max(wait, self._held(urgent=urgent) - loop.time()))
-            if loop.time() >= self._held(urgent=urgent) - SLACK:
+            await asyncio.sleep(max(wait, self._held_until - loop.time()))
+            if loop.time() >= self._held_until - SLACK:
                 return  # else the provider said meanwhile that it is too much: the turn is asked for anew
-
-    def _held(self, *, urgent: bool) -> float:
-        return self._urgent_held_until if urgent else self._held_until
 
     async def _next_turn(self, *, urgent: bool) -> float:
         """Take the account's next free moment; return in how many seconds that is."""
@@ -67,7 +64,6 @@ class StoreLimiter:
         now = asyncio.get_running_loop().time()
         self._bucket.hold(now, wait.total_seconds())
         self._held_until = max(self._held_until, now + wait.total_seconds())
-        self._urgent_held_until = max(self._urgent_held_until, now + min(wait.total_seconds(), URGENT_HOLD))
         try:
             await self._store.hold_requests(self._account, now=self._clock.now(), wait=wait)
         except LocalError as error:

@@ -13,11 +13,6 @@ SLACK: Final = 2e-6
 """Seconds that are taken for nothing: times added up as floats do not meet a mark exactly, and a caller that slept
 until just before it must not be told to sleep for less than its clock can show."""
 
-URGENT_HOLD: Final = 10.0
-"""Seconds that a call on the way to stopping a machine is held at most when the provider says that it is too much
-(Retry-After): the machine bills meanwhile, and RunComfy documents neither the header nor more than one request a second
-as its limit. Clients of RunComfy wait 5 s."""
-
 
 class TokenBucket:
     """`burst` requests at once, then `per_second`; the last `reserve` of the burst are for urgent calls."""
@@ -29,14 +24,13 @@ class TokenBucket:
         self._reserve = max(0, min(reserve, self._burst - 1))
         self._level = float(self._burst)
         self._at: float | None = None
-        self._held_until = self._urgent_held_until = float("-inf")
+        self._held_until = float("-inf")
 
     def take(self, now: float, *, urgent: bool) -> float:
         """Take a token and return 0, or take none and return after how many seconds to ask again."""
         self._refill(now)
-        held_until = self._urgent_held_until if urgent else self._held_until
-        if now < held_until - SLACK:
-            return held_until - now
+        if now < self._held_until - SLACK:
+            return self._held_until - now
         needed = 1 if urgent else 1 + self._reserve
         if self._level >= needed - SLACK * self._per_second:
             self._level -= 1
@@ -44,14 +38,10 @@ class TokenBucket:
         return (needed - self._level) / self._per_second
 
     def hold(self, now: float, wait: float) -> None:
-        """Let nobody take a token for `wait` seconds; urgent calls not for `URGENT_HOLD` at most.
-
-        The bucket is empty then: the other side counted differently.
-        """
+        """Let nobody take a token for `wait` seconds. The bucket is empty then: the other side counted differently."""
         self._refill(now)
         self._level = 0.0
         self._held_until = max(self._held_until, now + wait)
-        self._urgent_held_until = max(self._urgent_held_until, now + min(wait, URGENT_HOLD))
 
     def _refill(self, now: float) -> None:
         passed = 0.0 if self._at is None else max(0.0, now - self._at)

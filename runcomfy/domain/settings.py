@@ -55,8 +55,7 @@ class CloudSettings:
     stop_reserve: int = 2
     """How many requests of the burst only calls that stop machines may use."""
     retry_after_cap: timedelta = timedelta(seconds=60)
-    """A Retry-After longer than this is not obeyed to the letter: negative, absurd or hostile values exist. Calls
-    on the way to stopping a machine obey it for ten seconds at most."""
+    """A Retry-After longer than this is not obeyed to the letter: negative, absurd or hostile values exist."""
     visibility_window: timedelta = timedelta(seconds=120)
     """How long a machine may stay out of the provider's lists after its launch."""
     not_found_grace: timedelta = timedelta(seconds=60)

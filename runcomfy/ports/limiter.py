@@ -18,8 +18,5 @@ class Limiter(Protocol):
         ...
 
     async def hold(self, wait: timedelta) -> None:
-        """Let nobody send before `wait` has passed: the provider asked for it (Retry-After).
-
-        Urgent calls are held for `URGENT_HOLD` seconds at most: what they are to stop bills meanwhile.
-        """
+        """Let nobody send before `wait` has passed: the provider asked for it (Retry-After)."""
         ...

@@ -272,10 +272,7 @@ class Store(Protocol):
         ...
 
     async def hold_requests(self, account: str, *, now: datetime, wait: timedelta) -> None:
-        """Let no request of the account start before `now + wait` (Retry-After).
-
-        Urgent ones are held too, but each for `URGENT_HOLD` seconds at most.
-        """
+        """Let no request of the account start before `now + wait` (Retry-After); urgent ones are held too."""
         ...
 
     async def take_launch_lock(self, account: str, *, owner_id: OwnerId, now: datetime) -> OwnerId:

@@ -116,6 +116,8 @@ async def test_a_pool_ends_a_machine_that_turns_out_dearer_and_counts_a_failed_s
             cloud.next_call("GET servers*", change=says("2xl-turbo"), times=None)
             await until(lambda: not pool.machines, within=120, what="the machine to be ended")
             cloud.behave()
+            assert pool.pool.room("medium") == 0, "a failed start: the type pauses"
+            await asyncio.sleep(20)
             assert pool.pool.room("medium") == before
             assert any("2xl-turbo in place of medium" in line for line in program.said)
         [(kind, _)] = await prices(program)

@@ -12,8 +12,7 @@ others at most `burst - reserve` can be, of the urgent ones at most `reserve`. S
 before its request, hence no window of length t sees more than `burst + per_second * t` starts.
 
 A hold (the provider said Retry-After) means that its own count differs from ours: afterwards one request starts, then
-one per slot, and the reserve of the urgent ones. An urgent one is held for `URGENT_HOLD` at most, since a machine bills
-until it is stopped: if its slot ends within the hold it starts then; as many at once as are reserved, then one a slot.
+one per slot, and the reserve of the urgent ones.
 
 The stamps come from wall clocks, which jump. A clock that went forward only fills the bucket. A clock behind the
 newest stamp by less than the bucket takes to fill is another process's that read it a moment earlier: the newest
@@ -25,8 +24,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-
-from runcomfy.domain.pacing import URGENT_HOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +59,6 @@ def take(
     reserve = min(max(0, reserve), burst - 1)
     slot = timedelta(microseconds=math.ceil(1_000_000 / per_second))
     bucket = _as_of(bucket, now, tolerance=burst * slot)
-    if urgent and (passed := _within_hold(bucket, now, slot=slot, reserve=reserve)) is not None:
-        moment, end = passed
-        return replace(bucket, urgent_until=(*bucket.urgent_until, end)[-burst:]), moment - now
     start = max(filter(None, (now, bucket.seen_at, bucket.hold_until)))
     line = max(start, bucket.line_until or start)
     if bucket.hold_until is not None:
@@ -79,19 +73,6 @@ def take(
     else:
         moment = end - (burst - reserve) * slot
     return replace(bucket, line_until=end), max(start, moment) - now
-
-
-def _within_hold(bucket: Bucket, now: datetime, *, slot: timedelta, reserve: int) -> tuple[datetime, datetime] | None:
-    """Return when an urgent request may start though others are held, and when its slot ends; None: not before them."""
-    if bucket.hold_until is None:
-        return None
-    moment = max(now, bucket.seen_at or now) + timedelta(seconds=URGENT_HOLD)
-    coming = [at for at in bucket.urgent_until if at > moment]
-    most = max(1, reserve)
-    if len(coming) >= most:
-        moment = coming[-most]
-    end = max([moment, *coming]) + slot
-    return (moment, end) if end <= bucket.hold_until else None
 
 
 def hold(bucket: Bucket, *, now: datetime, wait: timedelta) -> Bucket:
