@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,11 @@ async def test_a_client_that_takes_nothing_of_a_file_is_given_up(
         await asyncio.sleep(PATIENCE.total_seconds() / 2)
         assert is_open(wanted), "it may still go on"
         await gone(lambda: not is_open(wanted))
-        with pytest.raises(ConnectionResetError):  # noqa: PT012 - first comes what was on its way
-            while await read():
-                pass
-            raise ConnectionResetError
+        got = 0
+        with suppress(ConnectionResetError):  # first comes what was on its way
+            while piece := await read():
+                got += len(piece)
+        assert got < SIZE, "it got the file, though it had taken nothing for so long"
         assert "client_given_up" in caplog.messages
 
 
@@ -116,11 +117,12 @@ async def test_a_client_that_is_slow_gets_everything(wanted: Wanted) -> None:
     """The system shows room for more only when a third of what it holds is gone."""
     async with sends(wanted) as address, asking(address) as (_, read):
         got = 0
-        while got < SIZE // 3:
-            got += len(await read())
-            await asyncio.sleep(PATIENCE.total_seconds() / 3)
         while got < SIZE:
-            got += len(await read())
+            piece = await read()
+            assert piece, f"given up after {got} bytes"
+            got += len(piece)
+            if got < SIZE // 3:
+                await asyncio.sleep(PATIENCE.total_seconds() / 3)
 
 
 async def test_under_another_server_the_file_is_closed_too(wanted: Wanted) -> None:

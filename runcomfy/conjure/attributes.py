@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from runcomfy.domain.exceptions import SettingInvalid, foreign_text
+from runcomfy.domain.secret import Secret
 
 
 def told_span(name: str, seconds: Any, known: timedelta, *, whole: bool = False) -> timedelta:
@@ -39,6 +40,21 @@ def _shown(value: Any) -> Any:
         return "a number of thousands of digits"
 
 
-def headers_with(token: str) -> dict[str, str]:
-    """Return what a request to the provider carries, as CONJURE shows it."""
-    return {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+class TokenShown:
+    """Of clients that show their account's token, and take another one."""
+
+    _tokens: tuple[Secret, ...]
+
+    @property
+    def api_token(self) -> str:
+        """The token in clear; empty if none is set."""
+        return self._tokens[0].reveal() if self._tokens else ""
+
+    @api_token.setter
+    def api_token(self, token: str) -> None:
+        self._tokens = (Secret(token),) if token else ()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request to the API carries."""
+        return {"Authorization": f"Bearer {self.api_token}", "Content-Type": "application/json"}

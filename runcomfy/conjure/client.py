@@ -24,7 +24,7 @@ from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient as AccountCli
 from runcomfy.application.finish import finish
 from runcomfy.application.machines import Machines
 from runcomfy.bootstrap import App
-from runcomfy.conjure.attributes import headers_with, told_span
+from runcomfy.conjure.attributes import TokenShown, told_span
 from runcomfy.conjure.errors import also, builtin_errors
 from runcomfy.conjure.office import Office, cloud_to_stop, log, open_office
 from runcomfy.conjure.two_forms import TwoForms
@@ -37,7 +37,6 @@ from runcomfy.domain.exceptions import (
     ValueInvalid,
 )
 from runcomfy.domain.machine import IllegalTransition, Machine, MachineReport, Phase, Purpose, ServerId
-from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings, Settings
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.limiter import Limiter
@@ -105,7 +104,7 @@ class WorkflowInfo:
     updated_at: str
 
 
-class ConjureAPIClient:
+class ConjureAPIClient(TokenShown):
     """`RunComfyAPIClient()` as CONJURE makes it. Credentials come from the environment or credentials.txt.
 
     Every method may be called in any event loop. Errors are the product's own and a `RuntimeError` (or `ValueError`,
@@ -119,7 +118,7 @@ class ConjureAPIClient:
         cloud = self._settings.cloud
         self.base_url: str = cloud.base_url
         self.user_id: str = cloud.user_id
-        self._tokens: tuple[Secret, ...] = cloud.tokens
+        self._tokens = cloud.tokens
         self.default_server_type: str = cloud.server_type
         self.default_duration: int = _seconds(cloud.duration)
         self.max_retries: int = cloud.max_retries
@@ -144,20 +143,6 @@ class ConjureAPIClient:
             boot_timeout=told_span("machine_timeout", self.machine_timeout, cloud.boot_timeout, whole=True),
         )
         return self._settings if told == cloud else replace(self._settings, cloud=told)
-
-    @property
-    def api_token(self) -> str:
-        """The token in clear; empty if none is set."""
-        return self._tokens[0].reveal() if self._tokens else ""
-
-    @api_token.setter
-    def api_token(self, token: str) -> None:
-        self._tokens = (Secret(token),) if token else ()
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What a request to the API carries."""
-        return headers_with(self.api_token)
 
     def is_available(self) -> bool:
         """Say whether token and user id are set; nobody is asked."""

@@ -28,7 +28,7 @@ from runcomfy.adapters.providers.runcomfy_serverless_wire import read_files
 from runcomfy.adapters.results import DiskResults
 from runcomfy.application.finish import finish
 from runcomfy.application.serverless_run import ServerlessOrder, ServerlessRuns, Waited
-from runcomfy.conjure.attributes import headers_with, told_span
+from runcomfy.conjure.attributes import TokenShown, told_span
 from runcomfy.conjure.errors import builtin_errors
 from runcomfy.conjure.serverless_runs import (
     IMAGE,
@@ -41,7 +41,6 @@ from runcomfy.conjure.serverless_runs import (
 )
 from runcomfy.domain.exceptions import OutputMissing, RequestNotFound, ValueInvalid, foreign_text
 from runcomfy.domain.job import JobId
-from runcomfy.domain.secret import Secret
 from runcomfy.domain.serverless import (
     RequestId,
     RequestResult,
@@ -92,7 +91,7 @@ class ServerlessRequest:
     cost_estimate: float | None = None
 
 
-class ServerlessRunComfyClient:
+class ServerlessRunComfyClient(TokenShown):
     """One deployment, as CONJURE makes its client: settings come from the environment or credentials.txt.
 
     Errors are the product's own and a `RuntimeError` (or `ValueError`, `TimeoutError`, `FileNotFoundError` where that
@@ -108,7 +107,7 @@ class ServerlessRunComfyClient:
         mine = self._settings.serverless
         self.base_url: str = self._settings.cloud.base_url
         self.user_id: str = self._settings.cloud.user_id
-        self._tokens: tuple[Secret, ...] = self._settings.cloud.tokens
+        self._tokens = self._settings.cloud.tokens
         self.deployment_id: str = mine.deployment_id
         self.max_retries: int = self._settings.cloud.max_retries
         self.poll_interval: float = mine.poll_interval.total_seconds()
@@ -141,20 +140,6 @@ class ServerlessRunComfyClient:
             tokens=self._tokens,
             max_retries=self.max_retries,
         )
-
-    @property
-    def api_token(self) -> str:
-        """The token in clear; empty if none is set."""
-        return self._tokens[0].reveal() if self._tokens else ""
-
-    @api_token.setter
-    def api_token(self, token: str) -> None:
-        self._tokens = (Secret(token),) if token else ()
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What a request to the API carries."""
-        return headers_with(self.api_token)
 
     def is_available(self) -> bool:
         """Return whether a deployment and a token are set. Asks nobody."""

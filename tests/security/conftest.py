@@ -84,6 +84,13 @@ class Answered:
         return json.loads(self.body)
 
 
+def _told_of_its_body(headers: list[tuple[str, str]], length: int) -> list[tuple[str, str]]:
+    """Add what a client says of a JSON body, unless the headers say otherwise."""
+    names = {name.lower() for name, _ in headers}
+    said = {"Content-Length": str(length), "Content-Type": "application/json"}
+    return [*headers, *((name, value) for name, value in said.items() if name.lower() not in names)]
+
+
 @dataclass
 class Guarded:
     """A guarded application whose every route tells what it did."""
@@ -118,11 +125,7 @@ class Guarded:
         parts = list(chunks) if chunks is not None else []
         if body is not None:
             parts = [body if isinstance(body, bytes) else json.dumps(body).encode()]
-            names = {name.lower() for name, _ in given}
-            if "content-length" not in names:
-                given.append(("Content-Length", str(len(parts[0]))))
-            if "content-type" not in names:
-                given.append(("Content-Type", "application/json"))
+            given = _told_of_its_body(given, len(parts[0]))
         target, _, query = path.partition("?")
         scope: dict[str, Any] = {
             "type": "http",
