@@ -60,14 +60,33 @@ class RunRecord:
     graph: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class SubmitRecord:
+    """A prompt that was accepted into the queue; for tests that ask when."""
+
+    prompt_id: str
+    at: float
+    """Wall stamp, seconds."""
+    boot: int
+    graph: Mapping[str, Any]
+
+
 class ServerProcess:
     """State and tasks of one boot."""
 
-    def __init__(self, options: Options, faults: FaultPlan, boot: int, run_log: list[RunRecord]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        faults: FaultPlan,
+        boot: int,
+        run_log: list[RunRecord],
+        submits: list[SubmitRecord],
+    ) -> None:
         self.options = options
         self.faults = faults
         self.boot = boot
         self.run_log = run_log
+        self.submits = submits
         self.nodes = options.nodes
         self.folders = options.folders
         self.capabilities = options.capabilities

@@ -19,7 +19,7 @@ from runcomfy.testing.emulators.comfyui.faults import FaultPlan
 from runcomfy.testing.emulators.comfyui.keys import PROCESS, process_of
 from runcomfy.testing.emulators.comfyui.middleware import RequestRecord, make_middlewares
 from runcomfy.testing.emulators.comfyui.nodes.base import Folders, NodeClass
-from runcomfy.testing.emulators.comfyui.process import Options, RunRecord, ServerProcess
+from runcomfy.testing.emulators.comfyui.process import Options, RunRecord, ServerProcess, SubmitRecord
 from runcomfy.testing.emulators.comfyui.sockets import Frame
 from runcomfy.testing.emulators.comfyui.versions import Capabilities
 
@@ -39,6 +39,8 @@ class ComfyUIEmulator:
 
     run_log: list[RunRecord]
     """Every prompt that was begun, oldest first, over all boots."""
+    submit_log: list[SubmitRecord]
+    """Every prompt that was accepted, oldest first, over all boots."""
     requests: list[RequestRecord]
     """Every HTTP request, handshakes included."""
     boots: int
@@ -102,7 +104,7 @@ class ComfyUIEmulator:
             round_trip=round_trip,
         )
         self.faults = FaultPlan()
-        self.run_log, self.requests, self.boots = [], [], 0
+        self.run_log, self.submit_log, self.requests, self.boots = [], [], [], 0
         self.host, self.port = "127.0.0.1", 0
         self._process, self._runner, self._crash = None, None, None
 
@@ -225,7 +227,7 @@ class ComfyUIEmulator:
         ):
             folder.mkdir(parents=True, exist_ok=True)
         self.boots += 1
-        process = ServerProcess(self.options, self.faults, self.boots, self.run_log)
+        process = ServerProcess(self.options, self.faults, self.boots, self.run_log, self.submit_log)
         app = web.Application(
             client_max_size=int(self.options.max_upload_size * 1024 * 1024),
             middlewares=make_middlewares(process, self.requests),

@@ -34,6 +34,19 @@ class CallRecord:
     body: Any
     token: int | None
     """Which token it carried: 1, 2, or None for none or a wrong one."""
+    status: int = 0
+    """What was answered, or would have been if the answer had not been lost."""
+    retry_after: str | None = None
+    """The header of the answer."""
+    reply: str | None = None
+    """How the answer got lost, if it did (`CallFault.reply`)."""
+    worked: bool = True
+    """False: a fault kept the call from doing what it is for."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the caller was told plainly that nothing was done."""
+        return self.reply is None and 400 <= self.status < 500
 
 
 class Listener:
@@ -91,6 +104,8 @@ class EmulatedCloud(ABC):
         it is asked first, plus the loop's time since.
         """
         self.calls = []
+        self.on_call: list[Callable[[CallRecord], None]] = []
+        """Told of each request to the API when it has been worked on, before it is answered."""
         self.url = ""
         self._api = Listener(self._serve, host=host, port=port)
         self._faults = CallFaults()
@@ -162,12 +177,30 @@ class EmulatedCloud(ABC):
         self, request: web.BaseRequest, call: str, body: Any, token: int | None, do: Callable[[bool], Outcome]
     ) -> web.StreamResponse:
         """Note a call and answer it, as the fault wants that it meets. `do` does it, or only says so if told False."""
-        method, _, path = call.partition(" ")
-        self.calls.append(CallRecord(self.now(), method, path, body, token))
         fault = self._faults.take(call, loop_time=asyncio.get_running_loop().time())
         if fault is None:
-            return await send(request, do(True), reply=None, closing=self._closing)
+            outcome = do(True)
+            self._note(call, body, token, outcome)
+            return await send(request, outcome, reply=None, closing=self._closing)
         outcome = fault.answer(do(fault.does_work))
+        self._note(call, body, token, outcome, reply=fault.reply, worked=fault.does_work)
         if fault.delay:
             await asyncio.sleep(in_seconds(fault.delay))
         return await send(request, outcome, reply=fault.reply, closing=self._closing)
+
+    def _note(
+        self,
+        call: str,
+        body: Any,
+        token: int | None,
+        outcome: Outcome,
+        *,
+        reply: str | None = None,
+        worked: bool = True,
+    ) -> None:
+        method, _, path = call.partition(" ")
+        retry_after = outcome.headers.get("Retry-After")
+        record = CallRecord(self.now(), method, path, body, token, outcome.status, retry_after, reply, worked)
+        self.calls.append(record)
+        for tell in self.on_call:
+            tell(record)
