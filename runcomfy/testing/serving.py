@@ -20,8 +20,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
+from runcomfy.adapters.stores.database import Database
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.sql import SqlStore
+from runcomfy.adapters.stores.sqlite import IN_MEMORY, SqliteFile
 from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.job_queue import JobQueue
 from runcomfy.application.service import ServeOptions
@@ -40,7 +42,7 @@ from runcomfy.ports.store import Store
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.comfyui.process import RunRecord
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import EmulatedProcesses, Killed, Mortal, settings_for
+from runcomfy.testing.programs import EmulatedProcesses, Killed, Mortal, Visit, settings_for
 from runcomfy.testing.queue_programs import drawing
 
 LOOK_EVERY: Final = 5.0
@@ -51,6 +53,10 @@ QUIET: Final[dict[str, Any]] = {
     "status_every": timedelta(seconds=20),
 }
 """Loops that look less often than usual: what happens wakes them all the same."""
+
+
+def _pass_by(_: str) -> None:
+    pass
 
 
 class _Sleeper:
@@ -79,6 +85,42 @@ class _Sleeper:
         return call
 
 
+class _Kept(Database):
+    """A database in memory that lives on when one of those who use it lets go of it."""
+
+    def __init__(self, clock: Clock) -> None:
+        hour = timedelta(hours=1)  # nobody else writes: who waits is woken by the commit itself
+        super().__init__(SqliteFile(IN_MEMORY, durable=False, busy_timeout=hour, wake_interval=hour), clock=clock)
+
+    async def close(self) -> None:
+        """Stay."""
+
+    async def end(self) -> None:
+        """Forget everything."""
+        await super().close()
+
+
+class Memory:
+    """Databases in memory, in the place of the files they are named after."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._kept: dict[str, _Kept] = {}
+
+    def database(self, name: str) -> Database:
+        """Return the database of that name, the same to everybody."""
+        if name not in self._kept:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).touch()  # whether there is a queue is seen by its file
+            self._kept[name] = _Kept(self._clock)
+        return self._kept[name]
+
+    async def end(self) -> None:
+        """Forget everything."""
+        for database in self._kept.values():
+            await database.end()
+
+
 class _Own:
     """The process table, as one program asks it; remembers as whom the program has signed in."""
 
@@ -104,8 +146,12 @@ class _ServedApp(App):
         self._queue_settings = queue
         self.said: list[str] = []
         self.make_client: MakeClient | None = None
+        self.memory: Memory | None = None
         self.killed, self.awake = asyncio.Event(), asyncio.Event()
         self.awake.set()
+        self.visit: Visit = _pass_by
+        """Told of each call of a port before and after it (`before store.add_machine`); what it raises, the call
+        raises."""
         self._books_held: Any = None
         self._jobs_held: Any = None
 
@@ -113,27 +159,31 @@ class _ServedApp(App):
         if not self.killed.is_set():
             self.said.append(sentence)
 
-    def _held(self, port: Any) -> Any:
-        return _Sleeper(Mortal(port, self.killed), self.awake, self.clock)
+    def _held(self, port: Any, name: str) -> Any:
+        mortal = Mortal(port, self.killed, lambda place: self.visit(place), name)
+        return _Sleeper(mortal, self.awake, self.clock)
+
+    def _database(self, name: str, **options: Any) -> Database:
+        return super()._database(name, **options) if self.memory is None else self.memory.database(name)
 
     async def _open_books(self) -> Any:
         if self._books_held is None:
-            self._books_held = self._held(await super()._open_books())
+            self._books_held = self._held(await super()._open_books(), "store.")
         return self._books_held
 
     async def _provider(self, store: Store, settings: Settings) -> Provider:
-        provider: Provider = self._held(await super()._provider(store, settings))
+        provider: Provider = self._held(await super()._provider(store, settings), "provider.")
         return provider
 
     async def job_store(self) -> Any:
         if self._jobs_held is None:
-            self._jobs_held = self._held(await super().job_store())
+            self._jobs_held = self._held(await super().job_store(), "jobs.")
         return self._jobs_held
 
     def _client(self, url: SecretUrl) -> ComfyUI:
         real = super()._client(url) if self.make_client is None else self.make_client(url)
         self._stack.push_async_callback(real.close)  # a dead program closes nothing
-        client: ComfyUI = self._held(real)
+        client: ComfyUI = self._held(real, "comfyui.")
         return client
 
     def _heart(self, store: SqlJobs, owner: Owner, settings: QueueSettings) -> Pulse | None:
@@ -190,9 +240,16 @@ class Services:
     """Starts services that share an account, books and a queue. `async with Services(...) as services:`"""
 
     def __init__(
-        self, cloud: RunComfyEmulator, account: CloudSettings, clock: Clock, folder: Path, **queue: Any
+        self,
+        cloud: RunComfyEmulator,
+        account: CloudSettings,
+        clock: Clock,
+        folder: Path,
+        *,
+        in_memory: bool = False,
+        **queue: Any,
     ) -> None:
-        """`queue` is laid over the queue's settings."""
+        """`queue` is laid over the queue's settings. `in_memory`: all services share databases without files."""
         self.cloud, self.clock, self.folder = cloud, clock, folder
         self.settings = settings_for(account, folder / "state")
         self.queue_settings = replace(
@@ -211,10 +268,17 @@ class Services:
         )
         self.processes = EmulatedProcesses()
         self._stack = AsyncExitStack()
-        self._onlooker = _ServedApp(self.settings, self.queue_settings, self.processes, clock)
+        self._memory = Memory(clock) if in_memory else None
+        self._onlooker = self.app(self.settings)
         self._running: list[Served] = []
         self.make_client: MakeClient | None = None
         """What services begun from now on reach ComfyUI servers with; None: over HTTP."""
+
+    def app(self, settings: Settings) -> _ServedApp:
+        """Return a program of its own on the same account, books and queue."""
+        app = _ServedApp(settings, self.queue_settings, self.processes, self.clock)
+        app.memory = self._memory
+        return app
 
     @staticmethod
     def _database(folder: Path) -> Any:
@@ -236,6 +300,17 @@ class Services:
                     await served.end()
         finally:
             await self._stack.aclose()
+            if self._memory is not None:
+                await self._memory.end()
+
+    def settings_of(self, *, budgets: Any = (), cloud: dict[str, Any] | None = None, **pool: Any) -> Settings:
+        """Return the settings of one program; `pool` is laid over those of the pool."""
+        return replace(
+            self.settings,
+            budgets=tuple(budgets),
+            cloud=replace(self.settings.cloud, **(cloud or {})),
+            pool=replace(self.settings.pool, **{**QUIET, **pool}),
+        )
 
     @asynccontextmanager
     async def start(
@@ -248,13 +323,7 @@ class Services:
         **pool: Any,
     ) -> AsyncIterator[Served]:
         """Run a service for the block; it is stopped in good order at its end. `pool` is laid over its settings."""
-        settings = replace(
-            self.settings,
-            budgets=tuple(budgets),
-            cloud=replace(self.settings.cloud, **(cloud or {})),
-            pool=replace(self.settings.pool, **{**QUIET, **pool}),
-        )
-        served = Served(_ServedApp(settings, self.queue_settings, self.processes, self.clock), self.processes)
+        served = Served(self.app(self.settings_of(budgets=budgets, cloud=cloud, **pool)), self.processes)
         served.app.make_client = self.make_client
         self._running.append(served)
         failure: BaseException | None = None

@@ -1,0 +1,261 @@
+"""
+What takes part in a simulated day: the cloud, the services that work for the queue, the guard, and who watches them.
+
+Load, faults and oracles are given a `World` and nothing else. Names and signatures here are what they go by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from random import Random
+from typing import Any, Final, Self
+
+from runcomfy.application.finish import finish
+from runcomfy.application.guard import Guard
+from runcomfy.domain.secret import Secret
+from runcomfy.domain.settings import CloudSettings
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Killed
+from runcomfy.testing.serving import Served, Services
+from runcomfy.testing.simulation.loop import MemoryLoop
+from runcomfy.testing.simulation.trace import Trace
+
+DAY: Final = timedelta(hours=24)
+CALM: Final = timedelta(hours=3)
+"""So long before the end nothing goes wrong any more and no job comes: everything is to end by then (I25)."""
+
+POOL: Final[dict[str, Any]] = {
+    "max_machines": 4,
+    "plan_every": timedelta(seconds=60),
+    "status_every": timedelta(seconds=30),
+    "reconcile_every": timedelta(seconds=60),
+    "guard_period": timedelta(seconds=60),
+}
+"""How often is looked when nothing happens; what happens wakes all of them. These are the user's to choose."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a day came to."""
+
+    jobs: int = 0
+    machines: int = 0
+    faults: int = 0
+    kills: int = 0
+
+
+class World:
+    """One day. `async with World(seed) as world:` sets it up; see `run.py` for what happens in it."""
+
+    def __init__(self, seed: int, loop: MemoryLoop, *, length: timedelta = DAY) -> None:
+        """Nothing runs before it is entered."""
+        self.seed = seed
+        self.loop = loop
+        self.length = length
+        self.rng = self.stream("world")
+        self.clock = LoopClock()
+        self.trace = Trace(loop.time)
+        self.tally = Tally()
+        self.served: list[Served] = []
+        """Services that run now."""
+        self.acknowledged: dict[str, Any] = {}
+        """By its name, each job of which a client was told that it is accepted."""
+        self.cloud: RunComfyEmulator
+        """Its books are the oracle for what is billed, its ComfyUI servers' run logs for what ran."""
+        self.services: Services
+        self.guard: GuardProgram | None = None
+        self._programs: dict[int, asyncio.Task[None]] = {}
+        self._over: dict[int, asyncio.Event] = {}
+        self._returning: set[asyncio.Task[None]] = set()
+        self.folder: Path
+
+    # -- time and chance -----------------------------------------------------------------------------------
+
+    def stream(self, name: str) -> Random:
+        """Return a generator of its own for one purpose: what it draws changes nothing for the others."""
+        return Random(f"{self.seed}/{name}")
+
+    @property
+    def now(self) -> datetime:
+        """The virtual time, in UTC."""
+        return self.clock.now()
+
+    @property
+    def seconds(self) -> float:
+        """The virtual time in seconds since the day began."""
+        return self.loop.time()
+
+    @property
+    def calm_at(self) -> float:
+        """The second from which nothing goes wrong any more and no job comes."""
+        return max(self.length * 0.5, self.length - CALM).total_seconds()
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        # Memory where the system has a folder in it.
+        memory = Path("/dev/shm")  # noqa: S108 - a folder of its own is made in it
+        within = memory if sys.platform == "linux" and memory.is_dir() else None
+        self.folder = Path(tempfile.mkdtemp(prefix="comfyctl-simulation-", dir=within))
+        self.trace.hide(str(self.folder), "…")
+        machines = self.folder / "machines"
+        machines.mkdir()
+        self.cloud = RunComfyEmulator(now=self.clock.now, folder=machines, balance_usd=None)
+        await self.cloud.start()
+        account = CloudSettings(
+            base_url=self.cloud.url,
+            user_id=self.cloud.user_id,
+            tokens=(Secret(self.cloud.token),),
+            workflow_version_id=str(self.cloud.workflows[0]["version_id"]),
+        )
+        self.services = Services(
+            self.cloud, account, self.clock, self.folder, in_memory=True, poll_interval=timedelta(minutes=1)
+        )
+        await self.services.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            for task in self._returning:
+                task.cancel()
+            for served in list(self.served):
+                await self._let_end(served)
+            if self.guard is not None:
+                await self.guard.kill()
+            await self.services.__aexit__(None, None, None)
+        finally:
+            await self.cloud.stop()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- programs ------------------------------------------------------------------------------------------
+
+    async def start_service(self) -> Served:
+        """Start one more service on the queue; it serves, or waits until the one that does is gone."""
+        started: asyncio.Future[Served] = self.loop.create_future()
+        over = asyncio.Event()
+
+        async def live() -> None:
+            try:
+                async with self.services.start(**POOL) as served:
+                    served.app.tell = _both(served.app.tell, lambda said: self.trace.tell(name, said))
+                    self._over[id(served)] = over
+                    started.set_result(served)
+                    await over.wait()
+            except BaseException as error:
+                if not started.done():
+                    started.set_exception(error)
+                    return
+                raise
+
+        self.tally_services = getattr(self, "tally_services", 0) + 1
+        name = f"service-{self.tally_services}"
+        task = self.loop.create_task(live(), name=name)
+        served = await started
+        self._programs[id(served)] = task
+        self.served.append(served)
+        self.trace.tell("world", f"{name} is started")
+        return served
+
+    async def start_guard(self) -> None:
+        """Start the guard, in a program of its own."""
+        self.guard = GuardProgram(self)
+        self.guard.begin()
+
+    async def _let_end(self, served: Served) -> None:
+        """Have a service end in good order; one that was killed ends at once."""
+        if served in self.served:
+            self.served.remove(served)
+        self._over.pop(id(served)).set()
+        task = self._programs.pop(id(served))
+        with suppress(Killed, asyncio.CancelledError):
+            await task
+
+    async def stop(self, served: Served) -> None:
+        """Stop a service in good order, as by one SIGTERM, and wait for its end."""
+        await self._let_end(served)
+
+    async def kill(self, served: Served) -> None:
+        """End a service as by SIGKILL."""
+        self.tally.kills += 1
+        self.served.remove(served)
+        await served.kill()
+        await self._let_end(served)
+
+    async def kill_and_restart(self, served: Served, after: timedelta) -> None:
+        """End a service as by SIGKILL; another one is started so much later. Returns at the kill."""
+        await self.kill(served)
+
+        async def come_back() -> None:
+            await asyncio.sleep(after.total_seconds())
+            await self.start_service()
+
+        task = self.loop.create_task(come_back(), name="come back")
+        self._returning.add(task)
+        task.add_done_callback(self._returning.discard)
+
+
+class GuardProgram:
+    """The guard as `comfyctl guard`, kept by a service: it leaves when there is nothing to guard, and comes back."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._app: Any = None
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Start it; it goes on until it is killed."""
+        self._task = self._world.loop.create_task(self._live(), name="guard")
+
+    async def kill(self) -> None:
+        """End it as by SIGKILL."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        if self._app is not None:
+            self._world.services.processes.dead |= self._app.own.ids
+            self._app.killed.set()
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()
+
+    async def kill_and_restart(self, after: timedelta) -> None:
+        """End it as by SIGKILL, and start another so much later; returns then."""
+        self._world.tally.kills += 1
+        await self.kill()
+        await asyncio.sleep(after.total_seconds())
+        self.begin()
+
+    async def _live(self) -> None:
+        world = self._world
+        settings = world.services.settings_of(**POOL)
+        app = self._app = world.services.app(settings)
+        app.tell = lambda said: world.trace.tell("guard", said)
+        with suppress(Killed):
+            async with app:
+                machines, dev = await app.cloud()
+                while True:
+                    looks = Guard(machines, dev, period=settings.pool.guard_period)
+                    try:
+                        await looks.run()
+                    finally:
+                        await finish(looks.close())
+                    await asyncio.sleep(settings.pool.reconcile_every.total_seconds())
+
+
+def _both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:
+    def tell(sentence: str) -> None:
+        first(sentence)
+        second(sentence)
+
+    return tell
