@@ -150,9 +150,13 @@ class EmulatedCloud(ABC):
         start, zero = self._origin
         return start + timedelta(seconds=loop_time - zero)
 
-    def next_call(self, call: str = "*", **fault: Any) -> None:
-        """Let the next calls that fit go wrong; the arguments are those of `CallFault`."""
-        self._faults.add(CallFault(call, **fault))
+    def next_call(self, call: str = "*", **fault: Any) -> CallFault:
+        """Let the next calls that fit go wrong; the arguments are those of `CallFault`. Returned is what to forget."""
+        return self._faults.add(CallFault(call, **fault))
+
+    def forget_call(self, fault: CallFault) -> bool:
+        """Let a fault of calls be over; return whether it was switched on until now."""
+        return self._faults.remove(fault)
 
     @abstractmethod
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:

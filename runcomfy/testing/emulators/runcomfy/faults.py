@@ -117,9 +117,16 @@ class CallFaults:
     def __init__(self) -> None:
         self._faults: list[CallFault] = []
 
-    def add(self, fault: CallFault) -> None:
-        """Switch a fault on."""
+    def add(self, fault: CallFault) -> CallFault:
+        """Switch a fault on, and return it."""
         self._faults.append(fault)
+        return fault
+
+    def remove(self, fault: CallFault) -> bool:
+        """Switch a fault off; return whether it was on."""
+        left = [each for each in self._faults if each is not fault]
+        was, self._faults = len(left) < len(self._faults), left
+        return was
 
     def clear(self) -> None:
         """Switch every fault off."""

@@ -205,9 +205,28 @@ class RunComfyEmulator(EmulatedCloud):
 
     # --- misbehaving --------------------------------------------------------------------------------------
 
-    def next_machine(self, **traits: Any) -> None:
-        """Let the next machine misbehave; the arguments are those of `Traits`. Several calls queue up."""
+    def next_machine(self, **traits: Any) -> Traits:
+        """Let the next machine misbehave; the arguments are those of `Traits`. Several calls queue up.
+
+        Returned is what to forget.
+        """
         self._next_traits.append(Traits(**traits))
+        return self._next_traits[-1]
+
+    def forget_machine(self, traits: Traits) -> bool:
+        """Let no next machine misbehave like this; return whether one would have."""
+        left = [each for each in self._next_traits if each is not traits]
+        was, self._next_traits = len(left) < len(self._next_traits), left
+        return was
+
+    def end_by_hand(self, machine: EmulatedMachine) -> None:
+        """Delete a machine, as its user does on the website."""
+        self._end(machine)
+
+    def lose(self, machine: EmulatedMachine) -> None:
+        """Let a machine be gone from one moment to the next, as one that crashed."""
+        if machine.stage is not Stage.GONE:
+            self._gone(machine)
 
     def behave(self) -> None:
         """Switch every fault off; machines that exist keep their traits."""
