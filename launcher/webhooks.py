@@ -33,6 +33,7 @@ from launcher.guarding.signing import SECRET_FILE, signed, webhook_secret
 from launcher.plain_json import plain_json
 from launcher.views import iso, job_view
 from runcomfy.adapters.stores.webhooks import SqlWebhooks
+from runcomfy.application.faultpoints import entered
 from runcomfy.application.role import Role
 from runcomfy.bootstrap import App
 from runcomfy.domain.exceptions import AddressRefused, ConfigurationError, LeaseLost, LocalError, foreign_text
@@ -100,11 +101,13 @@ class Webhooks:
         await jobs.register_owner(me)
         role = Role(WEBHOOKS, jobs, me, clock=app.clock, processes=app.processes)
         state_dir = app.settings.files.state_dir
+        secret = lambda: entered(webhook_secret, "webhooks.secret")(state_dir)  # noqa: E731 - asked for in a thread
         if await asyncio.to_thread(
             (Path(state_dir) / SECRET_FILE).exists
         ):  # what is wrong with it is said at the start
             await asyncio.to_thread(webhook_secret, state_dir)
-        return cls(SqlWebhooks(jobs), jobs, role, app.settings.http, lambda: webhook_secret(state_dir), **options)
+        book = entered(SqlWebhooks(jobs), "webhooks")
+        return cls(book, jobs, role, app.settings.http, secret, **options)
 
     async def queue_name(self) -> str:
         """Return what the queue's database calls itself; another name is another queue. Raises LocalError."""
@@ -212,7 +215,7 @@ class Webhooks:
 
     async def _deliver(self, delivery: Delivery) -> None:
         try:
-            answer = await self._send(delivery)
+            answer = await entered(self._send, "webhooks.send")(delivery)
             while True:
                 try:
                     await self._settle(delivery, answer)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runcomfy.adapters.config import load_settings
+from runcomfy.application.faultpoints import entered
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.settings import Settings
 from runcomfy.ports.jobs import JobStore
@@ -61,7 +62,7 @@ class App(Serving):
 
         store: JobStore = await self.job_store()
         if looks_often and isinstance(store, SqlJobs):
-            store = await self._stack.enter_async_context(JobsBeside(store))
+            store = await self._stack.enter_async_context(entered(JobsBeside(store), "jobs"))
         return JobQueue(store, self.queue_settings, check=check, processes=self.processes)
 
     async def open_transactions(self, *, older_than: timedelta) -> list[OpenTransaction] | None:
@@ -83,7 +84,7 @@ class App(Serving):
 
         machines, _ = await self.cloud()
         files = self.settings.files
-        balances = BalanceFile(Path(files.state_dir), durable=files.durable)
+        balances = entered(BalanceFile(Path(files.state_dir), durable=files.durable), "balances")
         return CostOptimizer(machines.books, machines.provider, balances)
 
     def time_left(self) -> TimeLeftBook:

@@ -8,13 +8,14 @@ import click
 
 import workflows
 from runcomfy.adapters.agent_project import init_project
+from runcomfy.application.faultpoints import entered
 from runcomfy.cli.output import tell
 
 
 def init_here(*, force: bool) -> int:
     """Make a project of the working directory and say what is new, and what comes next."""
     root = Path.cwd()
-    made = init_project(root, load=workflows.load, force=force)
+    made = entered(init_project, "agent.init")(root, load=workflows.load, force=force)
     for path in made.made:
         click.echo(f"made  {path}")
     for path in made.backups:

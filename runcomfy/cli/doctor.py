@@ -69,13 +69,15 @@ async def _examine_serverless(app: App) -> list[Finding]:
     """Look at the deployment, where one is set."""
     from runcomfy.adapters.providers.runcomfy_serverless import RunComfyServerless
     from runcomfy.application.doctor import Finding, examine_deployment
+    from runcomfy.application.faultpoints import entered
     from runcomfy.domain.exceptions import RunComfyError
 
     settings = app.settings
     if not settings.serverless.deployment_id:
         return []
     try:
-        async with RunComfyServerless(settings.serverless, settings.cloud, clock=app.clock) as api:
+        client = RunComfyServerless(settings.serverless, settings.cloud, clock=app.clock)
+        async with entered(client, "serverless") as api:
             return [await examine_deployment(api)]
     except RunComfyError as error:
         return [Finding("serverless deployment", ok=False, detail=error.message, error=error)]
@@ -87,6 +89,7 @@ async def _examine_account() -> list[Finding]:
     from runcomfy.adapters.config import load_settings
     from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
     from runcomfy.application.doctor import Finding, examine_cloud, lease_finding
+    from runcomfy.application.faultpoints import entered
     from runcomfy.domain.exceptions import CredentialsMissing
 
     try:
@@ -94,7 +97,7 @@ async def _examine_account() -> list[Finding]:
     except CredentialsMissing as error:
         return [Finding("credentials", ok=False, detail=error.message, error=error)]
     found = [Finding("credentials", ok=True, detail=f"from {loaded.credentials_file or 'the environment'}")]
-    async with RunComfyAPIClient(loaded.cloud, clock=SystemClock()) as provider:
+    async with entered(RunComfyAPIClient(loaded.cloud, clock=SystemClock()), "provider") as provider:
         examined = await examine_cloud(loaded, provider, provider.probe_host)
         return [*found, *examined, lease_finding(last_outcome(loaded.files.state_dir, provider.account))]
 

@@ -18,6 +18,7 @@ async def run_canary(interrupts: Interrupts, *, yes: bool, as_json: bool) -> int
     """Say what it costs at most, ask, try it, keep what was found out; return 0 if the provider keeps its word."""
     from runcomfy.adapters.canary_file import keep_outcome
     from runcomfy.application.canary import Canary
+    from runcomfy.application.faultpoints import entered
     from runcomfy.cli.app import open_app
     from runcomfy.cli.output import show_json, tell
     from runcomfy.cli.words import ended_well
@@ -33,7 +34,7 @@ async def run_canary(interrupts: Interrupts, *, yes: bool, as_json: bool) -> int
             tell("nothing was launched")
             return 0
         outcome = await canary.run(plan)
-        path = keep_outcome(app.settings.files.state_dir, machines.provider.account, outcome)
+        path = entered(keep_outcome, "canary.keep")(app.settings.files.state_dir, machines.provider.account, outcome)
         if as_json:
             show_json(outcome.as_dict())
         else:

@@ -26,6 +26,7 @@ from runcomfy.adapters.files import DISK, local_error
 from runcomfy.adapters.providers.runcomfy_serverless import unavailable
 from runcomfy.adapters.providers.runcomfy_serverless_wire import read_files
 from runcomfy.adapters.results import DiskResults
+from runcomfy.application.faultpoints import entered
 from runcomfy.application.finish import finish
 from runcomfy.application.serverless_run import ServerlessOrder, ServerlessRuns, Waited
 from runcomfy.conjure.attributes import TokenShown, told_span
@@ -254,7 +255,7 @@ class ServerlessRunComfyClient(TokenShown):
         target = Path(output_dir)
         found: dict[str, str] = {}
         with builtin_errors():
-            folder = await DiskResults(self._settings.files).open_folder(
+            folder = await self._results().open_folder(
                 JobId(f"request-{foreign_text(request.request_id, 60)}"), under=str(target), again=True
             )
             try:
@@ -271,7 +272,7 @@ class ServerlessRunComfyClient(TokenShown):
                         await api.fetch(file, partial)
                         await folder.inspect(partial, expected=wanted.kind)
                         place = target / file_name
-                        await asyncio.to_thread(_put, partial, place)
+                        await asyncio.to_thread(entered(_put, "results.put"), partial, place)
                         found[name] = str(place)
             finally:
                 await finish(folder.abandon())
@@ -280,7 +281,10 @@ class ServerlessRunComfyClient(TokenShown):
     # --- parts --------------------------------------------------------------------------------------------
 
     def _runs(self, api: Serverless) -> ServerlessRuns:
-        return ServerlessRuns(api, DiskResults(self._settings.files), self.as_told(), self._clock)
+        return ServerlessRuns(api, self._results(), self.as_told(), self._clock)
+
+    def _results(self) -> DiskResults:
+        return entered(DiskResults(self._settings.files, disk=entered(DISK, "disk")), "results")
 
     def _submitted(self, request_id: str) -> Submitted:
         if request_id not in self._known and not _is_id(request_id):

@@ -11,8 +11,10 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from runcomfy.adapters.clock import SystemClock
+from runcomfy.adapters.files import DISK
 from runcomfy.adapters.providers.runcomfy_serverless import RunComfyServerless
 from runcomfy.adapters.results import DiskResults
+from runcomfy.application.faultpoints import entered
 from runcomfy.application.serverless_run import ServerlessRuns
 from runcomfy.domain.job import OutputKind
 from runcomfy.domain.serverless import Wanted
@@ -35,7 +37,10 @@ async def serverless_api(settings: Settings, clock: Clock | None = None) -> Asyn
 
     Raises SettingInvalid (none is named), CredentialsMissing, CredentialsMalformed, InsecureUrl.
     """
-    client = RunComfyServerless(settings.serverless, settings.cloud, clock=clock or SystemClock(), files=settings.comfy)
+    client = entered(
+        RunComfyServerless(settings.serverless, settings.cloud, clock=clock or SystemClock(), files=settings.comfy),
+        "serverless",
+    )
     with under_way():
         async with client:
             yield client
@@ -45,7 +50,12 @@ async def serverless_api(settings: Settings, clock: Clock | None = None) -> Asyn
 async def serverless_runs(settings: Settings, clock: Clock | None = None) -> AsyncIterator[ServerlessRuns]:
     """Open what runs requests of that deployment. Raises as `serverless_api`."""
     async with serverless_api(settings, clock) as api:
-        yield ServerlessRuns(api, DiskResults(settings.files), settings, clock or SystemClock())
+        yield ServerlessRuns(
+            api,
+            entered(DiskResults(settings.files, disk=entered(DISK, "disk")), "results"),
+            settings,
+            clock or SystemClock(),
+        )
 
 
 def conjure_overrides(

@@ -21,9 +21,11 @@ from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.config import load_settings
 from runcomfy.adapters.dev_server_file import PublishedDevServer
 from runcomfy.adapters.dev_server_state import DevServerStateManager
+from runcomfy.adapters.files import DISK
 from runcomfy.adapters.workflow_files import WorkflowFiles
 from runcomfy.application.books import Books, quiet
 from runcomfy.application.dev_server import DevServer
+from runcomfy.application.faultpoints import entered
 from runcomfy.application.live import Live
 from runcomfy.application.machines import Machines
 from runcomfy.application.orchestrator import RunComfyOrchestrator
@@ -147,7 +149,7 @@ class Core:
             settings = load_settings(overrides=self._overrides, require_cloud=True, require_version=self._launches)
         folder = Path(settings.files.state_dir)
         if in_memory:
-            store = await self._stack.enter_async_context(SqlStore.over(self._database(":memory:")))
+            store = await self._stack.enter_async_context(entered(SqlStore.over(self._database(":memory:")), "store"))
         else:
             store = await self._open_books()
         provider = await self._provider(store, settings)
@@ -156,8 +158,10 @@ class Core:
             store, self.clock, settings, session.owner, provider=provider.name, account=provider.account, tell=self.tell
         )
         machines = Machines(provider, self.processes, books, prompt_places=self._prompt_places)
-        manager = DevServerStateManager(folder / "dev_server_state.json", copies=settings.files.state_copies)
-        return machines, DevServer(machines, PublishedDevServer(manager), self.comfyui)
+        manager = DevServerStateManager(
+            folder / "dev_server_state.json", copies=settings.files.state_copies, disk=entered(DISK, "disk")
+        )
+        return machines, DevServer(machines, entered(PublishedDevServer(manager), "dev_file"), self.comfyui)
 
     async def books(self) -> Store:
         """Return the machines' books, opened on first use; no account is needed for that. Raises LocalError."""
@@ -169,7 +173,7 @@ class Core:
 
         if self._books is None:
             database = self._database(self._machines_database(Path(self.settings.files.state_dir)))
-            self._books = await self._stack.enter_async_context(SqlStore.over(database))
+            self._books = await self._stack.enter_async_context(entered(SqlStore.over(database), "store"))
         return self._books
 
     def _machines_database(self, folder: Path) -> str:
@@ -208,7 +212,8 @@ class Core:
         cloud = settings.cloud
         account = RunComfyAPIClient(cloud, clock=self.clock).account  # known without asking anybody
         limiter = StoreLimiter(store, account, cloud, self.clock)
-        return await self._stack.enter_async_context(RunComfyAPIClient(cloud, clock=self.clock, limiter=limiter))
+        provider = entered(RunComfyAPIClient(cloud, clock=self.clock, limiter=limiter), "provider")
+        return await self._stack.enter_async_context(provider)
 
     async def _prompt_places(self) -> Collection[str] | None:
         """Return where prompts of the queue may still run; None if that cannot be found out."""
@@ -239,7 +244,7 @@ class Core:
     def _client(self, url: SecretUrl) -> ComfyUI:
         from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
 
-        return ComfyUIWorkflowClient(url, self.settings.comfy, clock=self.clock)
+        return entered(ComfyUIWorkflowClient(url, self.settings.comfy, clock=self.clock), "comfyui")
 
     def given_server(self, url: str) -> ComfyUI:
         """Return the client of a server that the user named; kept warm until the app is closed."""
@@ -303,7 +308,7 @@ class Core:
                 settings = self.queue_settings
                 database = self._database(settings.database.reveal(), wake_interval=settings.wake_interval)
                 self._jobs_database = database
-                self._jobs = await self._stack.enter_async_context(SqlJobs(database))
+                self._jobs = await self._stack.enter_async_context(entered(SqlJobs(database), "jobs"))
             return self._jobs
 
     # -- jobs --------------------------------------------------------------------------------------------------
@@ -316,7 +321,7 @@ class Core:
         return RunComfyOrchestrator(
             settings=self.settings,
             clock=self.clock,
-            results=DiskResults(self.settings.files),
+            results=entered(DiskResults(self.settings.files, disk=entered(DISK, "disk")), "results"),
             placer=self._placer(),
             load_workflow=self.workflow_files(),
             random_int=random.SystemRandom().randint,

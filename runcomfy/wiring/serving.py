@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import workflows
 from runcomfy.adapters.clock import SystemClock
+from runcomfy.application.faultpoints import entered
 from runcomfy.domain.exceptions import LocalError, SettingInvalid
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.queued import Barred, NewJob, WorkerId
@@ -50,7 +51,7 @@ class Serving(Core):
 
         settings, store, orchestrator = self.queue_settings, await self.job_store(), self.orchestrator()
         registry = WorkflowRegistry(root=settings.root, workflows_file=settings.workflows_file, shipped=workflows.names)
-        files = YamlJobFiles(settings, registry=registry)
+        files = entered(YamlJobFiles(settings, registry=registry), "job_files")
         if hold:
             self._stack.callback(files.release)
             await asyncio.to_thread(files.hold)
@@ -183,7 +184,8 @@ class Serving(Core):
         machines, _ = await self.cloud()
         account = machines.provider.account
         try:
-            pid = await asyncio.to_thread(start_guard, self.settings, account, database_url=self._database_url)
+            start = entered(start_guard, "guard.start")
+            pid = await asyncio.to_thread(start, self.settings, account, database_url=self._database_url)
         except LocalError as error:
             self._say(f"no guard was started: {error.message}")
             return False
