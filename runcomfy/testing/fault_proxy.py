@@ -364,7 +364,8 @@ class _Link:
         loop = asyncio.get_running_loop()
         while True:
             nearest: float | None = None
-            for switched, spoils in [*self._on(ResetPeer), *self._on(Timeout)]:
+            by_time: list[tuple[Switched, ResetPeer | Timeout]] = [*self._on(ResetPeer), *self._on(Timeout)]
+            for switched, spoils in by_time:
                 resets = isinstance(spoils, ResetPeer)
                 if not resets and not spoils.seconds:
                     continue
@@ -466,7 +467,8 @@ class _Link:
         """Return how much of so many bytes may pass, and what ends the direction after it."""
         ends: Switched | None = None
         allowed = size
-        limits = [*self._on(LimitData, way.direction), *self._on(HalfClose, way.direction)]
+        limits: list[tuple[Switched, LimitData | HalfClose]] = []
+        limits += [*self._on(LimitData, way.direction), *self._on(HalfClose, way.direction)]
         for switched, spoils in limits:
             left = spoils.size_bytes - way.counted.get(switched, 0)
             if left <= allowed:
