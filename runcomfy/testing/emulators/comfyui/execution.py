@@ -66,8 +66,10 @@ def shown(value: Any) -> Any:
 class Execution:
     """One run of one prompt. Also the host of its nodes' contexts."""
 
-    def __init__(self, process: ServerProcess, item: QueueItem) -> None:
+    def __init__(self, process: ServerProcess, item: QueueItem, *, fails: str | None = None) -> None:
+        """`fails`: how its first node does (`PromptFault.fails`)."""
         self._process = process
+        self._fails = fails
         self._number, self.prompt_id, graph, self._extra, self._outputs, _ = item
         self.client_id = self._extra.get("client_id")
         self._graph = RunningGraph(copy.deepcopy(graph), process.nodes, process.folders)
@@ -302,6 +304,8 @@ class Execution:
         await self._process.awake()
         self.check_interrupted()
         await self._process.stalls.before(context.node_id)
+        if self._fails is not None:
+            raise _gpu_failure(self._fails)
         return await node.run(context, arguments)
 
     def _report_blocked(self, node_id: str, node: NodeClass, message: str) -> None:
@@ -409,6 +413,15 @@ class Execution:
         if self._process.interrupted:
             self._process.interrupted = False
             raise NodeInterrupted
+
+
+def _gpu_failure(kind: str) -> Exception:
+    from runcomfy.testing.emulators.comfyui.nodes import utility
+
+    failure: Exception = utility.AcceleratorError(utility.CUDA_TEXT)
+    if kind == "oom":
+        failure = utility.OutOfMemoryError(utility.OOM_TEXT)
+    return failure
 
 
 def _blocker_in(arguments: Mapping[str, Any]) -> ExecutionBlocker | None:

@@ -80,10 +80,12 @@ class PromptFault:
     Attributes:
         vanish: "start": taken from the queue and gone, never run; "end": run, then gone without history or messages.
         no_outputs: a success whose history names no outputs.
+        fails: its first node raises "oom" (a full GPU) or "cuda" (a broken one).
     """
 
     vanish: str | None = None
     no_outputs: bool = False
+    fails: str | None = None
 
 
 PROXY_PAGE = (

@@ -235,7 +235,7 @@ class ServerProcess:
             self.queue.drop_running(task)
             return
         self.interrupted = False
-        execution = Execution(self, item)
+        execution = Execution(self, item, fails=fault.fails)
         record = RunRecord(
             item[1],
             execution.client_id,
