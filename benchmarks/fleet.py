@@ -35,7 +35,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import high, middle, report
+from benchmarks.common import Findings, high, middle, report
+from benchmarks.results import Result
 from benchmarks.skipping import HOLD_MS, SkippingLoop
 from runcomfy.application.fleet import Fleet
 from runcomfy.application.heartbeat import Pulse
@@ -204,6 +205,11 @@ class Stand:
         self.ticks = Ticks()
         self.process = psutil.Process()
         self.peak_mb = 0.0
+        self.found = Findings(
+            "fleet",
+            "Idle time is skipped, computing takes its processor time.",
+            "The emulated cloud and the light servers are in the same process, and their memory counts.",
+        )
 
     @asynccontextmanager
     async def phase(self, name: str, **more: Any) -> AsyncIterator[dict[str, Any]]:
@@ -313,6 +319,10 @@ async def story(stand: Stand, app: Controller) -> None:
         figures["jobs_per_cpu_s"] = round(JOBS / (time.process_time() - cpu), 1)
         figures["computing_share"] = round(JOBS * JOB_S / (MACHINES * (loop.time() - began)), 3)
         figures["kept"] = middle(stand.ticks.plan) < BAR_MS
+        stand.found.at_most("one plan while jobs wait, median", middle(stand.ticks.plan), BAR_MS, "ms")
+        stand.found.told("one plan while jobs wait, p99", high(stand.ticks.plan, 0.99), "ms")
+        stand.found.told("the view for it, median", middle(stand.ticks.view), "ms")
+        stand.found.told("jobs for each second of processor time", figures["jobs_per_cpu_s"])
     end_at = began_at + LEASES_HELD * lease.total_seconds()
     async with stand.phase("hold", machines=MACHINES, lease_s=lease.total_seconds()):
 
@@ -346,9 +356,15 @@ async def story(stand: Stand, app: Controller) -> None:
         and len(stand.servers.ran) == JOBS
         and stand.peak_mb < BAR_MB,
     )
+    stand.found.at_most("machines stopped because their lease ran out", len(cloud.ran_out), 0)
+    stand.found.at_least("jobs computed once", len(stand.servers.ran) - wrong, JOBS)
+    stand.found.at_most("machines left running", left, 0)
+    stand.found.at_most("machines whose ledger differs from the bill by a second", differ, 0)
+    stand.found.at_most("memory, peak", stand.peak_mb, BAR_MB, "MB")
+    stand.found.told("least time left at a renewal", min(cloud.margins), "s")
 
 
-async def run(loop: SkippingLoop) -> None:
+async def run(loop: SkippingLoop) -> Result:
     clock = LoopClock.following_the_wall()
     servers = LightComfyUIs(clock)
     async with AsyncExitStack() as stack:
@@ -387,12 +403,13 @@ async def run(loop: SkippingLoop) -> None:
         app = Controller(settings, queue, clock, servers)
         async with app:
             await story(stand, app)
+    return stand.found.result()
 
 
-def main() -> None:
+def main() -> Result:
     loop = SkippingLoop()
     try:
-        loop.run_until_complete(run(loop))
+        return loop.run_until_complete(run(loop))
     finally:
         loop.close()
 

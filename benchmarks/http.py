@@ -29,7 +29,8 @@ from typing import Any, Final
 
 import psutil
 
-from benchmarks.common import high, middle, report
+from benchmarks.common import Findings, high, middle, report
+from benchmarks.results import Result
 from runcomfy.application.job_queue import JobQueue
 from runcomfy.bootstrap import App
 from runcomfy.domain.job import JobRequest
@@ -285,7 +286,10 @@ async def _last_number(queue: JobQueue, after: int) -> int:
     return after
 
 
-async def measure(folder: Path) -> None:
+async def measure(folder: Path) -> Result:
+    found = Findings(
+        "http", "One `comfyctl serve`, the cloud, listeners and asker in processes of their own on the same processors."
+    )
     quick = ("--boot-seconds", "1", "--delete-seconds", "0.2", "--no-rate-limit", "--json")
     async with program("emulator", *quick, env={}, cwd=folder) as cloud:
         account = {key: str(value) for key, value in (await line_with(cloud, "RUNCOMFY_API_BASE_URL")).items()}
@@ -316,12 +320,19 @@ async def measure(folder: Path) -> None:
         bars={"events.delay_ms_p50": BAR_DELAY_MS, "job.job_ms_p99": BAR_JOB_MS},
         met=crowd["delay_ms_p50"] < BAR_DELAY_MS and page["job_ms_p99"] < BAR_JOB_MS,
     )
+    found.at_most("event to 200 listeners while 50 jobs run, median", crowd["delay_ms_p50"], BAR_DELAY_MS, "ms")
+    found.told("event to 200 listeners while 50 jobs run, p99", crowd["delay_ms_p99"], "ms")
+    found.at_most("`GET /jobs/{id}` while 20 jobs run, p99", page["job_ms_p99"], BAR_JOB_MS, "ms")
+    found.told("`GET /jobs/{id}` while 20 jobs run, median", page["job_ms_p50"], "ms")
+    found.told("`GET /jobs/{id}` with 200 listeners, p99", crowd["job_ms_p99"], "ms")
+    found.told("share of a core the service takes, 200 listeners and 50 jobs", crowd["cpu_of_service"])
+    return found.result()
 
 
-def main() -> None:
+def main() -> Result:
     """Measure once."""
     with tempfile.TemporaryDirectory(prefix="bench-http-", ignore_cleanup_errors=True) as name:
-        asyncio.run(measure(Path(name)))
+        return asyncio.run(measure(Path(name)))
 
 
 if __name__ == "__main__":

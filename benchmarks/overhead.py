@@ -1,8 +1,9 @@
 """
 What one job costs on top of the server's own time: our whole path (bind, check, submit, watch, history, download, hash,
-decode, commit with manifest) against a bare aiohttp script that posts, waits on the socket and downloads.
+decode, commit with manifest) against a bare aiohttp script that posts, waits on the socket and downloads; and the same
+job through the queue (enqueued, claimed by an executor in this process, written down, its end heard).
 
-The two take turns, job by job, on one server, so that a noisy machine hits both. Bars: added latency at the median
+All take turns, job by job, on one server, so that a noisy machine hits all. Bars: added latency at the median
 under 5 ms with durable writes off and under 9 ms with them on, added CPU under 4 ms, at most 3 HTTP requests per job
 beyond uploads and downloads.
 """
@@ -23,10 +24,19 @@ from uuid import uuid4
 import aiohttp
 
 import runcomfy
-from benchmarks.common import graph, high, middle, report, server
+from benchmarks.common import Findings, graph, high, middle, report, server
+from benchmarks.results import Result
+from runcomfy.adapters.clock import SystemClock
+from runcomfy.adapters.config import load_settings
+from runcomfy.domain.job import JobRequest
+from runcomfy.domain.queued import NewJob, QueueStatus
+from runcomfy.testing.workers import Worker, Workers, queue_settings_for
 
 JOBS = 300
 WARM_UP = 20
+BAR_MS = {False: 5.0, True: 9.0}
+BAR_CPU_MS = 4.0
+BAR_REQUESTS = 3
 
 
 class Bare:
@@ -68,35 +78,69 @@ async def timed(work: Callable[[], Awaitable[object]]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-async def compare(url: str, folder: Path, *, durable: bool) -> None:
-    ours: list[tuple[float, float]] = []
-    bare: list[tuple[float, float]] = []
+async def queued(worker: Worker, colour: int) -> None:
+    (job,) = await worker.queue.enqueue_many([NewJob(JobRequest(graph(colour)), "bench")])
+    ended = await worker.queue.wait(job)
+    assert ended.status is QueueStatus.DONE, ended
+
+
+Timed = list[tuple[float, float]]
+
+
+async def compare(found: Findings, url: str, folder: Path, *, durable: bool) -> None:
+    ours: Timed = []
+    bare: Timed = []
+    through: Timed = []
     options: dict[str, Any] = {"RUNCOMFY_DURABLE": "1" if durable else "0", "RUNCOMFY_STATE_DIR": str(folder / "state")}
-    async with aiohttp.ClientSession() as http, runcomfy.connect(server_url=url, **options) as comfy:
+    queue_folder = folder / f"queue-{durable}"
+    queue_folder.mkdir()
+    workers = Workers(load_settings(overrides=options), queue_settings_for(url, queue_folder), SystemClock())
+    async with (
+        aiohttp.ClientSession() as http,
+        runcomfy.connect(server_url=url, **options) as comfy,
+        workers.start(tell=lambda _: None) as worker,
+    ):
         name = uuid4().hex
         async with http.ws_connect(f"{url}/ws?clientId={name}") as socket:
             script = Bare(http, url, socket, name)
             colour = 1 if durable else 1_000_000
             for number in range(WARM_UP + JOBS):
-                colour += 2
+                colour += 3
                 first = await timed(partial(script.job, colour))
                 second = await timed(partial(comfy.run, graph(colour + 1), out_dir=folder / "out"))
+                third = await timed(partial(queued, worker, colour + 2))
                 if number >= WARM_UP:
                     bare.append(first)
                     ours.append(second)
+                    through.append(third)
+    _tell(found, bare, ours, through, durable=durable)
+
+
+def _tell(found: Findings, bare: Timed, ours: Timed, through: Timed, *, durable: bool) -> None:
+    bare_ms, ours_ms, queue_ms = (1000 * middle([t for t, _ in one]) for one in (bare, ours, through))
+    bare_cpu, ours_cpu, queue_cpu = (1000 * middle([c for _, c in one]) for one in (bare, ours, through))
+    how = "durable writes" if durable else "durable writes off"
+    found.told(f"{how}: the bare script, median", bare_ms, "ms")
+    found.at_most(f"{how}: added by the library, median", ours_ms - bare_ms, BAR_MS[durable], "ms")
+    found.at_most(f"{how}: added processor time, median", ours_cpu - bare_cpu, BAR_CPU_MS, "ms")
+    found.told(f"{how}: added by the queue to that, median", queue_ms - ours_ms, "ms")
+    found.told(f"{how}: processor time added by the queue to that, median", queue_cpu - ours_cpu, "ms")
     report(
         "overhead",
         durable=durable,
         jobs=JOBS,
-        bare_ms=round(1000 * middle([t for t, _ in bare]), 2),
-        ours_ms=round(1000 * middle([t for t, _ in ours]), 2),
-        added_ms=round(1000 * (middle([t for t, _ in ours]) - middle([t for t, _ in bare])), 2),
+        bare_ms=round(bare_ms, 2),
+        ours_ms=round(ours_ms, 2),
+        added_ms=round(ours_ms - bare_ms, 2),
         added_p95_ms=round(1000 * (high([t for t, _ in ours]) - high([t for t, _ in bare])), 2),
-        added_cpu_ms=round(1000 * (middle([c for _, c in ours]) - middle([c for _, c in bare])), 2),
+        added_cpu_ms=round(ours_cpu - bare_cpu, 2),
+        queue_ms=round(queue_ms, 2),
+        queue_added_ms=round(queue_ms - ours_ms, 2),
+        queue_added_cpu_ms=round(queue_cpu - ours_cpu, 2),
     )
 
 
-async def requests_per_job(url: str, folder: Path) -> None:
+async def requests_per_job(found: Findings, url: str, folder: Path) -> None:
     """Count the requests of warm jobs, beyond uploads and downloads, as our own HTTP client sends them."""
     from unittest.mock import patch
 
@@ -113,15 +157,21 @@ async def requests_per_job(url: str, folder: Path) -> None:
             await comfy.run(graph(5_000_002), out_dir=folder / "out")
     beyond = [line for line in seen if not line.endswith(("/view", "/upload/image"))]
     report("requests", beyond_transfers=len(beyond), which=beyond, transfers=len(seen) - len(beyond))
+    found.at_most("requests for a warm job, beyond transfers", len(beyond), BAR_REQUESTS)
 
 
-async def run() -> None:
+async def run() -> Result:
+    found = Findings(
+        "overhead",
+        f"{JOBS} jobs each way, in turns; the queue's database is a SQLite file that is not flushed in this one.",
+    )
     with TemporaryDirectory(prefix="comfyctl-bench-") as folder:
         async with server() as url:
-            await compare(url, Path(folder), durable=False)
-            await compare(url, Path(folder), durable=True)
-            await requests_per_job(url, Path(folder))
+            await compare(found, url, Path(folder), durable=False)
+            await compare(found, url, Path(folder), durable=True)
+            await requests_per_job(found, url, Path(folder))
+    return found.result()
 
 
-def main() -> None:
-    asyncio.run(run())
+def main() -> Result:
+    return asyncio.run(run())

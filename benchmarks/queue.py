@@ -25,7 +25,8 @@ from tempfile import mkdtemp
 import psycopg
 from sqlalchemy import text
 
-from benchmarks.common import high, middle, report
+from benchmarks.common import Findings, high, middle, report
+from benchmarks.results import Result
 from benchmarks.rivals import pgqueuer_rate, procrastinate_rate
 from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.processes import ProcessTable
@@ -42,6 +43,13 @@ HISTORY = 1_000_000
 LEASES = 10_000
 PICKUPS = 400
 LEASE = timedelta(seconds=60)
+BAR_RATE = 4_000
+BAR_BACKLOG = 0.8
+BAR_PICKUP_MS = 10.0
+BAR_RENEWAL_MS = 200.0
+BAR_HISTORY_PERCENT = 20.0
+BAR_PROCRASTINATE = 3.0
+BAR_PGQUEUER = 0.5
 
 Open = Callable[[], SqlJobs]
 
@@ -188,7 +196,9 @@ async def opened(open_one: Open) -> AsyncIterator[SqlJobs]:
         await store.close()
 
 
-async def measure(name: str, fresh: Callable[[], Open], settle: Callable[[], None] = lambda: None) -> float:
+async def measure(
+    found: Findings, name: str, fresh: Callable[[], Open], settle: Callable[[], None] = lambda: None
+) -> float:
     """Measure everything on one kind of database; return claims and completes a second.
 
     `settle` has the database finish what it does in the background after very many rows were written.
@@ -201,11 +211,13 @@ async def measure(name: str, fresh: Callable[[], Open], settle: Callable[[], Non
     report(
         "queue-throughput", database=name, workers=WORKERS, per_second=round(rate), enqueued_per_second=round(put_in)
     )
+    found.at_least(f"{name}: claim and complete, 16 workers", rate, BAR_RATE, "/s")
     async with opened(fresh()) as store:
         await fill(store, BACKLOG)
         await work_off(store, 1_000)
         behind = max([await work_off(store, JOBS) for _ in range(2)])
     report("queue-backlog", database=name, backlog=BACKLOG, per_second=round(behind), share=round(behind / rate, 2))
+    found.at_least(f"{name}: the same with 100,000 waiting, share of it", behind / rate, BAR_BACKLOG)
     one = fresh()
     async with opened(one) as waiting, opened(one) as giving:
         seconds = await pickups(waiting, giving)
@@ -215,9 +227,12 @@ async def measure(name: str, fresh: Callable[[], Open], settle: Callable[[], Non
         p50_ms=round(1000 * middle(seconds), 2),
         p99_ms=round(1000 * high(seconds, 0.99), 2),
     )
+    found.told(f"{name}: enqueue to handler start, idle, median", 1000 * middle(seconds), "ms")
+    found.at_most(f"{name}: enqueue to handler start, idle, p99", 1000 * high(seconds, 0.99), BAR_PICKUP_MS, "ms")
     async with opened(fresh()) as store:
         renewed = await renewals(store)
     report("queue-renewal", database=name, leases=LEASES, ms=round(1000 * renewed, 1))
+    found.at_most(f"{name}: 10,000 leases renewed", 1000 * renewed, BAR_RENEWAL_MS, "ms")
     async with opened(fresh()) as store:
         await fill(store, 22_000)
         await work_off(store, 1_000)
@@ -239,6 +254,9 @@ async def measure(name: str, fresh: Callable[[], Open], settle: Callable[[], Non
         after_ms=round(1000 * after, 3),
         one_by_one_slower_percent=round(100 * (after / before - 1), 1),
     )
+    slower, alone = 100 * (rate_before / rate_after - 1), 100 * (after / before - 1)
+    found.at_most(f"{name}: slower with 1,000,000 rows of history", slower, BAR_HISTORY_PERCENT, "%")
+    found.told(f"{name}: the same, a single claim with a commit of its own", alone, "%")
     return rate
 
 
@@ -261,18 +279,20 @@ def postgres_databases(server: PostgresForTests, made: list[str]) -> Callable[[]
     return fresh
 
 
-async def run(which: Sequence[str] = ("sqlite", "postgresql")) -> None:
+async def run(which: Sequence[str] = ("sqlite", "postgresql")) -> Result:
+    found = Findings("queue", "Every commit is flushed to the disk; the handler does nothing.")
     folder = Path(mkdtemp(prefix="comfyctl-bench-"))
     try:
         if "sqlite" in which:
-            await measure("sqlite", sqlite_files(folder))
+            await measure(found, "sqlite", sqlite_files(folder))
         if "postgresql" in which:
-            await _postgres()
+            await _postgres(found)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return found.result()
 
 
-async def _postgres() -> None:
+async def _postgres(found: Findings) -> None:
     with PostgresForTests() as server:
         made: list[str] = []
 
@@ -281,7 +301,7 @@ async def _postgres() -> None:
                 connection.execute("VACUUM ANALYZE jobs")  # else the server does it meanwhile
                 connection.execute("CHECKPOINT")
 
-        ours = await measure("postgresql", postgres_databases(server, made), settle)
+        ours = await measure(found, "postgresql", postgres_databases(server, made), settle)
         procrastinate = await procrastinate_rate(server.database(), jobs=2_000, workers=WORKERS)
         # Sixteen handlers as we have them, and twice as many, which suits it better.
         same = await pgqueuer_rate(server.database(), jobs=JOBS, batch=WORKERS // 2, at_once=WORKERS)
@@ -297,7 +317,10 @@ async def _postgres() -> None:
         share_of_pgqueuer=round(ours / same, 2),
         share_of_pgqueuer_32=round(ours / twice, 2),
     )
+    found.at_least("postgresql: claim and complete, times procrastinate", ours / procrastinate, BAR_PROCRASTINATE)
+    found.at_least("postgresql: claim and complete, share of pgqueuer", ours / same, BAR_PGQUEUER)
+    found.told("postgresql: share of pgqueuer with 32 handlers", ours / twice)
 
 
-def main() -> None:
-    asyncio.run(run())
+def main() -> Result:
+    return asyncio.run(run())

@@ -10,13 +10,18 @@ from tempfile import TemporaryDirectory
 import psutil
 
 import runcomfy
-from benchmarks.common import graph, report, server
+from benchmarks.common import Findings, graph, report, server
+from benchmarks.results import Result
 from runcomfy.connection import Running
 
 PROMPTS = 1_000
+BAR_MB = 300
 
 
-async def run() -> None:
+async def run() -> Result:
+    found = Findings(
+        "watching", "One server in another process, one socket, every job with its task, files and result."
+    )
     with TemporaryDirectory(prefix="comfyctl-bench-") as folder:
         async with server() as url, runcomfy.connect(server_url=url, RUNCOMFY_DURABLE="0") as comfy:
             out = Path(folder) / "out"
@@ -39,11 +44,16 @@ async def run() -> None:
                 rss_peak_mb=round(peak / 1e6, 1),
                 seconds=round(time.perf_counter() - started, 1),
             )
+            found.at_least("jobs done", done, PROMPTS)
+            found.at_most("memory with 1,000 jobs watched, peak", peak / 1e6, BAR_MB, "MB")
+            found.told("memory before", before / 1e6, "MB")
+            found.told("memory for each watched job", (peak - before) / 1e3 / PROMPTS, "kB")
+    return found.result()
 
 
 async def wait(job: Running) -> str:
     return str((await job).status)
 
 
-def main() -> None:
-    asyncio.run(run())
+def main() -> Result:
+    return asyncio.run(run())
