@@ -234,6 +234,15 @@ class RunComfyEmulator(EmulatedCloud):
         self._next_traits.clear()
         self._revoked.clear()
 
+    def forgive(self) -> None:
+        """Take every token again."""
+        self._revoked.clear()
+
+    def plan_end_again(self, machine: EmulatedMachine) -> None:
+        """Heed its stop time again after `ignores_stop_time` was changed; what is over ends at once."""
+        if machine.stage is Stage.READY:
+            self._plan_end(machine)
+
     def revoke(self, token: int = 1) -> None:
         """Refuse the first or second token from now on."""
         self._revoked.add(token)
