@@ -20,10 +20,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
-from runcomfy.adapters.stores.database import Database
+from sqlalchemy import Connection
+
+from runcomfy.adapters.stores.database import Database, T, meaning_of, not_open
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.sql import SqlStore
-from runcomfy.adapters.stores.sqlite import IN_MEMORY, SqliteFile
+from runcomfy.adapters.stores.sqlite import IN_MEMORY, SqliteFile, raw
 from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.job_queue import JobQueue
 from runcomfy.application.service import ServeOptions
@@ -86,25 +88,75 @@ class _Sleeper:
 
 
 class _Kept(Database):
-    """A database in memory that lives on when one of those who use it lets go of it."""
+    """A database in memory that lives on when one of those who use it lets go of it, and works in the loop's thread.
 
-    def __init__(self, clock: Clock) -> None:
+    Its one transaction is never committed; each write has a savepoint. What it is asked is what any SQLite is asked.
+    """
+
+    def __init__(self, clock: Clock, pause: Callable[[], Awaitable[None]]) -> None:
+        """`pause` is awaited before each call is served: others may come in between."""
         hour = timedelta(hours=1)  # nobody else writes: who waits is woken by the commit itself
         super().__init__(SqliteFile(IN_MEMORY, durable=False, busy_timeout=hour, wake_interval=hour), clock=clock)
+        self._pause = pause
+        self._connection: Connection | None = None
+
+    async def open(self) -> None:
+        """Make it; harmless when repeated."""
+        if self._connection is None:
+            await super().open()
+            self._connection = self._linked().reading.connect()
+            self._driver = raw(self._connection)
+
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        """Run `work`, which writes nothing."""
+        await self._pause()
+        if self._connection is None:
+            raise not_open()
+        try:
+            return work(self._connection)
+        except self.kind.errors as error:
+            raise meaning_of(self.kind, error) from error
+
+    async def write(self, work: Callable[[Connection], T], *, wakes: bool | None = None) -> T:
+        """Run `work`, all of it or nothing."""
+        await self._pause()
+        if self._connection is None:
+            raise not_open()
+        driver = self._driver
+        before = driver.total_changes
+        driver.execute("SAVEPOINT one")
+        try:
+            answer = work(self._connection)
+        except BaseException as error:
+            driver.execute("ROLLBACK TO one")
+            driver.execute("RELEASE one")
+            if isinstance(error, Exception):
+                raise meaning_of(self.kind, error) from error
+            raise
+        driver.execute("RELEASE one")
+        if wakes or (wakes is None and driver.total_changes != before):
+            self._ring()
+        return answer
+
+    write_alone = write
 
     async def close(self) -> None:
         """Stay."""
 
     async def end(self) -> None:
         """Forget everything."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
         await super().close()
 
 
 class Memory:
     """Databases in memory, in the place of the files they are named after."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, clock: Clock, pause: Callable[[], Awaitable[None]]) -> None:
+        """`pause` is awaited before each call is served: others may come in between."""
+        self._clock, self._pause = clock, pause
         self._kept: dict[str, _Kept] = {}
 
     def database(self, name: str) -> Database:
@@ -112,13 +164,51 @@ class Memory:
         if name not in self._kept:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).touch()  # whether there is a queue is seen by its file
-            self._kept[name] = _Kept(self._clock)
+            self._kept[name] = _Kept(self._clock, self._pause)
         return self._kept[name]
 
     async def end(self) -> None:
         """Forget everything."""
         for database in self._kept.values():
             await database.end()
+
+
+class _AtOnce:
+    """What `_Sleeper` and `Mortal` are, for a store whose answers are there at once: without a task for each call."""
+
+    def __init__(self, port: Any, slowly: Any, app: _ServedApp, name: str) -> None:
+        self._port, self._slowly, self._app, self._name = port, slowly, app, name
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._port, name)
+        if not inspect.iscoroutinefunction(found):
+            return found
+        # Only `changed` waits for anything.
+        call = getattr(self._slowly, name) if name in ("changed", "close") else self._called(found, self._name + name)
+        self.__dict__[name] = call  # asked for once
+        return call
+
+    def _called(self, found: Callable[..., Awaitable[Any]], name: str) -> Callable[..., Awaitable[Any]]:
+        app = self._app
+        killed, awake = app.killed, app.awake
+        before, after = f"before {name}", f"after {name}"
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            if not awake.is_set():
+                await awake.wait()
+                kwargs |= {name: app.clock.now() for name in ("now", "at") if name in kwargs}
+            app.visit(before)
+            if killed.is_set():
+                raise Killed
+            answer = await found(*args, **kwargs)
+            app.visit(after)
+            if killed.is_set():
+                raise Killed
+            if not awake.is_set():
+                await awake.wait()
+            return answer
+
+        return call
 
 
 class _Own:
@@ -160,8 +250,11 @@ class _ServedApp(App):
             self.said.append(sentence)
 
     def _held(self, port: Any, name: str) -> Any:
-        mortal = Mortal(port, self.killed, lambda place: self.visit(place), name)
-        return _Sleeper(mortal, self.awake, self.clock)
+        visit: Visit = lambda place: self.visit(place)  # noqa: E731 - who is told may change
+        slowly = _Sleeper(Mortal(port, self.killed, visit, name), self.awake, self.clock)
+        if self.memory is None or name not in ("store.", "jobs."):
+            return slowly
+        return _AtOnce(port, slowly, self, name)
 
     def _database(self, name: str, **options: Any) -> Database:
         return super()._database(name, **options) if self.memory is None else self.memory.database(name)
@@ -246,10 +339,11 @@ class Services:
         clock: Clock,
         folder: Path,
         *,
-        in_memory: bool = False,
+        in_memory: Callable[[], Awaitable[None]] | None = None,
         **queue: Any,
     ) -> None:
-        """`queue` is laid over the queue's settings. `in_memory`: all services share databases without files."""
+        """`queue` is laid over the queue's settings. `in_memory`: all services share databases
+        without files; it is awaited before each of their calls."""
         self.cloud, self.clock, self.folder = cloud, clock, folder
         self.settings = settings_for(account, folder / "state")
         self.queue_settings = replace(
@@ -268,7 +362,7 @@ class Services:
         )
         self.processes = EmulatedProcesses()
         self._stack = AsyncExitStack()
-        self._memory = Memory(clock) if in_memory else None
+        self._memory = Memory(clock, in_memory) if in_memory is not None else None
         self._onlooker = self.app(self.settings)
         self._running: list[Served] = []
         self.make_client: MakeClient | None = None

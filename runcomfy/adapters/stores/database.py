@@ -493,7 +493,7 @@ class Database:
                 item.error = None
                 again.append(item)
             else:
-                item.error = _meaning(self.kind, item.error)
+                item.error = meaning_of(self.kind, item.error)
         if wakes:
             self._ring()
         return again
@@ -515,13 +515,14 @@ def _in_savepoint(connection: Connection, item: _Item[Any], *, first: bool) -> N
 
 
 def _fail(kind: DatabaseKind, error: Exception) -> NoReturn:
-    meaning = _meaning(kind, error)
+    meaning = meaning_of(kind, error)
     if meaning is error:
         raise meaning
     raise meaning from error
 
 
-def _meaning(kind: DatabaseKind, error: Exception) -> Exception:
+def meaning_of(kind: DatabaseKind, error: Exception) -> Exception:
+    """Return the error of ours that says what `error` means; one of ours means itself."""
     if is_callers_fault(error):
         return TypeError(f"a value that cannot be stored: {error.args[0]}")
     if isinstance(error, kind.errors):

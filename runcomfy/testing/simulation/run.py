@@ -10,6 +10,7 @@ from datetime import timedelta
 
 from runcomfy.testing.clock import START
 from runcomfy.testing.simulation.loop import MemoryLoop
+from runcomfy.testing.simulation.pace import slower
 from runcomfy.testing.simulation.seeded import seeded
 from runcomfy.testing.simulation.world import DAY, World
 
@@ -39,7 +40,7 @@ def simulate(seed, hours=24):
     loop = MemoryLoop()
     asyncio.set_event_loop(loop)
     try:
-        with seeded(seed, now=loop.time, began=START.timestamp()):
+        with seeded(seed, now=loop.time, began=START.timestamp()), slower():
             return loop.run_until_complete(day(seed, loop, timedelta(hours=hours)))
     finally:
         asyncio.set_event_loop(None)

@@ -36,12 +36,24 @@ CALM: Final = timedelta(hours=3)
 
 POOL: Final[dict[str, Any]] = {
     "max_machines": 4,
-    "plan_every": timedelta(seconds=60),
-    "status_every": timedelta(seconds=30),
-    "reconcile_every": timedelta(seconds=60),
-    "guard_period": timedelta(seconds=60),
+    "plan_every": timedelta(seconds=300),
+    "status_every": timedelta(seconds=120),
+    "reconcile_every": timedelta(seconds=180),
+    "guard_period": timedelta(seconds=180),
 }
 """How often is looked when nothing happens; what happens wakes all of them. These are the user's to choose."""
+
+
+PAUSES: Final = 0.25
+"""How often others come in between when a database is asked."""
+
+
+QUEUE: Final[dict[str, Any]] = {
+    "poll_interval": timedelta(minutes=5),
+    "lease": timedelta(minutes=8),
+    "heartbeat": timedelta(minutes=2),
+    "reap_every": timedelta(minutes=2),
+}
 
 
 @dataclass(slots=True)
@@ -63,6 +75,7 @@ class World:
         self.loop = loop
         self.length = length
         self.rng = self.stream("world")
+        self._pauses = self.stream("pauses").random
         self.clock = LoopClock()
         self.trace = Trace(loop.time)
         self.tally = Tally()
@@ -100,6 +113,11 @@ class World:
         """The second from which nothing goes wrong any more and no job comes."""
         return max(self.length * 0.5, self.length - CALM).total_seconds()
 
+    async def _pause(self) -> None:
+        """Let others come in between, now and then, before a database answers."""
+        if self._pauses() < PAUSES:
+            await asyncio.sleep(0)
+
     # -- life ----------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
@@ -119,7 +137,7 @@ class World:
             workflow_version_id=str(self.cloud.workflows[0]["version_id"]),
         )
         self.services = Services(
-            self.cloud, account, self.clock, self.folder, in_memory=True, poll_interval=timedelta(minutes=1)
+            self.cloud, account, self.clock, self.folder, in_memory=self._pause, **QUEUE
         )
         await self.services.__aenter__()
         return self
