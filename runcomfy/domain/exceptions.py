@@ -45,10 +45,11 @@ FOREIGN_TEXT_LIMIT = 256
 def foreign_text(text: object, limit: int = FOREIGN_TEXT_LIMIT) -> str:
     """Return text from outside made safe to show: one line, no control or escape characters, cut to `limit`."""
     raw = str(text)[: limit * 4]
-    if raw.isascii() and raw.isprintable() and "  " not in raw and len(raw) <= limit:
-        return raw.strip()  # the usual case, asked for often
-    clean = "".join(" " if c.isspace() else c for c in raw if c.isspace() or unicodedata.category(c)[0] != "C")
-    clean = " ".join(clean.split())
+    if raw.isascii() and raw.isprintable() and "  " not in raw:
+        clean = raw.strip()  # the usual case, asked for often
+    else:
+        clean = "".join(" " if c.isspace() else c for c in raw if c.isspace() or unicodedata.category(c)[0] != "C")
+        clean = " ".join(clean.split())
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
