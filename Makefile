@@ -11,7 +11,7 @@ TRACE  ?=
 # themselves: one that is killed, or has no disk left, may leave half of it to the others.
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: install compiled demo test check coverage format lint types floors bench docs nightly web clean
+.PHONY: install compiled demo test check coverage format lint types floors bench docs lock nightly web clean
 
 install: $(STAMP)
 
@@ -64,6 +64,14 @@ bench: install
 docs: install
 	@$(BIN)/comfyctl config reference > docs/reference/settings.md
 	@UPDATE_DOCS=1 $(BIN)/python -m pytest -q tests/docs
+
+# requirements.lock, written anew: every package in one version for each Python and system, with its hashes. Only this
+# needs uv.
+lock:
+	@sed -n '/^#/p' requirements.lock > requirements.lock.new
+	@uv pip compile --quiet --universal --generate-hashes --no-header --all-extras --group dev --python-version 3.11 \
+		pyproject.toml >> requirements.lock.new
+	@mv requirements.lock.new requirements.lock
 
 # The page at `/`, built anew from web/ into launcher/dashboard/; only this needs Node, and what it writes is committed.
 web:

@@ -213,6 +213,7 @@ async def test_an_idempotency_key_replays_the_first_answer(serving_api: Serving)
         assert (await api.get(f"{first.json['urls']['self']}/inputs/0")).body == png()
 
 
+@pytest.mark.invariant("I16")
 async def test_twenty_requests_with_one_key_at_once_make_one_job(serving_api: Serving) -> None:
     async with serving_api() as api:
         form = [aiohttp.FormData() for _ in range(20)]
@@ -327,6 +328,7 @@ async def test_what_is_wrong_with_a_form_is_no_news_for_the_terminal(
     assert not [record for record in caplog.records if record.name.startswith("python_multipart")]
 
 
+@pytest.mark.threat("S1")
 async def test_no_path_of_the_server_gets_in(tmp_path: Path, clock: LoopClock) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(png())
@@ -365,6 +367,7 @@ async def test_a_body_that_cannot_be_read_is_said_to_be_so(tmp_path: Path, clock
         assert await uploads(api) == []
 
 
+@pytest.mark.threat("S14")
 async def test_a_dry_run_says_that_it_would_work_and_queues_nothing(serving_api: Serving) -> None:
     async with serving_api() as api:
         found = await api.post("/jobs", {"workflow": "image_invert", "image": data_url(png()), "dry_run": True})
@@ -378,6 +381,7 @@ async def test_a_dry_run_says_that_it_would_work_and_queues_nothing(serving_api:
 # -- limits --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.threat("S14")
 async def test_a_client_may_have_so_many_jobs_waiting_and_no_more(tmp_path: Path, clock: LoopClock) -> None:
     async with serving_web(tmp_path, clock, max_waiting=3, max_per_minute=100) as api:
         for _ in range(3):
@@ -397,6 +401,7 @@ async def test_many_requests_at_once_get_no_more_in(tmp_path: Path, clock: LoopC
         assert sorted(answer.status for answer in answers) == [201] * 3 + [429] * 9
 
 
+@pytest.mark.threat("S14")
 async def test_a_client_may_put_in_so_many_a_minute(tmp_path: Path, clock: LoopClock) -> None:
     async with serving_web(tmp_path, clock, max_per_minute=2) as api:
         answers = [(await api.post("/jobs", {"workflow": picture()})).status for _ in range(3)]

@@ -87,6 +87,7 @@ async def test_what_no_workflow_takes_is_not_kept(tmp_path: Path, clock: LoopClo
         assert folders(api) == []
 
 
+@pytest.mark.threat("S6")
 async def test_a_picture_that_would_fill_the_memory_is_refused_by_its_header(tmp_path: Path, clock: LoopClock) -> None:
     head = bytearray(png())
     head[16:24] = (60_000).to_bytes(4, "big") * 2

@@ -85,6 +85,7 @@ def test_each_kind_of_error_has_its_status(kind: type[RunComfyError], status: in
 
 
 @given(st.text(max_size=300))
+@pytest.mark.threat("S1")
 def test_no_name_breaks_out_of_its_header(name: str) -> None:
     for download in (True, False):
         header = disposition(name, download=download)

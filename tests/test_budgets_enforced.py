@@ -42,6 +42,7 @@ async def program(programs: Programs) -> AsyncIterator[Program]:
         yield program
 
 
+@pytest.mark.threat("S14")
 async def test_a_launch_that_would_pass_a_hard_budget_is_refused_and_nothing_is_sent(
     cloud: RunComfyEmulator, programs: Programs
 ) -> None:

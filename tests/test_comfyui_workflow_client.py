@@ -206,6 +206,7 @@ async def test_no_server_is_told_from_a_wrong_one() -> None:
 
 
 @pytest.mark.fault(33)
+@pytest.mark.threat("S10")
 async def test_redirects_lead_nowhere(comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path) -> None:
     visits: list[str] = []
 
@@ -248,6 +249,7 @@ async def test_an_answer_that_drips_ends_at_the_deadline(
 
 
 @pytest.mark.fault(32)
+@pytest.mark.threat("S10")
 async def test_an_endless_answer_is_cut_at_the_limit(comfyui: ComfyUIEmulator, tmp_path: Path) -> None:
     comfyui.faults.add(
         "GET", "/queue", Fault(body=b" " * 65536, content_type="application/json", endless=True), times=99
@@ -944,6 +946,7 @@ async def test_a_refused_socket_stops_nobody(comfyui: ComfyUIEmulator, client: C
 
 
 @pytest.mark.fault(47)
+@pytest.mark.threat("S10")
 async def test_a_frame_too_large_costs_the_connection_and_nothing_else(comfyui: ComfyUIEmulator) -> None:
     async with a_client(comfyui.url, max_frame_bytes=100_000) as client, client.listen(an_id()) as events:
         assert isinstance(await anext(events), SocketUp)
@@ -972,6 +975,7 @@ async def test_senseless_frames_are_dropped_and_counted(
 
 
 @pytest.mark.fault(47)
+@pytest.mark.threat("S10")
 async def test_a_flood_of_pictures_drowns_no_message(comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient) -> None:
     prompt_id = an_id()
     async with client.listen(prompt_id) as events:

@@ -277,6 +277,7 @@ def test_all_problems_come_in_one_error(home: Path) -> None:
 
 @posix
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+@pytest.mark.threat("S4")
 def test_a_file_that_others_can_read_is_warned_about(home: Path, mode: int, *, warned: bool) -> None:
     path = write(home / "credentials.txt", GOOD, mode=mode)
     settings = load_settings(env={}, cwd=home, require_cloud=True)
@@ -310,6 +311,7 @@ def test_other_settings_may_stand_in_the_file(home: Path) -> None:
     assert (settings.cloud.plan, settings.comfy.max_retries) == ("pro", 8)
 
 
+@pytest.mark.threat("S18")
 def test_an_address_that_would_send_the_token_unencrypted_is_refused(home: Path) -> None:
     with pytest.raises(InsecureUrl):
         load(home, GOOD, {"RUNCOMFY_API_BASE_URL": "http://api.runcomfy.net"})
@@ -343,6 +345,7 @@ def test_any_bytes_give_settings_or_one_of_our_errors(data: bytes, tmp_path_fact
 @given(
     name=st.sampled_from(["RUNCOMFY_API_TOKEN", "RUNCOMFY_USER_ID", "RUNCOMFY_API_TOKEN_2"]), noise=st.text(max_size=20)
 )
+@pytest.mark.threat("S3")
 def test_a_secret_is_in_no_error_and_no_repr(name: str, noise: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     secret = f"canary{noise}canary"
     try:

@@ -290,6 +290,7 @@ def _open_umask() -> Iterator[None]:
 
 @posix
 @pytest.mark.usefixtures("_open_umask")
+@pytest.mark.threat("S4")
 def test_the_file_and_its_folder_are_private_whatever_the_umask(path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.json"
     manager(path, copies=[copy]).save_server_state(running())

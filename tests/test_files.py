@@ -82,6 +82,7 @@ def test_the_new_content_takes_the_place_of_the_old(tmp_path: Path) -> None:
 
 
 @posix
+@pytest.mark.threat("S4")
 def test_files_are_private_whatever_the_umask(tmp_path: Path, open_umask: None) -> None:
     write_atomically(tmp_path / "private", "x")
     write_atomically(tmp_path / "shared", "x", mode=0o644)
@@ -90,6 +91,7 @@ def test_files_are_private_whatever_the_umask(tmp_path: Path, open_umask: None) 
 
 
 @posix
+@pytest.mark.threat("S16")
 def test_a_link_planted_in_the_target_s_place_is_replaced_and_not_followed(tmp_path: Path) -> None:
     """Threat S16."""
     victim = tmp_path / "victim"
@@ -175,6 +177,7 @@ def test_no_room_has_one_error(code: int) -> None:
     assert isinstance(local_error(OSError(code, os.strerror(code)), "/x", "write"), DiskFull)
 
 
+@pytest.mark.threat("S15")
 def test_an_error_does_not_carry_escape_codes_of_a_path() -> None:
     error = local_error(PermissionError(errno.EACCES, "no"), "/srv/\x1b[31mred", "write")
     assert "\x1b" not in error.message
@@ -185,6 +188,7 @@ def test_an_error_does_not_carry_escape_codes_of_a_path() -> None:
 
 
 @posix
+@pytest.mark.threat("S4")
 def test_folders_are_private_whatever_the_umask(tmp_path: Path, open_umask: None) -> None:
     made = make_private_dir(tmp_path / "a" / "b")
     assert mode(made) == 0o700
@@ -219,6 +223,7 @@ def test_flushing_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
 
 
 @posix
+@pytest.mark.threat("S16")
 def test_a_new_file_is_private_and_never_an_old_one(tmp_path: Path, open_umask: None) -> None:
     """Threat S16."""
     with open_new(tmp_path / "new") as file:

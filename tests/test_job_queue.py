@@ -80,6 +80,7 @@ async def run(store: SqlJobs, outcome: Outcome = Outcome.DONE, *, after: float =
 
 
 @pytest.mark.fault(57)
+@pytest.mark.invariant("I10")
 async def test_a_job_that_was_accepted_is_there_after_a_restart(
     store: SqlJobs, queue: JobQueue, settings: QueueSettings, clock: LoopClock
 ) -> None:

@@ -582,6 +582,7 @@ async def test_a_second_run_replaces_the_first_one_s_result_and_leaves_somebody_
     assert row.facts["notes"] == ["knight.png was there already, from elsewhere; the result is knight_1.png"]
 
 
+@pytest.mark.threat("S1")
 async def test_a_path_that_leads_elsewhere_is_refused_before_anything_runs(
     workers: Any, comfyui: ComfyUIEmulator, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def test_the_console_gets_a_line_for_people(tmp_path: Path, capsys: pytest.Captu
 # --- secrets ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.threat("S3")
 def test_no_secret_gets_into_the_file_by_any_way(written: Path) -> None:
     host = "0f6b-canary-host-comfyui.runcomfy.com"
     register_secret(SecretUrl("https://odd-canary-name.example.org/"))
@@ -216,6 +217,7 @@ def test_this_computers_own_address_is_no_secret() -> None:
 
 
 @given(before=st.text(max_size=30), after=st.text(max_size=30), size=st.sampled_from([0, 4_090, 70_000]))
+@pytest.mark.threat("S3")
 def test_a_secret_is_cut_out_wherever_it_stands(before: str, after: str, size: int) -> None:
     register_secret(TOKEN)
     record = logging.makeLogRecord({"msg": "x" * size + before + TOKEN + after, "fields": {before: after + TOKEN}})
@@ -226,10 +228,12 @@ def test_a_secret_is_cut_out_wherever_it_stands(before: str, after: str, size: i
 
 
 @given(st.text())
+@pytest.mark.threat("S15")
 def test_control_characters_do_not_pass(text: str) -> None:
     assert redact(text).isprintable()
 
 
+@pytest.mark.threat("S15")
 def test_escape_codes_and_forged_lines_are_flattened(written: Path) -> None:
     log.info('node said \x1b[31m"red"\x1b[0m\n{"event": "forged"}\u202e')
     (line,) = lines(written)
@@ -371,6 +375,7 @@ def mode(path: Path) -> int:
 
 @posix
 @pytest.mark.usefixtures("_open_umask")
+@pytest.mark.threat("S4")
 def test_log_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
     file = LogFile(tmp_path / "state" / "logs" / "comfyctl.log", max_bytes=300)
     configure_logging(settings(tmp_path))
@@ -383,6 +388,7 @@ def test_log_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
 
 
 @posix
+@pytest.mark.threat("S4")
 def test_files_that_were_open_to_others_are_closed(tmp_path: Path) -> None:
     folder = tmp_path / "state" / "logs"
     folder.mkdir(parents=True, mode=0o755)
@@ -394,6 +400,7 @@ def test_files_that_were_open_to_others_are_closed(tmp_path: Path) -> None:
 
 
 @posix
+@pytest.mark.threat("S16")
 def test_a_link_planted_in_its_place_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("untouched", encoding="utf-8")

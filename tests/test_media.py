@@ -195,6 +195,8 @@ def test_nothing_is_not_a_result_unless_it_came_as_text(inspect: Inspect, refusa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links as on POSIX")
+@pytest.mark.threat("S1")
+@pytest.mark.threat("S16")
 def test_a_link_is_not_a_result(tmp_path: Path) -> None:
     """Threats S1 and S16."""
     (tmp_path / "real").write_bytes(samples.png())

@@ -50,6 +50,7 @@ def refusal(inspect: Inspect) -> Callable[..., str]:
 
 
 @pytest.mark.processes
+@pytest.mark.threat("S6")
 def test_large_pictures_are_decoded_in_a_process_of_their_own(
     inspect: Inspect, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +79,7 @@ def test_large_pictures_are_converted_in_a_process_of_their_own(
 
 
 @pytest.mark.processes
+@pytest.mark.threat("S6")
 def test_a_decoder_that_does_not_end_or_does_not_answer_is_the_picture_s_fault(
     refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +124,7 @@ def test_memory_and_time_are_granted_by_the_bytes_that_came() -> None:
     assert media_child.cpu_seconds(100 << 20) == 58
 
 
+@pytest.mark.threat("S3")
 def test_the_process_that_decodes_sees_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threat S3: a decoder that is taken over by a picture finds no token in its environment."""
     monkeypatch.setenv("RUNCOMFY_API_TOKEN", "canary-token")

@@ -47,6 +47,7 @@ async def test_what_the_page_names_is_there_and_is_kept_for_ever(api: Web) -> No
         assert int(head.headers["Content-Length"]) == len(answer.body)
 
 
+@pytest.mark.threat("S10")
 async def test_the_page_may_load_nothing_from_elsewhere(api: Web) -> None:
     policy = (await api.get("/", token=False)).headers["Content-Security-Policy"]
     rules = {name: rest.split() for name, _, rest in (part.strip().partition(" ") for part in policy.split(";"))}
@@ -72,6 +73,7 @@ async def test_the_page_may_load_nothing_from_elsewhere(api: Web) -> None:
         "/assets/",
     ],
 )
+@pytest.mark.threat("S1")
 async def test_no_address_reaches_another_file(api: Web, path: str) -> None:
     from yarl import URL
 

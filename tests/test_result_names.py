@@ -91,6 +91,7 @@ def test_names_that_would_meet_are_counted() -> None:
         max_size=12,
     )
 )
+@pytest.mark.threat("S1")
 def test_any_names_become_plain_ones_that_do_not_meet(files: list[ResultFile]) -> None:
     made = final_names(files, {"manifest.json"})
     assert len({name.casefold() for name in [*made, "manifest.json"]}) == len(files) + 1
@@ -113,6 +114,7 @@ def tree(root: Path) -> dict[str, bytes | None]:
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.threat("S1")
 async def test_no_name_leads_out_of_the_folder(results: DiskResults, tmp_path: Path, name: str) -> None:
     """Threat S1: as the server's name, as the wanted name, as the node's id and as the job's."""
     under = tmp_path / "deep" / "outputs"

@@ -274,6 +274,7 @@ async def test_a_path_that_is_not_this_folder_s_is_a_defect(folder: DiskJobFolde
     assert (tmp_path / "mine.png").exists()
 
 
+@pytest.mark.threat("S16")
 def test_partial_names_cannot_be_guessed_and_say_what_they_are(settings: FileSettings) -> None:
     """Threat S16."""
     made = {Path(DiskJobFolder("x", settings=settings).partial()).name for _ in range(50)}
@@ -282,6 +283,7 @@ def test_partial_names_cannot_be_guessed_and_say_what_they_are(settings: FileSet
 
 
 @posix
+@pytest.mark.threat("S16")
 async def test_a_link_planted_in_a_download_s_place_is_not_followed(folder: DiskJobFolder, tmp_path: Path) -> None:
     """Threat S16: somebody who can write here swaps the file for a link after the download."""
     (tmp_path / "secret.png").write_bytes(PNG)
@@ -333,6 +335,7 @@ async def test_results_are_final_together_with_a_manifest_that_names_them(folder
 
 
 @posix
+@pytest.mark.threat("S13")
 async def test_results_are_private(folder: DiskJobFolder) -> None:
     note = folder.partial()
     size, digest = await folder.write_text(note, "x")

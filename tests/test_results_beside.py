@@ -229,6 +229,7 @@ async def test_the_same_content_is_not_kept_twice(results: DiskResults, finished
 
 
 @posix
+@pytest.mark.threat("S1")
 async def test_a_link_in_the_way_is_left_and_not_followed(results: DiskResults, finished: Path) -> None:
     make(finished)
     write(finished.parent / "mine.png", b"mine")
@@ -333,6 +334,7 @@ async def test_what_a_crash_left_is_cleared_away_and_what_it_had_moved_comes_bac
 
 
 @posix
+@pytest.mark.threat("S1")
 async def test_a_link_that_leads_out_of_the_finished_folder_is_refused(
     results: DiskResults, finished: Path, tmp_path: Path
 ) -> None:
@@ -358,6 +360,7 @@ async def test_the_finished_folder_itself_may_be_a_link(results: DiskResults, fi
     assert content(tmp_path / "big disk" / "image" / "knight.png") == PNG
 
 
+@pytest.mark.threat("S16")
 async def test_a_folder_that_was_exchanged_meanwhile_gets_nothing(
     results: DiskResults, finished: Path, tmp_path: Path
 ) -> None:

@@ -262,6 +262,7 @@ async def test_calls_that_stop_machines_pass_the_queue(
 
 
 @pytest.mark.parametrize("address", ["http://api.runcomfy.net", "http://127.0.0.1.evil.example", "http://10.0.0.1"])
+@pytest.mark.threat("S18")
 def test_a_token_does_not_travel_unencrypted(clock: LoopClock, address: str) -> None:
     with pytest.raises(InsecureUrl):
         RunComfyAPIClient(CloudSettings(base_url=address), clock=clock)

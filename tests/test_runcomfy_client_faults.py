@@ -235,6 +235,7 @@ async def test_a_page_is_not_retried_for_ever_but_one_is_forgiven(client: Client
 
 @pytest.mark.fault(30)
 @every_call
+@pytest.mark.threat("S18")
 async def test_a_host_without_tls_is_not_spoken_to_in_plain_text(
     cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, act: Act
 ) -> None:
@@ -273,6 +274,7 @@ async def test_a_name_that_does_not_resolve_is_a_provider_out_of_reach(clock: Lo
 
 
 @pytest.mark.cloud(token=CANARY_1, second_token=CANARY_2, user_id=CANARY_USER)
+@pytest.mark.threat("S3")
 async def test_no_secret_leaves_by_log_error_or_repr(
     client: Client, cloud: RunComfyEmulator, cloud_settings: CloudSettings, caplog: pytest.LogCaptureFixture
 ) -> None:

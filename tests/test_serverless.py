@@ -158,6 +158,8 @@ async def test_a_second_request_waits_behind_the_first_and_finds_the_instance_aw
     assert len(deployment.instances) == 1
 
 
+@pytest.mark.threat("S3")
+@pytest.mark.threat("S13")
 async def test_the_token_goes_to_the_api_and_never_to_where_results_lie(
     runs: ServerlessRuns, deployment: ServerlessEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -68,6 +68,7 @@ def test_the_variables_have_conjures_names_and_defaults(tmp_path: Path) -> None:
     assert given.file_hosts == ("files.example.com", "other.example.com")
 
 
+@pytest.mark.threat("S18")
 def test_without_a_deployment_or_a_token_nothing_is_opened(settings: Settings, clock: LoopClock) -> None:
     with pytest.raises(errors.SettingInvalid, match="deployment"):
         RunComfyServerless(replace(settings.serverless, deployment_id=""), settings.cloud, clock=clock)
@@ -91,6 +92,7 @@ def test_without_a_deployment_or_a_token_nothing_is_opened(settings: Settings, c
         "https://10.0.0.1:8188/view",
     ],
 )
+@pytest.mark.threat("S2")
 async def test_results_are_fetched_from_runcomfys_hosts_only(
     settings: Settings, clock: LoopClock, tmp_path: Path, url: str
 ) -> None:

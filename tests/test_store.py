@@ -347,6 +347,7 @@ async def test_a_closed_store_can_be_opened_again(store: SqlStore) -> None:
     assert await store.machine(machine.id) == machine
 
 
+@pytest.mark.threat("S8")
 async def test_values_stay_out_of_errors(store: SqlStore) -> None:
     machine = a_machine(server_id="secret-server")
     await store.add_machine(machine, at=NOW)
@@ -357,6 +358,7 @@ async def test_values_stay_out_of_errors(store: SqlStore) -> None:
 
 
 @pytest.mark.parametrize("text", ["\ud800 half a character", "a\x00nul", "'; DROP TABLE machines; --", "ünïcode 日本"])
+@pytest.mark.threat("S8")
 async def test_any_text_can_be_written(store: SqlStore, text: str) -> None:
     machine = a_machine(reason=text, stop_reason=text)
     await store.add_machine(machine, at=NOW, note=text)

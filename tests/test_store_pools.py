@@ -346,6 +346,8 @@ HOSTILE: Final = [
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.threat("S8")
+@pytest.mark.threat("S14")
 async def test_whatever_people_are_called_their_budget_holds(store: SqlStore, name: str) -> None:
     budgets = made_out([Budget(Period.DAY, Decimal("1.50"), user="*")], project=name, user=name)
     assert len(budgets) == 1

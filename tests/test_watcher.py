@@ -468,6 +468,7 @@ async def test_a_frame_of_100_mb_is_survived(comfyui: ComfyUIEmulator, jobs: Job
 
 
 @pytest.mark.fault(48)
+@pytest.mark.threat("S10")
 async def test_senseless_frames_change_nothing(comfyui: ComfyUIEmulator, jobs: Jobs) -> None:
     job = await jobs.started(steps(10))
     ours = job.prompt_id

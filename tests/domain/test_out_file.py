@@ -60,6 +60,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("text", REFUSED, ids=range(len(REFUSED)))
+@pytest.mark.threat("S1")
 def test_anything_else_is_refused_before_anything_runs(text: str) -> None:
     """Threat S1."""
     with pytest.raises(ValueInvalid) as caught:
@@ -69,6 +70,7 @@ def test_anything_else_is_refused_before_anything_runs(text: str) -> None:
 
 
 @given(st.text(st.characters(exclude_categories=()), max_size=60))
+@pytest.mark.threat("S1")
 def test_whatever_is_written_stays_below_or_is_refused(text: str) -> None:
     for start in ("", "jobs/finished/", FINISHED + "/"):
         try:

@@ -442,6 +442,7 @@ def test_nodes_of_the_page_are_explained() -> None:
     assert "delete it" in hints[1]
 
 
+@pytest.mark.threat("S15")
 def test_control_characters_of_a_server_do_not_reach_the_terminal() -> None:
     problems = one([["\x1b[31mred\x07"]], "\x1b]0;title")
     assert problems
@@ -483,6 +484,7 @@ entries = junk | st.fixed_dictionaries({}, optional={"input": groups, "output": 
 
 @pytest.mark.fault(13)
 @given(st.dictionaries(st.sampled_from(["A", "B"]), entries), st.lists(junk, min_size=3, max_size=3))
+@pytest.mark.threat("S10")
 def test_no_node_list_whatsoever_makes_it_raise(info: dict[str, Any], values: list[Any]) -> None:
     graph = {
         "1": {"class_type": "A", "inputs": {"x": values[0], "y": values[1]}},

@@ -297,6 +297,7 @@ def test_every_input_is_reached_by_its_id_unless_two_readings_fit(shape: dict[st
                     flow.resolve(f"{node_id}.{name}")
 
 
+@pytest.mark.threat("S15")
 def test_control_characters_of_a_file_do_not_reach_the_terminal() -> None:
     flow = Workflow.parse({"1\x1b[31m": node("A\x07", "T\x1b]0;x", seed=1), "2": node("A\x07", seed=2)})
     for target in ("A\x07.seed", "1\x1b[31m.sead"):

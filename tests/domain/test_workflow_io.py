@@ -145,6 +145,7 @@ def test_bare_paths_are_split_for_the_server_and_never_mended(path: str, file: F
 
 
 @pytest.mark.parametrize("name", ["../../x.png", "/etc/passwd", "C:\\x.png", "a\0b.png", "CON", "x" * 4096])
+@pytest.mark.threat("S1")
 def test_hostile_names_are_kept_as_data(name: str) -> None:
     [found] = find_outputs({"1": {"images": [{"filename": name, "subfolder": "", "type": "output"}]}})
     assert found.file == FileRef(name, "", "output")
@@ -175,6 +176,7 @@ junk = st.recursive(
 
 @pytest.mark.fault(48)
 @given(junk | st.dictionaries(st.text(max_size=3), junk, max_size=3))
+@pytest.mark.threat("S10")
 def test_no_history_whatsoever_makes_it_raise(outputs: Any) -> None:
     for item in find_outputs(outputs):
         assert (item.file is None) is (item.text is not None)

@@ -55,6 +55,7 @@ def same(answers: list[Answer]) -> bool:
 
 
 @pytest.mark.parametrize(("call", "key", "rest"), ASKS, ids=[key for _, key, _ in ASKS])
+@pytest.mark.threat("S1")
 async def test_what_lies_outside_is_not_even_looked_at(
     api: Web, project: Path, call: str, key: str, rest: dict[str, Any]
 ) -> None:
@@ -83,6 +84,7 @@ async def test_what_lies_outside_is_not_even_looked_at(
 
 @posix
 @pytest.mark.parametrize(("call", "key", "rest"), ASKS, ids=[key for _, key, _ in ASKS])
+@pytest.mark.threat("S1")
 async def test_a_link_leads_no_further_than_a_path(
     api: Web, project: Path, call: str, key: str, rest: dict[str, Any]
 ) -> None:

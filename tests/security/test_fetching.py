@@ -110,6 +110,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("url", [*PRIVATE, *NO_ADDRESS])
+@pytest.mark.threat("S2")
 async def test_no_such_address_is_fetched_or_told(url: str, tmp_path: Path) -> None:
     asked: list[str] = []
 
@@ -149,6 +150,7 @@ def test_public_addresses_may_be_used(url: str) -> None:
 
 
 @given(st.ip_addresses())
+@pytest.mark.threat("S2")
 def test_what_python_calls_private_is_never_public(address: Address) -> None:
     if is_public(address):
         assert not address.is_private
@@ -180,6 +182,7 @@ def test_public_ones_are(text: str) -> None:
         ["2606:4700::1111", "fd00::1"],
     ],
 )
+@pytest.mark.threat("S2")
 async def test_a_name_with_a_private_address_is_refused(answer: list[str], tmp_path: Path) -> None:
     async def resolve(host: str, port: int) -> Sequence[str]:
         return answer
@@ -253,6 +256,7 @@ async def test_a_file_is_fetched_whole_and_private(tmp_path: Path) -> None:
         assert found.path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.threat("S2")
 async def test_a_name_that_is_public_first_and_private_then_is_asked_for_once(tmp_path: Path) -> None:
     answers, reached = [[OUTSIDE], [INSIDE], [INSIDE]], []
 
@@ -286,6 +290,7 @@ async def test_a_name_that_is_public_first_and_private_then_is_asked_for_once(tm
     ],
 )
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.threat("S2")
 async def test_a_redirect_is_looked_at_like_the_first_address(target: str, status: int, tmp_path: Path) -> None:
     secret_seen = []
 
@@ -305,6 +310,7 @@ async def test_a_redirect_is_looked_at_like_the_first_address(target: str, statu
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.threat("S2")
 async def test_a_redirect_by_name_is_resolved_and_looked_at(tmp_path: Path) -> None:
     async def resolve(host: str, port: int) -> Sequence[str]:
         return [INSIDE if host == "inside.example" else OUTSIDE]
@@ -317,6 +323,7 @@ async def test_a_redirect_by_name_is_resolved_and_looked_at(tmp_path: Path) -> N
             await fetch(f"http://outside.example:{port}/", tmp_path, resolve=resolve)
 
 
+@pytest.mark.threat("S2")
 async def test_redirects_are_few(tmp_path: Path) -> None:
     async def more(request: web.Request) -> web.Response:
         left = int(request.path.strip("/"))
@@ -331,6 +338,7 @@ async def test_redirects_are_few(tmp_path: Path) -> None:
             await fetch(f"http://a.example:{port}/{MOST_REDIRECTS + 1}", tmp_path)
 
 
+@pytest.mark.threat("S2")
 async def test_too_much_is_not_read_said_or_not(tmp_path: Path) -> None:
     sent = 0
 
@@ -355,6 +363,7 @@ async def test_too_much_is_not_read_said_or_not(tmp_path: Path) -> None:
     assert sent < 50_000_000
 
 
+@pytest.mark.threat("S6")
 async def test_nothing_is_unpacked(tmp_path: Path) -> None:
     async def packed(request: web.Request) -> web.Response:
         return web.Response(body=b"\x1f\x8b", headers={"Content-Type": "image/png", "Content-Encoding": "gzip"})
@@ -364,6 +373,7 @@ async def test_nothing_is_unpacked(tmp_path: Path) -> None:
             await fetch(f"http://a.example:{port}/", tmp_path)
 
 
+@pytest.mark.threat("S2")
 async def test_a_server_that_drips_or_says_nothing_is_left(tmp_path: Path) -> None:
     async def drips(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "image/png"})
@@ -406,6 +416,7 @@ async def test_a_web_page_is_no_file(tmp_path: Path) -> None:
             await fetch(f"http://a.example:{port}/", tmp_path)
 
 
+@pytest.mark.threat("S18")
 async def test_a_proxy_of_the_environment_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -435,6 +446,7 @@ async def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
+@pytest.mark.threat("S2")
 async def test_nobody_learns_what_is_behind_an_address(tmp_path: Path) -> None:
     async def unused(request: web.Request) -> web.Response:
         return web.Response()

@@ -66,6 +66,7 @@ async def test_a_head_that_is_too_large_is_refused(door: Any) -> None:
     assert door.done == []
 
 
+@pytest.mark.threat("S14")
 async def test_a_client_that_floods_is_stopped_at_the_cap_and_let_in_again_later(guarded: Any, tmp_path: Path) -> None:
     guard = guarded(tmp_path / "state", HttpSettings(max_per_minute=10, max_waiting=50)).guard
     token, page = guard.principal("token"), guard.principal("session")

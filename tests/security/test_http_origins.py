@@ -56,6 +56,7 @@ BAD_ORIGINS = [
 
 
 @pytest.mark.parametrize("host", FOREIGN_HOSTS)
+@pytest.mark.threat("S5")
 async def test_a_foreign_host_is_refused_whatever_else_is_right(door: Any, host: str) -> None:
     cookie = await door.log_in()
     for headers in (door.bearer, {"Cookie": cookie}, {}):
@@ -94,6 +95,7 @@ async def test_bound_to_an_address_that_address_is_let_in(guarded: Any, tmp_path
 
 
 @pytest.mark.parametrize("origin", BAD_ORIGINS)
+@pytest.mark.threat("S5")
 async def test_a_foreign_origin_is_refused_whatever_else_is_right(door: Any, origin: str) -> None:
     cookie = await door.log_in()
     for headers in (door.bearer, {"Cookie": cookie}, {}):
@@ -104,6 +106,7 @@ async def test_a_foreign_origin_is_refused_whatever_else_is_right(door: Any, ori
     assert door.done == []
 
 
+@pytest.mark.threat("S5")
 async def test_no_preflight_succeeds(door: Any) -> None:
     wish = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     for origin in ("http://evil.example", "null", f"http://{HERE}"):
@@ -113,6 +116,7 @@ async def test_no_preflight_succeeds(door: Any) -> None:
             assert not [name for name, _ in answer.headers if name.startswith("access-control-")]
 
 
+@pytest.mark.threat("S5")
 async def test_there_are_no_web_sockets(door: Any) -> None:
     sent: list[Any] = []
 
@@ -140,6 +144,7 @@ async def test_there_are_no_web_sockets(door: Any) -> None:
         "",
     ],
 )
+@pytest.mark.threat("S5")
 async def test_what_changes_state_is_json_or_multipart(door: Any, conjures: Paths, kind: str) -> None:
     cookie, own = await door.log_in(), {"Origin": f"http://{HERE}"}
     for method in ("POST", "PUT", "PATCH", "DELETE"):

@@ -37,6 +37,7 @@ async def test_over_tls_the_cookie_stays_there(guarded: Any, tmp_path: Path) -> 
     assert (answer.header("set-cookie") or "").endswith("; Secure")
 
 
+@pytest.mark.threat("S5")
 async def test_a_code_works_once_and_not_for_long(door: Any) -> None:
     code = door.guard.new_code()
     assert (await door.ask("GET", f"/?code={code}")).status == 303
@@ -69,6 +70,7 @@ async def test_guessing_codes_is_slow(door: Any) -> None:
     assert statuses == [403] * 20 + [429] * 10
 
 
+@pytest.mark.threat("S5")
 async def test_a_session_changes_something_only_from_its_own_page(door: Any) -> None:
     cookie = {"Cookie": await door.log_in()}
     for method in ("POST", "PATCH", "DELETE", "PUT"):

@@ -104,6 +104,7 @@ async def send(api: Web, method: str, path: str, body: Any, headers: dict[str, s
 
 
 @pytest.mark.parametrize(("name", "headers"), FORGED, ids=[name for name, _ in FORGED])
+@pytest.mark.threat("S5")
 async def test_what_a_foreign_page_sends_changes_nothing(idle: Web, name: str, headers: dict[str, str]) -> None:
     job = (await idle.post("/jobs", {"workflow": graph()})).json["id"]
     before = await state_of(idle)
@@ -116,6 +117,7 @@ async def test_what_a_foreign_page_sends_changes_nothing(idle: Web, name: str, h
 
 
 @pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", "multipart/form-data; boundary=x"])
+@pytest.mark.threat("S5")
 async def test_forms_and_texts_change_nothing(idle: Web, kind: str) -> None:
     job = (await idle.post("/jobs", {"workflow": graph()})).json["id"]
     before = await state_of(idle)
@@ -129,6 +131,7 @@ async def test_forms_and_texts_change_nothing(idle: Web, kind: str) -> None:
     assert await state_of(idle) == before
 
 
+@pytest.mark.threat("S5")
 async def test_without_the_token_or_with_a_wrong_one_nothing_changes(idle: Web) -> None:
     job = (await idle.post("/jobs", {"workflow": graph()})).json["id"]
     before = await state_of(idle)
@@ -141,6 +144,7 @@ async def test_without_the_token_or_with_a_wrong_one_nothing_changes(idle: Web) 
     assert await state_of(idle) == before
 
 
+@pytest.mark.threat("S5")
 async def test_every_route_there_is_needs_somebody(idle: Web) -> None:
     """A route that is added later is closed, too: the list is the application's own."""
     paths = (await idle.get("/openapi.json")).json["paths"]
@@ -155,6 +159,7 @@ async def test_every_route_there_is_needs_somebody(idle: Web) -> None:
     assert len(paths) > 30
 
 
+@pytest.mark.threat("S5")
 async def test_the_page_logs_in_with_its_address_and_only_there(idle: Web) -> None:
     async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as browser:
         async with browser.get(idle.page, allow_redirects=False) as answer:
@@ -174,6 +179,7 @@ async def test_the_page_logs_in_with_its_address_and_only_there(idle: Web) -> No
 # --- S14: floods --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.threat("S14")
 async def test_a_flood_over_conjures_endpoints_stops_at_the_cap(tmp_path: Path, clock: LoopClock) -> None:
     async with serving_web(tmp_path, clock, max_per_minute=5) as api:
         asked = [
@@ -214,6 +220,7 @@ ELSEWHERE = [
 ]
 
 
+@pytest.mark.threat("S1")
 async def test_no_output_thumbnail_input_or_asset_leads_elsewhere(api: Web) -> None:
     job = await done(api, {"workflow": graph()})
     base = f"{api.address}/jobs/{job['id']}"
@@ -236,6 +243,7 @@ async def test_no_output_thumbnail_input_or_asset_leads_elsewhere(api: Web) -> N
 NASTY = "<img src=x onerror=alert(1)>\x1b[31m\u202e\"'`</script><script>alert(2)</script>"
 
 
+@pytest.mark.threat("S10")
 async def test_names_are_shown_as_data_only(api: Web) -> None:
     plain = NASTY.replace("\x1b", "").replace("\u202e", "")
     job = await done(api, {"workflow": graph(prefix=plain), "user": plain, "project": plain, "prompt": None})
@@ -257,6 +265,7 @@ async def test_names_are_shown_as_data_only(api: Web) -> None:
     assert set(saved.headers["Content-Disposition"]) <= {chr(code) for code in range(32, 127)}
 
 
+@pytest.mark.threat("S15")
 async def test_control_characters_in_words_of_clients_reach_no_terminal(
     idle: Web, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +298,9 @@ def _open_umask() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_open_umask")
+@pytest.mark.threat("S3")
+@pytest.mark.threat("S4")
+@pytest.mark.threat("S13")
 async def test_nothing_secret_is_left_behind_and_what_is_left_is_private(
     comfyui_server: ComfyUIEmulator, tmp_path: Path, clock: LoopClock, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from runcomfy.adapters.log import redact
 from runcomfy.domain.exceptions import CredentialsMalformed
 
 
+@pytest.mark.threat("S10")
 async def test_every_answer_is_sealed(door: Any) -> None:
     requests: list[tuple[str, str, dict[str, str]]] = [
         ("GET", "/", {}),
@@ -69,6 +70,7 @@ def _open_umask() -> Iterator[None]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 @pytest.mark.usefixtures("_open_umask")
+@pytest.mark.threat("S4")
 def test_what_the_guard_writes_is_private_whatever_the_umask(guarded: Any, tmp_path: Path) -> None:
     guarded(tmp_path / "made" / "state")
     found = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "made").rglob("*")}
@@ -86,6 +88,7 @@ def test_the_token_stays_the_same_and_every_folder_has_its_own(guarded: Any, tmp
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620, 0o666])
+@pytest.mark.threat("S4")
 def test_a_token_that_others_can_read_is_refused(guarded: Any, tmp_path: Path, mode: int) -> None:
     token = guarded(tmp_path).guard.token.reveal()
     token_file(tmp_path).chmod(mode)
@@ -98,6 +101,7 @@ def test_a_token_that_others_can_read_is_refused(guarded: Any, tmp_path: Path, m
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
+@pytest.mark.threat("S16")
 def test_a_link_that_was_planted_is_not_followed(guarded: Any, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text("a" * 43)
@@ -122,6 +126,7 @@ def test_a_file_that_holds_no_token_is_refused(guarded: Any, tmp_path: Path, tex
         guarded(tmp_path / "state")
 
 
+@pytest.mark.threat("S3")
 async def test_secrets_show_nowhere(door: Any, caplog: pytest.LogCaptureFixture) -> None:
     code, cookie = door.guard.new_code(), (await door.log_in()).partition("=")[2]
     token = door.guard.token.reveal()

@@ -86,6 +86,7 @@ async def test_conjures_own_endpoints_answer_its_programs(door: Any, conjures: P
         ({"headers": {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}}, 403),
     ],
 )
+@pytest.mark.threat("S5")
 async def test_conjures_endpoints_answer_nobody_else(
     door: Any, conjures: Paths, options: dict[str, Any], status: int
 ) -> None:
@@ -112,6 +113,7 @@ async def test_a_setting_closes_conjures_endpoints(guarded: Any, tmp_path: Path,
 
 
 @pytest.mark.parametrize("bound_host", ["0.0.0.0", "192.168.1.5", "::", "box.example"])  # noqa: S104 - nothing is bound
+@pytest.mark.threat("S5")
 async def test_bound_elsewhere_everything_needs_the_token(
     guarded: Any, tmp_path: Path, bound_host: str, conjures: Paths, others: Paths
 ) -> None:

@@ -206,6 +206,7 @@ async def empty(jobs: SqlJobs) -> bool:
         (failing(Outcome.QUARANTINED), "job.quarantined"),
     ],
 )
+@pytest.mark.fault(67)
 async def test_the_end_of_a_job_is_told_once_and_signed(
     office: Office, jobs: SqlJobs, receiver: Receiver, ending: Ending, kind: str
 ) -> None:
@@ -277,6 +278,7 @@ async def test_an_address_for_all_jobs_is_told_beside_the_jobs_own(
 # --- the signature, by somebody else's verification ---------------------------------------------------------
 
 
+@pytest.mark.fault(67)
 async def test_a_receiver_verifies_it_and_notices_every_change(
     office: Office, jobs: SqlJobs, receiver: Receiver, clock: StoryClock
 ) -> None:
@@ -308,6 +310,7 @@ def test_the_signature_of_the_specifications_example() -> None:
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
+@pytest.mark.threat("S3")
 def test_the_secret_is_made_once_private_and_kept_out_of_the_log(tmp_path: Path) -> None:
     secret = webhook_secret(tmp_path / "state")
     assert secret == webhook_secret(tmp_path / "state")
@@ -324,6 +327,7 @@ def test_the_secret_is_made_once_private_and_kept_out_of_the_log(tmp_path: Path)
 # --- when it does not arrive --------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(67)
 async def test_it_is_tried_again_under_the_same_id_until_it_arrives(
     office: Office, jobs: SqlJobs, receiver: Receiver, clock: StoryClock
 ) -> None:
@@ -345,6 +349,7 @@ async def test_it_is_tried_again_under_the_same_id_until_it_arrives(
     assert stamps == sorted(set(stamps)), "each try has its own time, or a receiver would take it for a replay"
 
 
+@pytest.mark.fault(67)
 async def test_after_ten_tries_it_is_given_up_and_the_log_says_so(
     office: Office, jobs: SqlJobs, receiver: Receiver, clock: StoryClock
 ) -> None:
@@ -359,6 +364,7 @@ async def test_after_ten_tries_it_is_given_up_and_the_log_says_so(
     assert [(note["webhook"], note["tries"], note["why"]) for note in notes] == [("given up", 10, "503")]
 
 
+@pytest.mark.fault(67)
 async def test_a_receiver_that_asks_for_time_gets_it(office: Office, jobs: SqlJobs, receiver: Receiver) -> None:
     receiver.replies = [(429, {"Retry-After": "120"})]
     async with office.delivering():
@@ -382,6 +388,7 @@ async def test_gone_ends_everything_for_that_address_and_nothing_else(
         await waits_for(receiver, 4)
 
 
+@pytest.mark.fault(67)
 async def test_one_that_does_not_answer_holds_up_no_other_and_each_gets_one_at_a_time(
     office: Office, jobs: SqlJobs, receiver: Receiver
 ) -> None:
@@ -403,6 +410,7 @@ async def test_one_that_does_not_answer_holds_up_no_other_and_each_gets_one_at_a
 # --- who delivers, and when it dies -------------------------------------------------------------------------
 
 
+@pytest.mark.fault(67)
 async def test_what_was_not_told_when_its_process_died_is_told_under_the_same_id(
     office: Office, jobs: SqlJobs, receiver: Receiver, database: str, clock: StoryClock
 ) -> None:
@@ -488,6 +496,7 @@ async def test_what_arrived_is_not_sent_again_because_the_disk_is_full(
         "file:///etc/passwd",
     ],
 )
+@pytest.mark.threat("S2")
 async def test_a_webhook_cannot_be_aimed_inside(office: Office, jobs: SqlJobs, clock: StoryClock, url: str) -> None:
     async with Receiver().listening(INSIDE) as inside, office.delivering():
         job = await ended(jobs, url.format(port=inside.port))
@@ -513,6 +522,7 @@ async def test_a_name_that_no_resolver_takes_ends_its_own_message_and_no_other(
     assert await empty(jobs)
 
 
+@pytest.mark.threat("S2")
 async def test_a_redirect_is_not_followed_inside(
     office: Office, jobs: SqlJobs, receiver: Receiver, clock: StoryClock
 ) -> None:

@@ -65,6 +65,7 @@ def busy_on(machine: EmulatedMachine) -> list[str]:
 # -- machines and money ------------------------------------------------------------------------------------
 
 
+@pytest.mark.invariant("I1")
 async def test_i1_intent_first(cloud: RunComfyEmulator, keepers: Programs) -> None:
     """The intent is committed before the request leaves, with all that is needed; the answer is a second commit."""
     seen: list[dict[str, Any]] = []
@@ -88,6 +89,7 @@ async def test_i1_intent_first(cloud: RunComfyEmulator, keepers: Programs) -> No
         assert {row["server_id"] for row in rows_on_disk(keepers.database)} == set(cloud.launched)
 
 
+@pytest.mark.invariant("I2")
 async def test_i2_every_billed_machine_has_an_owner_row(cloud: RunComfyEmulator, keepers: Programs) -> None:
     """Whatever is listed for longer than one reconcile period is in our books, once, or was told to be foreign."""
     period = keepers.settings.pool.reconcile_every + timedelta(seconds=30)
@@ -133,6 +135,7 @@ async def _usable(pool: RunningPool) -> None:
     await pool.usable()
 
 
+@pytest.mark.invariant("I3")
 async def test_i3_an_ambiguous_launch_is_a_launch(cloud: RunComfyEmulator, keepers: Programs) -> None:
     """What was not answered is looked for past the visibility window before anything is launched again."""
     window = keepers.settings.cloud.visibility_window.total_seconds()
@@ -155,6 +158,7 @@ async def test_i3_an_ambiguous_launch_is_a_launch(cloud: RunComfyEmulator, keepe
         assert len(cloud.launched) == 2
 
 
+@pytest.mark.invariant("I4")
 async def test_i4_stop_until_seen_gone(cloud: RunComfyEmulator, keepers: Programs) -> None:
     """A yes that does nothing, a 404, a failing list, an empty list: our books close when it is gone, not before."""
 
@@ -185,6 +189,7 @@ async def test_i4_stop_until_seen_gone(cloud: RunComfyEmulator, keepers: Program
         await pool.empty(within=300)
 
 
+@pytest.mark.invariant("I5")
 async def test_i5_leases(cloud: RunComfyEmulator, keepers: Programs) -> None:
     """No machine is ever paid ahead by more than a lease; when all of ours are dead, the bill ends with it."""
     lease = timedelta(minutes=4)
@@ -219,6 +224,7 @@ async def test_i5_leases(cloud: RunComfyEmulator, keepers: Programs) -> None:
         assert set(await gaps(cloud, later)) <= {cloud.launched[3]}
 
 
+@pytest.mark.invariant("I6")
 async def test_i6_budget(cloud: RunComfyEmulator, keepers: Programs) -> None:
     """Billed so far, every live lease and every open launch stay below the cap, also where two spend what is left."""
     cap = Decimal("0.40")
@@ -259,6 +265,7 @@ async def test_i6_budget(cloud: RunComfyEmulator, keepers: Programs) -> None:
 
 @pytest.mark.fault(63)
 @pytest.mark.fault(12)
+@pytest.mark.invariant("I7")
 async def test_i7_no_friendly_fire(cloud: RunComfyEmulator, keepers: Programs, tmp_path: Path) -> None:
     """Not a stranger's, not a kept one's, not another keeper's machine is stopped or prolonged, whatever lists say."""
     elsewhere = Programs(
@@ -302,6 +309,7 @@ async def _stopped(program: Program, machine: Machine) -> None:
 
 
 @pytest.mark.fault(22)
+@pytest.mark.invariant("I8")
 async def test_i8_never_stop_a_busy_machine(cloud: RunComfyEmulator, services: Services) -> None:
     """No machine is asked to stop while a prompt computes there; a job whose machine died is done on another one."""
     hit: list[str] = []
@@ -343,6 +351,7 @@ async def test_i8_a_machine_that_drains_is_ended_when_its_last_job_has_left(
         await pool.empty(within=30)
 
 
+@pytest.mark.invariant("I9")
 async def test_i9_ledger_is_the_bill(cloud: RunComfyEmulator, services: Services, tmp_path: Path) -> None:
     """To the second per machine; and what each job cost adds up to the ledger, to the cent (also I25)."""
     began = services.clock.now()
@@ -388,6 +397,7 @@ async def a_life(pool: RunningPool) -> None:
 
 
 @pytest.mark.parametrize("point", POINTS)
+@pytest.mark.invariant("I20")
 async def test_i20_crash_anywhere(cloud: RunComfyEmulator, keepers: Programs, point: str) -> None:
     """Dead at any write or call: the next keeper has it in hand within a round, and ledger and bill end up equal."""
     settings = keepers.settings
@@ -410,6 +420,7 @@ async def test_i20_crash_anywhere(cloud: RunComfyEmulator, keepers: Programs, po
 
 @pytest.mark.fault(60)
 @pytest.mark.parametrize("days", [1, -1])
+@pytest.mark.invariant("I21")
 async def test_i21_a_clock_that_jumps_decides_nothing(cloud: RunComfyEmulator, keepers: Programs, days: int) -> None:
     """A day to or fro: no machine is ended, no lease given up, none is paid longer ahead than a lease."""
     keepers.clock = clock = SettableClock()
@@ -435,6 +446,7 @@ async def test_i21_a_clock_that_jumps_decides_nothing(cloud: RunComfyEmulator, k
 
 
 @pytest.mark.fault(25)
+@pytest.mark.invariant("I22")
 async def test_i22_stops_have_a_share_of_the_rate_of_their_own(cloud: RunComfyEmulator, keepers: Programs) -> None:
     """While everything else queues up for the account's requests, a stop goes out; a 429 is obeyed."""
     async with kept(cloud, keepers) as pool:
@@ -458,6 +470,7 @@ async def test_i22_stops_have_a_share_of_the_rate_of_their_own(cloud: RunComfyEm
 
 
 @pytest.mark.fault(54)
+@pytest.mark.invariant("I23")
 async def test_i23_on_a_full_disk_nothing_is_launched_and_machines_are_stopped(
     cloud: RunComfyEmulator, keepers: Programs
 ) -> None:
@@ -484,6 +497,9 @@ async def _only_read(program: Program, on: bool) -> None:
     await store._read(lambda connection: connection.exec_driver_sql(f"PRAGMA query_only={'ON' if on else 'OFF'}"))
 
 
+@pytest.mark.threat("S3")
+@pytest.mark.threat("S4")
+@pytest.mark.invariant("I24")
 async def test_i24_no_secret_in_books_logs_and_words(
     cloud: RunComfyEmulator, keepers: Programs, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -517,6 +533,7 @@ async def test_i24_no_secret_in_books_logs_and_words(
         assert secret.encode() not in everything
 
 
+@pytest.mark.invariant("I25")
 async def test_i25_jobs_end_in_time_and_machines_go(cloud: RunComfyEmulator, services: Services) -> None:
     """With faults off: every job within queue, boot and three run times; every machine a minute after its timeout."""
     keep, run = timedelta(seconds=60), 40.0

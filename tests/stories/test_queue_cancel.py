@@ -74,6 +74,7 @@ def published(programs: QueuePrograms) -> list[str]:
 # -- when ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.invariant("I17")
 async def test_a_waiting_job_never_begins(programs: QueuePrograms) -> None:
     """I17."""
     job = await programs.put()
@@ -100,6 +101,7 @@ async def test_a_job_that_waits_for_its_retry_never_begins_again(programs: Queue
 
 @pytest.mark.fault(69)
 @pytest.mark.parametrize("first", ["ours runs", "theirs runs"])
+@pytest.mark.invariant("I17")
 async def test_a_job_at_the_server_is_ended_by_its_id_and_a_strangers_prompt_goes_on(
     programs: QueuePrograms, stranger: ComfyUIWorkflowClient, first: str
 ) -> None:
@@ -126,6 +128,7 @@ async def test_a_job_at_the_server_is_ended_by_its_id_and_a_strangers_prompt_goe
 # -- the race with the commit ----------------------------------------------------------------------------------
 
 
+@pytest.mark.invariant("I17")
 async def test_before_the_commit_the_cancellation_wins_and_nothing_is_published(programs: QueuePrograms) -> None:
     """I17, I11: what was fetched is kept under a name that says that it does not count."""
     job = await programs.put()
@@ -155,6 +158,7 @@ async def test_after_the_commit_the_job_is_done(programs: QueuePrograms) -> None
     assert await programs.complaints() == []
 
 
+@pytest.mark.invariant("I17")
 async def test_a_race_between_both_has_one_winner(programs: QueuePrograms) -> None:
     """I17: cancelled with nothing published, or done with a result; never both, never neither."""
     for number in range(12):
@@ -250,6 +254,7 @@ async def _scan(programs: QueuePrograms) -> None:
 
 
 @pytest.mark.parametrize("there", ["worker lives", "worker died"])
+@pytest.mark.invariant("I12")
 async def test_a_retried_job_begins_when_its_old_prompt_was_seen_ended(programs: QueuePrograms, there: str) -> None:
     """I12, I17: never two prompts of one job at the same time."""
     job = await programs.put(seconds=100)

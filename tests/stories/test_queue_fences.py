@@ -55,6 +55,7 @@ async def outcomes(programs: QueuePrograms, job: QueuedJob) -> list[Outcome | No
         "before store.finish",
     ],
 )
+@pytest.mark.invariant("I11")
 async def test_a_worker_that_wakes_after_somebody_else_finished_its_job_changes_nothing(
     programs: QueuePrograms, point: str
 ) -> None:
@@ -83,6 +84,7 @@ async def test_a_worker_that_wakes_after_somebody_else_finished_its_job_changes_
 
 
 @pytest.mark.fault(64)
+@pytest.mark.invariant("I11")
 async def test_a_late_result_is_discarded_and_told(programs: QueuePrograms) -> None:
     """I11: the commit itself is refused; the attempt's row and the event log say what became of it."""
     job = await programs.put(seconds=5)
@@ -138,6 +140,7 @@ def planners(*programs: Program) -> list[Program]:
 
 
 @pytest.mark.fault(63)
+@pytest.mark.invariant("I19")
 async def test_of_several_executors_one_plans_and_every_job_runs_once(programs: QueuePrograms) -> None:
     """I19, I11: all of them work, on one database and one server."""
     jobs = [await programs.put(number, seconds=4) for number in range(12)]
@@ -152,6 +155,7 @@ async def test_of_several_executors_one_plans_and_every_job_runs_once(programs: 
 
 @pytest.mark.fault(63)
 @pytest.mark.parametrize("noticed", [True, False], ids=["same computer", "another computer"])
+@pytest.mark.invariant("I19")
 async def test_when_the_planner_is_killed_another_takes_its_place(programs: QueuePrograms, noticed: bool) -> None:
     """I19: at the next round if its death can be seen, else when the role's lease is over."""
     first = await programs.start()
@@ -177,6 +181,7 @@ async def test_a_planner_that_ends_in_good_order_gives_its_role_to_the_next(prog
 
 
 @pytest.mark.fault(64)
+@pytest.mark.invariant("I19")
 async def test_a_planner_that_wakes_up_late_writes_nothing(programs: QueuePrograms) -> None:
     """I19: its epoch is over; what it was about to take back stays as it is until the real planner comes."""
     stale = await programs.start(works=False)

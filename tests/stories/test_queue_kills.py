@@ -62,6 +62,7 @@ async def dies_at(programs: QueuePrograms, point: str, *, noticed: bool = True, 
 # -- at every step -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.invariant("I13")
 async def test_whoever_dies_at_any_call_is_followed_by_one_who_goes_on_with_the_same_prompt(
     programs: QueuePrograms,
 ) -> None:
@@ -109,6 +110,7 @@ async def test_a_death_that_nobody_sees_is_over_with_its_lease(programs: QueuePr
 
 @pytest.mark.fault(34)
 @pytest.mark.parametrize("dies", [False, True], ids=["worker lives", "worker dies"])
+@pytest.mark.invariant("I13")
 async def test_a_submission_without_an_answer_that_was_queued_is_found(programs: QueuePrograms, dies: bool) -> None:
     """I13: looked for by its id, never sent again."""
     programs.comfyui.faults.add("POST", "/prompt", Fault.never())
@@ -191,6 +193,7 @@ async def test_a_prompt_that_its_server_forgot_is_run_again_and_counted(programs
 
 
 @pytest.mark.fault(38)
+@pytest.mark.invariant("I12")
 async def test_as_long_as_the_server_cannot_be_asked_nothing_is_decided(programs: QueuePrograms) -> None:
     """I12: silence is no proof; the prompt is kept until its server says what became of it."""
     job = await programs.put(seconds=60)

@@ -31,6 +31,7 @@ async def outcomes(programs: QueuePrograms, job: QueuedJob) -> list[Outcome | No
 # -- accepted is durable, and has one end (I10) ----------------------------------------------------------------
 
 
+@pytest.mark.invariant("I10")
 async def test_whatever_is_accepted_ends_as_done_failed_or_cancelled_and_stays_so(programs: QueuePrograms) -> None:
     """I10: one last word each, whatever the job is like."""
     good = await programs.put(1, seconds=2)
@@ -65,6 +66,7 @@ async def _phase(programs: QueuePrograms, job: QueuedJob, phase: Phase) -> bool:
 
 
 @pytest.mark.parametrize(("own_limit", "runs"), [(None, 3), (0, 1), (4, 5)], ids=["global", "none", "four"])
+@pytest.mark.invariant("I14")
 async def test_a_failure_that_may_pass_is_tried_as_often_as_the_limit_says(
     programs: QueuePrograms, own_limit: int | None, runs: int
 ) -> None:
@@ -83,6 +85,7 @@ async def test_a_failure_that_may_pass_is_tried_as_often_as_the_limit_says(
 
 
 @pytest.mark.fault(36)
+@pytest.mark.invariant("I14")
 async def test_what_could_never_run_is_not_tried_again(programs: QueuePrograms) -> None:
     """I14: validation fails at once, and costs no run."""
     await programs.start()
@@ -98,6 +101,7 @@ async def test_what_could_never_run_is_not_tried_again(programs: QueuePrograms) 
 
 
 @pytest.mark.fault(38)
+@pytest.mark.invariant("I14")
 async def test_a_job_under_which_the_server_dies_twice_is_taken_out(programs: QueuePrograms) -> None:
     """I14: quarantined, with its reason; the other jobs go on."""
     await programs.start()
@@ -166,6 +170,7 @@ async def _retried(programs: QueuePrograms, job: QueuedJob) -> bool:
 
 
 @pytest.mark.fault(50)
+@pytest.mark.invariant("I15")
 async def test_a_result_that_never_arrives_whole_fails_and_leaves_nothing_at_its_path(programs: QueuePrograms) -> None:
     """I15: no file where a result would be."""
     programs.comfyui.faults.add("GET", "/view", Fault.page(), times=FOR_EVER)
@@ -202,6 +207,7 @@ async def test_a_prompt_that_vanishes_is_run_again_after_proof(programs: QueuePr
 # -- one key, one job (I16) --------------------------------------------------------------------------------------
 
 
+@pytest.mark.invariant("I16")
 async def test_a_key_is_the_same_job_for_ever_and_never_another(programs: QueuePrograms) -> None:
     """I16: before, while and after it runs, over restarts, from any program; another body is an error."""
     request = programs.request(1, seconds=5)
@@ -224,6 +230,7 @@ async def test_a_key_is_the_same_job_for_ever_and_never_another(programs: QueueP
     assert len(programs.comfyui.run_log) == 1
 
 
+@pytest.mark.invariant("I16")
 async def test_two_programs_that_use_one_key_in_the_same_moment_have_one_job(programs: QueuePrograms) -> None:
     """I16: a race has one winner, and the other gets the winner's job."""
     async with programs.open() as one, programs.open() as two:
@@ -242,6 +249,7 @@ async def test_two_programs_that_use_one_key_in_the_same_moment_have_one_job(pro
     assert [event.kind for event in events] == [EventKind.ENQUEUED] * 10
 
 
+@pytest.mark.invariant("I16")
 async def test_two_bodies_under_one_key_in_the_same_moment_are_one_job_and_one_error(programs: QueuePrograms) -> None:
     """I16: whoever was second is told, and nothing of his is accepted."""
     async with programs.open() as one, programs.open() as two:
@@ -271,6 +279,7 @@ SOCKETS = {
 }
 
 
+@pytest.mark.invariant("I18")
 async def test_losing_every_frame_changes_nothing_but_a_poll_periods_delay(programs: QueuePrograms) -> None:
     """I18: outcome, runs and files are the same; it takes at most one poll period longer."""
     await programs.start()
