@@ -172,15 +172,31 @@ class Watch:
         if news and not await self._note_ready(member, report):
             return
         await self._note_time(member, report, began)
-        if member.ended or member.usable:
+        if not member.ended:
+            await self._moved(member, report)
+        if member.ended or member.usable or member.machine.state is not MachineState.READY:
             return
         if report.url is None:
             self._limit(member)
         elif member.gate is None or member.gate.done():
-            if member.client is not None and member.url is not None and member.url.reveal() != report.url.reveal():
-                self._members.let_go(member)  # the same machine at another address (fault 71)
             member.url = report.url
             member.gate = self._members.spawn(self._gate(member), name=f"gate {member.machine.id}")
+
+    async def _moved(self, member: Member, report: MachineReport) -> None:
+        """Rely on nothing of a machine that came back at another address: it was started anew (fault 71)."""
+        if member.url is None or report.url is None or member.url.reveal() == report.url.reveal():
+            return
+        again, member.url = member.usable, report.url
+        if again:  # it was never seen to be anything but Ready
+            member.health = member.health.flipped(_now(), self._health.rules)
+            member.pooled.flapped = True
+            self._members.void(member, "it has another address")
+            member.down_since = _now()
+        self._members.let_go(member)
+        if again:
+            await self._members.write(member, "another address: it was started anew", event=MachineEvent.SILENT)
+            if illness := member.health.illness(_now(), self._health.rules):
+                self._members.ill(member, illness, dead=True)
 
     async def _note_ready(self, member: Member, report: MachineReport) -> bool:
         """Write down that it is Ready; False if that cannot be: it is tried with the next list."""
