@@ -56,6 +56,13 @@ class DatabaseKind(Protocol):
         """How often a waiting reader looks for changes of other processes; None: it is told (`listen`)."""
         ...
 
+    def written_ago(self) -> float | None:
+        """Return for how many seconds nobody has written, as far as that can be told at once; None: it cannot.
+
+        Called in the event loop. What is being written may not be told yet.
+        """
+        ...
+
     @property
     def shareable(self) -> bool:
         """Whether a second connection reaches the same data."""
@@ -225,7 +232,7 @@ class Database:
         self._bell = Bell()
         self._listener: Listener | None = None
         every = kind.changes_seen_by_polling
-        self._polling = None if every is None else Polling(self._bell, self._version, every=every)
+        self._polling = None if every is None else Polling(self._bell, self._version, kind.written_ago, every=every)
 
     @property
     def where(self) -> str:

@@ -119,6 +119,10 @@ class PostgresServer:
         """The server calls."""
         return None
 
+    def written_ago(self) -> float | None:
+        """Nobody looks: the server calls."""
+        return None
+
     @property
     def shareable(self) -> bool:
         """Every connection reaches the same data."""

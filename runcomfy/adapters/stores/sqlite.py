@@ -92,6 +92,8 @@ class SqliteFile:
         self._durable = durable
         self._busy_seconds = busy_timeout.total_seconds()
         self._turn = _Turn() if path == IN_MEMORY else _TURNS.of(path)
+        # Windows writes the time of a file down when it is closed.
+        self._log = None if path == IN_MEMORY or os.name == "nt" else path.with_name(f"{path.name}-wal")
 
     @property
     def where(self) -> str:
@@ -102,6 +104,22 @@ class SqliteFile:
     def changes_seen_by_polling(self) -> timedelta | None:
         """How often `PRAGMA data_version` is asked while somebody waits."""
         return self._wake_interval
+
+    def written_ago(self) -> float | None:
+        """Return how old the newest entry of the write-ahead log is: whoever commits has written one before.
+
+        Only asked for its times, never opened: closing a handle would drop the locks of this process's connections.
+        """
+        if self._log is None:
+            return None
+        try:
+            at = self._log.stat().st_mtime_ns
+        except OSError:
+            return None
+        if at % 1_000_000_000 == 0:
+            return None  # most likely a file system that counts in whole seconds
+        ago = time.time() - at / 1e9
+        return ago if ago >= 0 else None
 
     @property
     def shareable(self) -> bool:
