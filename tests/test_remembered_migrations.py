@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Barrier, Semaphore
+from time import sleep
 from typing import Any
 
 import pytest
@@ -75,3 +78,27 @@ def test_one_that_failed_in_the_middle_is_not_remembered(remembered: Remembered,
     first = made(tmp_path / "1.sqlite3")
     assert {"jobs", "machines"} <= set(first[1])
     assert made(tmp_path / "2.sqlite3")[0] == first[0]
+
+
+def test_two_databases_of_one_process_are_brought_up_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alembic works in the globals of its module: the queue's database and the machines' books may be new together."""
+    session: Any = command.upgrade
+    at_work = Semaphore(1)
+    both = Barrier(2, timeout=60)
+
+    def upgrade(config: Any, revision: str) -> None:
+        assert at_work.acquire(blocking=False), "two upgrades at the same time"
+        try:
+            sleep(0.01)  # a thread of the other database comes in, unless it is kept out
+            session.__self__.really(config, revision)
+        finally:
+            at_work.release()
+
+    def make(name: str) -> None:
+        both.wait()
+        made(tmp_path / name)
+
+    monkeypatch.setattr(command, "upgrade", upgrade)
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(make, name) for name in ("queue.sqlite3", "books.sqlite3")]:
+            done.result()

@@ -6,6 +6,7 @@ Alembic is imported only when there is something to do; a database that is up to
 
 from __future__ import annotations
 
+import threading
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,8 @@ from runcomfy.domain.exceptions import StoreTooNew, StoreUnavailable, foreign_te
 if TYPE_CHECKING:
     from alembic.config import Config
 
+_ALEMBIC: Final = threading.Lock()
+"""What it works on it keeps in the globals of its module: two databases of one process are brought up in turn."""
 HEAD: Final = "0004"
 """The newest revision in `migrations/versions`."""
 
@@ -86,7 +89,8 @@ def upgrade(connection: Connection, where: str, *, at: datetime) -> None:
     if by_hand:
         for statement in _PUT_ASIDE:
             connection.exec_driver_sql(statement)
-    command.upgrade(config, "head")
+    with _ALEMBIC:
+        command.upgrade(config, "head")
     if by_hand:
         for statement in _TAKE_OVER:
             connection.exec_driver_sql(statement)
