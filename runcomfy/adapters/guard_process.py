@@ -96,7 +96,8 @@ def guard_environment(
 ) -> dict[str, str]:
     """Return the variables that give a guard the same settings as this process has, wherever they came from."""
     environment = dict(os.environ if base is None else base)
-    environment.pop("FAULT", None)  # a test's way to kill this process, not that one
+    for name in ("FAULT", "FAULT_LOG"):  # a test's way to kill this process, not that one
+        environment.pop(name, None)
     for row in describe_settings(settings):
         if row.source not in ("default", "environment") and row.value_shown not in ("", _STARS):
             environment[row.name] = row.value_shown

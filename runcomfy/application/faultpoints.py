@@ -22,7 +22,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final, TypeVar, cast
@@ -55,9 +55,7 @@ def plan_of(text: str) -> dict[str, tuple[int, str]]:
     return plan
 
 
-_plan: Final = plan_of(os.environ.get("FAULT", ""))
-
-
+_plan: Final[dict[str, tuple[int, str]]] = {}
 _listeners: Final[list[Callable[[str], None]]] = []
 
 _inside: Final[ContextVar[tuple[str, ...]]] = ContextVar("inside", default=())
@@ -226,5 +224,12 @@ def _log_to(path: str) -> Callable[[str], None]:
     return note
 
 
-if os.environ.get("FAULT_LOG"):
-    _listeners.append(_log_to(os.environ["FAULT_LOG"]))
+def obey(environment: Mapping[str, str]) -> None:
+    """Do from now on what `FAULT` and `FAULT_LOG` say, as at the start of a process; for one that was forked."""
+    _plan.clear()
+    _plan.update(plan_of(environment.get("FAULT", "")))
+    if path := environment.get("FAULT_LOG"):
+        _listeners.append(_log_to(path))
+
+
+obey(os.environ)

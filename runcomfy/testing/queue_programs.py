@@ -387,7 +387,7 @@ class QueuePrograms:
             story = await self.queue.show(job)
             claimed |= {str(e.data["prompt_id"]) for e in story.events if e.data.get("prompt_id")}
             words = [event.kind for event in story.events if event.kind in LAST_WORDS]
-            found += [f"{job.config_name}: {what}" for what in _contradictions(job, story.attempts, words)]
+            found += [f"{job.config_name}: {what}" for what in contradictions(job, story.attempts, words)]
         log = Counter(record.prompt_id for record in self.comfyui.run_log)
         found += [f"prompt {prompt} ran {count} times" for prompt, count in log.items() if count > 1]
         found += [f"prompt {prompt} is no job's" for prompt in log.keys() - claimed]
@@ -417,7 +417,8 @@ def failing() -> dict[str, Any]:
     }
 
 
-def _contradictions(job: QueuedJob, attempts: Sequence[Attempt], words: Sequence[EventKind]) -> Iterable[str]:
+def contradictions(job: QueuedJob, attempts: Sequence[Attempt], words: Sequence[EventKind]) -> Iterable[str]:
+    """Yield where a job's row, its attempts, its log and its files contradict each other, or it has not ended."""
     done = [attempt for attempt in attempts if attempt.outcome is Outcome.DONE]
     if not job.ended:
         yield f"is {job.status}"
