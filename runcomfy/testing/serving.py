@@ -239,6 +239,8 @@ class _ServedApp(App):
         self.memory: Memory | None = None
         self.killed, self.awake = asyncio.Event(), asyncio.Event()
         self.awake.set()
+        self.observers: list[Callable[[_ServedApp, str], None]] = []
+        """Told of the calls of every program, before `visit`; not of those of stores in memory."""
         self.visit: Visit = _pass_by
         """Told of each call of a port before and after it (`before store.add_machine`); what it raises, the call
         raises."""
@@ -249,9 +251,13 @@ class _ServedApp(App):
         if not self.killed.is_set():
             self.said.append(sentence)
 
+    def _visited(self, place: str) -> None:
+        for look in self.observers:
+            look(self, place)
+        self.visit(place)
+
     def _held(self, port: Any, name: str) -> Any:
-        visit: Visit = lambda place: self.visit(place)  # noqa: E731 - who is told may change
-        slowly = _Sleeper(Mortal(port, self.killed, visit, name), self.awake, self.clock)
+        slowly = _Sleeper(Mortal(port, self.killed, self._visited, name), self.awake, self.clock)
         if self.memory is None or name not in ("store.", "jobs."):
             return slowly
         return _AtOnce(port, slowly, self, name)
@@ -363,6 +369,9 @@ class Services:
         self.processes = EmulatedProcesses()
         self._stack = AsyncExitStack()
         self._memory = Memory(clock, in_memory) if in_memory is not None else None
+        self.observers: list[Callable[[_ServedApp, str], None]] = []
+        """Told of the calls of any program here, before and after: `before provider.launch_machine`; not of those of
+        stores in memory."""
         self._onlooker = self.app(self.settings)
         self._running: list[Served] = []
         self.make_client: MakeClient | None = None
@@ -371,7 +380,7 @@ class Services:
     def app(self, settings: Settings) -> _ServedApp:
         """Return a program of its own on the same account, books and queue."""
         app = _ServedApp(settings, self.queue_settings, self.processes, self.clock)
-        app.memory = self._memory
+        app.memory, app.observers = self._memory, self.observers
         return app
 
     @staticmethod
