@@ -189,6 +189,19 @@ async def test_a_lost_launch_that_appears_late_is_not_taken_for_absent(
 
 
 @pytest.mark.fault(9)
+@pytest.mark.fault(11)
+async def test_lists_that_came_too_early_do_not_vouch_for_one_that_is_empty_by_mistake(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(unlisted_for=118, hidden_for=118)
+    cloud.next_call("POST servers", reply="lost")
+    asyncio.get_running_loop().call_later(118, lambda: cloud.next_call("GET servers", body=[]))
+    machine, _ = await program.ready()
+    assert cloud.launched == [machine.server_id]
+    await end(program, machine)
+
+
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("hidden", [30, 90, 118])
 async def test_an_answered_launch_that_appears_late_is_waited_for(
     cloud: RunComfyEmulator, program: Program, hidden: float

@@ -20,6 +20,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from runcomfy.domain.budget import Budget, BudgetState, made_out
+from runcomfy.domain.evidence import may_be_it
 from runcomfy.domain.exceptions import (
     BudgetExceeded,
     LeaseLost,
@@ -37,7 +38,6 @@ from runcomfy.domain.machine import (
     MachineId,
     MachineReport,
     MachineState,
-    Phase,
     Purpose,
     ServerId,
 )
@@ -423,23 +423,7 @@ class Books:
         except LocalError:
             rows = list(self.held.values())
         known = {row.server_id for row in rows if row.server_id is not None and row.id != machine.id}
-        new = [
-            report
-            for report in reports
-            if report.server_id not in machine.before_ids
-            and report.server_id not in known
-            and report.server_id != machine.server_id
-            and report.phase is not Phase.GONE
-            and report.server_type in ("", machine.server_type)
-        ]
-        exact = [
-            report
-            for report in new
-            if report.addressable  # what cannot be asked about can be neither taken nor ended
-            and report.duration in (None, machine.duration)
-            and report.workflow_version_id in ("", machine.workflow_version_id)
-        ]
-        return exact, [report for report in new if report not in exact]
+        return may_be_it(machine, reports, known)
 
     def kept_until(self, machine: Machine, report: MachineReport) -> datetime:
         """Return until when a machine that belongs to no process may live: its planned stop, known or reckoned."""

@@ -19,6 +19,7 @@ from typing import Any, Final
 from runcomfy.application.books import Books
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.domain.durations import show_span
+from runcomfy.domain.evidence import LISTS_THAT_AGREE, AfterLook, after_look, entry_of
 from runcomfy.domain.exceptions import (
     AccessDenied,
     AuthRejected,
@@ -152,18 +153,18 @@ class Ending:
         while True:
             if loop.time() >= effort.next_call:
                 await self._call(effort)
+            must_be_visible = self._books.must_be_visible(effort.machine)  # when it is asked: the answer may take long
             look = await self.look(effort.machine)
             if look.phase not in (None, Phase.GONE):
                 effort.known, effort.seen_at = True, self._clock.now()
             if look.report is not None:
                 effort.machine = await self._note_ready(effort.machine, look.report)
-            if look.phase is Phase.GONE and effort.known:
-                return await self.gone(effort.machine, note=reason, seen_at=effort.seen_at)
-            if look.phase is Phase.GONE and self._books.must_be_visible(effort.machine):
-                if not await self._was_another(effort, look.listed):
-                    return await self.gone(effort.machine, note=reason, seen_at=effort.seen_at)
+            judged = after_look(look.phase, known=effort.known, must_be_visible=must_be_visible)
+            if judged is AfterLook.MISTAKEN and await self._was_another(effort, look.listed):
                 continue
-            if look.phase in (Phase.READY, Phase.STARTING, Phase.FAILED):
+            if judged in (AfterLook.CLOSE, AfterLook.MISTAKEN):
+                return await self.gone(effort.machine, note=reason, seen_at=effort.seen_at)
+            if judged is AfterLook.RUNS and look.phase is not None:
                 await self._reopen(effort, look.phase)
             on_its_way = effort.accepted is not None and look.phase in (Phase.STOPPING, Phase.UNKNOWN)
             if on_its_way and loop.time() - (effort.accepted or 0.0) >= cloud.stop_alarm_after.total_seconds():
@@ -239,13 +240,12 @@ class Ending:
             report = await self._provider.get_machine_status(server_id, urgent=True)
             if report is not None and report.phase is not Phase.GONE:
                 return Look(report.phase, report)
-            for number in range(2):
+            for number in range(LISTS_THAT_AGREE):
                 if number:
                     await asyncio.sleep(self.between_reads())
                 listed = await self._provider.list_machines(urgent=True)
-                for entry in listed:
-                    if entry.server_id == server_id and entry.phase is not Phase.GONE:
-                        return Look(entry.phase, entry)
+                if (entry := entry_of(server_id, listed)) is not None:
+                    return Look(entry.phase, entry)
         except ProviderError as error:
             log.warning("machine_look_failed", extra={"fields": {**self._books.facts(machine), "error": error.code}})
             return Look(None)

@@ -23,8 +23,9 @@ from runcomfy.application.ending import HOPELESS, HOPELESS_AFTER, Ending, Said, 
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.domain.durations import show_span
+from runcomfy.domain.evidence import Launched, what_was_started
 from runcomfy.domain.exceptions import LaunchUnclear, LeaseLost, LocalError, ProviderError, RunComfyError
-from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineReport, MachineState, Phase
+from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineReport, MachineState
 from runcomfy.ports.processes import Processes
 from runcomfy.ports.provider import Provider
 
@@ -229,21 +230,22 @@ class Launching:
         Raises LaunchAmbiguous if it cannot be told (the intent is closed, no machine is touched), LaunchUnclear if
         the provider refuses to be asked (the intent stays open).
         """
-        lists = 0
+        late_lists = 0
         while True:
+            sure = self._books.must_be_visible(machine)  # when it is asked: the answer may take long
             reports = await self._list_patiently(machine) if wait else await self._provider.list_machines(urgent=True)
-            lists += 1
+            late_lists += sure
             exact, near = await self._books.fitting(machine, reports)
-            sure = self._books.must_be_visible(machine)
-            if len(exact) == 1 and (sure or exact[0].phase is not Phase.STARTING):
+            judged = what_was_started(exact, near, late_lists=late_lists)
+            if judged is Launched.TAKE:
                 return await self._listed(machine, exact[0], note="found in the list after a lost answer")
-            if len(exact) > 1 or (sure and lists >= 2 and near):
+            if judged is Launched.AMBIGUOUS:
                 ids = [report.server_id for report in exact or near]
                 note = f"ambiguous: {', '.join(ids)}"
                 await self._books.record_softly(machine, MachineEvent.ABSENT, note=note, changes={})
                 raise ambiguous(ids)
-            if sure and lists >= 2 and not exact:
-                note = f"not in {lists} lists within {self._cloud.visibility_window}"
+            if judged is Launched.NOTHING:
+                note = f"not in {late_lists} lists after {self._cloud.visibility_window}"
                 await self._books.record_softly(machine, MachineEvent.ABSENT, note=note, changes={})
                 return None
             if not wait and not sure:

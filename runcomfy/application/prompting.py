@@ -19,9 +19,10 @@ from typing import Any, Final
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.journal import EarlierPrompt, Journal
-from runcomfy.application.placing import Place
+from runcomfy.application.placing import OWN_MACHINE, POOL_MACHINE, Place
 from runcomfy.application.watcher import Ended, Watcher
-from runcomfy.domain.exceptions import RunComfyError
+from runcomfy.domain.evidence import LOOKS_THAT_MISS, Whereabouts, whereabouts
+from runcomfy.domain.exceptions import RunComfyError, WorkerDead
 from runcomfy.domain.job import PromptId
 from runcomfy.domain.progress import NodeLabel, Progress
 from runcomfy.domain.progress_fold import Polled
@@ -31,13 +32,14 @@ log = logging.getLogger("runcomfy.orchestrator")
 
 CANCEL_WITHIN: Final = timedelta(seconds=15)
 """How long the server may take to be told that a prompt is no longer wanted; it may be the server that hangs."""
-LOOKS: Final = 2
-"""Searches in a row that must miss before a prompt is not there."""
 LOOK_GAP_SECONDS: Final = 1.5
 """Between two searches: a request that a dead process had sent may be read late and still be queued by then."""
 CANCEL_AGAIN_SECONDS: Final = 5.0
 """How often a prompt that does not end is told again to."""
 END_POLL_SECONDS: Final = 0.25
+OBEYS_WITHIN: Final = timedelta(minutes=5)
+"""A node looks up between its steps, and hardly any step takes minutes. One that does not then stands still for ever:
+its machine can only be ended, and bills until it is."""
 FRESH_SECONDS: Final = 5.0
 """How old the journal's word may be when a prompt is sent: a process that was suspended in between may have lost the
 job meanwhile, and its prompt would run beside its successor's."""
@@ -52,11 +54,11 @@ async def look_up(server: ComfyUI, prompt_id: PromptId) -> Polled:
 
 async def find_prompt(server: ComfyUI, prompt_id: PromptId) -> Polled | None:
     """Return what the server says of a prompt that waits, runs or has ended; None if it proves to have none such."""
-    for number in range(LOOKS):
+    for number in range(LOOKS_THAT_MISS):
         if number:
             await asyncio.sleep(LOOK_GAP_SECONDS)
         found = await look_up(server, prompt_id)
-        if found.history is not None or _in_queue(found, prompt_id):
+        if whereabouts(found, prompt_id) is not Whereabouts.MISSED:
             return found
     return None
 
@@ -70,10 +72,10 @@ async def end_prompt(server: ComfyUI, prompt_id: PromptId, *, alone: bool) -> No
     next_call = loop.time()
     misses = 0
     while True:
-        found = await look_up(server, prompt_id)
-        if found.history is not None:
+        at = whereabouts(await look_up(server, prompt_id), prompt_id)
+        if at is Whereabouts.ENDED:
             return
-        if _in_queue(found, prompt_id):
+        if at is Whereabouts.HELD:
             misses = 0
             if loop.time() >= next_call:
                 await server.cancel(prompt_id, alone=alone)
@@ -81,13 +83,9 @@ async def end_prompt(server: ComfyUI, prompt_id: PromptId, *, alone: bool) -> No
             await asyncio.sleep(END_POLL_SECONDS)
             continue
         misses += 1
-        if misses >= LOOKS:
+        if misses >= LOOKS_THAT_MISS:
             return
         await asyncio.sleep(LOOK_GAP_SECONDS)
-
-
-def _in_queue(found: Polled, prompt_id: PromptId) -> bool:
-    return found.queue is not None and (prompt_id in found.queue.running or prompt_id in found.queue.pending)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,7 @@ class Prompting:
         """Return what became of the prompt of an attempt that was cut off, if this run is to go on with it.
 
         Otherwise it is proven to be on no server, or is at another place, and the journal says so. Raises LeaseLost,
-        ServerUnreachable, NotComfyUI.
+        ServerUnreachable, NotComfyUI; WorkerDead if a machine of ours neither ends it nor does anything else.
         """
         earlier = self.journal.earlier
         if earlier is None:
@@ -116,7 +114,7 @@ class Prompting:
             await self.journal.gone(lost=True)
             return None
         if earlier.unwanted:
-            await end_prompt(self.place.server, earlier.prompt_id, alone=self.place.alone)
+            await self._see_ended(earlier.prompt_id)
             await self.journal.gone(lost=False)
             return None
         found = await find_prompt(self.place.server, earlier.prompt_id)
@@ -129,6 +127,18 @@ class Prompting:
         faultpoint("prompt.found")
         await self.journal.attached()
         return found
+
+    async def _see_ended(self, prompt_id: PromptId) -> None:
+        """Take a prompt back and see it ended: on a machine of ours within a time, on a user's server in its own time."""
+        ours = self.place.kind in (OWN_MACHINE, POOL_MACHINE)
+        try:
+            async with asyncio.timeout(OBEYS_WITHIN.total_seconds() if ours else None):
+                await end_prompt(self.place.server, prompt_id, alone=self.place.alone)
+        except TimeoutError:
+            raise WorkerDead(
+                f"prompt {prompt_id} was interrupted and has not ended within {OBEYS_WITHIN.total_seconds():.0f} s",
+                hint="nothing is to be done: the machine is replaced, the job runs on another one",
+            ) from None
 
     async def attach(self, found: Polled, prompt_id: PromptId, labels: Mapping[str, NodeLabel]) -> Ended:
         """Watch a prompt that was found again until it has ended; raises what `Watcher.watch` raises."""
@@ -194,14 +204,14 @@ class Prompting:
         try:
             async with asyncio.timeout(CANCEL_WITHIN.total_seconds()):
                 told = await server.cancel(prompt_id, alone=place.alone)
-                while told and place.kind != "own machine" and not seen_gone:
+                while told and place.kind != OWN_MACHINE and not seen_gone:
                     queue = await server.queue()
                     seen_gone = prompt_id not in (*queue.running, *queue.pending)
                     if not seen_gone:
                         await asyncio.sleep(END_POLL_SECONDS)
         except (RunComfyError, TimeoutError) as error:
             log.warning("prompt_not_taken_back", extra={"fields": {"prompt": prompt_id, "error": repr(error)}})
-        if place.kind == "own machine" or seen_gone:
+        if place.kind == OWN_MACHINE or seen_gone:
             return
         if told:
             self.tell(f"prompt {prompt_id} was interrupted; it ends when its node next looks up")

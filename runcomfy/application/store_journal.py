@@ -18,6 +18,7 @@ from uuid import uuid4
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.heartbeat import Pulse
 from runcomfy.application.journal import EarlierPrompt, Publish
+from runcomfy.domain.evidence import needs_new_name
 from runcomfy.domain.exceptions import LeaseLost, LocalError, ServerRestarted, StoreUnavailable
 from runcomfy.domain.job import Output, PromptId
 from runcomfy.domain.queued import Ending, Outcome, Phase, QueuedJob
@@ -140,7 +141,7 @@ class StoreJournal:
         lost = lost and not unwanted
         await self.insist(lambda: self._store.prompt_gone(self._id, self._token, lost=lost), self._no_prompt)
         self._earlier = None
-        if earlier is None or earlier.accepted or unwanted or lost:
+        if earlier is None or needs_new_name(accepted=earlier.accepted, unwanted=unwanted, lost=lost):
             self._name(_new_id())
         if earlier is not None and lost and earlier.place == self._here():
             self.killed = True
