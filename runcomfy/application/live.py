@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from runcomfy.application.job_queue import workflow_id_of
+from runcomfy.domain.altered import replace
 from runcomfy.domain.job import JobId, JobRequest, JobResult
 from runcomfy.domain.progress import Progress, Step
 from runcomfy.domain.timeline import Timeline

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.journal import Journal
 from runcomfy.application.own_machine import total_of
 from runcomfy.application.placing import Place, Show
+from runcomfy.domain.altered import replace
 from runcomfy.domain.job import BillLine, JobId, Output, PromptId
 from runcomfy.domain.progress import Progress
 from runcomfy.domain.timeline import Timeline

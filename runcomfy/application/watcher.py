@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from runcomfy.application.seat import Seat
+from runcomfy.domain.altered import replace
 from runcomfy.domain.exceptions import (
     AnswerUnreadable,
     GpuOutOfMemory,

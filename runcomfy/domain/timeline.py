@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
+from runcomfy.domain.altered import replace
 from runcomfy.domain.exceptions import foreign_text
 from runcomfy.domain.progress import NodeLabel, Progress, Step
 
@@ -128,9 +129,10 @@ class Timeline:
     def seen(self, progress: Progress, at_s: float) -> Timeline:
         """Return the timeline after a snapshot that was taken `at_s` seconds after the job began."""
         at_s = max(self.at_s, at_s) if math.isfinite(at_s) else self.at_s
-        line = self._stepped(progress.step, at_s)
         if progress.step is Step.RUNNING:
+            line = self if self.step is Step.RUNNING else self._stepped(progress.step, at_s)
             return line._ran(progress, at_s)
+        line = self._stepped(progress.step, at_s)
         if progress.step in _AFTER and line.running:
             return line._all_over(at_s)
         return line
@@ -149,7 +151,7 @@ class Timeline:
         fresh = progress.done - self._told
         same = current == self._current and progress.active == self._active
         if not fresh and same and self._known(current):
-            return replace(self, pace=self._paced(progress, current, at_s))
+            return replace(self, pace=self._paced(progress, current, at_s), at_s=at_s)
         running = progress.active | frozenset(node for node in (current,) if node is not None)
         running -= progress.done
         draft = _Draft(self, progress, at_s)
@@ -164,6 +166,7 @@ class Timeline:
             running=running,
             done=(self.done | progress.done | self.running) - running,
             pace=self._paced(progress, current, at_s),
+            at_s=at_s,
             _told=self._told | progress.done,
             _current=current,
             _active=progress.active,
