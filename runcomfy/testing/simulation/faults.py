@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from runcomfy.testing.simulation import faults_comfyui as c
 from runcomfy.testing.simulation import faults_programs as o
 from runcomfy.testing.simulation import faults_provider as p
+from runcomfy.testing.simulation.direction import direction_of
 from runcomfy.testing.simulation.harm import Harm, harm_of
 
 if TYPE_CHECKING:
@@ -123,7 +124,12 @@ async def harass(
     """Let things go wrong until second `until` (the calm), on average every so many seconds; then end their effects."""
     harm = harm_of(world)
     end = world.calm_at if until is None else until
-    while True:
+    told = direction_of(world)
+    for at, happen in told.happens if told is not None else ():
+        await asyncio.sleep(max(0.0, at - world.seconds))
+        world.tally.faults += 1
+        await happen(world)
+    while told is None:
         wait = harm.draw.expovariate(1 / every)
         if world.seconds + wait >= end:
             break

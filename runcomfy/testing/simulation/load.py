@@ -20,6 +20,7 @@ from runcomfy.domain.exceptions import IdempotencyConflict, JobBusy, LocalError
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import QueuedJob, QueueStatus, RowId
 from runcomfy.testing.queue_programs import drawing
+from runcomfy.testing.simulation.direction import direction_of
 
 if TYPE_CHECKING:
     from runcomfy.testing.simulation.world import World
@@ -210,10 +211,11 @@ def _order(draw: Random, number: int, at: float) -> Order:
 
 async def feed(world: World, wanted: Iterable[Order] | None = None) -> None:
     """Put in the day's jobs, each when its time comes, and do what their clients do; returns when all is done."""
-    draw = world.stream("load")
-    until = world.calm_at
+    if wanted is None:
+        told = direction_of(world)
+        wanted = orders(world.stream("load"), world.calm_at) if told is None else told.orders()
     async with asyncio.TaskGroup() as clients:
-        for order in orders(draw, until) if wanted is None else wanted:
+        for order in wanted:
             await asyncio.sleep(max(0.0, order.at - world.seconds))
             clients.create_task(_Client(world, order).live(), name=f"client of {order.name}")
 
