@@ -17,14 +17,14 @@ from unittest.mock import patch
 from runcomfy.application import claims, executor, fleet, owner, reconciler, role, sweeper
 
 RHYTHMS: Final[tuple[tuple[Any, str, Any], ...]] = (
-    (owner, "HEARTBEAT_EVERY", timedelta(minutes=5)),
+    (owner, "HEARTBEAT_EVERY", timedelta(minutes=10)),
     (claims, "WATCH_EVERY", 30.0),
     (executor, "REPORT_EVERY", 60.0),
     (sweeper, "SWEEP_EVERY", 60.0),
     (reconciler, "LOOK_EVERY", 120.0),
     (fleet, "BUDGETS_EVERY", 60.0),
 )
-ROLE_LEASE: Final = timedelta(minutes=8)
+ROLE_LEASE: Final = timedelta(minutes=20)
 
 
 @contextmanager

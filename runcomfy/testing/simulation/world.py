@@ -7,13 +7,12 @@ Load, faults and oracles are given a `World` and nothing else. Names and signatu
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from random import Random
@@ -21,6 +20,7 @@ from typing import Any, Final, Self
 
 from runcomfy.application.finish import finish
 from runcomfy.application.guard import Guard
+from runcomfy.domain.exceptions import LocalError
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
@@ -36,23 +36,25 @@ CALM: Final = timedelta(hours=3)
 
 POOL: Final[dict[str, Any]] = {
     "max_machines": 4,
-    "plan_every": timedelta(seconds=300),
-    "status_every": timedelta(seconds=120),
-    "reconcile_every": timedelta(seconds=180),
-    "guard_period": timedelta(seconds=180),
+    "plan_every": timedelta(minutes=5),
+    "status_every": timedelta(minutes=4),
+    "reconcile_every": timedelta(minutes=5),
+    "guard_period": timedelta(minutes=10),
 }
 """How often is looked when nothing happens; what happens wakes all of them. These are the user's to choose."""
 
 
+RESTART: Final = timedelta(seconds=30)
+"""After which a service that gave up is started again."""
 PAUSES: Final = 0.25
 """How often others come in between when a database is asked."""
 
 
 QUEUE: Final[dict[str, Any]] = {
     "poll_interval": timedelta(minutes=5),
-    "lease": timedelta(minutes=8),
-    "heartbeat": timedelta(minutes=2),
-    "reap_every": timedelta(minutes=2),
+    "lease": timedelta(minutes=20),
+    "heartbeat": timedelta(minutes=5),
+    "reap_every": timedelta(minutes=5),
 }
 
 
@@ -64,6 +66,7 @@ class Tally:
     machines: int = 0
     faults: int = 0
     kills: int = 0
+    services: int = 0
 
 
 class World:
@@ -86,9 +89,12 @@ class World:
         self.cloud: RunComfyEmulator
         """Its books are the oracle for what is billed, its ComfyUI servers' run logs for what ran."""
         self.services: Services
+        self.deaths: list[str] = []
+        """Programs that ended and should not have."""
         self.guard: GuardProgram | None = None
-        self._programs: dict[int, asyncio.Task[None]] = {}
-        self._over: dict[int, asyncio.Event] = {}
+        self.names: dict[Served, str] = {}
+        self._programs: dict[Served, asyncio.Task[None]] = {}
+        self._over: dict[Served, asyncio.Event] = {}
         self._returning: set[asyncio.Task[None]] = set()
         self.folder: Path
 
@@ -147,6 +153,7 @@ class World:
             for task in self._returning:
                 task.cancel()
             for served in list(self.served):
+                served.wake()
                 await self._let_end(served)
             if self.guard is not None:
                 await self.guard.kill()
@@ -166,7 +173,7 @@ class World:
             try:
                 async with self.services.start(**POOL) as served:
                     served.app.tell = _both(served.app.tell, lambda said: self.trace.tell(name, said))
-                    self._over[id(served)] = over
+                    self._over[served] = over
                     started.set_result(served)
                     await over.wait()
             except BaseException as error:
@@ -175,12 +182,15 @@ class World:
                     return
                 raise
 
-        self.tally_services = getattr(self, "tally_services", 0) + 1
-        name = f"service-{self.tally_services}"
+        self.tally.services += 1
+        name = f"service-{self.tally.services}"
         task = self.loop.create_task(live(), name=name)
         served = await started
-        self._programs[id(served)] = task
+        self._programs[served] = task
+        self.names[served] = name
         self.served.append(served)
+        assert served.task is not None  # noqa: S101 - it has begun
+        served.task.add_done_callback(lambda done: self._ended(served, name, done))
         self.trace.tell("world", f"{name} is started")
         return served
 
@@ -189,31 +199,58 @@ class World:
         self.guard = GuardProgram(self)
         self.guard.begin()
 
+    def _ended(self, served: Served, name: str, task: asyncio.Task[bool]) -> None:
+        """Note the end of a service that nobody has asked for."""
+        if served not in self.served or served.app.killed.is_set() or task.cancelled():
+            return
+        error = task.exception()
+        words = f"{name} ended by itself, " + ("without a reason" if error is None else f"{type(error).__name__}: {error}")
+        self.trace.tell("world", words)
+        if not isinstance(error, LocalError):  # no database is a reason to give up at the start: it is started again
+            self.deaths.append(words)
+        self.served.remove(served)
+        self._return(RESTART, self._let_end(served))
+
     async def _let_end(self, served: Served) -> None:
         """Have a service end in good order; one that was killed ends at once."""
         if served in self.served:
             self.served.remove(served)
-        self._over.pop(id(served)).set()
-        task = self._programs.pop(id(served))
+        self._over.pop(served).set()
+        task = self._programs.pop(served)
         with suppress(Killed, asyncio.CancelledError):
             await task
 
     async def stop(self, served: Served) -> None:
         """Stop a service in good order, as by one SIGTERM, and wait for its end."""
+        if served not in self.served:
+            return
+        self.trace.tell("world", f"{self.names[served]} is stopped")
         await self._let_end(served)
 
     async def kill(self, served: Served) -> None:
-        """End a service as by SIGKILL."""
+        """End a service as by SIGKILL, if it still runs."""
+        if served not in self.served:
+            return
         self.tally.kills += 1
         self.served.remove(served)
+        self.trace.tell("world", f"{self.names[served]} is killed")
         await served.kill()
         await self._let_end(served)
 
     async def kill_and_restart(self, served: Served, after: timedelta) -> None:
-        """End a service as by SIGKILL; another one is started so much later. Returns at the kill."""
+        """End a service as by SIGKILL, if it still runs; another one is started so much later. Returns at the kill."""
+        if served not in self.served:
+            return
         await self.kill(served)
+        self._return(after)
+
+    def _return(self, after: timedelta, first: Coroutine[Any, Any, None] | None = None) -> None:
+        """Have another service started so much later, as whatever looks after services does; `first` comes first."""
 
         async def come_back() -> None:
+            if first is not None:
+                with suppress(LocalError):
+                    await first
             await asyncio.sleep(after.total_seconds())
             await self.start_service()
 
