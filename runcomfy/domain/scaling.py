@@ -11,7 +11,8 @@ The rules, in the order in which they win:
     more waiting than its start costs. The first is always worth it.
  3. Arrivals to come: `staffing` says how many machines the rate deserves; launched if that pays the start within 100 s,
     stopped if at 0.85 of the rate one fewer is cheaper and it was idle longer than its start was billed.
- 4. The last idle machine is kept as long as one's own silences say (`keep_alive`).
+ 4. The last idle machine is kept as long as one's own silences say (`keep_alive`). Where the user has set how long, all
+    of them go when that is over for each: a rate that falls slowly keeps none.
  5. Signals: one warm machine while somebody is there, given up when the silence is long; shortly after they left, none.
  6. A known batch gets the machines that balance their starts against its waiting; after it, none is kept.
 
@@ -326,7 +327,7 @@ class _Planning:
         if have < limits.min_machines:
             why = f"min_machines is {limits.min_machines}"
             asks.append(Launch(main.name, limits.min_machines - have, why, start * (limits.min_machines - have)))
-        if have and self._rate > 0:
+        if have and self._rate > 0 and not self._outlived():
             asks += self._for_rate(have)
         asks += self._instead_of_bridge()
         return max(asks, key=lambda launch: launch.count, default=None)
@@ -449,19 +450,31 @@ class _Planning:
             return found
         idle = [m for m in self._there if self._may_stop(m)]
         least = max(self._view.limits.min_machines, self._due(have)[0])
+        outlived = self._outlived()
         for machine in sorted(idle, key=self._first_to_go):
             left = have - 1
             if self._is_own(machine) or left < least:
                 continue
-            if left and left < self._enough(have):
+            if left and left < self._enough(have) and not outlived:
                 self._look(self._now + _LOOK_AGAIN_S)
                 break
-            why = self._why_extra(machine, have) if left else self._why_last(machine)
+            why = self._why_extra(machine, have) if left and not outlived else self._why_last(machine)
             if why:
                 found.append(Stop(machine.id, why, -self._start_cost(self._offer_of(machine))))
                 have -= 1
                 self._ready -= machine.idle_since is not None
         return found
+
+    def _outlived(self) -> bool:
+        """Return whether nothing has work and all that is there was kept for as long as the user has set.
+
+        A rate that falls slowly would keep several for minutes for which not even the last one is to be kept.
+        """
+        if self._view.keep_alive_s is None or any(machine.idle_since is None for machine in self._there):
+            return False
+        until = max((self._keep(machine)[0] for machine in self._there), default=self._now)
+        self._look(until)
+        return self._now >= until - 1e-6
 
     def _may_stop(self, machine: MachineView) -> bool:
         if (

@@ -17,7 +17,7 @@ import socket
 import struct
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -315,11 +315,10 @@ class _Link:
         start = asyncio.create_task
         ways = [start(self._pass_on(way), name=f"proxy {way.direction}") for way in (up, down)]
         self._work = [*ways, *(start(self._read(way)) for way in (up, down)), start(self._watch())]
-        cut = start(self._cut.wait())
+        ended, cut = start(_all_ended(ways)), start(self._cut.wait())
+        self._work += [ended]
         try:
-            both = asyncio.gather(*ways, return_exceptions=True)
-            await asyncio.wait((both, cut), return_when=asyncio.FIRST_COMPLETED)
-            both.cancel()
+            await asyncio.wait((ended, cut), return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (*self._work, cut):
                 task.cancel()
@@ -504,3 +503,7 @@ class _Link:
             seconds += sliced[1].seconds
         if seconds:
             await asyncio.sleep(seconds)
+
+
+async def _all_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    await asyncio.wait(tasks)

@@ -161,6 +161,18 @@ def test_a_keep_alive_that_the_user_set_is_kept() -> None:
     assert stopped(replace(view, machines=(idle("a", 601),))) == ["a"]
 
 
+def test_a_keep_alive_that_the_user_set_is_not_exceeded_because_many_jobs_came_before() -> None:
+    """Machines that another process left, and a burst before: the rate falls for ten minutes, and nothing comes."""
+    burst = DemandView(seen=60, rate_fast=0.2, rate_slow=0.2, service_s=30.0, silent_since=NOW - 20)
+    view = replace(EMPTY, keep_alive_s=10.0, demand=burst, limits=Limits(max_machines=2))
+    assert stopped(replace(view, machines=(idle("a", 20), idle("b", 12)))) == ["a", "b"]
+    assert plan(replace(view, machines=(idle("a", 20), idle("b", 7)))).actions == ()
+    assert plan(replace(view, machines=(idle("a", 20), idle("b", 7)))).look_at == pytest.approx(NOW + 3)
+    assert stopped(replace(view, machines=(idle("a", 20), busy("b", 5)))) == [], "there is work: the rate counts"
+    least = Limits(max_machines=2, min_machines=1)
+    assert stopped(replace(view, limits=least, machines=(idle("a", 20), idle("b", 12)))) == ["a"]
+
+
 def test_machines_beside_others_go_much_earlier_the_one_used_longest_ago_first() -> None:
     machines = (idle("a", 60), idle("b", 90), busy("c", 20))
     assert stopped(replace(EMPTY, machines=machines)) == ["b", "a"]
