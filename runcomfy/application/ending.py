@@ -152,6 +152,7 @@ class Ending:
         loop, cloud = asyncio.get_running_loop(), self._cloud
         while True:
             if loop.time() >= effort.next_call:
+                await self._wish_again(effort, reason)
                 await self._call(effort)
             must_be_visible = self._books.must_be_visible(effort.machine)  # when it is asked: the answer may take long
             look = await self.look(effort.machine)
@@ -178,6 +179,13 @@ class Ending:
 
     def _is_news(self, machine: Machine, kind: str) -> bool:
         return self._said.setdefault(machine.id, Said()).due(kind)
+
+    async def _wish_again(self, effort: _Effort, reason: str) -> None:
+        """Write the wish down if that was refused, before each call: by now the machine may be somebody else's (I7)."""
+        if effort.machine.id in self._books.unwritten:
+            effort.machine = await self._books.record_softly(
+                effort.machine, MachineEvent.STOP_ASKED, note=reason, changes={"stop_reason": reason}
+            )
 
     async def _call(self, effort: _Effort) -> None:
         """Ask for the stop once; raises StopUnconfirmed if asking is hopeless."""
@@ -399,6 +407,11 @@ def ambiguous(ids: Sequence[ServerId]) -> LaunchAmbiguous:
     )
 
 
-def believable(ready_at: datetime | None, machine: Machine, *, now: datetime) -> datetime:
-    """Return a ready time that lies between the launch and now: the provider's clock may differ from ours."""
-    return min(max(ready_at or now, machine.requested_at), now)
+def believable(
+    ready_at: datetime | None, machine: Machine, *, now: datetime, not_before: datetime | None = None
+) -> datetime:
+    """Return a ready time that lies between the launch and now: the provider's clock may differ from ours (fault 70).
+
+    `not_before`: when it was last seen not to be ready, by our own clock.
+    """
+    return min(max(ready_at or now, machine.requested_at, not_before or machine.requested_at), now)

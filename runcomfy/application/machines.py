@@ -161,7 +161,9 @@ class Machines:
         loop = asyncio.get_running_loop()
         started = loop.time()
         seen = machine.ready_at is not None
+        starting: float | None = None
         while True:
+            asked_at = loop.time()
             report, word = await self._ask(server_id_of(machine))
             elapsed = timedelta(seconds=loop.time() - started)
             seen = seen or report is not None
@@ -169,7 +171,10 @@ class Machines:
             if report is not None:
                 machine = await self.books.note_type(machine, report)
             if report is not None and report.phase is Phase.READY:
-                machine = await self.ready(machine, report)  # it bills from now on, with an address or without
+                # It bills from now on, with an address or without.
+                machine = await self.ready(machine, report, starting=starting)
+            elif report is not None and report.phase is Phase.STARTING:
+                starting = asked_at
             if (failed := dearer(asked, machine)) is not None:
                 raise failed
             if report is not None:
@@ -214,10 +219,16 @@ class Machines:
             machine, note="the launch was answered with an id that means nothing", server_id=right.server_id
         )
 
-    async def ready(self, machine: Machine, report: MachineReport) -> Machine:
-        """Write down that the provider says Ready; from its ready time on the machine bills, as the type it says."""
+    async def ready(self, machine: Machine, report: MachineReport, *, starting: float | None = None) -> Machine:
+        """Write down that the provider says Ready; from its ready time on the machine bills, as the type it says.
+
+        `starting`: time of the loop at which it was last seen to start.
+        """
         machine = await self.books.note_type(machine, report)
-        ready_at = machine.ready_at or believable(report.ready_at, machine, now=self.clock.now())
+        now = self.clock.now()
+        since = timedelta(seconds=asyncio.get_running_loop().time() - starting) if starting is not None else None
+        not_before = now - since if since is not None else None
+        ready_at = machine.ready_at or believable(report.ready_at, machine, now=now, not_before=not_before)
         planned = report.stopping_at or machine.planned_stop_at
         if machine.state is MachineState.READY and machine.ready_at == ready_at:
             if machine.planned_stop_at != planned:

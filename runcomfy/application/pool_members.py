@@ -70,6 +70,8 @@ class Member:
     """What a budget said to its last renewal."""
     seen: bool = False
     """Whether the provider has ever shown it."""
+    starting_at: float | None = None
+    """When it was last seen not to be ready yet."""
     usable: bool = False
     """Whether its ComfyUI has answered since it was Ready last."""
     was_usable: bool = False

@@ -137,7 +137,7 @@ class Watch:
             case Phase.READY:
                 await self._ready(member, report, began)
             case Phase.STARTING:
-                await self._starting(member, report)
+                await self._starting(member, report, began)
             case Phase.FAILED:
                 await self._failed(member, report)
             case Phase.STOPPING:
@@ -202,7 +202,7 @@ class Watch:
         """Write down that it is Ready; False if that cannot be: it is tried with the next list."""
         async with member.writing:
             try:
-                machine = await self._machines.ready(member.machine, report)
+                machine = await self._machines.ready(member.machine, report, starting=member.starting_at)
             except LeaseLost:
                 self._members.taken(member)
                 return False
@@ -260,8 +260,9 @@ class Watch:
             f"({self._cloud.run_lease.total_seconds():.0f} s) need a longer one"
         )
 
-    async def _starting(self, member: Member, report: MachineReport) -> None:
+    async def _starting(self, member: Member, report: MachineReport, began: float) -> None:
         if member.machine.state is not MachineState.READY:
+            member.starting_at = began
             self._limit(member)
             return
         now = _now()

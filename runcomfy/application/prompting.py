@@ -129,7 +129,7 @@ class Prompting:
         return found
 
     async def _see_ended(self, prompt_id: PromptId) -> None:
-        """Take a prompt back and see it ended: on a machine of ours within a time, on a user's server in its own time."""
+        """Take a prompt back and see it ended: within a time on a machine of ours, in its own time on a user's."""
         ours = self.place.kind in (OWN_MACHINE, POOL_MACHINE)
         try:
             async with asyncio.timeout(OBEYS_WITHIN.total_seconds() if ours else None):
