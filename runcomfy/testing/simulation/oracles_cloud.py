@@ -36,8 +36,10 @@ SLACK: Final = 60.0
 """Seconds of I9."""
 RATE: Final = 60.0 + 15.0
 """Calls in a minute: one a second, and a burst."""
-UNKNOWN_MOST: Final = 900.0
-"""Undisturbed seconds that a machine which bills may be nobody's, or not be asked again to stop: some looks."""
+UNKNOWN_MOST: Final = 420.0
+"""Undisturbed seconds that a machine which bills may be nobody's: a look, and the time until it must be visible."""
+UNASKED_MOST: Final = 900.0
+"""Undisturbed seconds after which a machine that runs on must have been asked to stop again: some looks."""
 RETRY_AFTER_CAP: Final = 60.0
 
 
@@ -58,6 +60,8 @@ class CloudOracle:
         """Undisturbed seconds for which a machine that bills was not in our books as such."""
         self._unasked: dict[str, float] = {}
         """Undisturbed seconds since a machine that still bills was asked to stop."""
+        self._explained: set[str] = set()
+        """Machines of which it was said already why nobody has them."""
         self._launchers: list[tuple[float, int]] = []
         self._longer_failed: dict[str, float] = {}
         world.cloud.on_call.append(self._heard)
@@ -113,6 +117,7 @@ class CloudOracle:
             self._check_budget(rows, record.at, now)
             return
         if open_rows:
+            self._explained |= {server_id, self._intents[str(open_rows[-1].id)]}
             self.found.add(
                 "I3",
                 f"intent {open_rows[-1].id} was sent again, though the first answer did not say no",
@@ -234,6 +239,8 @@ class CloudOracle:
             unknown = self._unknown[server_id] = self._unknown.get(server_id, 0.0) + passed
             if unknown <= UNKNOWN_MOST:
                 continue
+            if server_id in self._explained:
+                continue
             if row is None:
                 self.found.add(
                     "I2", f"it bills and is in no row of ours for {unknown:.0f} s", server_id, at=now, mark="row"
@@ -246,7 +253,7 @@ class CloudOracle:
         if machine.server_id not in self._unasked:
             return
         unasked = self._unasked[machine.server_id] = self._unasked[machine.server_id] + passed
-        if unasked > UNKNOWN_MOST:
+        if unasked > UNASKED_MOST:
             what = (
                 f"it was asked to stop, still bills, and nobody has asked again for {unasked:.0f} undisturbed seconds"
             )
@@ -283,7 +290,7 @@ class CloudOracle:
 
     def _unowned(self, server_id: str, now: float) -> None:
         machine = self.world.cloud.machines[server_id]
-        if machine.ready_at is None:
+        if machine.ready_at is None or server_id in self._explained:
             return
         seconds = float(machine.seconds(self.world.cloud.now()))
         if seconds > UNKNOWN_MOST:

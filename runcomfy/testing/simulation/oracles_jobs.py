@@ -79,9 +79,7 @@ class JobsOracle:
             self._judge_files(order, job, _seeds(runs.get(order.number, [])))
             for invariant, what in order.complaints:
                 self._say(invariant, what, name)
-        for prompt_id, times in Counter(r.prompt_id for _, rs in runs.items() for _, r in rs if r.nodes).items():
-            if times > 1:
-                self._say("I13", f"prompt {prompt_id} was computed {times} times", prompt_id)
+        self._judge_repeats(runs)
         self._judge_by_hand()
         self._judge_strays(rows)
         self._judge_secrets()
@@ -136,12 +134,24 @@ class JobsOracle:
             if late > 1.0 and not self._woke(order.cancelled_at - 1.0, at):
                 self._say("I17", f"it was sent to {server} {late:.0f} s after it was cancelled", order.name)
 
+    def _judge_repeats(self, runs: dict[int, list[tuple[str, RunRecord]]]) -> None:
+        """I13: a prompt is begun once, unless its server doubled it or a program sent it that had slept meanwhile."""
+        for number, known in runs.items():
+            times = Counter(record.prompt_id for server, record in known if server not in self.harm.doubled)
+            for prompt_id, count in times.items():
+                begun = [self._of(record.started) for _, record in known if record.prompt_id == prompt_id]
+                if count > 1 and not self._woke(min(begun), max(begun)):
+                    self._say("I13", f"its prompt {prompt_id} was begun {count} times", f"job-{number}")
+
     def _woke(self, start: float, end: float) -> bool:
         """Whether something that had slept since before may have gone on where it stood."""
         return any(blow.number in (62, 64) for blow in self.harm.between(start, end))
 
     def _judge_files(self, order: Order, job: QueuedJob, seeds: set[int]) -> None:
         """I15, I17: what is done is there, whole and its own; what is cancelled is not."""
+        cancelled_last = order.cancelled_at is not None and not any(at > order.cancelled_at for at in order.retried_at)
+        if job.status is QueueStatus.DONE and cancelled_last:
+            self._say("I17", "it was cancelled, and is done", order.name)
         if job.status is not QueueStatus.DONE:
             if order.target.exists() and not order.retried_at and job.reason == Reason.CANCELLED:
                 self._say("I17", f"it was cancelled, and {order.target.name} is there", order.name)

@@ -10,7 +10,7 @@ import asyncio
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,6 +20,7 @@ from typing import Any, Final, Self
 
 from runcomfy.application.finish import finish
 from runcomfy.application.guard import Guard
+from runcomfy.domain.budget import Budget
 from runcomfy.domain.exceptions import LocalError
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings
@@ -89,6 +90,8 @@ class World:
         self.cloud: RunComfyEmulator
         """Its books are the oracle for what is billed, its ComfyUI servers' run logs for what ran."""
         self.services: Services
+        self.budgets: Sequence[Budget] = ()
+        """Of services that are started from now on."""
         self.deaths: list[str] = []
         """Programs that ended and should not have."""
         self.guard: GuardProgram | None = None
@@ -171,7 +174,7 @@ class World:
 
         async def live() -> None:
             try:
-                async with self.services.start(**POOL) as served:
+                async with self.services.start(budgets=self.budgets, **POOL) as served:
                     served.app.tell = _both(served.app.tell, lambda said: self.trace.tell(name, said))
                     self._over[served] = over
                     started.set_result(served)
