@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
@@ -46,10 +47,13 @@ from benchmarks.soak_processes import Kept, environment, growth, guards
 from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.config import load_settings
 from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
+from runcomfy.application.machine_pool import TAKEN_OVER_FOR
 from runcomfy.testing.fault_proxy import FaultProxy
 
 RUN_LEASE: Final = 40.0
-CLIENTS: Final = 6
+KEEP_ALIVE: Final = 10.0
+ATTACH_GRACE: Final = 45.0
+CLIENTS: Final = 14
 MEASURE_EVERY: Final = 2.0
 TOLD_MOST: Final = 60
 """Stories that are printed."""
@@ -59,7 +63,7 @@ SETTINGS: Final = {
     "COMFYUI_AGENT_LEASE_SECONDS": "6",
     "COMFYUI_AGENT_HEARTBEAT_SECONDS": "1",
     "COMFYUI_AGENT_REAP_SECONDS": "1",
-    "COMFYUI_AGENT_ATTACH_GRACE_SECONDS": "10",
+    "COMFYUI_AGENT_ATTACH_GRACE_SECONDS": str(ATTACH_GRACE),
     "COMFYUI_AGENT_BACKOFF_FIRST_SECONDS": "0.5",
     "COMFYUI_AGENT_BACKOFF_MOST_SECONDS": "3",
     "COMFYUI_AGENT_RETRY_LIMIT": "50",
@@ -76,7 +80,7 @@ SETTINGS: Final = {
     "COMFYUI_WORKER_DEAD_AFTER": "6",
     "COMFYUI_PING_INTERVAL": "3",
     "RUNCOMFY_RUN_LEASE": str(RUN_LEASE),
-    "RUNCOMFY_KEEP_ALIVE": "10",
+    "RUNCOMFY_KEEP_ALIVE": str(KEEP_ALIVE),
     "RUNCOMFY_PLAN_EVERY": "1",
     "RUNCOMFY_STATUS_EVERY": "2",
     "RUNCOMFY_RECONCILE_EVERY": "5",
@@ -278,8 +282,10 @@ class Soak:
             elif deed.kind == "stop":
                 who = await self._stop(outside, deed)
                 self.stops.update([who] if who else [])
-            elif await self._do(outside, deed):
-                self.faults[deed.counted_as] += 1
+            else:
+                who = deed.target if await self._do(outside, deed) else ""
+                self.faults.update([deed.counted_as] if who else [])
+            self._note(deed.kind, deed, who or "nobody")
 
     async def _kill(self, outside: Outsiders, deed: Deed) -> str:
         """Kill somebody of a kind; return who it was. If there is none of that kind it is a service."""
@@ -297,6 +303,7 @@ class Soak:
         first = int(deed.pick * len(mortal))
         for kept in mortal[first:] + mortal[:first]:
             if kept.kill():
+                self._note("kills", deed, kept.name)
                 return kind
         return ""
 
@@ -311,7 +318,9 @@ class Soak:
                 return "guard"
         kind = "executor" if deed.target == "executor" else "service"
         among = [kept for kept in self.kept if kept.kind == kind]
-        return kind if among[int(deed.pick * len(among))].sleep(deed.seconds) else ""
+        kept = among[int(deed.pick * len(among))]
+        self._note("stops", deed, kept.name)
+        return kind if kept.sleep(deed.seconds) else ""
 
     async def _do(self, outside: Outsiders, deed: Deed) -> bool:
         said = {
@@ -325,6 +334,12 @@ class Soak:
             return False
         spoil(proxy, {"kind": deed.kind, **said}, self._spawn)
         return True
+
+    def _note(self, what: str, deed: Deed, who: str) -> None:
+        """Keep a word of what was done to whom, for whoever reads a story."""
+        with (self.folder / "logs" / "done.log").open("a") as log:
+            now = datetime.now(UTC)
+            log.write(f"{now:%H:%M:%S.%f} {what} {who} {deed.name} {deed.seconds:.1f} s {dict(deed.values)}\n")
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -386,7 +401,7 @@ class Soak:
             self.until = self.minutes * 60
             self.warm = min(300.0, max(10.0, self.until / 4))
             draw = random.Random(self.seed)
-            puts = [asyncio.create_task(clients.put_in(lambda: draw.expovariate(0.4))) for _ in range(CLIENTS)]
+            puts = [asyncio.create_task(clients.put_in(lambda: draw.expovariate(1 / 3))) for _ in range(CLIENTS)]
             beside = [asyncio.create_task(clients.listen()), asyncio.create_task(self._measure())]
             try:
                 await self._spoil(outside, deeds)
@@ -403,7 +418,8 @@ class Soak:
             outsides = await outside.do("books")
             self._met(outsides)
             rows = await read_rows(self._queue, self._books_of(told))
-        return Judge(rows, self.books, outsides, calm_from=self.calm_from, timeout_s=RUN_LEASE).judge()
+        timeout_s = max(RUN_LEASE, TAKEN_OVER_FOR.total_seconds() + KEEP_ALIVE)
+        return Judge(rows, self.books, outsides, timeout_s=timeout_s, grace_s=ATTACH_GRACE).judge()
 
     def _met(self, outsides: dict[str, Any]) -> None:
         met = Counter(outsides["met"])
@@ -522,8 +538,8 @@ def result_of(soak: Soak, found: Found, took_s: float) -> Result:
         took_s=took_s,
         notes=(
             (
-                "Services, executors, guards, clients and ComfyUI processes are killed. Two services never are, and their "
-                "memory is measured: a front that also works off jobs, and one that rents machines of another account."
+                "Services, executors, guards, clients and ComfyUI processes are killed. Two services never are, and "
+                "their memory is measured: a front that works off jobs, and one that rents machines of another account."
             ),
             "The oracles are the emulated clouds' bills, the ComfyUI processes' logs, the clients' books, the files.",
         ),

@@ -25,7 +25,7 @@ from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.sql import SqlStore
-from runcomfy.domain.machine import Machine
+from runcomfy.domain.machine import Machine, Transition
 from runcomfy.domain.money import LedgerEntry, seconds_between
 from runcomfy.domain.queued import Attempt, EventKind, JobEvent, QueuedJob, QueueStatus, RowId
 
@@ -71,6 +71,25 @@ class Ran:
     outcome: str
 
 
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A machine of ours, by our books."""
+
+    machine: Machine
+    ledger: Sequence[LedgerEntry]
+    story: Sequence[Transition]
+
+    @property
+    def told(self) -> str:
+        """Its story, a line each."""
+        return "\n".join(f"    {step.at:%H:%M:%S.%f} {step.event} {step.state} {step.note}" for step in self.story)
+
+    @property
+    def taken_over(self) -> list[float]:
+        """When it was taken over: it is kept for those who look for their prompts there."""
+        return [step.at.timestamp() for step in self.story if step.event == "taken-over"]
+
+
 @dataclass
 class Rows:
     """What our books say."""
@@ -78,7 +97,7 @@ class Rows:
     jobs: Sequence[QueuedJob]
     attempts: Mapping[RowId, Sequence[Attempt]]
     events: Sequence[JobEvent]
-    machines: Mapping[str, tuple[Machine, Sequence[LedgerEntry]]]
+    machines: Mapping[str, Owned]
     """By the provider's id."""
 
 
@@ -99,7 +118,8 @@ async def read_rows(queue: str, books: Mapping[str, str]) -> Rows:
         async with SqlStore.over(store_from(where, clock=SystemClock())) as store:
             for machine in await store.machines(provider="runcomfy", account=account, open_only=False):
                 if machine.server_id is not None:
-                    machines[str(machine.server_id)] = machine, await store.ledger(machine_id=machine.id)
+                    ledger, story = await store.ledger(machine_id=machine.id), await store.story(machine.id)
+                    machines[str(machine.server_id)] = Owned(machine, ledger, story)
     return Rows(rows, attempts, events, machines)
 
 
@@ -120,10 +140,10 @@ def runs_in(log: Path, place: str) -> list[Ran]:
 class Judge:
     """Compares what happened with what had to."""
 
-    def __init__(self, rows: Rows, books: Books, outside: Mapping[str, Any], *, calm_from: float, timeout_s: float):
-        """`calm_from`: wall stamp from which nothing was wrong any more. `timeout_s`: a machine's own."""
+    def __init__(self, rows: Rows, books: Books, outside: Mapping[str, Any], *, timeout_s: float, grace_s: float):
+        """`timeout_s`: a machine's own. `grace_s`: how long a prompt waits for those who can reach it."""
         self._rows, self._books, self._outside = rows, books, outside
-        self._calm_from, self._timeout_s = calm_from, timeout_s
+        self._timeout_s, self._grace_s = timeout_s, grace_s
         self._runs: dict[str, list[Ran]] = defaultdict(list)
         self._by_place: dict[str, list[Ran]] = {}
         logs = {bill["server_id"]: bill["log"] for bill in outside["bills"] if bill["log"]} | {"own": outside["own"]}
@@ -216,7 +236,13 @@ class Judge:
         bill = next((bill for bill in self._outside["bills"] if bill["server_id"] == ran.place), None)
         if bill is not None and bill["ended_at"] and _wall(bill["ended_at"]) <= later.began:
             return "its machine was gone before the result was fetched"
+        if self._account(ran.place) != self._account(later.place) and later.began - ran.began >= self._grace_s:
+            return "nobody who could reach its machine came back in time"
         return None
+
+    def _account(self, place: str) -> str:
+        """Return whose a place is: only services of that account can reach it."""
+        return next((str(b["account"]) for b in self._outside["bills"] if b["server_id"] == place), place)
 
     def _strangers(self) -> None:
         claimed = {prompt for prompts in self._prompts.values() for prompt in prompts}
@@ -233,18 +259,22 @@ class Judge:
             seconds = Decimal(bill["seconds"])
             found.billed_s += float(seconds)
             row = self._rows.machines.get(bill["server_id"])
-            entries = row[1] if row is not None else ()
+            entries = row.ledger if row is not None else ()
             ours = sum((seconds_between(e.started_at, e.ended_at) for e in entries), Decimal(0))
             if abs(seconds - ours) > LEDGER_ALLOWS:
                 found.leaked_s += float(abs(seconds - ours))
+                told = row.told if row is not None else ""
                 found.leaks.append(
                     f"machine {bill['server_id']} {bill['traits']}: the cloud bills {seconds} s, our ledger has "
-                    f"{ours} s ({'no row of ours' if row is None else row[0].state})"
+                    f"{ours} s ({'no row of ours' if row is None else row.machine.state})\n{told}"
                 )
             idle = self._idle(bill)
             if idle > 0:
                 found.leaked_s += idle
-                found.leaks.append(f"machine {bill['server_id']} {bill['traits']} was billed {idle:.0f} s for nobody")
+                told = row.told if row is not None else "    no row of ours"
+                found.leaks.append(
+                    f"machine {bill['server_id']} {bill['traits']} was billed {idle:.0f} s for nobody\n{told}"
+                )
 
     def _idle(self, bill: Mapping[str, Any]) -> float:
         """Return for how long a machine was billed beyond its timeout and a minute after anybody needed it."""
@@ -253,9 +283,12 @@ class Judge:
         end = _wall(bill["ended_at"]) if bill["ended_at"] else datetime.now(UTC).timestamp()
         needed = _wall(bill["ready_at"])
         worst = 0.0
-        for ran in sorted(self._by_place.get(bill["server_id"], ()), key=lambda ran: ran.began):
-            worst = max(worst, ran.began - needed)
-            needed = max(needed, ran.ended or ran.began)
+        row = self._rows.machines.get(bill["server_id"])
+        times = [(at, at) for at in (row.taken_over if row is not None else ())]
+        times += [(ran.began, ran.ended or ran.began) for ran in self._by_place.get(bill["server_id"], ())]
+        for since, until in sorted(times):
+            worst = max(worst, since - needed)
+            needed = max(needed, until)
         return max(0.0, max(worst, end - needed) - self._timeout_s - GONE_WITHIN)
 
     # -- events ----------------------------------------------------------------------------------------------------

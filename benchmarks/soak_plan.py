@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-KILL_EVERY: Final = 3.3
+KILL_EVERY: Final = 2.7
 STOP_EVERY: Final = 12.0
 TOXIC_EVERY: Final = 1.6
 CLOUD_EVERY: Final = 7.0
