@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final
 
+from runcomfy.domain.altered import replace
 from runcomfy.domain.exceptions import foreign_text
 from runcomfy.domain.progress import (
     HistoryEntry,
