@@ -27,7 +27,8 @@ from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.common import high, middle, report
+from benchmarks.common import Findings, high, middle, report
+from benchmarks.results import Result
 from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
@@ -226,7 +227,7 @@ def _are_whole(outputs: list[dict[str, str]]) -> bool:
         return False
 
 
-def tell(database: str, campaign: Campaign) -> None:
+def tell(found: Findings, database: str, campaign: Campaign) -> None:
     report(
         "queue-kills",
         database=database,
@@ -242,17 +243,30 @@ def tell(database: str, campaign: Campaign) -> None:
         allowed_s=LEASE_SECONDS + REAP_SECONDS,
         seconds=round(campaign.seconds, 1),
     )
+    found.told(f"{database}: jobs", campaign.jobs)
+    found.told(f"{database}: executors killed", campaign.kills)
+    found.told(f"{database}: jobs held by one that was killed", campaign.in_flight)
+    found.at_most(f"{database}: jobs lost", campaign.lost, 0)
+    found.at_most(f"{database}: jobs committed twice", campaign.committed_twice, 0)
+    found.at_most(f"{database}: accepted prompts run again", campaign.run_again, 0)
+    if campaign.recovery:
+        allowed = LEASE_SECONDS + REAP_SECONDS
+        found.at_most(
+            f"{database}: from a kill until all is claimed again, longest", max(campaign.recovery), allowed, "s"
+        )
 
 
-async def run(jobs: int = 1_000, kills: int = 100) -> None:
+async def run(jobs: int = 1_000, kills: int = 100) -> Result:
+    found = Findings("killing", "Executors are processes, killed at random while they work off jobs of 50 ms.")
     with TemporaryDirectory(prefix="comfyctl-kill-") as folder:
         path = Path(folder) / "queue.sqlite3"
-        tell("sqlite", await run_campaign(str(path), Path(folder), jobs=jobs, kills=kills))
+        tell(found, "sqlite", await run_campaign(str(path), Path(folder), jobs=jobs, kills=kills))
     from runcomfy.testing.postgres import PostgresForTests
 
     with PostgresForTests() as server, TemporaryDirectory(prefix="comfyctl-kill-") as folder:
-        tell("postgresql", await run_campaign(server.database(), Path(folder), jobs=jobs, kills=kills))
+        tell(found, "postgresql", await run_campaign(server.database(), Path(folder), jobs=jobs, kills=kills))
+    return found.result()
 
 
-def main() -> None:
-    asyncio.run(run())
+def main() -> Result:
+    return asyncio.run(run())

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import looptime
 
-from benchmarks.common import report
+from benchmarks.common import Findings, report
+from benchmarks.results import Result
 from runcomfy.testing.leaks import GUARD_PERIOD, STORIES, Death, allowed, kill_points, leak_of
 
 T = TypeVar("T")
@@ -35,18 +36,22 @@ def _told(work: Coroutine[Any, Any, T]) -> T:
         loop.close()
 
 
-def main() -> None:
+def main() -> Result:
     """Print the worst leak of each story, for a provider that keeps its word and for one that does not."""
     logging.getLogger("runcomfy").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks of the dead that nobody asks how they ended
+    found = Findings(
+        "leaks", "Everything of ours dies at each durable write and remote call; then the cloud's bill is read."
+    )
     with tempfile.TemporaryDirectory(prefix="leaks-") as name:
         for story in STORIES:
             deaths: list[Death] = _told(kill_points(story, Path(name) / "points"))
             for keeps_word in (True, False):
-                _sweep(story, deaths, Path(name), keeps_word=keeps_word)
+                _sweep(found, story, deaths, Path(name), keeps_word=keeps_word)
+    return found.result()
 
 
-def _sweep(story: str, deaths: list[Death], folder: Path, *, keeps_word: bool) -> None:
+def _sweep(found: Findings, story: str, deaths: list[Death], folder: Path, *, keeps_word: bool) -> None:
     began, leaks = time.monotonic(), []
     for number, death in enumerate(deaths):  # a loop of its own for each: what the dead leave behind ends with it
         leaks.append(_told(leak_of(story, death, folder / f"death-{number}", keeps_word=keeps_word)))
@@ -71,3 +76,7 @@ def _sweep(story: str, deaths: list[Death], folder: Path, *, keeps_word: bool) -
         met=not over,
         took_s=round(time.monotonic() - began, 1),
     )
+    who = "the provider keeps its word" if keeps_word else "only the guard lives"
+    found.at_most(f"{story}, {who}: billed after a death, at worst", float(worst.seconds), limit.total_seconds(), "s")
+    found.told(f"{story}, {who}: deaths after which the ledger is not the bill", len(odd))
+    found.told(f"{story}, {who}: deaths", len(leaks))
