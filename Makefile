@@ -55,7 +55,8 @@ coverage: compiled
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term $(ARGS)
 
 # Everything that is measured; `ARGS="planning fleet"` only these. The replay needs a trace: `TRACE=requests.csv`.
-bench: install
+# `RECORD=1` keeps the figures and makes docs/performance.md from them.
+bench: compiled
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench
 	@$(BIN)/python -m benchmarks $(ARGS)
 	@$(if $(TRACE),$(BIN)/python -m benchmarks replay --trace $(TRACE))
