@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any, Final
 from unittest.mock import patch
 
-from runcomfy.application import claims, executor, fleet, owner, reconciler, role, sweeper
+from runcomfy.application import claims, executor, fleet, owner, reconciler, role, service, sweeper
 
 RHYTHMS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (owner, "HEARTBEAT_EVERY", timedelta(minutes=10)),
@@ -23,6 +23,7 @@ RHYTHMS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (sweeper, "SWEEP_EVERY", 60.0),
     (reconciler, "LOOK_EVERY", 120.0),
     (fleet, "BUDGETS_EVERY", 60.0),
+    (service, "STANDBY_EVERY", 60.0),
 )
 ROLE_LEASE: Final = timedelta(minutes=20)
 

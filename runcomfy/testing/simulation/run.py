@@ -19,22 +19,15 @@ from runcomfy.testing.clock import START
 from runcomfy.testing.simulation.faults import harass
 from runcomfy.testing.simulation.load import feed
 from runcomfy.testing.simulation.loop import MemoryLoop
+from runcomfy.testing.simulation.oracles import Violation, judge, watch
 from runcomfy.testing.simulation.pace import slower
 from runcomfy.testing.simulation.seeded import seeded
+from runcomfy.testing.simulation.switches import SWITCHES
 from runcomfy.testing.simulation.trace import Trace
 from runcomfy.testing.simulation.world import DAY, World
 
 LOGGER: Final = "runcomfy"
 NOISE: Final = ("asyncio", "aiohttp.server", "aiohttp.web", "aiohttp.internal", "websockets.client", "runcomfy.emulator")
-try:
-    from runcomfy.testing.simulation.oracles import Violation, judge, watch
-    from runcomfy.testing.simulation.switches import SWITCHES
-except ImportError:
-    from collections import namedtuple
-    Violation = namedtuple("Violation", "invariant what subject")
-    SWITCHES = {}
-    async def watch(world): await asyncio.sleep(1e9)
-    async def judge(world): return [Violation("x", c, None) for c in await world.services.complaints()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +169,7 @@ async def _live(
                 await asyncio.wait({*busy, watching})
             if not watching.cancelled() and (error := watching.exception()) is not None:
                 raise error
-            violations = [*(Violation("I20", words, None) for words in world.deaths), *await judge(world)]
+            violations = [*(Violation("I20", words) for words in world.deaths), *await judge(world)]
         for violation in violations:
             world.trace.tell("oracle", f"{violation.invariant}: {violation.what}")
         return violations, await world.services.spent(), world.cloud.total_usd
