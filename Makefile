@@ -11,7 +11,7 @@ TRACE  ?=
 # themselves: one that is killed, or has no disk left, may leave half of it to the others.
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: install compiled demo test check coverage format lint types floors bench docs lock nightly web clean
+.PHONY: install compiled demo test check coverage format lint types floors bench docs lock nightly soak soak web clean
 
 install: $(STAMP)
 
@@ -83,6 +83,10 @@ web:
 nightly: check
 	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "campaign or not campaign" $(ARGS)
 	@$(BIN)/python -m benchmarks killing leaks
+
+# Everything at once, in real processes that are spoiled and killed at random: `MINUTES=20 ARGS="--seed 7"`.
+soak: compiled
+	@$(BIN)/python -m benchmarks soak --minutes $(or $(MINUTES),20) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .coverage* htmlcov

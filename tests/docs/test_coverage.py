@@ -27,7 +27,7 @@ PAGES = {
 HOW_TOS = {
     "run-a-workflow", "dev-server", "own-comfyui", "credentials", "stop-bills", "write-a-sidecar", "from-python",
     "test-with-the-emulators", "windows", "queue", "agent", "job-files", "costs", "serve", "replay",
-    "conjure", "serverless", "page", "api", "http-safety", "measure",
+    "conjure", "serverless", "page", "api", "http-safety", "measure", "soak",
 }  # fmt: skip
 
 
