@@ -72,7 +72,8 @@ class App(Serving):
         look = getattr(database.kind, "open_transactions", None) if database is not None else None
         if database is None or look is None:
             return None
-        found: list[OpenTransaction] = await database.read(lambda connection: look(connection, older_than=older_than))
+        read = entered(database.read, "jobs.open_transactions")
+        found: list[OpenTransaction] = await read(lambda connection: look(connection, older_than=older_than))
         return found
 
     # -- what is known -----------------------------------------------------------------------------------------

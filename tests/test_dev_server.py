@@ -161,6 +161,22 @@ async def test_a_start_after_a_start_that_was_killed_goes_on_with_its_machine(
         await two.dev.shutdown()
 
 
+async def test_a_start_after_one_that_was_killed_unanswered_goes_on_with_its_machine(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """Invariant I3: what the unanswered launch started is found and adopted, not ended for another one."""
+    cloud.next_call("POST servers", delay=60)
+    async with programs.start() as one:
+        first = asyncio.create_task(start(one))
+        await asyncio.sleep(30)
+        assert len(cloud.launched) == 1
+        await one.kill(first)
+    async with programs.start() as two:
+        machine, _, _ = await start(two)
+        assert cloud.launched == [machine.server_id]
+        await two.dev.shutdown()
+
+
 async def test_a_run_ends_what_a_killed_start_left(cloud: RunComfyEmulator, programs: Programs) -> None:
     async with programs.start() as one:
         first = asyncio.create_task(start(one))

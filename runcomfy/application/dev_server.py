@@ -151,7 +151,7 @@ class DevServer:
         intent = self._machines.books.intent(
             purpose=Purpose.DEV, server_type=server_type, duration=duration, reason="dev server asked for by the user"
         )
-        await Reaper(self._machines).reap(wait=False, spare=_was_being_started)
+        await Reaper(self._machines).reap(wait=False, spare=_was_being_started, spare_unheard=True)
         while True:
             found = await self._there(on_boot, on_wait)
             if found is not None:

@@ -25,7 +25,7 @@ from runcomfy.application.finish import finish
 from runcomfy.domain.durations import show_span
 from runcomfy.domain.evidence import Launched, what_was_started
 from runcomfy.domain.exceptions import LaunchUnclear, LeaseLost, LocalError, ProviderError, RunComfyError
-from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineReport, MachineState
+from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineReport, MachineState, Purpose
 from runcomfy.ports.processes import Processes
 from runcomfy.ports.provider import Provider
 
@@ -96,8 +96,9 @@ class Launching:
     async def launch(self, intent: Machine, *, sending: Callable[[], None] = lambda: None) -> Machine:
         """Rent the machine of `intent`, exactly one, and return it with the provider's id. Hold the lock.
 
-        If it raises, or is cancelled, what it may have started is ended before. `sending` is called when a request is
-        about to leave: the budgets allow it.
+        If an earlier launch of a dead process, for the same and of the same type, was never answered, the machine that
+        it started is taken over in place of another. If it raises, or is cancelled, what it may have started is ended
+        before. `sending` is called when a request is about to leave: the budgets allow it.
 
         Raises BudgetExceeded (a hard budget; nothing was written or sent), what the provider refuses with;
         MachineFailed (it was given a dearer type than asked for);
@@ -105,8 +106,7 @@ class Launching:
         by `reap`).
         """
         try:
-            await self._resolve_earlier()
-            return await self._try(intent, sending)
+            return await self._resolve_earlier(intent) or await self._try(intent, sending)
         except BaseException:
             await finish(self.settle(intent, reason="the launch was broken off", locked=True))
             raise
@@ -141,11 +141,13 @@ class Launching:
         """Whether this process works on that launch: sends it, looks for what it started, or is to end that."""
         return any(attempt.machine.id == machine_id for tries in self._tries.values() for attempt in tries)
 
-    async def _resolve_earlier(self) -> None:
-        """End what an earlier, never answered launch started that nobody works on: one launch in flight at a time.
+    async def _resolve_earlier(self, intent: Machine) -> Machine | None:
+        """See what earlier, never answered launches started that nobody works on: one launch in flight at a time.
 
+        A machine that is as good as the one that `intent` asks for is taken over and returned; every other is ended.
         We hold the launch lock, so nobody alive is launching now.
         """
+        instead: Machine | None = None
         for row in await self._books.rows(states=[MachineState.REQUESTED]):
             if row.state is not MachineState.REQUESTED or self.is_under_way(row.id):
                 continue
@@ -159,8 +161,14 @@ class Launching:
             )
             found = await self.find_launched(row)
             taken = found and await self._books.try_take_over(found, note="its process is gone")
-            if taken:
+            if taken and instead is None and _is_as_good(taken, intent):
+                self._tries.setdefault(intent.id, []).append(_Try(taken, sent=True))
+                self._books.tell(f"going on with machine {taken.server_id}, which that launch has started")
+                instead = taken
+            elif taken:
                 await finish(self._ending.stop(taken, reason="its launch was never answered and its process is gone"))
+
+        return instead
 
     async def _launch_once(self, attempt: _Try) -> Machine | None:
         machine = attempt.machine
@@ -335,3 +343,15 @@ class Launching:
             if known is None or known.server_id is None:
                 raise
             return known
+
+
+def _is_as_good(machine: Machine, intent: Machine) -> bool:
+    """Whether a machine that nobody has heard of yet can stand for the one that is asked for.
+
+    One of a single run is not passed on: its lease and its budget were that run's.
+    """
+    return (
+        machine.purpose in (Purpose.DEV, Purpose.POOL)
+        and (machine.purpose, machine.server_type) == (intent.purpose, intent.server_type)
+        and (machine.workflow_version_id, machine.duration) == (intent.workflow_version_id, intent.duration)
+    )

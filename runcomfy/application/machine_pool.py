@@ -422,6 +422,8 @@ class MachinePool:
                 taken = found
             else:
                 continue
+            if self._members.get(row.id) is not None:  # a launch of ours has gone on with it meanwhile
+                continue
             self._members.add(self._adopted(taken))
             self._books.tell(f"went on with {row.server_type} machine {row.server_id}, whose process {fate}")
             adopted.append(taken.id)

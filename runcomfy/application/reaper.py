@@ -189,12 +189,14 @@ class Reaper:
         *,
         wait: bool = True,
         spare: Callable[[Machine], bool] | None = None,
+        spare_unheard: bool = False,
         on_ending: Callable[[], None] = lambda: None,
     ) -> Reaped:
         """Repair the books and end what has nobody; return what was done.
 
         `wait=False` does not wait for unanswered launches to become visible; they are reported as unresolved.
-        Machines that `spare` says yes to are kept: the caller is about to take them over. `on_ending` is called when
+        Machines that `spare` says yes to are kept: the caller is about to take them over; with `spare_unheard` also
+        those that unanswered launches turn out to have started. `on_ending` is called when
         everything is decided and only stops are left, which take as long as the provider needs.
 
         Raises ProviderError if the account's machines cannot be listed: nothing is decided then.
@@ -216,7 +218,10 @@ class Reaper:
                 else:
                     doomed.append(verdict)
             elif (found := await self._resolve(verdict.machine, report, wait=wait)) is not None:
-                doomed.append(Verdict(found, end=True, why="its launch was never answered"))
+                if spare is not None and spare_unheard and spare(found):
+                    report.kept.append(Verdict(found, end=False, why="about to be taken over"))
+                else:
+                    doomed.append(Verdict(found, end=True, why="its launch was never answered"))
         missing = self._kept_but_missing(report.kept, first)
         if doomed or missing:
             await asyncio.sleep(min(1.0, self._machines.settings.cloud.poll_interval.total_seconds()))

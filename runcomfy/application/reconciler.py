@@ -25,6 +25,8 @@ from runcomfy.domain.money import cost_of, show_usd
 
 log = logging.getLogger("runcomfy.reconciler")
 
+RESOLVED_WITHIN: Final = 5.0
+"""Seconds that the start of a service waits at most until it is known what unanswered launches have started."""
 LOOK_EVERY: Final = 5.0
 """Seconds between two looks at the clocks: so late at most it is noticed that the computer has slept."""
 
@@ -54,6 +56,17 @@ class Reconciler:
         """
         return await self._reconcile(asyncio.Event())
 
+    async def resolve(self) -> None:
+        """Find out what launches of dead processes have started, for who takes such machines over; end nothing.
+
+        What cannot be found out now is asked again by every round.
+        """
+        try:
+            async with asyncio.timeout(RESOLVED_WITHIN):  # a living process may hold the launch lock
+                await self._reaper.resolve_launches()
+        except (RunComfyError, TimeoutError) as error:
+            log.warning("launches_not_resolved", extra={"fields": {"error": repr(error)}})
+
     async def _reconcile(self, ends: asyncio.Event) -> Reaped:
         done = await self._reaper.reap(wait=False, spare=self._spare, on_ending=ends.set)
         self.last = done
@@ -67,15 +80,18 @@ class Reconciler:
         finally:
             await finish(self.close())
 
-    async def close(self, after: Coroutine[Any, Any, None] | None = None) -> None:
+    async def close(self, after: Coroutine[Any, Any, None] | None = None, *, at_least_once: bool = False) -> None:
         """See what was begun to be stopped to its end, which takes as long as the provider needs; `after` comes first.
 
-        Raises what `after` raises.
+        `at_least_once`: a service that had nothing to do may end before its first round came through; it is made up
+        for then, so that what an earlier one left behind does not wait for the next. Raises what `after` raises.
         """
         try:
             if after is not None:
                 await after
         finally:
+            if at_least_once and self.last is None:
+                await self._softly(asyncio.Event())
             if self._rounds:
                 await asyncio.wait(set(self._rounds))
 

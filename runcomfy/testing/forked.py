@@ -107,7 +107,8 @@ class Commands:
             "log": str(log),
         }
         self._nursery.stdin.write(json.dumps(order).encode() + b"\n")
-        return await born
+        forked: Forked = await born
+        return forked
 
     async def _hear(self) -> None:
         if self._nursery is None or self._nursery.stdout is None:

@@ -26,6 +26,7 @@ from typing import Any, Final
 from PIL import Image
 
 from runcomfy.adapters.clock import SystemClock
+from runcomfy.adapters.processes import ProcessTable
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.sql import SqlStore
@@ -61,6 +62,7 @@ READS: Final = frozenset(
     | {f"jobs.{name}" for name in (
         "job", "jobs", "changed", "owners", "counts", "events", "attempts", "pauses", "holds", "to_end", "arrivals",
         "past_results", "jobs_with", "settled", "told", "story", "job_of", "busy", "waiting", "waits", "look",
+        "prompt_places", "open_transactions", "backlog",
     )}
     | {"dev_file.hint", "results.check_input", "results.files_among", "job_files.scan", "job_files.find",
        "job_files.read", "job_files.job", "job_files.surroundings", "comfyui.close", "comfyui.renew_socket",
@@ -197,8 +199,9 @@ class Stage:
             if len(open_rows) != alive:
                 states = ", ".join(f"{row.state}" for row in open_rows)
                 found.append(f"I2: {len(open_rows)} machines are open in our books ({states}), not {alive}")
-            if uses := await store.uses():
-                found.append(f"I20: {len(uses)} uses of machines have not ended")
+            users = await store.owners({use.owner_id for use in await store.uses()})
+            if any(ProcessTable().lives(user, now=SystemClock().now()) for user in users.values()):
+                found.append("I20: a process that is gone is taken to use a machine")
             if not alive:
                 found += await self._bills(store, rows)
         return found

@@ -223,7 +223,9 @@ class Core:
             if not self.queue_exists:
                 return None  # a machine of a queue belongs to a queue that is somewhere else
             await self.job_store()
-            return await prompt_places(self._jobs_database) if self._jobs_database is not None else None
+            if self._jobs_database is None:
+                return None
+            return await entered(prompt_places, "jobs.prompt_places")(self._jobs_database)
         except RunComfyError as error:
             self._say(f"the queue cannot be read ({error.message}): machines of queues are left alone for now")
             return None

@@ -276,6 +276,7 @@ class Serving(Core):
         machines, _ = await self.cloud()
         pool, reconciler = await self.pool(role), Reconciler(machines, spare=takes_over)
         try:
+            await reconciler.resolve()
             await pool.adopt()
             fleet = await self.fleet(pool, role)
             await fleet.begin()
@@ -298,4 +299,5 @@ class Serving(Core):
             yield Crew(executor, fleet, loops=loops, monitor=self._monitor)
         finally:
             ours = role.holds() or (stop.is_set() and await finish(role.take_softly()))
-            await finish(reconciler.close(after=pool.close(keep=not ours)))
+            whole = ours and options.once and not stop.is_set()
+            await finish(reconciler.close(after=pool.close(keep=not ours), at_least_once=whole))

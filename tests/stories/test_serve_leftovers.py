@@ -120,3 +120,36 @@ async def test_jobs_of_a_machine_that_went_with_its_service_start_anew_at_once(
     assert lost
     assert all(work.ended_at is not None and work.ended_at <= died for work in lost)
     assert (await services.queue.counts())[QueueStatus.DONE] == 1
+
+
+@pytest.mark.fault(2)
+async def test_a_service_goes_on_with_the_machine_of_a_launch_that_nobody_heard_the_answer_of(
+    services: Services, cloud: RunComfyEmulator
+) -> None:
+    """Invariant I3: adopted, one machine."""
+    cloud.next_call("POST servers", delay=60)
+    await services.put(1, seconds=10)
+    async with services.start(max_machines=1) as served:
+        await services.when(lambda: bool(cloud.launched), "a machine is launched")
+        await served.kill()
+    async with services.start(max_machines=1, once=True) as served:
+        assert served.task is not None
+        await served.task
+    assert len(cloud.launched) == 1
+    assert await services.complaints() == []
+
+
+async def test_once_with_nothing_to_do_sees_the_end_of_what_a_crash_left(
+    services: Services, cloud: RunComfyEmulator
+) -> None:
+    """Invariant I20: it leaves when a round of the reconciler came through, however little else there was to do."""
+    await services.put(1, seconds=10)
+    cloud.next_call("DELETE *", delay=60)
+    async with services.start(max_machines=1, keep_alive=timedelta(seconds=1)) as served:
+        await services.when(lambda: any(call.method == "DELETE" for call in cloud.calls), "a stop is asked for")
+        await served.kill()
+    async with services.start(max_machines=1, once=True) as served:
+        assert served.task is not None
+        await served.task
+    assert await services.machines(open_only=True) == []
+    assert await services.complaints() == []
