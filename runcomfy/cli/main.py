@@ -33,6 +33,7 @@ COMMANDS: Final[Table] = {
     "config": ("runcomfy.cli.config:config", "Show every setting and where it came from."),
     "doctor": ("runcomfy.cli.doctor:doctor", "Test each layer alone and say which one is wrong."),
     "demo": ("runcomfy.cli.demo:demo", "The whole product on an emulated cloud: no account, no GPU."),
+    "simulate": ("runcomfy.cli.simulate:simulate", "Live through a day in which much goes wrong, and judge it."),
     "emulator": ("runcomfy.cli.emulator:emulator", "Run the emulated cloud in the foreground."),
 }
 

@@ -27,7 +27,14 @@ from runcomfy.testing.simulation.trace import Trace
 from runcomfy.testing.simulation.world import DAY, World
 
 LOGGER: Final = "runcomfy"
-NOISE: Final = ("asyncio", "aiohttp.server", "aiohttp.web", "aiohttp.internal", "websockets.client", "runcomfy.emulator")
+NOISE: Final = (
+    "asyncio",
+    "aiohttp.server",
+    "aiohttp.web",
+    "aiohttp.internal",
+    "websockets.client",
+    "runcomfy.emulator",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +136,7 @@ def simulate(seed: int, *, length: timedelta = DAY, broken: str = "") -> Day:
         world = World(seed, loop, length=length)
         stack.enter_context(_told(world))
         switch = SWITCHES[broken] if broken else _nothing
+        stack.callback(_sweep, loop)
         violations, ledger_usd, bill_usd = loop.run_until_complete(_live(world, switch))
     return Day(
         seed=seed,
@@ -173,6 +181,20 @@ async def _live(
         for violation in violations:
             world.trace.tell("oracle", f"{violation.invariant}: {violation.what}")
         return violations, await world.services.spent(), world.cloud.total_usd
+
+
+def _sweep(loop: MemoryLoop) -> None:
+    """End what killed programs have left behind: nothing of it has an effect any more."""
+    for _ in range(8):
+        tasks = asyncio.all_tasks(loop)
+        if not tasks:
+            return
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.wait(tasks, timeout=1))
+        for task in tasks:
+            if task.done() and not task.cancelled():
+                task.exception()
 
 
 @contextmanager

@@ -145,9 +145,7 @@ class World:
             tokens=(Secret(self.cloud.token),),
             workflow_version_id=str(self.cloud.workflows[0]["version_id"]),
         )
-        self.services = Services(
-            self.cloud, account, self.clock, self.folder, in_memory=self._pause, **QUEUE
-        )
+        self.services = Services(self.cloud, account, self.clock, self.folder, in_memory=self._pause, **QUEUE)
         await self.services.__aenter__()
         return self
 
@@ -207,7 +205,9 @@ class World:
         if served not in self.served or served.app.killed.is_set() or task.cancelled():
             return
         error = task.exception()
-        words = f"{name} ended by itself, " + ("without a reason" if error is None else f"{type(error).__name__}: {error}")
+        words = f"{name} ended by itself, " + (
+            "without a reason" if error is None else f"{type(error).__name__}: {error}"
+        )
         self.trace.tell("world", words)
         if not isinstance(error, LocalError):  # no database is a reason to give up at the start: it is started again
             self.deaths.append(words)

@@ -1,0 +1,50 @@
+"""Simulated days: all of them green, each the same every time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+
+from runcomfy.testing.simulation.run import Day, simulate
+
+SEEDS = range(1, 31)
+
+
+def told(day: Day) -> str:
+    """Return what to read if a day is not green."""
+    return "\n".join(day.report()) if day.violations else ""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_day_in_which_much_goes_wrong_keeps_every_promise(seed: int) -> None:
+    day = simulate(seed)
+
+    assert not told(day)
+    assert day.jobs > 10
+    assert day.faults > 500  # one in two minutes, until the calm
+
+
+def test_a_seed_is_the_same_day_in_every_process() -> None:
+    script = (
+        "from datetime import timedelta; from runcomfy.testing.simulation.run import simulate; "
+        "print(simulate(7, length=timedelta(hours=6)).digest)"
+    )
+
+    def digest(hash_seed: str) -> str:
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert digest("1") == digest("2") == simulate(7, length=timedelta(hours=6)).digest
+
+
+def test_another_seed_is_another_day() -> None:
+    short = timedelta(hours=1)
+
+    assert simulate(1, length=short).digest != simulate(2, length=short).digest
