@@ -147,7 +147,7 @@ class CloudOracle:
 
     def _check_budget(self, rows: Sequence[Machine], at: datetime, now: float) -> None:
         """I6: what is billed and what may still be, by the cloud's books, within the caps when a launch is sent."""
-        budgets = getattr(self.world, "budgets", ())
+        budgets = self.world.budgets
         for budget in budgets:
             if budget.hard is None or budget.project or budget.user:
                 continue
@@ -191,7 +191,9 @@ class CloudOracle:
         self.found.add(invariant, f"a machine was asked to stop while it computed {whose}", server_id, at=now)
 
     def _may_stop_busy(self, server_id: str, now: float) -> bool:
-        """Whether there is a reason: it was hit itself, its lease could not be prolonged, its service was to end."""
+        """Whether there is a reason: a budget, it was hit itself, its lease could not be prolonged, a service ends."""
+        if self.world.budgets:
+            return True
         if self.harm.hit(server_id, before=now, within=2_400):
             return True
         if now - self._longer_failed.get(server_id, -1e9) < 900:

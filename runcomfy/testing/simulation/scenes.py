@@ -107,7 +107,7 @@ async def _full(world: World) -> None:
 
 
 async def _capped(world: World) -> None:
-    """A budget of half a dollar an hour, for whoever serves from now on."""
+    """A budget of forty cents an hour, for whoever serves from now on."""
     world.budgets = (Budget(Period.HOUR, hard=Decimal("0.40")),)
     await world.kill_and_restart(world.served[0], timedelta(seconds=1))
 
@@ -118,7 +118,7 @@ PLAIN: Final = Direction(_few)
 BUSY: Final = Direction(lambda: [_order(n, 60.0 + 2 * n, seconds=200.0) for n in range(1, 13)])
 UNHEARD: Final = Direction(_few, ((30.0, _call("POST servers", reply="lost", works=True)),))
 DEAF_MACHINE: Final = Direction(_few, ((400.0, _deaf),))
-BUDGET: Final = Direction(lambda: [_order(n, 120.0 + n, seconds=400.0) for n in range(1, 13)], ((1.0, _capped),))
+BUDGET: Final = Direction(lambda: [_order(n, 120.0 + n, seconds=150.0) for n in range(1, 10)], ((1.0, _capped),))
 STRANGER: Final = Direction(_few, ((200.0, _stranger),))
 LOST_SUBMIT: Final = Direction(
     lambda: [_order(1, 60.0), _order(2, 320.0)],
