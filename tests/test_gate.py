@@ -16,12 +16,12 @@ from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.application.gate import BUDGET_AGAIN, Gate
 from runcomfy.application.job_queue import JobQueue
 from runcomfy.domain.budget import Budget, BudgetState, Period, Window, exceeded
-from runcomfy.domain.exceptions import BudgetExceeded
+from runcomfy.domain.exceptions import BudgetExceeded, DiskFull, ServerUnreachable
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import QUEUE_SCOPE
-from runcomfy.domain.retry import Pause, RetryPolicy
+from runcomfy.domain.retry import Pause, RetryPolicy, Scope
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import QueueSettings
 from runcomfy.testing.clock import LoopClock
@@ -106,3 +106,25 @@ async def test_a_window_that_has_turned_for_the_database_and_not_for_us_is_asked
     assert not await door.gate.opens()
     await asyncio.sleep(BUDGET_AGAIN.total_seconds() + 1)
     assert await door.gate.opens()
+
+
+async def test_a_server_that_is_away_keeps_nobody_from_working_elsewhere(door: Door, clock: LoopClock) -> None:
+    owner = Owner(OwnerId("other"), "host", 2, 0.0, "comfyctl", clock.now(), clock.now())
+
+    async def ready() -> None: ...
+
+    def beside(place: str) -> Gate:
+        return Gate(door.store, owner, RetryPolicy(), ready, tell=lambda _: None, trouble=lambda _: None, place=place)
+
+    here, same, other, pool = (
+        beside(at) for at in ("server:localhost:1@host", "server:localhost:1@host", "server:b:2", "")
+    )
+    error = ServerUnreachable("http://127.0.0.1:1 refuses connections", hint="start it")
+    decided = Pause(retry_in=timedelta(minutes=5), scope=Scope.HOST)
+    await here.pause(decided, error)
+    [pause] = await door.store.pauses()
+    assert pause.scope == "host:host at localhost:1"
+    assert [await gate.opens() for gate in (here, same, other, pool)] == [False, False, True, True]
+    await here.pause(decided, error)
+    await other.pause(decided, DiskFull("no room", hint="make room"))
+    assert [await gate.opens() for gate in (same, other, pool)] == [False, False, False], "the disk is everybody's"

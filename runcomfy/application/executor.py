@@ -34,6 +34,7 @@ from runcomfy.application.job_queue import EXECUTOR
 from runcomfy.application.job_run import Bench, JobRun, RunsJobs, Why
 from runcomfy.application.placing import PlaceFactory
 from runcomfy.application.planner import Planner
+from runcomfy.application.station import GivenStation
 from runcomfy.application.sweeper import Sweeper
 from runcomfy.application.working_off import SURE, limits_of, looks_done
 from runcomfy.domain import retry
@@ -147,7 +148,8 @@ class Executor:
         policy = retry.RetryPolicy(
             settings.retry_limit, settings.kill_limit, settings.backoff_first, settings.backoff_most
         )
-        self._gate = Gate(store, self.owner, policy, station.ready, tell=tell, trouble=self._troubled)
+        there = station.key if isinstance(station, GivenStation) else ""
+        self._gate = Gate(store, self.owner, policy, station.ready, tell=tell, trouble=self._troubled, place=there)
         self._bench = self._set_up(orchestrator, policy, draw or random.uniform)
         self._claims = self._hold(clock)
         self._sweeper = Sweeper(

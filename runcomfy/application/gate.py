@@ -1,9 +1,10 @@
 """
 Whether jobs may be begun here: pauses, of the whole queue and of this computer, as rows that everybody sees.
 
-What every job needs and is missing (a server, credentials, room on the disk) pauses the executors of this computer, so
-that no job's retries are burnt. When the time of a pause is over the place is asked first, and then one job is tried:
-the gate is wide open again only when a server has taken a prompt.
+What every job needs and is missing (credentials, room on the disk) pauses the executors of this computer, so that no
+job's retries are burnt; a server that is away pauses those that work on it, and no pool or other server beside it. When
+the time of a pause is over the place is asked first, and then one job is tried: the gate is wide open again only when a
+server has taken a prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import Final
 
 from runcomfy.application.job_queue import host_scope
 from runcomfy.domain import retry
-from runcomfy.domain.exceptions import LocalError, RunComfyError, ServerUnreachable
+from runcomfy.domain.exceptions import (
+    AnswerUnreadable,
+    LocalError,
+    NotComfyUI,
+    RunComfyError,
+    ServerTooOld,
+    ServerUnreachable,
+)
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.queued import QUEUE_SCOPE, Pause, QueueStatus
 from runcomfy.ports.jobs import JobStore
@@ -27,6 +35,8 @@ FOR_GOOD: Final = timedelta(days=1)
 """How long a pause that only a user ends is believed without asking."""
 BUDGET_AGAIN: Final = timedelta(seconds=15)
 """How soon a budget is asked again at the earliest: its window turns by our clock, pauses by the database's."""
+OF_A_SERVER: Final = (ServerUnreachable, NotComfyUI, ServerTooOld, AnswerUnreadable)
+"""What is wrong with one server, and says nothing of another."""
 CLOCKS_DIFFER: Final = timedelta(seconds=5)
 """A pause that begins farther ahead than this was written before the clock was set back."""
 
@@ -43,11 +53,13 @@ class Gate:
         *,
         tell: Callable[[str], None],
         trouble: Callable[[LocalError | None], None],
+        place: str = "",
     ) -> None:
-        """`ready` raises what keeps jobs from running here."""
+        """`ready` raises what keeps jobs from running here. `place`: the key of the server, if all jobs go to one."""
         self._store, self._by, self._policy, self._ready = store, owner.id, policy, ready
         self._tell, self._trouble = tell, trouble
         self._host = host_scope(owner)
+        self._here = f"{self._host} at {place.removeprefix('server:').partition('@')[0]}" if place else self._host
         self.in_a_row = 0
         """How often this executor has paused since a server last took a prompt."""
         self.on_trial = False
@@ -87,7 +99,9 @@ class Gate:
             retry_in = max(BUDGET_AGAIN, decision.until - self._store.now())
         self._until = loop.time() + (retry_in or FOR_GOOD).total_seconds()
         self.in_a_row += 1
-        scope = QUEUE_SCOPE if decision.scope is retry.Scope.QUEUE else self._host
+        scope = self._here if isinstance(error, OF_A_SERVER) else self._host
+        if decision.scope is retry.Scope.QUEUE:
+            scope = QUEUE_SCOPE
         message = f"{error.message}; {error.hint}" if error.hint else error.message
         try:
             if any(pause.scope == scope and pause.until is None for pause in await self._pauses()):
@@ -101,7 +115,7 @@ class Gate:
         self.in_a_row, self.on_trial = 0, False
 
     async def _pauses(self) -> Sequence[Pause]:
-        return [pause for pause in await self._store.pauses() if pause.scope in (QUEUE_SCOPE, self._host)]
+        return [pause for pause in await self._store.pauses() if pause.scope in (QUEUE_SCOPE, self._host, self._here)]
 
     async def _could_run(self) -> bool:
         """Whether a job that waits would find its place now; if not, the pause is prolonged without trying it."""
