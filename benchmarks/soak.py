@@ -55,6 +55,8 @@ KEEP_ALIVE: Final = 10.0
 ATTACH_GRACE: Final = 45.0
 CLIENTS: Final = 14
 MEASURE_EVERY: Final = 2.0
+KILLED_STARTING: Final = 0.15
+"""The share of kills that do not ask whether their victim is at work yet."""
 TOLD_MOST: Final = 60
 """Stories that are printed."""
 CALM_WITHIN: Final = 150.0
@@ -249,7 +251,8 @@ class Soak:
         stack.push_async_callback(self._end_guards)
 
     def _add(self, name: str, kind: str, command: Sequence[str], env: dict[str, str], *, mortal: bool = True) -> None:
-        self.kept.append(Kept(name, kind, command, env, self.folder, mortal))
+        word = "answering HTTP" if kind == "service" and mortal else "\n"
+        self.kept.append(Kept(name, kind, command, env, self.folder, word, mortal))
 
     async def _token(self) -> str:
         path = self.folder / "near" / "http_token"
@@ -302,10 +305,11 @@ class Soak:
         mortal = [kept for kept in self.kept if kept.mortal and kept.kind == kind]
         first = int(deed.pick * len(mortal))
         for kept in mortal[first:] + mortal[:first]:
-            if kept.kill():
+            # Most are killed at work; those that only start would never get there on a slow computer.
+            if (kept.ready or deed.pick * 100 % 1 < KILLED_STARTING) and kept.kill():
                 self._note("kills", deed, kept.name)
                 return kind
-        return ""
+        return "comfyui" if await outside.do("kill", pick=deed.pick) else ""
 
     async def _stop(self, outside: Outsiders, deed: Deed) -> str:
         if deed.target == "comfyui":

@@ -19,7 +19,7 @@ CLOUD_EVERY: Final = 7.0
 LONG_FROM_MINUTES: Final = 5.0
 """A soak at least so long has processes that sleep through everything that they hold."""
 
-KILLED: Final[Mapping[str, float]] = {"service": 0.52, "executor": 0.16, "guard": 0.06, "comfyui": 0.2, "client": 0.06}
+KILLED: Final[Mapping[str, float]] = {"service": 0.42, "executor": 0.18, "guard": 0.08, "comfyui": 0.24, "client": 0.08}
 STOPPED: Final[Mapping[str, float]] = {"service": 0.55, "executor": 0.15, "guard": 0.1, "comfyui": 0.2}
 SPOILED: Final[Mapping[str, float]] = {"api": 0.22, "machine": 0.34, "own": 0.16, "http": 0.28}
 

@@ -46,6 +46,8 @@ class Kept:
     command: Sequence[str]
     env: Mapping[str, str]
     folder: Path
+    ready_word: str = "\n"
+    """What it says when it works."""
     mortal: bool = True
     """Whether it may be killed; a process whose memory is looked at may only be stopped."""
     process: asyncio.subprocess.Process | None = None
@@ -57,6 +59,7 @@ class Kept:
     """What it said when it ended though nobody killed it."""
     sizes: list[tuple[float, int]] = field(default_factory=list)
     """Seconds since the beginning, and resident bytes."""
+    _said_before: int = 0
     _killed: bool = False
     _keeper: asyncio.Task[None] | None = None
 
@@ -70,7 +73,17 @@ class Kept:
         await self._spawn()
         self._keeper = asyncio.create_task(self._keep(), name=f"keeper of {self.name}")
 
+    @property
+    def ready(self) -> bool:
+        """Whether it has said since its start that it works."""
+        if self.pid is None or not self.log.is_file():
+            return False
+        with self.log.open("rb") as log:
+            log.seek(self._said_before)
+            return self.ready_word.encode() in log.read()
+
     async def _spawn(self) -> None:
+        self._said_before = self.log.stat().st_size if self.log.is_file() else 0
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "runcomfy.cli.main", *self.command,
