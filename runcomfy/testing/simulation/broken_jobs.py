@@ -21,6 +21,7 @@ from runcomfy.domain.queued import NewJob, Outcome, QueuedJob, QueueStatus, Reas
 from runcomfy.domain.retry import RetryPolicy
 from runcomfy.testing.simulation.broken_machines import instead
 from runcomfy.testing.simulation.harm import harm_of
+from runcomfy.testing.simulation.load import number_of
 
 if TYPE_CHECKING:
     from runcomfy.testing.simulation.world import World
@@ -72,7 +73,8 @@ def published_twice(_: World) -> Iterator[None]:
 
 @contextmanager
 def on_two_machines(world: World) -> Iterator[None]:
-    """Send each prompt to another machine, too."""
+    """Send each job's first prompt to another machine, too."""
+    doubled: set[int | None] = set()
 
     def submit(real: Any) -> Any:
         async def submitted(self: Any, graph: Mapping[str, Any], *, prompt_id: Any) -> Any:
@@ -80,7 +82,8 @@ def on_two_machines(world: World) -> Iterator[None]:
             for _, comfyui in harm_of(world).comfyuis():
                 process = comfyui.process
                 held = {item[1] for item in (*process.queue.waiting, *process.queue.running.values())}
-                if prompt_id not in held:
+                if prompt_id not in held and number_of(graph) not in doubled:
+                    doubled.add(number_of(graph))
                     again = str(uuid4())
                     outputs = [name for name, node in graph.items() if node["class_type"].startswith("Save")]
                     process.queue.put((process.counter, again, dict(graph), {}, outputs, {}))
@@ -105,12 +108,12 @@ def submits_blindly(_: World) -> Iterator[None]:
 
 
 @contextmanager
-def tries_for_ever(_: World) -> Iterator[None]:
-    """Forget how often a job was tried, and how many machines died under it."""
+def tries_too_often(_: World) -> Iterator[None]:
+    """Count the first twelve tries of a job for nothing."""
 
     def decide(real: Any) -> Any:
         def decided(self: RetryPolicy, error: Any, **given: Any) -> Any:
-            return real(self, error, **{**given, "retries_attempted": 0, "kill_count": 0, "retry_limit": 1})
+            return real(self, error, **{**given, "retries_attempted": max(0, given["retries_attempted"] - 12)})
 
         return decided
 

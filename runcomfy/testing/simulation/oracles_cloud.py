@@ -310,18 +310,30 @@ class CloudOracle:
             self.found.add("I9", what, server_id, at=now)
 
     def _unheard(self, machine: EmulatedMachine) -> float:
-        """Return for how many seconds after a machine's end nobody was told of it: two good lists, or its status."""
-        end = machine.billed_until or machine.gone_at
-        if end is None:
+        """Return for how many seconds after a machine's end nobody was told of it: two good lists, or its status.
+
+        For ever, if nobody who lived on had been told before that it was ready, or for how long it was prolonged.
+        """
+        end, ready = machine.billed_until or machine.gone_at, machine.ready_at
+        if end is None or ready is None:
             return 0.0
-        good = 0
+        begin = self.world.now - timedelta(seconds=self.world.seconds)
+        good, heard, longer = 0, False, False
         for call in self.world.cloud.calls:
-            if call.at < end or call.method != "GET" or not call.path.startswith("servers"):
+            about = call.path == f"servers/{machine.server_id}"
+            if call.path == f"servers/{machine.server_id}/update-estimated-duration":
+                longer = longer or call.reply is not None or call.status >= 500
+            if call.method != "GET" or not (about or call.path.startswith("servers")):
                 continue
-            if call.status in (200, 404) and call.reply is None and call.worked:
+            if call.reply is not None or not call.worked or call.status not in (200, 404) or call.at < ready:
+                continue
+            at = (call.at - begin).total_seconds()
+            if call.at < end and not self._disturbed(PROGRAM_FAULTS, at, at + 60):
+                heard, longer = True, longer and about  # a list that comes later confirms what was prolonged
+            if call.at >= end:
                 good += 1
                 if good == 2:
-                    return (call.at - end).total_seconds()
+                    return 1e6 if longer or not heard else (call.at - end).total_seconds()
         return 1e6
 
     # -- what was wrong ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from PIL import Image
 
+from runcomfy.adapters.job_folder import DISCARDED, REJECTED
 from runcomfy.domain.queued import LAST_WORDS, EventKind, QueuedJob, QueueStatus, Reason
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.comfyui.nodes.probes import picture_of
@@ -171,7 +172,8 @@ class JobsOracle:
             str(Path(output["path"]).resolve()) for job in rows.values() for output in job.result.get("outputs", ())
         }
         for path in sorted(folder.glob("*")):
-            if path.is_file() and not path.name.startswith(".") and str(path.resolve()) not in known:
+            kept_aside = path.name.startswith(".") or REJECTED in path.name or DISCARDED in path.name
+            if path.is_file() and not kept_aside and str(path.resolve()) not in known:
                 self._say("I11", f"{path.name} is no job's recorded result", path.name.partition(".")[0])
 
     def _judge_by_hand(self) -> None:

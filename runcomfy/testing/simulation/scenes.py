@@ -127,7 +127,7 @@ LOST_SUBMIT: Final = Direction(
 FAILING: Final = Direction(lambda: [_order(1, 60.0, kind="fails"), _order(2, 90.0)])
 CORRUPT: Final = Direction(
     lambda: [_order(1, 60.0), _order(2, 330.0)],
-    ((310.0, _comfyui("GET", "/view", Fault.corrupted(corruption.bad_crc), times=1)),),
+    ((310.0, _comfyui("GET", "/view", Fault.corrupted(corruption.cut_idat), times=1)),),
 )
 SAME_KEY: Final = Direction(lambda: [_order(1, 60.0, key="key-1", again_after=(30.0, 900.0)), _order(2, 90.0)])
 CANCELLED: Final = Direction(lambda: [_order(1, 60.0, seconds=200.0, cancel_after=100.0), _order(2, 90.0)])

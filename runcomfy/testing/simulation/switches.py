@@ -73,7 +73,7 @@ _ALL: Final[tuple[Switch, ...]] = (
     Switch(
         "I13", "a submit that was not answered is repeated without a look", jobs.submits_blindly, scenes.LOST_SUBMIT
     ),
-    Switch("I14", "failures are tried again for ever", jobs.tries_for_ever, scenes.FAILING),
+    Switch("I14", "failures are tried again twelve times too often", jobs.tries_too_often, scenes.FAILING),
     Switch("I15", "results are taken as they come", jobs.takes_anything, scenes.CORRUPT),
     Switch("I16", "keys of clients are ignored", jobs.ignores_keys, scenes.SAME_KEY),
     Switch("I17", "a cancel is answered and forgotten", jobs.forgets_cancels, scenes.CANCELLED),
