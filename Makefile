@@ -50,9 +50,11 @@ floors: install
 check: lint types floors compiled
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-# Which lines and branches the tests reach; measuring it makes them half as slow again.
+# Which lines and branches of runcomfy/ the tests reach, the programs included that they start; measuring it makes them
+# half as slow again. `RECORD=1` keeps the figures.
 coverage: compiled
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report= $(ARGS); \
+		status=$$?; RECORD=$(RECORD) $(BIN)/python -m benchmarks.coverage_report && exit $$status
 
 # Everything that is measured; `ARGS="planning fleet"` only these. The replay needs a trace: `TRACE=requests.csv`.
 # `RECORD=1` keeps the figures and makes docs/performance.md from them.

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import coverage_report
 from benchmarks.results import Figure, Result, kept
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +131,8 @@ def figures(result: Result) -> str:
 
     shown = table("what | figure | bar | ", ((f.what, f.value, f.bar, met(f)) for f in result.figures))
     computer = f"{result.cores} cores, {result.system}, Python {result.python}"
-    ran = f"`{result.command}` on {result.day}, in {result.took_s:,.0f} s: {computer}."
+    took = f", in {result.took_s:,.0f} s" if result.took_s else ""
+    ran = f"`{result.command}` on {result.day}{took}: {computer}."
     return "\n\n".join([ran, shown, *result.notes])
 
 
@@ -194,6 +196,27 @@ def test_no_table_is_broken_by_what_stands_in_it() -> None:
     for line in page().splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) in (4, 5), line
+
+
+def test_the_figure_of_coverage_is_the_one_of_the_bar() -> None:
+    def file(share: float) -> dict[str, Any]:
+        return {"summary": {"percent_covered": share}}
+
+    totals = {
+        "percent_covered": 94.96,
+        "num_statements": 80,
+        "covered_lines": 79,
+        "num_branches": 20,
+        "covered_branches": 18,
+    }
+    report = {
+        "totals": totals,
+        "files": {"runcomfy/a.py": file(94.9), "runcomfy/b.py": file(95), "runcomfy/c.py": file(1)},
+    }
+    assert coverage_report.below(report) == [("runcomfy/c.py", 1.0), ("runcomfy/a.py", 94.9)]
+    whole, lines, branches, files = coverage_report.figures(report)
+    assert (whole.value, whole.met) == ("95.0 %", False)
+    assert (lines.value, branches.value, files.value) == ("98.8 % of 80", "90.0 % of 20", "3, 2 of them below 95 %")
 
 
 @pytest.mark.parametrize("met", [True, False, None])
