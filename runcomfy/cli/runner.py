@@ -8,14 +8,18 @@ at once and says exactly what still bills and how to stop it.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from runcomfy.cli.output import tell
+
+STARTING_SECONDS: Final = 1.0
+"""After so long a command has imported what it needs, and garbage is collected as usual."""
 
 
 class Interrupts:
@@ -82,6 +86,7 @@ def run_async(work: Callable[[Interrupts], Coroutine[Any, Any, int]]) -> int:
     async def main() -> int:
         interrupts = Interrupts(asyncio.current_task())
         loop = asyncio.get_running_loop()
+        loop.call_later(STARTING_SECONDS, gc.enable)
         before: list[tuple[int, Any]] = []
         for number in _signals():
             try:
