@@ -11,7 +11,7 @@ TRACE  ?=
 # themselves: one that is killed, or has no disk left, may leave half of it to the others.
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: install compiled demo test check coverage format lint types floors bench docs lock nightly soak soak web clean
+.PHONY: install compiled demo test check coverage format lint types floors bench docs lock nightly soak killpoints web clean
 
 install: $(STAMP)
 
@@ -85,6 +85,11 @@ web:
 nightly: check
 	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "campaign or not campaign" $(ARGS)
 	@$(BIN)/python -m benchmarks killing leaks
+	@$(BIN)/python -m benchmarks killpoints
+
+# Every command killed at every durable write and remote call, over both databases, and started again: `ARGS=--record`.
+killpoints: compiled
+	@$(BIN)/python -m benchmarks killpoints $(ARGS)
 
 # Everything at once, in real processes that are spoiled and killed at random: `MINUTES=20 ARGS="--seed 7"`.
 soak: compiled
