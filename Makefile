@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 compiled: install
-	@$(BIN)/python -m compileall -q runcomfy launcher comfyui_agent workflows
+	@$(BIN)/python -m compileall -q runcomfy launcher comfyui_agent workflows benchmarks
 
 demo: install
 	@$(BIN)/comfyctl demo $(ARGS)

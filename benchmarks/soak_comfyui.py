@@ -1,8 +1,9 @@
 """
 One emulated ComfyUI in a process of its own, for `soak`: it may be killed and stopped like a real one.
 
-`python -m benchmarks.soak_comfyui FOLDER PORT LOG` prints its address. What it runs is written to LOG while it runs, a
-line for each beginning and each end of a prompt: that is what the campaign believes, whoever is killed.
+`python -m benchmarks.soak_comfyui` says when it has started, is told on its standard input for which folder it is to be
+the server and where to keep its log, and then says its port. What it runs is written to the log while it runs, a line
+for each beginning and each end of a prompt: that is what the campaign believes, whoever is killed.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ async def _keep_log(server: ComfyUIEmulator, path: Path) -> None:
         await asyncio.sleep(LOOK_EVERY)
 
 
-async def run(folder: Path, port: int, log: Path) -> None:
+async def run(folder: Path, log: Path) -> None:
     """Serve until killed, or until whoever started this is gone."""
     server = ComfyUIEmulator(folder=folder)
-    await server.start("127.0.0.1", port)
+    await server.start("127.0.0.1")
     parent = os.getppid()
     keeping = asyncio.create_task(_keep_log(server, log))
     sys.stdout.write(json.dumps({"port": server.port}) + "\n")
@@ -63,5 +64,14 @@ async def run(folder: Path, port: int, log: Path) -> None:
     await server.stop()
 
 
+def main() -> None:
+    """Wait to be needed, then serve."""
+    sys.stdout.write("started\n")
+    sys.stdout.flush()
+    if wanted := sys.stdin.readline():
+        said = json.loads(wanted)
+        asyncio.run(run(Path(said["folder"]), Path(said["log"])))
+
+
 if __name__ == "__main__":
-    asyncio.run(run(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))
+    main()

@@ -33,11 +33,55 @@ RESTART_AFTER: Final = 0.2
 """What watches over a ComfyUI process starts it again so much later."""
 
 
-class ComfyUIProcess:
-    """A ComfyUI behind a proxy, started again when it dies; keeps `ComfyServer` of the emulated cloud."""
+class Spares:
+    """ComfyUI processes that have started and wait to be needed, so that machines have theirs in no time."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
+        self._waiting: asyncio.Queue[asyncio.subprocess.Process] = asyncio.Queue()
+        self._starting: set[asyncio.Task[None]] = set()
+
+    def more(self, count: int = 1) -> None:
+        """Start some."""
+        for _ in range(count):
+            task = asyncio.create_task(self._start())
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+
+    async def _start(self) -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "benchmarks.soak_comfyui",
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        await process.stdout.readline()
+        self._waiting.put_nowait(process)
+
+    async def take(self, folder: Path, log: Path) -> tuple[asyncio.subprocess.Process, int]:
+        """Return a process that serves a folder, and its port."""
+        while True:
+            process = await self._waiting.get()
+            self.more()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps({"folder": str(folder), "log": str(log)}).encode() + b"\n")
+            if line := await process.stdout.readline():
+                return process, int(json.loads(line)["port"])
+
+    async def end(self) -> None:
+        """End those that nobody needed."""
+        for task in list(self._starting):
+            await task
+        while not self._waiting.empty():
+            process = self._waiting.get_nowait()
+            process.kill()
+            await process.wait()
+
+
+class ComfyUIProcess:
+    """A ComfyUI behind a proxy, replaced when it dies; keeps `ComfyServer` of the emulated cloud."""
+
+    def __init__(self, folder: Path, name: str, spares: Spares) -> None:
+        self._folder, self._spares = folder, spares
         self.name = name
         self.log = folder / "run_log.jsonl"
         self.proxy = FaultProxy("127.0.0.1", 1)
@@ -56,14 +100,8 @@ class ComfyUIProcess:
         return f"http://{address}"
 
     async def _boot(self) -> None:
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "benchmarks.soak_comfyui", str(self._folder), "0", str(self.log),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        line = await self.process.stdout.readline()
-        if line:
-            self.proxy.upstream = ("127.0.0.1", int(json.loads(line)["port"]))
+        self.process, port = await self._spares.take(self._folder, self.log)
+        self.proxy.upstream = ("127.0.0.1", port)
 
     async def _keep(self) -> None:
         while True:
@@ -106,7 +144,8 @@ class Outside:
         self.servers: dict[str, ComfyUIProcess] = {}
         self.clouds: dict[str, RunComfyEmulator] = {}
         self.apis: dict[str, FaultProxy] = {}
-        self.own = ComfyUIProcess(folder / "own", "own")
+        self.spares = Spares()
+        self.own = ComfyUIProcess(folder / "own", "own", self.spares)
         self.done: Counter[str] = Counter()
         self._later: set[asyncio.Task[None]] = set()
 
@@ -114,6 +153,7 @@ class Outside:
 
     async def start(self) -> dict[str, Any]:
         """Start everything; return what the campaign has to know."""
+        self.spares.more(3)
         told: dict[str, Any] = {"accounts": {}, "own": await self.own.start()}
         for name in ACCOUNTS:
             cloud = RunComfyEmulator(
@@ -135,7 +175,7 @@ class Outside:
 
     def _factory(self, account: str) -> Callable[[EmulatedMachine], ComfyUIProcess]:
         def make(machine: EmulatedMachine) -> ComfyUIProcess:
-            server = ComfyUIProcess(self._folder / account / machine.server_id, machine.server_id)
+            server = ComfyUIProcess(self._folder / account / machine.server_id, machine.server_id, self.spares)
             self.servers[machine.server_id] = server
             return server
 
@@ -151,6 +191,7 @@ class Outside:
             await server.stop()
         for proxy in self.apis.values():
             await proxy.stop()
+        await self.spares.end()
 
     # -- what it is told ---------------------------------------------------------------------------------------------
 
