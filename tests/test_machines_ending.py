@@ -26,6 +26,7 @@ from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
+from runcomfy.testing.rented_pools import until
 
 pytestmark = pytest.mark.cloud(comfyui=False)
 
@@ -46,6 +47,10 @@ async def end(program: Program, machine: Machine) -> Machine:
     current = await program.books.latest(machine.id)
     assert current is not None
     return await program.machines.stop(current, reason="the test is over")
+
+
+def stops(cloud: RunComfyEmulator) -> list[Any]:
+    return [call for call in cloud.calls if call.method == "DELETE"]
 
 
 async def states(program: Program) -> list[str]:
@@ -361,6 +366,41 @@ async def test_on_a_full_disk_a_machine_is_still_stopped(cloud: RunComfyEmulator
     program.die()
     assert [m.server_id for m in (await program.reaper.reap()).ended] == cloud.launched
     assert await states(program) == ["stopped"]
+
+
+@pytest.mark.fault(54)
+@pytest.mark.fault(64)
+async def test_on_a_full_disk_a_machine_is_not_stopped_that_somebody_else_has_taken_over(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    async with programs.start() as other:
+        theirs = await other.books.take_over(machine, note="its process seemed gone")
+        await FullDisk(program).fill()
+        await program.machines.stop(machine, reason="woken up late")
+        assert cloud.billing
+        assert not stops(cloud)
+        await end(other, theirs)
+
+
+@pytest.mark.fault(18)
+@pytest.mark.fault(54)
+@pytest.mark.fault(64)
+async def test_a_stop_that_could_not_be_written_down_ends_when_somebody_else_has_taken_the_machine_over(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    disk = FullDisk(program)
+    async with programs.start() as other:
+        await disk.fill()
+        cloud.next_call("DELETE *", status=500, works=False, times=12)
+        stop = asyncio.create_task(program.machines.stop(machine, reason="the test is over"))
+        await until(lambda: stops(cloud), within=60, what="the first stop", every=0.05)
+        theirs = await other.books.take_over(machine, note="its process seemed gone")
+        await disk.free()
+        await stop
+        assert cloud.billing
+        await end(other, theirs)
 
 
 @pytest.mark.fault(54)

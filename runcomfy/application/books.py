@@ -29,7 +29,7 @@ from runcomfy.domain.exceptions import (
     ValueInvalid,
     foreign_text,
 )
-from runcomfy.domain.lease import Owner
+from runcomfy.domain.lease import Owner, is_held_under
 from runcomfy.domain.machine import (
     OPEN,
     IllegalTransition,
@@ -103,6 +103,8 @@ class Books:
         self._asked_at: dict[MachineId, float] = {}
         """By the loop's time, which does not jump: when the launches of this process had left for sure."""
         self._asked_by: dict[MachineId, datetime] = {}
+        self.unwritten: set[MachineId] = set()
+        """Of which an event could not be written down: the books say less than is known."""
         self._unposted: set[MachineId] = set()
         """Whose cost could not be written down; that is said once."""
         self._bills_seen: datetime | None = None
@@ -291,6 +293,7 @@ class Books:
             note=note,
             changes=changes or {},
         )
+        self.unwritten.discard(machine.id)
         self.hold(after)
         return after
 
@@ -315,6 +318,9 @@ class Books:
             self.held.pop(machine.id, None)
             raise
         except (LocalError, IllegalTransition) as error:
+            if isinstance(error, LocalError):
+                self.unwritten.add(machine.id)
+                await self._unless_taken(machine)
             log.warning("machine_event_not_recorded", extra={"fields": {"event": event, "error": error.code}})
             with suppress(IllegalTransition):
                 machine = machine.on(event, at=self.clock.now())
@@ -333,10 +339,25 @@ class Books:
             self.held.pop(machine.id, None)
             raise
         except LocalError as error:
+            await self._unless_taken(machine)
             log.warning("machine_change_not_recorded", extra={"fields": {"error": error.code, **self.facts(machine)}})
             machine = replace(machine, **fields)
             self.hold(machine)
             return machine
+
+    async def _unless_taken(self, machine: Machine) -> None:
+        """Raise LeaseLost if somebody else has the machine: a full disk can still be read (I7)."""
+        try:
+            row = await self.store.machine(machine.id)
+        except LocalError:
+            return
+        if row is not None and not is_held_under(row.epoch, machine.epoch):
+            self.held.pop(machine.id, None)
+            raise LeaseLost(
+                f"machine {machine.id} was taken over in the meantime",
+                hint="another comfyctl looks after it now; see `comfyctl machines ls`",
+                details={"epoch": row.epoch, "expected_epoch": machine.epoch},
+            )
 
     async def latest(self, machine_id: MachineId) -> Machine | None:
         """Return a machine as it is in the store, or as we know it where the store cannot say.

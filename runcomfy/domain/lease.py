@@ -43,3 +43,13 @@ class Use:
     job_id: str
     started_at: datetime
     ended_at: datetime | None = None
+
+
+def is_held_under(epoch: int, expected: int) -> bool:
+    """Whether a machine is still held by who held it under an epoch: every change of owner makes a new one."""
+    return epoch == expected
+
+
+def role_is_held(*, expires_at: datetime, now: datetime, signed_off: bool) -> bool:
+    """Whether somebody's hold on a role counts for another who wants it (I19)."""
+    return now < expires_at and not signed_off
