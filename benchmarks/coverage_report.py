@@ -47,7 +47,7 @@ def figures(report: Mapping[str, Any]) -> list[Figure]:
     whole = float(totals["percent_covered"])
     branches, lines = int(totals["num_branches"]), int(totals["num_statements"])
     return [
-        Figure("lines and branches", f"{whole:.1f} %", f"at least {LEAST_PERCENT:g} %", whole >= LEAST_PERCENT),
+        Figure("lines and branches", f"{whole:.2f} %", f"at least {LEAST_PERCENT:g} %", whole >= LEAST_PERCENT),
         Figure("lines alone", f"{100 * int(totals['covered_lines']) / lines:.1f} % of {lines:,}"),
         Figure("branches alone", f"{100 * int(totals['covered_branches']) / branches:.1f} % of {branches:,}"),
         Figure("files", f"{len(report['files'])}, {len(below(report))} of them below {LEAST_PERCENT:g} %"),

@@ -526,3 +526,56 @@ def test_a_picture_is_there_for_the_warm_up(tmp_path: Path) -> None:
 
     with Image.open(_grey_picture(str(tmp_path))) as picture:
         assert picture.size == (512, 512)
+
+
+# -- what changed while nobody looked --------------------------------------------------------------------------
+
+
+@pytest.mark.fault(68)
+async def test_a_dev_server_that_was_stopped_on_the_website_is_forgotten_by_whoever_looks(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    await start(program)
+    await asyncio.sleep(600)
+    (rented,) = cloud.machines.values()
+    cloud.end_by_hand(rented)
+    await asyncio.sleep(600)
+    assert await program.dev.find() is None
+    assert published(programs) is None
+    assert await program.dev.rows() == []
+    [entry] = await program.store.ledger()
+    assert entry.ended_at is not None  # nobody tells when it went: billed until it was missed
+    assert rented.gone_at is not None
+    assert rented.gone_at <= entry.ended_at <= program.machines.clock.now()
+
+
+async def test_a_stop_time_that_was_changed_on_the_website_is_taken_over_by_whoever_looks(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, report, _ = await start(program)
+    (rented,) = cloud.machines.values()
+    rented.estimated_duration += 1_800
+    found = await program.dev.find()
+    assert found is not None
+    assert report.stopping_at is not None
+    assert found[0].kept_until == report.stopping_at + timedelta(minutes=30)
+    assert found[0].id == machine.id
+    await program.dev.shutdown()
+
+
+async def test_while_one_process_ends_it_another_that_looks_leaves_it_alone(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    """What is not there any more is the owner's to close, as long as there is one."""
+    machine, _, _ = await start(program)
+    taken = await program.books.try_take_over(machine, note="mine for the moment")
+    assert taken is not None
+    (rented,) = cloud.machines.values()
+    cloud.end_by_hand(rented)
+    await asyncio.sleep(120)
+    async with programs.start() as other:
+        assert await other.dev.find() is None
+        [row] = await other.books.rows()
+        assert row.owner_id == taken.owner_id
+    await program.machines.gone_unasked(taken, note="seen by its owner")
+    assert await program.books.rows() == []

@@ -31,7 +31,7 @@ from runcomfy.domain.exceptions import (
     RunComfyError,
     StoreUnavailable,
 )
-from runcomfy.domain.plan_view import DemandView, Plan, PlanView, Stage
+from runcomfy.domain.plan_view import DemandView, Extend, Plan, PlanView, Stage
 from runcomfy.domain.queued import FLEET_SCOPE
 from runcomfy.testing.clock import START, SettableClock
 from runcomfy.testing.contracts.jobs_words import a_job, put
@@ -566,3 +566,23 @@ async def test_signals_are_scored_by_the_work_that_follows(office: Office) -> No
         assert view.presence.lead_s == pytest.approx(5 * MINUTES, abs=30)
         assert len(office.pool.asked) == 6
         assert not [s for s in office.said if "not heeded" in s]
+
+
+# -- machines that a plan wants to stay ------------------------------------------------------------------------
+
+
+async def test_a_machine_that_the_plan_wants_longer_is_kept_and_that_is_said_once_per_rest(office: Office) -> None:
+    """Only for one that rests: a job keeps its machine by itself, and a machine that leaves is not called back."""
+    resting, working, leaving = office.pool.stand(3)
+    [job] = await put(office.jobs)
+    office.pool.use(working, job)
+    office.pool.drain(leaving.id, why="somebody said so")
+
+    def keep(view: PlanView) -> list[Any]:
+        wanted = [Extend(machine, now() + 600.0, "more will come") for machine in (resting.id, working.id, leaving.id)]
+        return [*wanted, Extend("nobody", now() + 600.0, "gone by now")]
+
+    async with office.running(Ordered(keep), max_machines=3):
+        await asyncio.sleep(120)
+        said = await office.decisions("extend")
+        assert [(one.what, one.why) for one in said] == [(resting.id, "more will come")]

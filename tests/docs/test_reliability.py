@@ -215,7 +215,7 @@ def test_the_figure_of_coverage_is_the_one_of_the_bar() -> None:
     }
     assert coverage_report.below(report) == [("runcomfy/c.py", 1.0), ("runcomfy/a.py", 94.9)]
     whole, lines, branches, files = coverage_report.figures(report)
-    assert (whole.value, whole.met) == ("95.0 %", False)
+    assert (whole.value, whole.met) == ("94.96 %", False)
     assert (lines.value, branches.value, files.value) == ("98.8 % of 80", "90.0 % of 20", "3, 2 of them below 95 %")
 
 
