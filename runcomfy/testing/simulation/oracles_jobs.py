@@ -23,7 +23,6 @@ from runcomfy.testing.emulators.comfyui.nodes.probes import picture_of
 from runcomfy.testing.emulators.comfyui.process import RunRecord, SubmitRecord
 from runcomfy.testing.simulation.harm import harm_of
 from runcomfy.testing.simulation.load import Order, number_of
-from runcomfy.testing.simulation.oracles_cloud import PROGRAM_FAULTS
 from runcomfy.testing.simulation.violations import Found
 
 if TYPE_CHECKING:
@@ -237,20 +236,19 @@ class JobsOracle:
             job = rows.get(f"job-{number}")
             if not isinstance(order, Order) or job is None or order.cancelled_at is not None:
                 continue
-            for server, record in runs:
-                if record.outcome != "success":
-                    continue
-                ended = self._of(record.ended)
-                taken = self._of(job.end_time.timestamp()) if job.end_time is not None else float("inf")
-                until = min(taken, ended + LATE_MOST + 1)
-                blows = [b for b in self.harm.between(ended - 60, until, machine=server) if b.number not in SOCKETS]
-                if until - ended > LATE_MOST and not blows and record.prompt_id == job.prompt_id:
-                    what = f"its prompt had succeeded at {ended:.0f} s, and {LATE_MOST:.0f} s later nobody knew"
-                    self._say("I18", what, order.name)
+            server, record = max(runs, key=lambda each: each[1].started)
+            if record.outcome != "success" or job.worker_id in self.world.services.processes.dead:
+                continue
+            ended = self._of(record.ended)
+            taken = self._of(job.end_time.timestamp()) if job.end_time is not None else float("inf")
+            until = min(taken, ended + LATE_MOST + 1)
+            blows = [b for b in self.harm.between(ended - 60, until, machine=server) if b.number not in SOCKETS]
+            if until - ended > LATE_MOST and not blows:
+                what = f"its prompt had succeeded at {ended:.0f} s, and {LATE_MOST:.0f} s later nobody knew"
+                self._say("I18", what, order.name)
 
 
 SOCKETS: Final = frozenset({44, 45, 46, 47, 48})
-DISTURBING: Final = PROGRAM_FAULTS
 
 
 def _seeds(runs: list[tuple[str, RunRecord]]) -> set[int]:

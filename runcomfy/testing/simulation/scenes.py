@@ -127,12 +127,12 @@ LOST_SUBMIT: Final = Direction(
 FAILING: Final = Direction(lambda: [_order(1, 60.0, kind="fails"), _order(2, 90.0)])
 CORRUPT: Final = Direction(
     lambda: [_order(1, 60.0), _order(2, 330.0)],
-    ((310.0, _comfyui("GET", "/view", Fault.corrupted(corruption.cut_idat), times=1)),),
+    ((310.0, _comfyui("GET", "/view", Fault.corrupted(corruption.cut_idat), times=100)),),
 )
 SAME_KEY: Final = Direction(lambda: [_order(1, 60.0, key="key-1", again_after=(30.0, 900.0)), _order(2, 90.0)])
 CANCELLED: Final = Direction(lambda: [_order(1, 60.0, seconds=200.0, cancel_after=100.0), _order(2, 90.0)])
 SILENT_SOCKET: Final = Direction(lambda: [_order(1, 60.0, seconds=300.0)], ((320.0, _silent),))
-TWO_SERVICES: Final = Direction(_long, ((20.0, _second),))
+TWO_SERVICES: Final = Direction(lambda: [_order(n, 60.0 + 5 * n, seconds=8.0) for n in range(1, 7)], ((20.0, _second),))
 KILLED: Final = Direction(_long, ((420.0, _killed),))
 TOO_MANY: Final = Direction(_few, ((130.0, _call("GET servers*", status=429, headers={"Retry-After": "45"}, times=2)),))
 FULL: Final = Direction(_few, ((50.0, _full),))
