@@ -18,6 +18,7 @@ from runcomfy.domain.exceptions import (
     AuthRejected,
     LaunchUnclear,
     LocalError,
+    ProviderError,
     StopUnconfirmed,
 )
 from runcomfy.domain.machine import Machine, MachineState
@@ -223,6 +224,22 @@ async def test_a_machine_that_ended_by_itself_is_billed_until_its_planned_stop(
     await end(program, machine)
     [entry] = await program.store.ledger()
     assert entry.ended_at - entry.started_at == timedelta(minutes=10)
+
+
+@pytest.mark.fault(24)
+async def test_a_machine_that_was_prolonged_by_a_call_without_an_answer_is_billed_until_then(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    cloud.next_call("POST servers/*/update-estimated-duration", reply="lost", works=True, times=None)
+    with pytest.raises(ProviderError):
+        await program.machines.ask_longer(machine, total=timedelta(minutes=20))
+    await asyncio.sleep(30 * 60)
+
+    await end(program, machine)
+    [entry] = await program.store.ledger()
+    assert entry.ended_at - entry.started_at == timedelta(minutes=20)
+    await assert_bill_and_ledger_agree(cloud, program)
 
 
 @pytest.mark.fault(26)

@@ -288,12 +288,15 @@ class Ending:
         """Close the books of a machine that is gone. `seen_at`: when it was last seen to run after its stop was asked.
 
         Where the provider's yes did not reach us, the end is reckoned: a stop that worked did so when it was asked
-        for; a machine that is gone after its planned stop may have run until then.
+        for; a machine that is gone after its planned stop may have run until then, also if that was moved by a call
+        that was not answered.
         """
-        now, planned, asked = self._clock.now(), machine.planned_stop_at, machine.stop_asked_at
+        now, planned, asked = self._clock.now(), _most_planned(machine), machine.stop_asked_at
         gone_at = now
         self._said.pop(machine.id, None)
         if machine.stop_accepted_at is None:
+            if planned is not None and now < planned:
+                planned = machine.planned_stop_at  # it was not moved, or the machine would be there
             if planned is not None and now >= planned:
                 gone_at = max(planned, seen_at or planned)
             elif asked is not None:
@@ -395,6 +398,16 @@ class Ending:
         ids = [report.server_id for report in [*exact, *near]]
         await self.gone(machine, note=f"never visible; may be {', '.join(ids)}", seen_at=None)
         raise ambiguous(ids)
+
+
+def _most_planned(machine: Machine) -> datetime | None:
+    """Return until when a machine may have run by itself: its planned stop, or what was asked for and is over by now.
+
+    What was asked for and not confirmed is nothing to rely on, yet it may be billed.
+    """
+    if machine.ready_at is None or machine.asked_duration is None or machine.planned_stop_at is None:
+        return machine.planned_stop_at
+    return max(machine.planned_stop_at, machine.ready_at + machine.asked_duration)
 
 
 def ambiguous(ids: Sequence[ServerId]) -> LaunchAmbiguous:
