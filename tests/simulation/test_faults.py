@@ -93,7 +93,7 @@ def test_calm_ends_everything_that_lasts() -> None:
         await harm.calm()
         return (
             served.app.awake.is_set(),
-            served.app.visit("before store.change"),  # type: ignore[func-returns-value]
+            served.app.visit("before store.change"),
             world.cloud.page_size,
             [*world.cloud._faults._faults, *world.cloud._next_traits, *world.cloud._revoked],
         )

@@ -51,6 +51,8 @@ class CloudOracle:
         self.harm: Harm = harm_of(world)
         self.budget_caps: dict[str, Decimal] = {}
         self._calls: deque[float] = deque()
+        self._cut: tuple[str, str, float] | None = None
+        """The last call, if its connection was broken under it."""
         self._held_until = 0.0
         self._held_at = 0.0
         self._launched = len(world.cloud.launched)
@@ -89,8 +91,15 @@ class CloudOracle:
                 self._check_lease(record.body, "update_estimated_duration", machine, now)
 
     def _rate(self, record: CallRecord, now: float) -> None:
-        """I22: calls per minute, and Retry-After."""
-        calls = self._calls
+        """I22: calls per minute, and Retry-After.
+
+        Where a connection breaks under a GET or DELETE, the HTTP client repeats it once by itself: that is one call.
+        """
+        call, calls = (record.method, record.path), self._calls
+        repeats = self._cut == (*call, now)
+        self._cut = (*call, now) if record.reply in ("lost", "reset") and not repeats else None
+        if repeats:
+            return
         calls.append(now)
         while calls[0] < now - 60:
             calls.popleft()
