@@ -384,6 +384,7 @@ def _set(*keys: str | int, to: object) -> Callable[[dict[str, Any]], object]:
         (_set("accessors", 0, to={"componentType": 5126, "count": 4, "type": "VEC3"}), "no data"),
     ],
 )
+@pytest.mark.threat("S6")
 def test_glb_files_that_contradict_themselves(
     refusal: Refusal, edit: Callable[[dict[str, Any]], object], reason: str
 ) -> None:

@@ -181,6 +181,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", CORPUS)
 @pytest.mark.threat("S6")
+@pytest.mark.fault(59)
 def test_bombs_cost_neither_memory_nor_time(tmp_path: Path, name: str) -> None:
     (tmp_path / "bomb").write_bytes(CORPUS[name]())
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "bomb")]

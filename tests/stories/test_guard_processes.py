@@ -132,6 +132,7 @@ async def until(happened: Callable[[], bool], what: str, story: Story) -> None:
 
 
 @pytest.mark.fault(23)
+@pytest.mark.threat("S3")
 async def test_a_dev_server_whose_starter_was_killed_is_ended_by_the_guard_it_had_started(tmp_path: Path) -> None:
     async with a_story(tmp_path / "story") as story:
         cloud = story.cloud
