@@ -168,6 +168,8 @@ class Health:
     heard_at: float = 0.0
     moved_at: float = 0.0
     """When something last changed for this prompt."""
+    down_at: float = 0.0
+    """Since when the socket is down, if it is."""
     unreachable_since: float | None = None
     idle_since: float | None = None
     idle_readings: int = 0
@@ -217,11 +219,17 @@ def fold(state: WatchState, event: WatchEvent, now: float) -> WatchState:
         case PollFailed():
             state = _poll_failed(state, event, now)
         case SocketUp():
-            health = replace(state.health, socket=True, heard=False, unreachable_since=None)
-            # What was missed while nothing could be heard is no sign of a stall.
-            state = replace(state, health=replace(health, moved_at=now) if state.health.socket is False else health)
+            before = state.health
+            health = replace(before, socket=True, heard=False, unreachable_since=None)
+            if before.socket is False:
+                # What was missed while nothing could be heard is no sign of a stall; the silence before it still is,
+                # or a socket that breaks, or is renewed, again and again would hide a stuck prompt for ever.
+                health = replace(health, moved_at=now - max(0.0, before.down_at - before.moved_at))
+            state = replace(state, health=health)
         case SocketDown():
-            health = replace(state.health, socket=False, heard=False, broke=state.health.broke or event.lost)
+            down_at = state.health.down_at if state.health.socket is False else now
+            broke = state.health.broke or event.lost
+            health = replace(state.health, socket=False, heard=False, broke=broke, down_at=down_at)
             state = replace(state, health=health)
         case Tick():
             pass
@@ -530,7 +538,8 @@ def progress_of(state: WatchState) -> Progress:
     run = state.run
     step = Step.RUNNING if run.running or state.ending is Ending.SUCCESS else Step.QUEUED
     label = state.labels.get(run.node) if run.node is not None else None
-    title = (label.title or label.class_type) if label is not None else (run.node or "")
+    # A node that the workflow does not have is named by the server, and a title may come out of a stranger's file.
+    title = foreign_text((label.title or label.class_type) if label is not None else (run.node or ""))
     done = frozenset(n for n, share in run.shares.items() if share == 1.0 and (not state.labels or n in state.labels))
     return Progress(
         step=step,

@@ -169,6 +169,29 @@ def test_a_node_that_moves_nothing_is_stuck() -> None:
     assert moving.ending is None
 
 
+def test_a_socket_that_is_renewed_again_and_again_does_not_hide_a_stuck_prompt() -> None:
+    """Some proxies end every socket after a minute; what the node did not say before, it did not say."""
+    minutes: list[tuple[float, WatchEvent]] = [
+        (60.0 * n, one) for n in range(1, 70) for one in (SocketDown("cut", lost=True), SocketUp(), RUNNING)
+    ]
+    state = told(SocketUp(), START, said("executing", node="2"), *minutes)
+    assert state.ending is Ending.STUCK
+
+
+def test_what_was_missed_while_nothing_could_be_heard_is_no_sign_of_a_stall() -> None:
+    away: list[tuple[float, WatchEvent]] = [
+        (850.0, SocketDown("cut", lost=True)),
+        (4_000.0, SocketUp()),
+        (4_001.0, RUNNING),
+    ]
+    assert told(SocketUp(), START, said("executing", node="2"), *away).ending is None
+
+
+def test_what_a_server_calls_a_node_reaches_no_terminal() -> None:
+    state = told(SocketUp(), START, said("executing", node="\x1b]0;owned\x07"))
+    assert "\x1b" not in progress_of(state).message + progress_of(state).node_title
+
+
 @pytest.mark.fault(44)
 def test_blind_watching_is_more_patient() -> None:
     state = told(SocketDown("refused (403)"), (5.0, RUNNING))
