@@ -36,6 +36,9 @@ from runcomfy.ports.comfyui import Fetched, ServerInfo, Submitted
 OLDEST: Final = (0, 3, 45)
 """First release with client-chosen prompt ids, `progress_state` and `/features` (ComfyUI releases, July 2025)."""
 INTERRUPTS_BY_ID: Final = (0, 3, 57)
+WITHDRAWALS: Final = 20
+WITHDRAWAL_GAP_SECONDS: Final = 0.25
+"""A waiting prompt goes at the first word; a server that says yes and keeps it is told no more than this often."""
 CONCURRENT_QUESTIONS: Final = 4
 """Node infos asked for at once: the server answers them in its only event loop."""
 KNOWLEDGE_WITHOUT_SOCKET: Final = timedelta(seconds=60)
@@ -325,13 +328,19 @@ class ComfyUIWorkflowClient:
 
     async def withdraw(self, prompt_id: PromptId) -> bool:
         """See the port. The route deletes what waits, and nothing else, in every version."""
-        while True:
+        for _ in range(WITHDRAWALS):
             await self._exchange.ask("POST", "/queue", json={"delete": [prompt_id]})
             view = await self.queue()
             if prompt_id in view.running:
                 return False
             if prompt_id not in view.pending:  # a second copy would still be there
                 return await self.history(prompt_id) is None
+            await asyncio.sleep(WITHDRAWAL_GAP_SECONDS)
+        raise AnswerUnreadable(
+            f"{self.masked_url} keeps a prompt in its queue that it was told to delete",
+            hint="look at that machine's queue; something between here and ComfyUI may answer in its place",
+            details={"prompt_id": prompt_id},
+        )
 
     async def _cancel_by_old_routes(self, prompt_id: PromptId, *, by_id: bool, alone: bool) -> bool:
         view = await self.queue()

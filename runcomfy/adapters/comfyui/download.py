@@ -47,7 +47,8 @@ def view_path(file: FileRef) -> str:
     """The path of a file on the server, percent-encoded. A folder inside the name belongs into `subfolder`."""
     folder, name = posixpath.split(file.filename)
     subfolder = posixpath.join(file.subfolder, folder) if folder else file.subfolder
-    return "/view?" + urlencode({"filename": name, "subfolder": subfolder, "type": file.type})
+    # A name with half a character in it is none that a server can have: it is asked for, and not there.
+    return "/view?" + urlencode({"filename": name, "subfolder": subfolder, "type": file.type}, errors="replace")
 
 
 @dataclass(frozen=True, slots=True)

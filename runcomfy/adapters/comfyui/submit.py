@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -35,6 +36,8 @@ LOOKS: Final = 2
 LOOK_GAP_SECONDS: Final = 1.5
 """Between two searches: a request that was read late may still be queued by then."""
 DOWN_PAUSE_SECONDS: Final = 1.0
+_PROMPT_ID: Final = re.compile(r"[!-~]{1,200}")
+"""A server may choose another id than ours; it becomes part of a path, and of what people are shown."""
 LAST_WORD_SECONDS: Final = 3.0
 """How long a cancelled submission waits for its answer: a prompt queued behind our back could not be taken back."""
 
@@ -110,6 +113,7 @@ class Submission:
                 if error.details.get("kind") in ("refused", "dns"):
                     # It never left; there is nothing to look for, only to wait for.
                     await self._until_it_answers(error)
+                    self._failed_at = None
                     continue
             except AnswerUnreadable as error:
                 trouble = error
@@ -139,7 +143,7 @@ class Submission:
             raise rejection(self._graph, _table(exchange, answer), answer.status)
         said = exchange.json(answer)
         prompt_id = said.get("prompt_id") if isinstance(said, dict) else None
-        if not isinstance(prompt_id, str) or not prompt_id:
+        if not isinstance(prompt_id, str) or not _PROMPT_ID.fullmatch(prompt_id):
             raise AnswerUnreadable(f"{exchange.address.masked} accepted a prompt without naming it")
         if prompt_id != self._prompt_id:
             self._socket.also(self._prompt_id, prompt_id)
@@ -181,6 +185,7 @@ class Submission:
                     return True
                 if await self._history(self._prompt_id) is not None:
                     return True
+                self._failed_at = None
             except (ServerUnreachable, AnswerUnreadable) as error:
                 await self._until_it_answers(error)
                 continue
@@ -201,11 +206,10 @@ class Submission:
             await asyncio.sleep(DOWN_PAUSE_SECONDS)
             try:
                 await self._exchange.ask("GET", "/prompt", repeat=False)
-            except ServerUnreachable as again:
+            except (ServerUnreachable, AnswerUnreadable) as again:
                 error = again
             else:
-                self._failed_at = None
-                return
+                return  # that something answers proves nothing yet: only a search that succeeds does
 
     def _gave_up(self, trouble: RunComfyError | None) -> RunComfyError:
         status = trouble.details.get("status") if trouble is not None else None

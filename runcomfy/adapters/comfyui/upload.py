@@ -202,7 +202,7 @@ async def _stored_size(exchange: Exchange, name: str, *, hoped: int) -> int | No
 
 
 def _count(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
 def too_large(content: Content, limit: int | None) -> InputFileInvalid:
