@@ -11,7 +11,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,8 @@ from runcomfy.domain.balance import Balance
 
 FILE_NAME: Final = "balances.json"
 _MAX_BYTES: Final = 1024 * 1024
+_MOST_USD: Final = Decimal(10) ** 12
+"""More is no balance; written out, "1e999999999" has a billion digits."""
 _KEPT: Final = 200
 """Readings kept of one account; of older ones every second is dropped, so that the first stays and all ages remain."""
 
@@ -57,12 +59,12 @@ class BalanceFile:
             with open_regular(self._path) as file:
                 told = json.loads(file.read(_MAX_BYTES))
             return {str(name): [_balance(one) for one in of] for name, of in told.items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, InvalidOperation, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             return {}
 
 
 def _balance(told: Any) -> Balance:
     at, usd = datetime.fromisoformat(told["at"]), Decimal(told["usd"])
-    if at.tzinfo is None or not usd.is_finite():
+    if at.tzinfo is None or not usd.is_finite() or not -_MOST_USD < usd < _MOST_USD or not 2000 <= at.year <= 2200:
         raise ValueError("not a reading")
     return Balance(usd, at)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
+from typing import Final
 
-from runcomfy.adapters.files import make_private_dir, write_atomically
+from runcomfy.adapters.files import make_private_dir, open_regular, write_atomically
 from runcomfy.domain.canary import Outcome
+
+_MAX_BYTES: Final = 64 * 1024
+_MOST_USD: Final = Decimal(10) ** 6
 
 
 def canary_file(state_dir: str, account: str) -> Path:
@@ -25,6 +30,8 @@ def keep_outcome(state_dir: str, account: str, outcome: Outcome) -> Path:
 def last_outcome(state_dir: str, account: str) -> Outcome | None:
     """Return the last one; None if there is none, or it cannot be read."""
     try:
-        return Outcome.from_dict(json.loads(canary_file(state_dir, account).read_text("utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
+        with open_regular(canary_file(state_dir, account)) as file:
+            outcome = Outcome.from_dict(json.loads(file.read(_MAX_BYTES)))
+        return outcome if outcome.cost_usd.is_finite() and -_MOST_USD < outcome.cost_usd < _MOST_USD else None
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return None

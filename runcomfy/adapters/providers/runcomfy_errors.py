@@ -47,6 +47,8 @@ _WORDS: Final = ("message", "Message", "error_message", "error", "detail", "deta
 _MACHINE_ADDRESS: Final = re.compile(r"(https?:\\?/\\?/)?[\w.-]*-comfyui\.[^\s\"'<>\\,]+", re.IGNORECASE)
 _ADDRESS_FIELD: Final = re.compile(r"(\"main_service_url\"\s*:\s*\")[^\"]*", re.IGNORECASE)
 _READ_FOR_WORDS: Final = 8192
+_LOOKED_THROUGH: Final = 2048
+"""Of a text that is shown; more than is left of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class Veil:
 
     def __call__(self, text: str) -> str:
         """Return the text, safe to show: one line, cut, with stars where a secret was."""
+        # What cannot be seen goes first: a secret with an invisible character in it would be whole again without it.
+        text = foreign_text(text[:_LOOKED_THROUGH], _LOOKED_THROUGH)
         for secret in self._hidden:
             text = text.replace(secret, "***")
         text = _ADDRESS_FIELD.sub(r"\1***", text)

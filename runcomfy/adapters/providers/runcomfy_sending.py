@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, TypeVar
 
@@ -251,6 +252,7 @@ class _TooLong(Exception):
     """A body beyond `MAX_BODY_BYTES`."""
 
 
+@cache
 def _agent() -> str:
     """Say honestly who asks."""
     try:

@@ -51,6 +51,14 @@ _PAGE_COUNTS: Final = ("pages", "total_pages", "totalPages")
 _PAGING_HOMES: Final = ("pagination", "paging", "meta", "links")
 
 
+FIRST_TIME: Final = datetime(2000, 1, 1, tzinfo=UTC)
+LAST_TIME: Final = datetime(2200, 1, 1, tzinfo=UTC)
+LONGEST: Final = timedelta(days=36_500)
+"""A machine that is said to run longer is said to run for nobody knows how long."""
+MOST_USD: Final = Decimal(10) ** 12
+"""More is no balance; written out, "1e999999999" has a billion digits."""
+
+
 class Unreadable(Exception):
     """The text is not the JSON this API sends; says in words what is wrong."""
 
@@ -97,14 +105,19 @@ def read_url(value: Any) -> SecretUrl | None:
 
 
 def read_time(value: Any) -> datetime | None:
-    """Read a time in UTC; one without an offset is taken for UTC, as RunComfy's documents write them."""
+    """Read a time in UTC; one without an offset is taken for UTC, as RunComfy's documents write them.
+
+    None, too, for a time that no machine of ours can have: "0001-01-01" is how Go writes that there is none, and sums
+    with such times leave the calendar.
+    """
     if not isinstance(value, str):
         return None
     try:
         at = datetime.fromisoformat(value.strip())
-        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+        at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     except (ValueError, OverflowError):
         return None
+    return at if FIRST_TIME <= at <= LAST_TIME else None
 
 
 def read_page(payload: Any) -> Page:
@@ -153,7 +166,7 @@ def _paged(entries: Sequence[Mapping[str, Any]], payload: Mapping[str, Any]) -> 
             value = home.get(name)
             if not value:
                 continue
-            if isinstance(value, str) and (value.startswith("/") or urlsplit(value).scheme in ("http", "https")):
+            if isinstance(value, str) and value[:8].lower().startswith(("/", "http://", "https://")):
                 return Page(entries, value, _integer(home, _TOTALS))
             if name in ("next", "next_page") and isinstance(value, int) and not isinstance(value, bool):
                 return Page(entries, value, _integer(home, _TOTALS))
@@ -272,7 +285,7 @@ def read_money(payload: Any) -> Decimal | None:
         money = Decimal(str(amount))
     except (InvalidOperation, ValueError):
         return None
-    return money if money.is_finite() else None
+    return money if money.is_finite() and -MOST_USD < money < MOST_USD else None
 
 
 def read_user_id(payload: Any) -> str | None:
@@ -319,4 +332,4 @@ def _duration(value: Any) -> timedelta | None:
         span = timedelta(seconds=float(value))
     except (ValueError, OverflowError):
         return None
-    return span if span > timedelta(0) else None
+    return span if timedelta(0) < span <= LONGEST else None

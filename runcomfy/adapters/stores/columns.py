@@ -23,6 +23,7 @@ from runcomfy.domain.exceptions import StoreCorrupt, foreign_text
 from runcomfy.domain.machine import ServerId
 
 _MICROSECOND: Final = timedelta(microseconds=1)
+_MOST_DIGITS: Final = 100
 _WRITTEN: Final = len("YYYY-MM-DD HH:MM:SS.ffffff")
 
 
@@ -56,16 +57,20 @@ def read_time(value: Any) -> datetime:
         return value.astimezone(UTC)
     try:
         return time_of(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _unreadable(value, "a time") from None
 
 
 def read_amount(value: Any) -> Decimal:
     """Return the number that the driver read, with every digit; raise StoreCorrupt if it is none."""
     try:
-        return Decimal(value)
+        amount = Decimal(value)
     except (InvalidOperation, TypeError, ValueError):
         raise _unreadable(value, "an amount of money") from None
+    # Written out, "1e999999999" has a billion digits.
+    if not amount.is_finite() or abs(amount.adjusted()) > _MOST_DIGITS:
+        raise _unreadable(value, "an amount of money")
+    return amount
 
 
 class SafeText(TypeDecorator[str]):
