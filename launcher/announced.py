@@ -63,7 +63,7 @@ def announced(state_dir: str | Path) -> list[Announced]:
     found = []
     with suppress(OSError):
         for file in (Path(state_dir) / FOLDER).iterdir():
-            with suppress(OSError, ValueError, TypeError, KeyError):
+            with suppress(OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
                 found.append(_read(file))
     return sorted(found, key=lambda each: each.process.started_at, reverse=True)
 
@@ -74,6 +74,8 @@ def _read(path: Path) -> Announced:
     since = datetime.fromisoformat(facts["since"])
     if since.tzinfo is None:
         raise ValueError("a time without a zone")
+    if not 0 < int(facts["port"]) < 65_536 or not str(facts["host"]).isprintable():
+        raise ValueError("no address")
     process = Owner(
         id=OwnerId(path.stem),
         host=str(facts["computer"]),

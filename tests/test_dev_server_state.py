@@ -196,6 +196,24 @@ def test_fields_that_others_added_stay_when_the_file_is_rewritten(path: Path) ->
     assert json.loads(path.read_text(encoding="utf-8"))["pinned"] is True
 
 
+def test_fields_of_others_that_would_make_the_file_unreadable_are_left_out(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Written in lines, 900 lists in each other are more than a state file may have."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        '{"server_id": "a", "base_url": "http://x", "status": "running", "theirs": ' + "[" * 900 + "]" * 900 + "}"
+    )
+    manager = DevServerStateManager(path)
+    state = manager.load_server_state()
+    assert state is not None
+    manager.save_server_state(state)
+    again = manager.load_server_state()
+    assert again is not None
+    assert (again.server_id, again.extra) == ("a", {})
+    assert "dev_server_foreign_fields_dropped" in caplog.text
+
+
 def test_missing_fields_have_their_defaults(path: Path) -> None:
     path.parent.mkdir()
     facts = {"server_id": "s-1", "base_url": "https://s-1.example", "status": "running", "total_cost": "much"}

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -210,7 +211,8 @@ def _parts(answer: Any, seed: int) -> tuple[str | None, int]:
         else (answer, None)
     )
     path = first.get("path") if isinstance(first, Mapping) else getattr(first, "path", first)
-    used = int(second) if isinstance(second, (int, float)) and not isinstance(second, bool) else seed
+    told = second if isinstance(second, (int, float)) and not isinstance(second, bool) else seed
+    used = int(told) if math.isfinite(told) else seed
     return (path if isinstance(path, str) else None), used
 
 

@@ -128,7 +128,7 @@ class DevServerStateManager:
         own["base_url"] = state.base_url.rstrip("/")
         foreign = {**self._foreign_fields(), **{k: v for k, v in state.extra.items() if k not in _FIELDS}}
         make_private_dir(self.state_file_path.parent)
-        write_atomically(self.state_file_path, _to_json({**own, **foreign}), disk=self._disk)
+        write_atomically(self.state_file_path, _with_foreign(own, foreign), disk=self._disk)
         text = _to_json({name: own[name] for name in CONJURE_FIELDS})
         for copy in self.copies:
             try:
@@ -247,6 +247,18 @@ class DevServerStateManager:
             why = f"{why}; it cannot be renamed: {error.strerror or type(error).__name__}"
         log.warning("dev_server_state_broken", extra={"fields": {"path": str(path), "why": why}})
         return True
+
+
+def _with_foreign(own: Mapping[str, Any], foreign: Mapping[str, Any]) -> bytes:
+    """Return the file's text; without what others added where that would make it a file that nobody can read."""
+    try:
+        whole = _to_json({**own, **foreign})
+    except (RecursionError, ValueError):
+        whole = b""
+    if 0 < len(whole) <= _MAX_BYTES:
+        return whole
+    log.warning("dev_server_foreign_fields_dropped", extra={"fields": {"fields": len(foreign)}})
+    return _to_json(own)
 
 
 def _to_json(document: Mapping[str, Any]) -> bytes:

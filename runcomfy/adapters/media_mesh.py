@@ -468,7 +468,7 @@ def _obj_line(line: bytes, vertices: int, faces: int) -> tuple[int, int]:
         corners = line.split()[1:]
         for corner in corners:
             number = corner.partition(b"/")[0]
-            if not number.lstrip(b"-").isdigit() or len(number) > 12 or abs(int(number)) > vertices:
+            if not number.removeprefix(b"-").isdigit() or len(number) > 12 or abs(int(number)) > vertices:
                 raise Corrupt("a face names a vertex that is not there")
         return vertices, faces + max(0, len(corners) - 2)
     return vertices, faces

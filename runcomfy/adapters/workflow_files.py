@@ -10,6 +10,7 @@ from runcomfy.adapters.files import is_exhausted, local_error
 from runcomfy.domain.exceptions import WorkflowNotFound, foreign_text
 
 MAX_BYTES = 64 * 1024 * 1024
+MAX_SIDECAR_BYTES = 4 * 1024 * 1024
 
 
 class WorkflowFiles:
@@ -25,14 +26,15 @@ class WorkflowFiles:
         if not looks_like_path and wanted in self._names():
             text, toml = self._shipped(wanted)
             return text, toml, wanted
-        path = Path(wanted).expanduser()
         try:
+            path = Path(wanted).expanduser()
             if path.is_file():
                 return self._read(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of a user who does not exist
             if isinstance(error, OSError) and is_exhausted(error):
                 raise local_error(error, wanted, "read the workflow file") from error
-            raise WorkflowNotFound(f"the workflow file {foreign_text(wanted)} cannot be read: {error}") from error
+            why = foreign_text(getattr(error, "strerror", None) or error)
+            raise WorkflowNotFound(f"the workflow file {foreign_text(wanted)} cannot be read: {why}") from error
         near = get_close_matches(wanted, self._names(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"shipped are: {', '.join(self._names())}"
         raise WorkflowNotFound(
@@ -47,5 +49,16 @@ class WorkflowFiles:
                 hint="give the .json file that ComfyUI exported in API format",
             )
         sidecar = path.with_suffix(".toml")
-        toml = sidecar.read_text(encoding="utf-8") if sidecar.is_file() else None
+        toml = _text(sidecar) if sidecar.is_file() else None
         return path.read_bytes(), toml, path.stem
+
+
+def _text(sidecar: Path) -> str:
+    with sidecar.open("rb") as file:
+        data = file.read(MAX_SIDECAR_BYTES + 1)
+    if len(data) > MAX_SIDECAR_BYTES:
+        raise WorkflowNotFound(
+            f"{sidecar} is larger than {MAX_SIDECAR_BYTES // 1024**2} MB; that is no sidecar",
+            hint="a sidecar is the small TOML file that tells what a workflow's inputs are called",
+        )
+    return data.decode("utf-8")

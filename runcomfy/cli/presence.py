@@ -98,11 +98,11 @@ def parse_when(text: str | None, *, now: datetime) -> datetime | None:
             at = local if local >= now else local + timedelta(days=1)
         else:
             at = datetime.fromisoformat(words)
-    except ValueError:
+        return at.astimezone(UTC)
+    except (ValueError, OverflowError):  # a time of the years 1 and 9999 may be in none of ours
         raise ValueInvalid(
             f"{foreign_text(text, 40)!r} is not a time", hint="write 2026-11-20T18:00, 18:00, or +30m"
         ) from None
-    return at.astimezone(UTC)
 
 
 def _say(what: Callable[[Any, str, str], Any], *, source: str, user: str, as_json: bool) -> int:
