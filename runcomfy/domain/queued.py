@@ -371,3 +371,8 @@ class ClaimLimits:
     def none(self) -> bool:
         """Whether there is nothing to count, so that one statement can claim."""
         return not (self.workflow or self.job_type or self.user or self.place or self.fair_users or self.barred)
+
+
+def is_held_by(status: QueueStatus, token: int, claimed: int) -> bool:
+    """Whether a job is still held under the token it was claimed with: the fence of every write of a run (I11)."""
+    return status is QueueStatus.PROCESSING and token == claimed

@@ -28,7 +28,17 @@ from runcomfy.adapters.stores.jobs_sql import (
 )
 from runcomfy.adapters.stores.jobs_sql import write as keep
 from runcomfy.domain.exceptions import LeaseLost, RunComfyError
-from runcomfy.domain.queued import Ending, EventKind, Outcome, Phase, QueuedJob, QueueStatus, Reason, RowId
+from runcomfy.domain.queued import (
+    Ending,
+    EventKind,
+    Outcome,
+    Phase,
+    QueuedJob,
+    QueueStatus,
+    Reason,
+    RowId,
+    is_held_by,
+)
 
 _AT_A_SERVER: Final = (Phase.SUBMITTING, Phase.SUBMITTED)
 
@@ -101,8 +111,7 @@ def write(connection: Connection, now: datetime, finishes: Sequence[Finish]) -> 
         entry = held.get(finish.job_id)
         if (
             entry is None
-            or entry.job.token != finish.token
-            or entry.job.status is not QueueStatus.PROCESSING
+            or not is_held_by(entry.job.status, entry.job.token, finish.token)
             or finish.job_id in entries
         ):
             late.append(finish)

@@ -31,7 +31,7 @@ from runcomfy.adapters.stores.jobs_sql import (
 )
 from runcomfy.domain.exceptions import JobBusy
 from runcomfy.domain.job import PromptId
-from runcomfy.domain.queued import EventKind, Outcome, Phase, QueuedJob, QueueStatus, Reason, RowId
+from runcomfy.domain.queued import EventKind, Outcome, Phase, QueuedJob, QueueStatus, Reason, RowId, is_held_by
 
 Step = Callable[[Entry], tuple[Entry, EventKind, Mapping[str, Any]]]
 """What becomes of a row, and the event that tells it."""
@@ -53,7 +53,7 @@ _TO_END: Final = Sql(
 def step(connection: Connection, now: datetime, job_id: RowId, token: int, what: Step) -> QueuedJob:
     """Take a step of a run, if the worker that holds `token` still holds the job. Raises LeaseLost."""
     entry = hold(connection, [job_id]).get(job_id)
-    if entry is None or entry.job.token != token or entry.job.status is not QueueStatus.PROCESSING:
+    if entry is None or not is_held_by(entry.job.status, entry.job.token, token):
         raise lease_lost(job_id, token, None if entry is None else entry.job)
     after, kind, data = what(entry)
     job = after.job

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, bindparam, select, update
 from runcomfy.adapters.stores import tables
 from runcomfy.adapters.stores.sql_parts import insert_or_leave
 from runcomfy.domain.exceptions import LeaseLost
+from runcomfy.domain.lease import is_held_under, role_is_held
 from runcomfy.domain.machine import OwnerId
 
 _roles, _owners = tables.roles, tables.owners
@@ -39,7 +40,9 @@ def take_role(
     if row.owner_id == owner_id:
         connection.execute(this.values(expires_at=now + lease))
         return int(row.epoch)
-    if row.owner_id is not None and now < row.expires_at and not _signed_off(connection, row.owner_id):
+    if row.owner_id is not None and role_is_held(
+        expires_at=row.expires_at, now=now, signed_off=_signed_off(connection, row.owner_id)
+    ):
         if row.expires_at > now + lease:  # the clock was set back since
             connection.execute(this.values(expires_at=now + lease))
         return None
@@ -65,7 +68,7 @@ def role_holder(connection: Connection, now: datetime, role: str) -> OwnerId | N
 def must_hold(connection: Connection, role: str, epoch: int) -> None:
     """Raise LeaseLost unless the role's epoch is still this one; it stays so until this transaction ends."""
     row = connection.execute(_HELD_ROLE, {"role": role}).one_or_none()
-    if row is None or row.owner_id is None or row.epoch != epoch:
+    if row is None or row.owner_id is None or not is_held_under(row.epoch, epoch):
         holder = "nobody" if row is None or row.owner_id is None else row.owner_id
         raise LeaseLost(
             f"the role {role} is held by {holder} now",

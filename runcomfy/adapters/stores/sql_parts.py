@@ -18,6 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from runcomfy.adapters.stores import tables
 from runcomfy.adapters.stores.database import Database
 from runcomfy.domain.exceptions import LeaseLost, LocalError
+from runcomfy.domain.lease import is_held_under
 from runcomfy.domain.machine import Machine, MachineId, OwnerId
 from runcomfy.domain.money import LedgerEntry, meter
 
@@ -84,7 +85,7 @@ def add_machine(connection: Connection, machine: Machine, *, at: datetime, note:
 
 def still_held(machine: Machine, epoch: int | None) -> None:
     """Raise LeaseLost if the machine's epoch is another one than was expected."""
-    if epoch is not None and epoch != machine.epoch:
+    if epoch is not None and not is_held_under(machine.epoch, epoch):
         raise LeaseLost(
             f"machine {machine.id} was taken over by {machine.owner_id or 'nobody'} in the meantime",
             hint="another comfyctl looks after it now; see `comfyctl machines ls`",
