@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -14,10 +15,10 @@ from uuid import uuid4
 from runcomfy.adapters import media
 from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
 from runcomfy.adapters.comfyui.submit import Submission
+from runcomfy.adapters.media_source import Corrupt
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.application.watcher import _Watch
-from runcomfy.domain.exceptions import OutputCorrupt
-from runcomfy.domain.queued import NewJob, Outcome, QueuedJob, QueueStatus, Reason
+from runcomfy.domain.queued import Ending, NewJob, Outcome, QueuedJob, QueueStatus, Reason
 from runcomfy.domain.retry import RetryPolicy
 from runcomfy.testing.simulation.broken_machines import instead
 from runcomfy.testing.simulation.harm import harm_of
@@ -129,7 +130,7 @@ def takes_anything(_: World) -> Iterator[None]:
         def checked(*given: Any, **named: Any) -> Any:
             try:
                 return real(*given, **named)
-            except (OutputCorrupt, media.Corrupt):
+            except Corrupt:
                 return {"width": 32, "height": 32}
 
         return checked
@@ -202,15 +203,14 @@ def never_reaps(_: World) -> Iterator[None]:
 
 @contextmanager
 def passes_one_over(_: World) -> Iterator[None]:
-    """Put the second job back each time it is claimed."""
-    from runcomfy.domain.queued import Ending
+    """Put the second job off for a day each time it is claimed."""
 
     def claim(real: Any) -> Any:
         async def claimed(self: SqlJobs, *given: Any, **named: Any) -> Any:
             rows: Collection[QueuedJob] = await real(self, *given, **named)
             for row in rows:
                 if row.config_name == "job-2":
-                    await self.finish(row.id, row.token, Ending(Outcome.PUT_BACK))
+                    await self.finish(row.id, row.token, Ending(Outcome.REQUEUED, delay=timedelta(days=1)))
             return [row for row in rows if row.config_name != "job-2"]
 
         return claimed
