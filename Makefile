@@ -11,7 +11,7 @@ TRACE  ?=
 # themselves: one that is killed, or has no disk left, may leave half of it to the others.
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: install compiled demo test check coverage format lint types floors bench docs lock nightly soak killpoints web clean
+.PHONY: install compiled demo test check coverage format lint types floors bench docs lock nightly soak killpoints fuzz mutation web clean
 
 install: $(STAMP)
 
@@ -87,6 +87,11 @@ nightly: check
 	@$(BIN)/python -m benchmarks killing leaks
 	@$(BIN)/python -m benchmarks killpoints
 
+# Do the tests notice a change? A sample of it: `ARGS="--group domain --sample 20"`; the whole takes a night.
+mutation: compiled
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group mutation
+	@$(BIN)/python -m benchmarks mutation $(ARGS)
+
 # Every command killed at every durable write and remote call, over both databases, and started again: `ARGS=--record`.
 killpoints: compiled
 	@$(BIN)/python -m benchmarks killpoints $(ARGS)
@@ -94,6 +99,11 @@ killpoints: compiled
 # Everything at once, in real processes that are spoiled and killed at random: `MINUTES=20 ARGS="--seed 7"`.
 soak: compiled
 	@$(BIN)/python -m benchmarks soak --minutes $(or $(MINUTES),20) $(ARGS)
+
+# Every reader of what comes from outside, on inputs grown from recordings under coverage guidance: `RUNS=1000000`.
+fuzz: compiled
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group fuzz
+	@$(BIN)/python -m benchmarks fuzz --runs $(or $(RUNS),1000000) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .coverage* htmlcov
