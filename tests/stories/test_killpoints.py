@@ -29,7 +29,7 @@ TELLING = (
     KillPoint("serve", "store.record.before"),
     KillPoint("serve", "provider.stop_machine.during"),
 )
-"""An unheard answer of a launch, names given and not committed, an answer not written down, an unheard one of a stop."""
+"""An unheard answer of a launch, names given and not committed, an answer not written down, an unheard stop."""
 
 
 def test_points_are_what_lies_round_calls_that_leave_something_behind() -> None:
