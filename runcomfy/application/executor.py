@@ -423,6 +423,8 @@ class Executor:
             return 0
         if begun:  # nothing to claim proves nothing: no word was written
             self._troubled(None)
+        elif self._trouble is not None:  # the heart finds out whether words can be written again
+            self._trouble_wait = min(self._trouble_wait * 2, TROUBLE_MOST)
         return begun
 
     async def _begin_some(self, count: int) -> int:
@@ -464,6 +466,7 @@ class Executor:
         if error is None:
             if self._trouble is not None:
                 self._trouble, self._trouble_wait = None, TROUBLE_FIRST
+                self._wake.set()
                 self.tell("the database works again")
             return
         if isinstance(error, LeaseLost):

@@ -49,6 +49,8 @@ class Planner:
         self._tell, self._trouble, self._after = tell, trouble, after
         self.set_aside = 0
         """How many jobs were taken out of the queue, since their workers vanished again and again."""
+        self._dropped: set[OwnerId] = set()
+        """Who is gone and does not hold the role: the dead take none, so they are asked about once."""
         self.epoch: int | None = None
         """The hold on the role; None while another process has it."""
 
@@ -113,10 +115,11 @@ class Planner:
     async def _take_role(self, dead: Sequence[OwnerId]) -> None:
         lease = self._settings.lease
         epoch = await self._store.take_role(PLANNER, self._owner.id, lease=lease)
-        if epoch is None and dead:
+        if epoch is None and (fresh := [owner_id for owner_id in dead if owner_id not in self._dropped]):
             # Its holder may be one of them: on this computer that is known at once, and need not be waited for.
-            for owner_id in dead:
+            for owner_id in fresh:
                 await self._store.drop_role(PLANNER, owner_id)
+                self._dropped.add(owner_id)
             epoch = await self._store.take_role(PLANNER, self._owner.id, lease=lease)
         if epoch is not None and epoch != self.epoch:
             log.info("planner_role_taken", extra={"fields": {"owner": self._owner.id, "epoch": epoch}})

@@ -61,6 +61,8 @@ class Role:
         self._store, self._clock, self._processes = store, clock, processes
         self._lease = lease
         self._until = float("-inf")
+        self._dropped: set[OwnerId] = set()
+        """Who is gone and does not hold it: the dead take no roles, so they are asked about once."""
         self.epoch: int | None = None
         """Of the hold; None while somebody else has it."""
 
@@ -84,6 +86,7 @@ class Role:
         if epoch is None and (dead := await self._dead()):
             for owner in dead:
                 await self._store.drop_role(self.name, owner.id)
+                self._dropped.add(owner.id)
             epoch = await self._ask()
         self.epoch = epoch
         if epoch is None:
@@ -105,8 +108,9 @@ class Role:
         return await self._store.take_role(self.name, self.owner.id, lease=self._lease)
 
     async def _dead(self) -> list[Owner]:
+        """Return who is gone and may still be written down as the holder."""
         owners, now = await self._store.owners(), self._clock.now()
-        others = [owner for owner in owners.values() if owner.id != self.owner.id]
+        others = [owner for owner in owners.values() if owner.id != self.owner.id and owner.id not in self._dropped]
         return [owner for owner in others if not self._processes.lives(owner, now=now)]
 
     async def keep(self) -> None:
