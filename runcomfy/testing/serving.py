@@ -348,8 +348,10 @@ class Services:
         in_memory: Callable[[], Awaitable[None]] | None = None,
         **queue: Any,
     ) -> None:
-        """`queue` is laid over the queue's settings. `in_memory`: all services share databases
-        without files; it is awaited before each of their calls."""
+        """`queue` is laid over the queue's settings.
+
+        `in_memory`: all services share databases without files; it is awaited before each of their calls.
+        """
         self.cloud, self.clock, self.folder = cloud, clock, folder
         self.settings = settings_for(account, folder / "state")
         self.queue_settings = replace(

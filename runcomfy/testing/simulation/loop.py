@@ -222,6 +222,10 @@ class MemoryServer(events.AbstractServer):
     async def start_serving(self) -> None:
         """Do nothing: it listens from the beginning."""
 
+    async def serve_forever(self) -> None:
+        """Wait for ever: it listens anyhow."""
+        await asyncio.Event().wait()
+
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """Return the loop."""
         return self._loop
@@ -241,7 +245,7 @@ class MemoryLoop(base_events.BaseEventLoop):
         self._clock_resolution = 1e-9
         self._ports, self._numbers = itertools.count(FIRST_PORT), itertools.count(1)
         self._connected: dict[int, Address] = {}
-        self.set_task_factory(self._make_task)
+        self.set_task_factory(self._make_task)  # type: ignore[arg-type]
 
     def next_number(self) -> int:
         """Return a number that was not given before."""
@@ -264,7 +268,7 @@ class MemoryLoop(base_events.BaseEventLoop):
         self.steps += 1
         timers, ready = self._scheduled, self._ready  # type: ignore[attr-defined]
         while timers and timers[0]._cancelled:
-            self._timer_cancelled_count -= 1
+            self._timer_cancelled_count -= 1  # type: ignore[attr-defined]
             heapq.heappop(timers)._scheduled = False
         if not ready:
             if self._stopping:  # type: ignore[attr-defined]
@@ -288,11 +292,15 @@ class MemoryLoop(base_events.BaseEventLoop):
     def _process_events(self, event_list: Any) -> None:
         pass
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.Handle:
         """Call in the next turn: there are no threads."""
         return self.call_soon(callback, *args, context=context)
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
         """Call now."""
         future = self.create_future()
         try:

@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from typing import Final
+from unittest.mock import patch
+
+from alembic import command
 
 from runcomfy.testing.clock import START
+from runcomfy.testing.remembered import Remembered
 from runcomfy.testing.simulation.faults import harass
 from runcomfy.testing.simulation.load import feed
 from runcomfy.testing.simulation.loop import MemoryLoop
@@ -35,6 +39,9 @@ NOISE: Final = (
     "websockets.client",
     "runcomfy.emulator",
 )
+
+MIGRATIONS: Final = Remembered(command.upgrade)
+"""Empty databases are made anew each day, from the statements of the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +137,14 @@ def simulate(seed: int, *, length: timedelta = DAY, broken: str = "") -> Day:
         stack.enter_context(_rarely_collecting())
         stack.enter_context(seeded(seed, now=loop.time, began=START.timestamp()))
         stack.enter_context(slower())
+        stack.enter_context(patch.object(command, "upgrade", MIGRATIONS.upgrade))
         stack.callback(loop.close)
         stack.callback(asyncio.set_event_loop, None)
         asyncio.set_event_loop(loop)
         world = World(seed, loop, length=length)
         stack.enter_context(_told(world))
         switch = SWITCHES[broken] if broken else _nothing
+        stack.callback(gc.collect)
         stack.callback(_sweep, loop)
         violations, ledger_usd, bill_usd = loop.run_until_complete(_live(world, switch))
     return Day(

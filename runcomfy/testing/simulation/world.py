@@ -7,6 +7,7 @@ Load, faults and oracles are given a `World` and nothing else. Names and signatu
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sys
 import tempfile
@@ -130,10 +131,7 @@ class World:
     # -- life ----------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        # Memory where the system has a folder in it.
-        memory = Path("/dev/shm")  # noqa: S108 - a folder of its own is made in it
-        within = memory if sys.platform == "linux" and memory.is_dir() else None
-        self.folder = Path(tempfile.mkdtemp(prefix="comfyctl-simulation-", dir=within))
+        self.folder = Path(tempfile.mkdtemp(prefix="comfyctl-simulation-", dir=_memory()))
         self.trace.hide(str(self.folder), "…")
         machines = self.folder / "machines"
         machines.mkdir()
@@ -309,6 +307,12 @@ class GuardProgram:
                     finally:
                         await finish(looks.close())
                     await asyncio.sleep(settings.pool.reconcile_every.total_seconds())
+
+
+def _memory() -> str | None:
+    """Return a folder in memory, where the system has one."""
+    folder = "/dev/shm"  # noqa: S108 - a folder of its own is made in it
+    return folder if sys.platform == "linux" and os.access(folder, os.W_OK) else None
 
 
 def _both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:
