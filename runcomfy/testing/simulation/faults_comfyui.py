@@ -188,18 +188,20 @@ async def page_for_result(harm: Harm) -> None:
 
 async def corrupt_result(harm: Harm) -> None:
     """A result is corrupt, always or only this time."""
-    how = harm.draw.choice((corruption.other_bytes_each_time, corruption.empty, _half, _flip))
+    how = harm.draw.choice((corruption.other_bytes_each_time, corruption.empty, half, flip))
     number = 52 if how is corruption.other_bytes_each_time else 51
     times = harm.draw.choice((1, 2, 4))
     _arm(harm, number, f"{times} results will be spoilt: {how.__name__}", "GET", "/view", Fault.corrupted(how),
          times=times)  # fmt: skip
 
 
-def _half(body: bytes, _: int) -> bytes:
+def half(body: bytes, _: int) -> bytes:
+    """The first half of a body."""
     return body[: len(body) // 2]
 
 
-def _flip(body: bytes, _: int) -> bytes:
+def flip(body: bytes, _: int) -> bytes:
+    """A body of which some bytes in the middle are others."""
     middle = len(body) // 2
     return body[:middle] + bytes(byte ^ 0x55 for byte in body[middle : middle + 8]) + body[middle + 8 :]
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.exceptions import DiskFull
-from runcomfy.testing.emulators.comfyui import corruption
 from runcomfy.testing.emulators.comfyui.faults import Fault, SocketFault
 from runcomfy.testing.simulation.direction import Direction, Happening
+from runcomfy.testing.simulation.faults_comfyui import flip
 from runcomfy.testing.simulation.faults_programs import READS
 from runcomfy.testing.simulation.harm import harm_of
 from runcomfy.testing.simulation.load import KINDS, Order
@@ -127,7 +127,7 @@ LOST_SUBMIT: Final = Direction(
 FAILING: Final = Direction(lambda: [_order(1, 60.0, kind="fails"), _order(2, 90.0)])
 CORRUPT: Final = Direction(
     lambda: [_order(1, 60.0), _order(2, 330.0)],
-    ((310.0, _comfyui("GET", "/view", Fault.corrupted(corruption.cut_idat), times=100)),),
+    ((310.0, _comfyui("GET", "/view", Fault.corrupted(flip), times=100)),),
 )
 SAME_KEY: Final = Direction(lambda: [_order(1, 60.0, key="key-1", again_after=(30.0, 900.0)), _order(2, 90.0)])
 CANCELLED: Final = Direction(lambda: [_order(1, 60.0, seconds=200.0, cancel_after=100.0), _order(2, 90.0)])
