@@ -15,9 +15,10 @@ import pytest
 
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
-from runcomfy.cli import agent_voice, machines_show, progress_display, queue_display
+from runcomfy.cli import agent_voice, machines_show, progress_display, queue_display, queue_work
 from runcomfy.cli.runner import Interrupts
 from runcomfy.cli.words import ended_well, show_time, still_billing
+from runcomfy.domain.exceptions import JobNotFound
 from runcomfy.domain.machine import MachineState
 from runcomfy.domain.progress import Progress, Step
 from runcomfy.domain.queued import FLEET_SCOPE, QUEUE_SCOPE, Pause, Phase, QueuedJob, QueueStatus
@@ -210,3 +211,72 @@ async def test_a_watched_list_in_a_terminal_is_one_table(
     async with programs.start() as program:
         await watched(program, cloud, as_json=False)
     assert "1 of ours" in capsys.readouterr().out
+
+
+# -- the queue, while it is looked at ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The database of an empty queue, as commands find it."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "state" / "runcomfy.sqlite3"
+    async with SqlJobs(store_from(path, clock=LoopClock(), durable=False)):
+        return path
+
+
+async def jobs_come_and_end(where: Path, clock: LoopClock, looking: Interrupts) -> None:
+    """Put jobs in, cancel one, pause the queue, cancel the other; then the user presses Ctrl+C."""
+    await asyncio.sleep(2)
+    async with SqlJobs(store_from(where, clock=clock, durable=False)) as jobs:
+        first, second = await jobs.add([a_job(config_name="cat.yaml"), a_job(config_name="dog.yaml")])
+        await asyncio.sleep(5)
+        await jobs.cancel(second.id, by="ann")
+        await jobs.pause(scope=QUEUE_SCOPE, reason="by-hand", message="lunch")
+        await asyncio.sleep(5)
+        await jobs.cancel(first.id, by="ann")
+        await asyncio.sleep(5)
+    looking.event.set()
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+async def test_a_watched_queue_tells_what_changes_until_ctrl_c(
+    where: Path, clock: LoopClock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    looking = Interrupts(None)
+    story = asyncio.create_task(jobs_come_and_end(where, clock, looking))
+    assert await queue_work.list_jobs(looking, None, None, {}, as_json=False, watch=True) == 0
+    await story
+    shown = capsys.readouterr().out
+    assert "cat.yaml" in shown
+    assert "cancelled" in shown
+    assert "paused: the queue, until `comfyctl queue resume`: lunch" in shown.replace("\n", " ")
+
+
+async def test_a_watched_queue_in_json_has_a_line_for_each_change(
+    where: Path, clock: LoopClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looking = Interrupts(None)
+    story = asyncio.create_task(jobs_come_and_end(where, clock, looking))
+    await queue_work.list_jobs(looking, None, None, {}, as_json=True, watch=True)
+    await story
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["status"] for row in rows if row["config_name"] == "dog.yaml"] == ["pending", "failed"]
+
+
+async def test_one_job_is_watched_to_its_end_and_events_are_followed(
+    where: Path, clock: LoopClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(JobNotFound, match="no job"):
+        await queue_work.show_job(Interrupts(None), "cat.yaml", {}, as_json=False, watch=True)
+    looking, following = Interrupts(None), Interrupts(None)
+    story = asyncio.create_task(jobs_come_and_end(where, clock, following))
+    events = asyncio.create_task(queue_work.print_events(following, None, 10, {}, as_json=False, follow=True))
+    await asyncio.sleep(4)
+    assert await queue_work.show_job(looking, "cat.yaml", {}, as_json=False, watch=True) == 0
+    await asyncio.gather(story, events)
+    shown = capsys.readouterr()
+    assert "pending: waits" in shown.err
+    assert "cancelled" in shown.out
+    assert shown.out.count("dog.yaml") >= 2
