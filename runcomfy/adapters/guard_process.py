@@ -25,6 +25,8 @@ from runcomfy.domain.settings import Settings
 MAX_LOG_BYTES: Final = 1_000_000
 """What guards have said beyond that is thrown away when the next one starts."""
 _STARS: Final = "***"
+_started: Final[set[int]] = set()
+"""Guards that this process started and has not seen end."""
 
 
 def guard_lock(settings: Settings, account: str) -> FolderLock:
@@ -54,6 +56,7 @@ def start_guard(settings: Settings, account: str, *, database_url: str = "") -> 
     Call it when this process is registered as an owner: a guard stays while there is one that could launch.
     Raises LocalError.
     """
+    _bury()
     if guard_runs(settings, account):
         return None
     path = guard_log(settings)
@@ -80,7 +83,21 @@ def start_guard(settings: Settings, account: str, *, database_url: str = "") -> 
     finally:
         os.close(output)
     child.returncode = 0  # it outlives us on purpose: nobody is to warn that it was not waited for
+    _started.add(child.pid)
     return child.pid
+
+
+def _bury() -> None:
+    """Take note of guards of ours that ended: until then each has its place in the system's table of processes."""
+    if sys.platform == "win32":
+        return
+    for pid in tuple(_started):
+        try:
+            ended, _ = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # somebody has, or a fork has the set of its parent
+            ended = pid
+        if ended:
+            _started.discard(pid)
 
 
 def _detached() -> dict[str, Any]:

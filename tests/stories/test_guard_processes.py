@@ -19,7 +19,11 @@ import psutil
 import pytest
 from PIL import Image
 
+from runcomfy.adapters.guard_process import start_guard
+from runcomfy.domain.secret import Secret
+from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import settings_for
 
 pytestmark = [
     pytest.mark.processes,
@@ -192,3 +196,22 @@ async def test_one_guard_is_enough(tmp_path: Path) -> None:
         assert await asyncio.wait_for(stop.wait(), timeout=PATIENCE) == 0
         assert cloud.alive == []
         await until(lambda: not story.guards(), "the guard leaves", story)
+
+
+def test_guards_that_were_killed_leave_nothing_in_the_process_table_of_who_started_them(tmp_path: Path) -> None:
+    """A service lives for months, and starts another guard whenever one is gone."""
+    settings = settings_for(CloudSettings(user_id="nobody", tokens=(Secret("none"),)), tmp_path / "state")
+    (tmp_path / "state").mkdir()
+    pids = []
+    try:
+        for _ in range(3):
+            pid = start_guard(settings, "nobody")
+            assert pid is not None
+            pids.append(pid)
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until it has ended, and leaves it where it is
+        assert [pid for pid in pids[:-1] if psutil.pid_exists(pid)] == []
+    finally:
+        for pid in pids:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
