@@ -85,7 +85,8 @@ GROUPS: Final = {
             "tests/test_rate_limits.py", "tests/test_dev_server_state.py", "tests/test_work_book.py",
             "tests/test_costs.py", "tests/test_time_left.py", "tests/test_log.py", "tests/test_media_inputs.py",
             "tests/test_credentials.py", "tests/test_result_names.py", "tests/security", "tests/docs/test_errors.py",
-            "tests/test_workflow_registry.py", "tests/test_config.py", "tests/contracts/test_jobs_contract.py",
+            "tests/test_workflow_registry.py", "tests/test_config.py", "tests/test_job_files.py",
+            "tests/test_serverless.py", "tests/test_job_queue.py", "tests/test_cli_costs.py",
         ),
         "tests/test_work_book.py",
     ),
@@ -95,10 +96,8 @@ GROUPS: Final = {
             "tests/test_machine_pool.py", "tests/test_machines.py", "tests/test_machines_ending.py",
             "tests/test_reaper.py", "tests/test_reconciler.py", "tests/test_fleet.py", "tests/test_pool_health.py",
             "tests/test_pool_station.py", "tests/test_job_queue.py", "tests/test_work_book.py",
-            "tests/test_executor.py", "tests/test_executor_cloud.py", "tests/test_executor_crashes.py",
-            "tests/test_executor_heart.py", "tests/test_budgets_enforced.py", "tests/test_store.py",
-            "tests/test_results_beside.py", "tests/test_runcomfy_orchestrator.py",
-            "tests/stories/test_pool_faults.py", "tests/stories/test_invariants_machines.py",
+            "tests/test_executor.py", "tests/test_executor_cloud.py", "tests/test_journal.py",
+            "tests/test_budgets_enforced.py", "tests/stories/test_pool_faults.py",
         ),
         "tests/test_work_book.py",
     ),
@@ -436,7 +435,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     for row in rows:
         print(f"{row.what}: {row.value}")
     took = round(time.perf_counter() - began, 1)
-    asked = " ".join(word for word in arguments if word != "--record")
+    asked = " ".join(word for word in arguments if word not in ("--record", "--show", "--again", "--retry"))
     notes = (
         "Killed of those tried, without those that are explained in `benchmarks/mutation_explained.toml`.",
         "Where mutants were drawn, ± is half of the 95 % interval; groups weigh each module by all of its mutants.",
