@@ -111,8 +111,8 @@ def test_a_moment_is_at_most_a_hundred_years_away() -> None:
 
 def test_what_a_job_worked_ends_with_its_computing_or_its_row_or_now() -> None:
     def work(computed_at: datetime | None = None, ended_at: datetime | None = None) -> Work:
-        times = {"computing_at": NOON, "computed_at": computed_at, "ended_at": ended_at}
-        return replace(Work(MachineId("m"), JobId("j"), 1, "w", "medium", NOON), **times)
+        begun = Work(MachineId("m"), JobId("j"), 1, "w", "medium", NOON, computing_at=NOON)
+        return replace(begun, computed_at=computed_at, ended_at=ended_at)
 
     minute = timedelta(minutes=1)
     assert work(computed_at=NOON + minute, ended_at=NOON + 2 * minute).busy(NOON + 9 * minute) == minute
