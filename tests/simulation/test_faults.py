@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from datetime import timedelta
 from typing import TypeVar
 
@@ -54,7 +55,8 @@ def test_there_are_720_of_them_in_a_day_that_ends_calmly() -> None:
 
 def test_the_jobs_of_a_day_are_the_seeds_alone() -> None:
     def of(seed: int) -> list[tuple[object, ...]]:
-        draw = World(seed, MemoryLoop()).stream("load")
+        with closing(MemoryLoop()) as loop:
+            draw = World(seed, loop).stream("load")
         return [(o.at, o.kind.name, o.seconds, o.user, o.key, o.cancel_after) for o in orders(draw, 75_600.0)]
 
     assert of(3) == of(3)
@@ -87,7 +89,7 @@ def test_calm_ends_everything_that_lasts() -> None:
         harm = harm_of(world)
         served = await world.start_service()
         by_name = {fault.name: fault for fault in FAULTS}
-        for name in ("sleeps", "store locked", "list paged", "token refused", "late machine", "provider down"):
+        for name in ("store locked", "sleeps", "list paged", "token refused", "late machine", "provider down"):
             await by_name[name].deal(harm)
         assert not served.app.awake.is_set()
         await harm.calm()

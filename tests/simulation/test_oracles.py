@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
@@ -67,8 +67,10 @@ class Story:
 
 
 @pytest.fixture
-def story() -> Story:
-    return Story()
+def story() -> Iterator[Story]:
+    told = Story()
+    yield told
+    told.loop.close()
 
 
 ORDER = Order(1, KINDS[0], 0.0, 30.0, "ann", 50, 2)
