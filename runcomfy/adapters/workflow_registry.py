@@ -21,6 +21,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Final
 
+from runcomfy.adapters.files import open_regular
 from runcomfy.adapters.yaml_text import MAX_BYTES, read_yaml
 from runcomfy.domain.exceptions import SettingInvalid, WorkflowNotFound, foreign_text
 from runcomfy.domain.marked import Branch, Entry, Items, Leaf, Node, Problem, below, joined, what_it_is
@@ -155,7 +156,7 @@ def mark_of(path: Path) -> Mark | None:
 
 def _load(file: Path) -> Mapping[str, RegistryEntry]:
     try:
-        with file.open("rb") as opened:
+        with open_regular(file, follow=True) as opened:
             tree, problems = read_yaml(opened.read(MAX_BYTES + 1))
     except OSError as error:
         words = f"it cannot be read: {foreign_text(error.strerror or error)}"

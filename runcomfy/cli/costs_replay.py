@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import csv
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from runcomfy.application.replay_report import Comparison, Tuned
     from runcomfy.cli.runner import Interrupts
 
+LONGEST_LINE: Final = 65_536
 WaitPriced = click.option(
     "--wait-price",
     metavar="PRICE",
@@ -154,13 +156,21 @@ def _read(path: str, stream: str, seed: int, service_s: float | None) -> tuple[t
 
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as lines:
-            trace = read_trace(lines, service_s=service_s)
+            trace = read_trace(_bounded(lines), service_s=service_s)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputFileInvalid(
             f"{foreign_text(path, 200)} cannot be read as a table: {foreign_text(str(error), 100)}",
             hint="it must be a CSV file in UTF-8",
         ) from error
     return trace.jobs if stream == "all" else draw(trace, stream, seed=seed)[0], trace.left_out
+
+
+def _bounded(lines: TextIO) -> Iterator[str]:
+    """Yield the lines; a file without any (a device, a picture) must not fill the memory."""
+    while line := lines.readline(LONGEST_LINE):
+        if len(line) == LONGEST_LINE:
+            raise csv.Error(f"a line has more than {LONGEST_LINE} characters")
+        yield line
 
 
 def _show(comparison: Comparison) -> None:
