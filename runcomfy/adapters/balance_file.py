@@ -20,8 +20,8 @@ from runcomfy.domain.balance import Balance
 
 FILE_NAME: Final = "balances.json"
 _MAX_BYTES: Final = 1024 * 1024
-_MOST_USD: Final = Decimal(10) ** 12
-"""More is no balance; written out, "1e999999999" has a billion digits."""
+_MOST_DIGITS: Final = 30
+"""Before or after the point: written out, "1e999999999" has a billion digits."""
 _KEPT: Final = 200
 """Readings kept of one account; of older ones every second is dropped, so that the first stays and all ages remain."""
 
@@ -65,6 +65,6 @@ class BalanceFile:
 
 def _balance(told: Any) -> Balance:
     at, usd = datetime.fromisoformat(told["at"]), Decimal(told["usd"])
-    if at.tzinfo is None or not usd.is_finite() or not -_MOST_USD < usd < _MOST_USD or not 2000 <= at.year <= 2200:
+    if at.tzinfo is None or not usd.is_finite() or abs(usd.adjusted()) > _MOST_DIGITS or not 2000 <= at.year <= 2200:
         raise ValueError("not a reading")
     return Balance(usd, at)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +10,7 @@ from runcomfy.adapters.files import make_private_dir, open_regular, write_atomic
 from runcomfy.domain.canary import Outcome
 
 _MAX_BYTES: Final = 64 * 1024
-_MOST_USD: Final = Decimal(10) ** 6
+_MOST_DIGITS: Final = 30
 
 
 def canary_file(state_dir: str, account: str) -> Path:
@@ -32,6 +31,6 @@ def last_outcome(state_dir: str, account: str) -> Outcome | None:
     try:
         with open_regular(canary_file(state_dir, account)) as file:
             outcome = Outcome.from_dict(json.loads(file.read(_MAX_BYTES)))
-        return outcome if outcome.cost_usd.is_finite() and -_MOST_USD < outcome.cost_usd < _MOST_USD else None
+        return outcome if outcome.cost_usd.is_finite() and abs(outcome.cost_usd.adjusted()) <= _MOST_DIGITS else None
     except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return None

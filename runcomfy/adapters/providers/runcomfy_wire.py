@@ -57,6 +57,8 @@ LONGEST: Final = timedelta(days=36_500)
 """A machine that is said to run longer is said to run for nobody knows how long."""
 MOST_USD: Final = Decimal(10) ** 12
 """More is no balance; written out, "1e999999999" has a billion digits."""
+FEWEST_DIGITS: Final = 30
+"""After the point: less than that is nothing, and "1e-999999999" has as many."""
 
 
 class Unreadable(Exception):
@@ -279,13 +281,15 @@ def read_money(payload: Any) -> Decimal | None:
     if not isinstance(payload, dict) or str(payload.get("currency", "USD")).upper() != "USD":
         return None
     amount = payload.get("balance_usd")
-    if isinstance(amount, bool) or not isinstance(amount, int | float | str):
+    if isinstance(amount, bool) or not isinstance(amount, int | float | str) or len(str(amount)) > FEWEST_DIGITS:
         return None
     try:
         money = Decimal(str(amount))
     except (InvalidOperation, ValueError):
         return None
-    return money if money.is_finite() and -MOST_USD < money < MOST_USD else None
+    if not money.is_finite() or not -MOST_USD < money < MOST_USD:
+        return None
+    return money if money.adjusted() > -FEWEST_DIGITS else Decimal(0)
 
 
 def read_user_id(payload: Any) -> str | None:
