@@ -19,11 +19,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
 import psycopg
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from benchmarks.common import Findings, high, middle, report
 from benchmarks.results import Result
@@ -40,6 +41,7 @@ WORKERS = 16
 JOBS = 6_000
 BACKLOG = 100_000
 HISTORY = 1_000_000
+HISTORY_PART = 50_000
 LEASES = 10_000
 PICKUPS = 400
 LEASE = timedelta(seconds=60)
@@ -170,20 +172,26 @@ async def renewals(store: SqlJobs) -> float:
 
 
 async def write_history(store: SqlJobs, count: int) -> None:
-    """Write a past into the table, as the database itself writes it quickest."""
-    numbers = (
-        f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count}) SELECT i FROM n"  # noqa: S608
-        if store.dialect == "sqlite"
-        else f"SELECT generate_series(1, {count}) AS i"
-    )
-    past = (
-        "INSERT INTO jobs (config_name, job_type, workflow_id, priority, status, run_count, start_time, end_time, "  # noqa: S608
-        "duration, metadata) SELECT 'past_' || i, 'T2I', 'image_invert', 50, 'done', 1, CURRENT_TIMESTAMP, "
-        f"CURRENT_TIMESTAMP, 1.5, '{{}}' FROM ({numbers}) AS numbers"
-    )
-    await store.run(lambda connection: connection.execute(text(past)))
+    """Write a past into the table, as the database itself writes it quickest; in parts, for a statement has a limit."""
+    for first in range(1, count, HISTORY_PART):
+        last = first + HISTORY_PART - 1
+        numbers = (
+            f"WITH RECURSIVE n(i) AS (SELECT {first} UNION ALL SELECT i + 1 FROM n WHERE i < {last}) SELECT i FROM n"  # noqa: S608
+            if store.dialect == "sqlite"
+            else f"SELECT generate_series({first}, {last}) AS i"
+        )
+        past = (
+            "INSERT INTO jobs (config_name, job_type, workflow_id, priority, status, run_count, start_time, end_time, "  # noqa: S608
+            "duration, metadata) SELECT 'past_' || i, 'T2I', 'image_invert', 50, 'done', 1, CURRENT_TIMESTAMP, "
+            f"CURRENT_TIMESTAMP, 1.5, '{{}}' FROM ({numbers}) AS numbers"
+        )
+        await store.run(partial(_write, past))
     if store.dialect == "postgresql":
-        await store.run(lambda connection: connection.execute(text("ANALYZE jobs")))
+        await store.run(partial(_write, "ANALYZE jobs"))
+
+
+def _write(statement: str, connection: Connection) -> None:
+    connection.execute(text(statement))
 
 
 @asynccontextmanager
