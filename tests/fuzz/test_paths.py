@@ -90,8 +90,8 @@ def _job(path: Path) -> object:
     return files.job(found, data or b"")
 
 
-def _picture(path: Path) -> object:
-    return media.check_input_image(path, 1_000_000)
+def _picture(path: Path) -> None:
+    media.check_input_image(path, 1_000_000)
 
 
 def _result(path: Path) -> object:
