@@ -54,7 +54,7 @@ RUN_LEASE: Final = 40.0
 KEEP_ALIVE: Final = 10.0
 ATTACH_GRACE: Final = 45.0
 CLIENTS: Final = 14
-MEASURE_EVERY: Final = 2.0
+MEASURE_EVERY: Final = 1.0
 KILLED_STARTING: Final = 0.15
 """The share of kills that do not ask whether their victim is at work yet."""
 TOLD_MOST: Final = 60
@@ -306,7 +306,7 @@ class Soak:
         first = int(deed.pick * len(mortal))
         for kept in mortal[first:] + mortal[:first]:
             # Most are killed at work; those that only start would never get there on a slow computer.
-            if (kept.ready or deed.pick * 100 % 1 < KILLED_STARTING) and kept.kill():
+            if (kept.at_work or deed.pick * 100 % 1 < KILLED_STARTING) and kept.kill():
                 self._note("kills", deed, kept.name)
                 return kind
         return "comfyui" if await outside.do("kill", pick=deed.pick) else ""
@@ -381,6 +381,7 @@ class Soak:
     async def _measure(self) -> None:
         while True:
             for kept in self.kept:
+                kept.look()
                 if not kept.mortal:
                     kept.measure(time.monotonic() - self._began)
             await asyncio.sleep(MEASURE_EVERY)

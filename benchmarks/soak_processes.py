@@ -60,6 +60,8 @@ class Kept:
     sizes: list[tuple[float, int]] = field(default_factory=list)
     """Seconds since the beginning, and resident bytes."""
     _said_before: int = 0
+    _began_at: float = 0.0
+    _ready_at: float | None = None
     _killed: bool = False
     _keeper: asyncio.Task[None] | None = None
 
@@ -74,16 +76,21 @@ class Kept:
         self._keeper = asyncio.create_task(self._keep(), name=f"keeper of {self.name}")
 
     @property
-    def ready(self) -> bool:
-        """Whether it has said since its start that it works."""
-        if self.pid is None or not self.log.is_file():
-            return False
-        with self.log.open("rb") as log:
-            log.seek(self._said_before)
-            return self.ready_word.encode() in log.read()
+    def at_work(self) -> bool:
+        """Whether it has worked for as long as its start took: on a slow computer both take longer."""
+        return self._ready_at is not None and time.monotonic() - self._ready_at >= self._ready_at - self._began_at
+
+    def look(self) -> None:
+        """Notice that it has said that it works."""
+        if self._ready_at is None and self.pid is not None and self.log.is_file():
+            with self.log.open("rb") as log:
+                log.seek(self._said_before)
+                if self.ready_word.encode() in log.read():
+                    self._ready_at = time.monotonic()
 
     async def _spawn(self) -> None:
         self._said_before = self.log.stat().st_size if self.log.is_file() else 0
+        self._began_at, self._ready_at = time.monotonic(), None
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "runcomfy.cli.main", *self.command,
