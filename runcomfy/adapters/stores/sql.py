@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from sqlalchemy import Connection, bindparam, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, insert, select, update
 
 from runcomfy.adapters.stores import bucket as limiter
 from runcomfy.adapters.stores import tables
@@ -70,6 +71,7 @@ _STORY: Final = (
     .order_by(_story.c.number)
 )
 _USES: Final = select(_uses).where(_uses.c.ended_at.is_(None)).order_by(_uses.c.started_at, _uses.c.job_id)
+_NOT_SIGNED_OFF: Final = select(_owners).where(_owners.c.ended_at.is_(None))
 _SAVE_ACCOUNT: Final = update(_accounts).where(_accounts.c.account == bindparam("name"))
 
 
@@ -141,11 +143,11 @@ class SqlStore(MoneyPart, SignalsPart):
 
     async def owners(self, ids: Collection[OwnerId] | None = None) -> Mapping[OwnerId, Owner]:
         """Return the owners with these ids, or all that have not signed off."""
-        named = [_owners.c.id.in_(some) for some in batches(sorted(set(ids or ())))]
-        which = [_owners.c.ended_at.is_(None)] if ids is None else named
+        named = [select(_owners).where(_owners.c.id.in_(some)) for some in batches(sorted(set(ids or ())))]
+        queries = [_NOT_SIGNED_OFF] if ids is None else named
 
         def work(connection: Connection) -> Mapping[OwnerId, Owner]:
-            found = [Owner(*row) for some in which for row in connection.execute(select(_owners).where(some))]
+            found = [Owner(*row) for query in queries for row in connection.execute(query)]
             return {owner.id: owner for owner in found}
 
         return await self._read(work)
@@ -170,17 +172,15 @@ class SqlStore(MoneyPart, SignalsPart):
 
         With `states` or `server_ids` only those among them.
         """
-        query = select(_machines).where(_machines.c.provider == provider, _machines.c.account == account)
         if since is not None:
             ended_later = _machines.c.state.in_(CLOSED) & (_machines.c.since >= since)
-            query = query.where(_machines.c.state.in_(OPEN) | ended_later)
-        elif open_only:
-            query = query.where(_machines.c.state.in_(OPEN))
+            query = _machines_of(provider, account, open_only=False).where(_machines.c.state.in_(OPEN) | ended_later)
+        else:
+            query = _machines_of(provider, account, open_only=open_only)
         if states is not None:
             query = query.where(_machines.c.state.in_(list(states)))
         if server_ids is not None:
             query = query.where(_machines.c.server_id.in_(list(server_ids)))
-        query = query.order_by(_machines.c.requested_at, _machines.c.id)
         return await self._read(lambda connection: [tables.machine_of(row) for row in connection.execute(query)])
 
     async def record(
@@ -391,6 +391,15 @@ class SqlStore(MoneyPart, SignalsPart):
 
 
 # -- inside a transaction --------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def _machines_of(provider: str, account: str, *, open_only: bool) -> Select[Any]:
+    """Return the query of an account's machines, oldest first; kept, since making it takes longer than asking it."""
+    query = select(_machines).where(_machines.c.provider == provider, _machines.c.account == account)
+    if open_only:
+        query = query.where(_machines.c.state.in_(OPEN))
+    return query.order_by(_machines.c.requested_at, _machines.c.id)
 
 
 def _bucket(connection: Connection, account: str) -> limiter.Bucket:
