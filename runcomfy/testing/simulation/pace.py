@@ -8,9 +8,11 @@ the same: what is missed is found at the next look.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -29,6 +31,9 @@ RHYTHMS: Final[tuple[tuple[Any, str, Any], ...]] = (
 ROLE_LEASE: Final = timedelta(minutes=20)
 
 
+_installed: Final = cache(importlib.metadata.entry_points)
+
+
 @contextmanager
 def slower() -> Iterator[None]:
     """Have everybody look more rarely, for the block."""
@@ -36,4 +41,6 @@ def slower() -> Iterator[None]:
         for module, name, value in RHYTHMS:
             stack.enter_context(patch.object(module, name, value))
         stack.enter_context(patch.dict(role.Role.__init__.__kwdefaults__, lease=ROLE_LEASE))
+        # Forty services are started a day, and what is installed stays as it is.
+        stack.enter_context(patch.object(importlib.metadata, "entry_points", _installed))
         yield
