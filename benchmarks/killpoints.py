@@ -78,10 +78,11 @@ class Sweep:
 
     async def run(self, only: str) -> None:
         """Learn the points of every scene, then die at each."""
-        learned = await asyncio.gather(*(self.story(scene, None) for scene in SCENES))
+        scenes = [scene for scene in SCENES if fnmatch(scene, only.partition(":")[0])]
+        learned = await asyncio.gather(*(self.story(scene, None) for scene in scenes))
         points = [
             point
-            for scene, told in zip(SCENES, learned, strict=True)
+            for scene, told in zip(scenes, learned, strict=True)
             for point in points_of(scene, told.points)
             if fnmatch(str(point), only)
         ]

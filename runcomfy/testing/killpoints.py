@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fnmatch import fnmatchcase
@@ -36,6 +36,7 @@ from runcomfy.domain.money import seconds_between
 from runcomfy.domain.queued import NewJob
 from runcomfy.domain.secret import Secret
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.comfyui.faults import Fault
 from runcomfy.testing.emulators.comfyui.process import RunRecord
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.forked import Commands, Forked
@@ -53,6 +54,8 @@ FLIGHTS: Final[Mapping[str, str]] = {
     "provider.stop_machine": "DELETE *",
 }
 """Calls during which a command is killed as well: the cloud has done what it was asked for, and has not answered."""
+SUBMIT: Final = "comfyui.submit"
+"""The same, where the ComfyUI is the user's: it has the prompt, and has not said so."""
 
 READS: Final = frozenset(
     {f"store.{name}" for name in (
@@ -422,18 +425,31 @@ async def _killed(scene: Scene, stage: Stage, at: KillPoint) -> bool:
     point, _, place = at.point.rpartition(".")
     if place != "during":
         return await stage.run(*scene.command(stage), FAULT=f"{at.point}:{at.visit}:kill") == -9
-    pattern = FLIGHTS[point]
-    before = len(stage.cloud.calls)
-    fault = stage.cloud.next_call(pattern, delay=PATIENCE)
+    arrived, forget = _in_flight(stage, point)
     process = await stage.start(*scene.command(stage))
-    until = time.monotonic() + PATIENCE
-    while process.code is None and time.monotonic() < until:
-        if any(fnmatchcase(f"{call.method} {call.path}", pattern) for call in stage.cloud.calls[before:]):
-            break
-        await asyncio.sleep(0.02)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE):
+            while process.code is None:
+                if arrived():
+                    break
+                await asyncio.sleep(0.02)
     process.send(9)
-    stage.cloud.forget_call(fault)
+    forget()
     return await process.wait() == -9
+
+
+def _in_flight(stage: Stage, call: str) -> tuple[Callable[[], bool], Callable[[], object]]:
+    """Have what is asked for done, and not answered; return whether that has happened, and what ends it."""
+    if call == SUBMIT:
+        stage.comfyui.faults.add("POST", "*/prompt", Fault.never())
+        return lambda: bool(stage.comfyui.submit_log), stage.comfyui.faults.clear
+    pattern, before = FLIGHTS[call], len(stage.cloud.calls)
+    fault = stage.cloud.next_call(pattern, delay=PATIENCE)
+
+    def arrived() -> bool:
+        return any(fnmatchcase(f"{each.method} {each.path}", pattern) for each in stage.cloud.calls[before:])
+
+    return arrived, lambda: stage.cloud.forget_call(fault)
 
 
 def points_of(scene: str, passed: Mapping[str, int]) -> list[KillPoint]:
@@ -444,6 +460,6 @@ def points_of(scene: str, passed: Mapping[str, int]) -> list[KillPoint]:
         if place in ("before", "after") and call in READS:
             continue
         found += [KillPoint(scene, point, visit) for visit in range(1, min(visits, VISITS) + 1)]
-        if place == "after" and call in FLIGHTS:
+        if place == "after" and (call in FLIGHTS or (call == SUBMIT and scene == "execute")):
             found.append(KillPoint(scene, f"{call}.during"))
     return found
