@@ -1,9 +1,9 @@
 """
 The model of launches: two processes of one account, one of which tries twice, and a stranger (I1, I2, I3, I7).
 
-What can go wrong: the answer is lost, whether a machine was started or not; a list fails or is empty by mistake; a
-process is killed at any moment and starts again without its memory; a machine appears late; a stranger starts one of
-the same type meanwhile.
+What can go wrong: the answer is lost, whether a machine was started or not; a list is empty by mistake; a process is
+killed at any moment and starts again without its memory; a machine appears late; a stranger starts one of the same type
+meanwhile.
 
 Left out: what a stranger starts while we launch differs from ours in its duration or workflow version; one that is the
 same in all, and first seen while an answer of ours is missing, is taken for ours (the contract of the search for lost
@@ -20,7 +20,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from runcomfy.domain.evidence import Launched, may_be_it, what_was_started
+from runcomfy.domain.evidence import LISTS_THAT_AGREE, Launched, may_be_it, what_was_started
 from runcomfy.domain.machine import (
     NEXT,
     OPEN,
@@ -87,6 +87,8 @@ class State(NamedTuple):
     """Rows whose request is under way."""
     lock: int | None = None
     faults: int = 2
+    lies: int = LISTS_THAT_AGREE - 1
+    """Lists that are empty by mistake: one fewer than those that have to agree."""
     strangers: int = 1
 
 
@@ -262,10 +264,10 @@ class Launches:
         lists = process.late_lists + (late or self.counts_early_lists)
         known = frozenset(r.server for n, r in enumerate(state.rows) if r.server is not None and n != process.row)
         for listed, fault in ((_visible(state), False), ((), True)):
-            if fault and (not state.faults or not _visible(state)):
+            if fault and (not state.lies or not _visible(state)):
                 continue
             judged, server = self._judged(row, known, tuple((n, state.servers[n]) for n in listed), late, lists)
-            after = _fault(state) if fault else state
+            after = state._replace(lies=state.lies - 1) if fault else state
             words = f"{who} lists {', '.join(map(str, listed)) or 'nothing'}{' by mistake' if fault else ''}"
             process = process._replace(late_lists=min(lists, 2))
             words, follows = self._follows(after, number, process, judged, server, words)
