@@ -51,7 +51,7 @@ class Sweep:
 
     def __init__(self, database: str, folder: Path, commands: Commands, server: PostgresForTests | None) -> None:
         self.database, self._folder, self._commands, self._server = database, folder, commands, server
-        self._places = asyncio.Semaphore(AT_ONCE)
+        self._places, self._making = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
         self._number = 0
         self.told: list[Told] = []
         self.learned: list[Told] = []
@@ -62,7 +62,10 @@ class Sweep:
         async with self._places:
             self._number += 1
             folder = self._folder / f"{self.database}-{self._number}"
-            dsn = await asyncio.to_thread(self._server.database) if self._server is not None else ""
+            dsn = ""
+            if self._server is not None:
+                async with self._making:  # the first one makes the template, which nobody may look at meanwhile
+                    dsn = await asyncio.to_thread(self._server.database)
             try:
                 async with staged(self._commands, folder, dsn) as stage:
                     told = await tell(SCENES[scene], stage, at)
