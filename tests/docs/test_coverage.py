@@ -20,7 +20,8 @@ TESTS = ROOT / "tests"
 PAGE = ROOT / "docs" / "coverage.md"
 
 PAGES = {
-    "docs/quickstart.md", "docs/glossary.md", "docs/coverage.md", "docs/reliability.md", "docs/reference/commands.md",
+    "docs/quickstart.md", "docs/glossary.md", "docs/coverage.md", "docs/reliability.md", "docs/performance.md",
+    "docs/reference/commands.md",
     "docs/reference/settings.md", "docs/reference/errors.md", "docs/reference/http.md", "docs/design/http.md",
     "CONTRIBUTING.md", "CHANGELOG.md", "README.md",
 }  # fmt: skip
@@ -165,7 +166,8 @@ def test_the_plain_pip_commands_are_those_of_the_makefile() -> None:
     """`pip install ...` in README and the Windows page is what `make install` does."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     every = re.findall(r"pip install (?:--\S*(?:quiet|check)\S* )*(.+)$", makefile, re.MULTILINE)
-    installed = [line for line in every if not re.fullmatch("--group (bench|fuzz|mutation)", line)]  # only for measuring
+    # What is only for measuring is nobody's to install by hand.
+    installed = [line for line in every if not re.fullmatch("--group (bench|fuzz|mutation)", line)]
     for page in (ROOT / "README.md", ROOT / "docs" / "howto" / "windows.md"):
         shown = re.findall(r"pip install (?!-r |--group bench)(.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert shown == installed, page.name
