@@ -281,7 +281,7 @@ class Soak:
                 await asyncio.sleep(wait)
             if deed.kind == "kill":
                 who = await self._kill(outside, deed)
-                self.kills.update([who] if who else [])
+                self.kills.update([who] if who and who != "client" else [])  # a client is counted when it was hit
             elif deed.kind == "stop":
                 who = await self._stop(outside, deed)
                 self.stops.update([who] if who else [])
@@ -368,6 +368,7 @@ class Soak:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+                self.kills["client"] += 1
                 killed_after = None
                 continue
             if process.returncode == 0:
