@@ -237,10 +237,16 @@ MISTAKES = [
     ("metadata:", "timeout: soon\nmetadata:", "line 10, timeout: 'soon' is not a duration", "10m"),
     ("metadata:", "timeout: 0\nmetadata:", "line 10, timeout: it is not more than nothing", ""),
     ("metadata:", "---\nmetadata:", "line 10: a second document begins here", "one file for each"),
+    ("job_type: T2I", f"job_type: {'x' * 300}", "line 1, job_type: it is longer than a line of", "one word"),
+    ("job_type: T2I", 'job_type: " "', "line 1, job_type: it is empty", "after the colon"),
+    ("metadata:", "timeout: [1]\nmetadata:", "line 10, timeout: expected a text, found a list", ""),
+    ("  seed: 123456", "  negative_prompt: [a]", "line 6, inputs.negative_prompt: expected a text, found a list", ""),
+    ("jobs/finished/image", "jobs/finished/" + "x" * 5000, "line 9, outputs.file_path: it has more than", ""),
 ]
 
 
 @pytest.mark.parametrize(("there", "instead", "words", "hint"), MISTAKES)
+@pytest.mark.threat("S17")
 def test_a_mistake_is_told_with_file_line_and_field(
     tmp_path: Path, there: str, instead: str, words: str, hint: str
 ) -> None:
