@@ -158,8 +158,11 @@ class JobRun:
     @property
     def can_go_back(self) -> bool:
         """Whether taking it back may be tried: it ends for no other reason, and nothing of it is on its way."""
-        on_its_way = self.journal.touched and self.journal.sent is None
-        return self.why is None and not self.ending and not self._asked_back and not on_its_way
+        journal = self.journal
+        on_its_way = journal.touched and journal.sent is None
+        # Taken back before it has looked for the prompt that is there, it would be claimed again at once, for ever.
+        unasked = journal.earlier is not None and not journal.touched
+        return self.why is None and not (self.ending or self._asked_back or on_its_way or unasked)
 
     async def take_back(self) -> bool:
         """Give the job back to the queue if its prompt has not begun to compute; False if it goes on as it is."""

@@ -9,8 +9,12 @@ import pytest
 from runcomfy.testing.simulation.run import Day, simulate
 from runcomfy.testing.simulation.switches import SWITCHES, Switch
 
-IN_THE_GATE = ("I3", "I11", "I17")
-"""One of machines, one of results, one of clients; the others only at night: each costs a second or two."""
+IN_THE_GATE = ("I3", "I17", "I20")
+"""One of machines, one of clients, one of deaths; the others only at night: each costs a second or two.
+
+I20's day unbroken once never ended: a job whose prompt waited at a machine that drained was claimed and taken back for
+ever, before anybody had looked for the prompt.
+"""
 JUDGED_ELSEWHERE = {"I21"}
 
 
