@@ -18,6 +18,7 @@ import pytest_asyncio
 from runcomfy.adapters.config import load_settings
 from runcomfy.adapters.providers.runcomfy_serverless import RunComfyServerless
 from runcomfy.adapters.results import DiskResults
+from runcomfy.application.doctor import examine_deployment
 from runcomfy.application.serverless_run import ServerlessDone, ServerlessOrder, ServerlessRuns
 from runcomfy.domain import exceptions as errors
 from runcomfy.domain.exceptions import RunComfyError
@@ -608,3 +609,26 @@ async def test_nothing_is_asked_about_costs_where_they_are_not_tracked(
     done = await run(ServerlessRuns(api, DiskResults(off.files), off, clock))
     assert done.cost is None
     assert "deployment" not in {call.path for call in deployment.calls}
+
+
+# --- what the doctor says of a deployment ----------------------------------------------------------------------
+
+
+async def test_the_doctor_tells_what_is_known_of_a_deployment_and_wakes_nothing(
+    api: RunComfyServerless, deployment: ServerlessEmulator
+) -> None:
+    found = await examine_deployment(api)
+    assert found.ok
+    assert "is enabled, on " in found.detail
+    said = {"is_enabled": True, "hardware": ["AMPERE_24"], "keep_warm_duration_in_seconds": 60, "min_instances": 1}
+    deployment.next_call("GET deployment", status=200, body=said)
+    found = await examine_deployment(api)
+    assert found.detail == "it is enabled, on AMPERE_24, kept warm for 60 s; 1 instance(s) bill all the time"
+    deployment.next_call("GET deployment", status=200, body={**said, "is_enabled": False})
+    found = await examine_deployment(api)
+    assert not found.ok
+    assert isinstance(found.error, errors.DeploymentUnusable)
+    deployment.deployment_told = False
+    found = await examine_deployment(api)
+    assert "nothing about it that can be read" in found.detail
+    assert deployment.instances == []
