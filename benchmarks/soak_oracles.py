@@ -30,7 +30,9 @@ from runcomfy.domain.money import LedgerEntry, seconds_between
 from runcomfy.domain.queued import Attempt, EventKind, JobEvent, QueuedJob, QueueStatus, RowId
 
 LEDGER_ALLOWS: Final = Decimal(2)
-"""Seconds by which a machine's ledger may differ from its bill: answers take time on the way (I9 allows 60)."""
+"""Seconds of a bill that may be missing in the ledger: answers take time on the way."""
+LEDGER_AHEAD: Final = Decimal(60)
+"""Seconds that the ledger may have beyond the bill: if a machine went away unseen, its planned end counts (I9)."""
 GONE_WITHIN: Final = 60.0
 """Seconds beyond its timeout within which a machine that nobody needs is gone (I25)."""
 
@@ -211,11 +213,11 @@ class Judge:
         ends = [ran for prompt in self._prompts[job.id] for ran in self._runs[prompt]]
         self.found.ran += len(ends)
         for prompt in self._prompts[job.id]:
-            alive = [ran for ran in self._runs[prompt] if ran.outcome == "success"]
-            if len(alive) > 1:
+            alive = sorted((ran for ran in self._runs[prompt] if ran.outcome == "success"), key=lambda ran: ran.began)
+            if any(self._why_again(ran, later) is None for ran, later in pairwise(alive)):
                 self.found.doubled.append(f"{put.key}: prompt {prompt} ran {len(alive)} times\n{self.story(job)}")
         whole = sorted((ran for ran in ends if ran.outcome == "success"), key=lambda ran: ran.began)
-        if not whole:
+        if not whole and not any(self._cut(ran) for ran in ends):
             self.found.wrong.append(f"{put.key} is done, and no server has run it to the end\n{self.story(job)}")
         for ran, later in pairwise(whole):
             why = self._why_again(ran, later)
@@ -240,6 +242,12 @@ class Judge:
             return "nobody who could reach its machine came back in time"
         return None
 
+    def _cut(self, ran: Ran) -> bool:
+        """Return whether its server was killed while it ran or just then, before it could log that it was done."""
+        return ran.ended is None and any(
+            other.pid != ran.pid and other.began > ran.began for other in self._by_place[ran.place]
+        )
+
     def _account(self, place: str) -> str:
         """Return whose a place is: only services of that account can reach it."""
         return next((str(b["account"]) for b in self._outside["bills"] if b["server_id"] == place), place)
@@ -261,8 +269,10 @@ class Judge:
             row = self._rows.machines.get(bill["server_id"])
             entries = row.ledger if row is not None else ()
             ours = sum((seconds_between(e.started_at, e.ended_at) for e in entries), Decimal(0))
-            if abs(seconds - ours) > LEDGER_ALLOWS:
-                found.leaked_s += float(abs(seconds - ours))
+            if ours - seconds > LEDGER_AHEAD:
+                found.wrong.append(f"machine {bill['server_id']}: billed {seconds} s, our ledger has {ours} s")
+            if seconds - ours > LEDGER_ALLOWS:
+                found.leaked_s += float(seconds - ours)
                 told = row.told if row is not None else ""
                 found.leaks.append(
                     f"machine {bill['server_id']} {bill['traits']}: the cloud bills {seconds} s, our ledger has "
