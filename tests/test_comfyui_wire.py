@@ -176,3 +176,28 @@ def test_answers_with_nan_are_sound_otherwise() -> None:
 )
 def test_versions_are_read_or_not(version: str, expected: tuple[int, int, int] | None) -> None:
     assert parse_version(version) == expected
+
+
+# --- what a hostile server sends to fill the memory -----------------------------------------------------------
+
+
+def test_an_answer_of_millions_of_empty_lists_is_not_read() -> None:
+    """Three bytes each, and seventy in memory."""
+    with pytest.raises(Unreadable, match="absurd number"):
+        read_json(b"[" + b"[]," * 2_000_001 + b"[]]")
+
+
+def test_a_text_frame_larger_than_any_real_one_is_dropped() -> None:
+    assert read_frame(text("executed", node="1", prompt_id="p", output={"text": ["a" * (8 << 20)]})) is None
+
+
+@pytest.mark.parametrize("kind", ["executing", "executed", "progress_state", "execution_cached"])
+def test_endless_names_of_nodes_are_dropped(kind: str) -> None:
+    name = "1" * 1_001
+    data: dict[str, Any] = {
+        "executing": {"node": name},
+        "executed": {"node": name, "output": {}},
+        "progress_state": {"nodes": {name: {"value": 1, "max": 2}}},
+        "execution_cached": {"nodes": [name]},
+    }[kind]
+    assert read_frame(text(kind, prompt_id="p", **data)) is None

@@ -269,7 +269,7 @@ async def _hear(frames: list[bytes]) -> None:
             for event in events:
                 state = fold(state, event, float(now))
                 percent = _shown(progress_of(state), percent)
-    demand(len(state.evidence.outputs) <= 2_000 and len(state.run.shares) <= 20_000, "endless outputs or nodes")
+    demand(len(state.evidence.outputs) <= 2_000 and len(state.run.shares) <= 50_000, "endless outputs or nodes")
 
 
 class _listening:  # noqa: N801 - read as a verb

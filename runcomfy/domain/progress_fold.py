@@ -51,6 +51,8 @@ IDLE_READINGS: Final = 3
 the server is idle for a moment, a garbage collection stretches it to 0.4 s."""
 UNFINISHED: Final = 99.0
 """The most percent a prompt can have before it ended."""
+MOST_NODES, MOST_OUTPUTS = 20_000, 1_000
+"""What is kept of a prompt: a hostile server could name new nodes for ever."""
 TRACEBACK_LINES: Final = 30
 """Lines kept of a node's traceback: its cause stands at the end."""
 
@@ -266,6 +268,8 @@ def _said(state: WatchState, said: Said, now: float) -> WatchState:
 
 def _progressed(state: WatchState, kind: str, data: Mapping[str, Any]) -> Run:
     run = state.run
+    if len(run.shares) + len(run.inner) > MOST_NODES:
+        return run
     match kind:
         case "execution_start":
             return run if run.running else replace(run, running=True, queue_position=None)
@@ -375,7 +379,8 @@ def _evidence(evidence: Evidence, kind: str, data: Mapping[str, Any]) -> Evidenc
             return evidence if evidence.failure is not None else replace(evidence, failure=_failure(data))
         case "executed":
             node, output = data.get("node"), data.get("output")
-            if isinstance(node, str) and isinstance(output, Mapping) and node not in evidence.outputs:
+            more = isinstance(node, str) and node not in evidence.outputs and len(evidence.outputs) < MOST_OUTPUTS
+            if more and isinstance(output, Mapping):
                 return replace(evidence, outputs={**evidence.outputs, node: output})
     return evidence
 

@@ -187,6 +187,14 @@ def test_what_was_missed_while_nothing_could_be_heard_is_no_sign_of_a_stall() ->
     assert told(SocketUp(), START, said("executing", node="2"), *away).ending is None
 
 
+def test_a_server_that_names_new_nodes_for_ever_fills_no_memory() -> None:
+    outputs = [said("executed", node=f"n{n}", output={"text": [str(n)]}) for n in range(1_100)]
+    many = said("progress_state", nodes={f"m{n}": {"value": 1, "max": 2} for n in range(20_001)})
+    state = told(SocketUp(), START, *outputs, many, said("executed", node="one more", output={}))
+    assert len(state.evidence.outputs) == 1_000
+    assert "one more" not in state.run.shares
+
+
 def test_what_a_server_calls_a_node_reaches_no_terminal() -> None:
     state = told(SocketUp(), START, said("executing", node="\x1b]0;owned\x07"))
     assert "\x1b" not in progress_of(state).message + progress_of(state).node_title

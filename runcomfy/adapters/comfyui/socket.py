@@ -39,6 +39,8 @@ QUEUE_EVENTS: Final = 512
 """Events kept for one listener that does not read; progress is thinned out first."""
 EARLY_PROMPTS: Final = 64
 EARLY_EVENTS: Final = 64
+EARLY_BYTES: Final = 4 << 20
+"""Of all of them together."""
 EARLY_SECONDS: Final = 10.0
 """For how long messages about a prompt nobody listens to yet are kept."""
 
@@ -120,6 +122,7 @@ class _Early:
     """Messages about a prompt that nobody listens to yet."""
 
     since: float
+    size_bytes: int = 0
     events: deque[ServerEvent] = field(default_factory=lambda: deque(maxlen=EARLY_EVENTS))
 
 
@@ -331,12 +334,12 @@ class Socket:
         listeners = self._listeners.get(prompt_id)
         if listeners is None:
             if isinstance(event, Said):
-                self._keep_early(prompt_id, event)
+                self._keep_early(prompt_id, event, frame.size_bytes)
             return
         for subscription in listeners:
             subscription.put(event)
 
-    def _keep_early(self, prompt_id: str, event: ServerEvent) -> None:
+    def _keep_early(self, prompt_id: str, event: ServerEvent, size_bytes: int) -> None:
         now = asyncio.get_running_loop().time()
         early = self._early.get(prompt_id)
         if early is None:
@@ -347,6 +350,9 @@ class Socket:
                 del self._early[oldest]
             early = self._early[prompt_id] = _Early(now)
         early.events.append(event)
+        early.size_bytes += size_bytes
+        while self._early and sum(one.size_bytes for one in self._early.values()) > EARLY_BYTES:
+            self._early.popitem(last=False)
 
 
 _FEATURES: Final = json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})

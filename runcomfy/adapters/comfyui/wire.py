@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from runcomfy.domain.exceptions import foreign_text
@@ -21,6 +21,14 @@ from runcomfy.domain.progress import HistoryEntry, NodeText, Preview, QueueView,
 Version = tuple[int, int, int]
 
 _VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
+_MANY_BYTES: Final = 1 << 20
+MAX_VALUES: Final = 2_000_000
+"""In one answer: three bytes of JSON can become 70 in memory. A list of all nodes has a tenth of it."""
+MAX_TEXT_BYTES: Final = 8 << 20
+"""Of a text frame. The largest real ones, the progress of thousands of nodes, have less than one."""
+MAX_NODES: Final = 20_000
+"""In one message."""
+MAX_NODE_ID: Final = 1_000
 _PREVIEW: Final = 1
 _TEXT: Final = 3
 _PREVIEW_WITH_METADATA: Final = 4
@@ -50,6 +58,8 @@ def read_json(raw: bytes, *, lenient: bool = False) -> Any:
     `lenient` reads NaN and the infinities as None: Python servers write them into answers that are sound otherwise.
     Raises Unreadable for anything else that is wrong, absurd nesting included.
     """
+    if len(raw) > _MANY_BYTES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise Unreadable("it holds an absurd number of values")
     try:
         return (_LENIENT if lenient else _STRICT).decode(raw.decode("utf-8"))
     except UnicodeDecodeError:
@@ -69,6 +79,8 @@ class Frame:
 
     event: ServerEvent
     prompt_id: str | None = None
+    size_bytes: int = field(default=0, compare=False)
+    """Of a text frame."""
 
 
 def read_frame(raw: bytes) -> Frame | None:
@@ -81,6 +93,8 @@ def read_frame(raw: bytes) -> Frame | None:
 
 
 def _read_text(raw: bytes) -> Frame | None:
+    if len(raw) > MAX_TEXT_BYTES:
+        return None
     try:
         message = read_json(raw)
     except Unreadable:
@@ -96,7 +110,7 @@ def _read_text(raw: bytes) -> Frame | None:
     check = _CHECKS.get(kind)
     if check is not None and not check(data):
         return None
-    return Frame(Said(kind, data), prompt_id)
+    return Frame(Said(kind, data), prompt_id, len(raw))
 
 
 def _read_binary(raw: bytes) -> Frame | None:
@@ -145,23 +159,34 @@ def _is_number(value: Any) -> bool:
 
 def _is_progress_state(data: Mapping[str, Any]) -> bool:
     nodes = data.get("nodes")
-    return isinstance(nodes, dict) and all(
-        isinstance(entry, dict) and _is_number(entry.get("value", 0)) and _is_number(entry.get("max", 0))
-        for entry in nodes.values()
+    return (
+        isinstance(nodes, dict)
+        and len(nodes) <= MAX_NODES
+        and all(
+            len(name) <= MAX_NODE_ID
+            and isinstance(entry, dict)
+            and _is_number(entry.get("value", 0))
+            and _is_number(entry.get("max", 0))
+            for name, entry in nodes.items()
+        )
     )
 
 
 def _has_node(data: Mapping[str, Any]) -> bool:
-    return "node" in data and (data["node"] is None or isinstance(data["node"], str))
+    return "node" in data and (data["node"] is None or _is_node(data["node"]))
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_NODE_ID
 
 
 def _is_cached(data: Mapping[str, Any]) -> bool:
     nodes = data.get("nodes")
-    return isinstance(nodes, list) and all(isinstance(node, str) for node in nodes)
+    return isinstance(nodes, list) and len(nodes) <= MAX_NODES and all(map(_is_node, nodes))
 
 
 def _is_executed(data: Mapping[str, Any]) -> bool:
-    return isinstance(data.get("node"), str) and isinstance(data.get("output"), dict | None)
+    return _is_node(data.get("node")) and isinstance(data.get("output"), dict | None)
 
 
 _CHECKS: Final[Mapping[str, Callable[[Mapping[str, Any]], bool]]] = {
