@@ -217,9 +217,9 @@ class Stops:
         at = "calls" if process.written or self.wishes_once else "wants"
         again = process._replace(at=at, missed=0, known=process.known or phase is not None)
         if judged is AfterLook.RUNS:
-            mine = self._holds(state, process)
+            mine = self._holds(state, process)  # nobody hears of what somebody sees who holds it no more
             opened = state.accepted and (self.keeps_the_bill_closed or not mine)
-            state = state._replace(accepted=opened, seen_running=True)
+            state = state._replace(accepted=opened, seen_running=state.seen_running or mine)
         if self.keeps_the_bill_closed and state.accepted and judged is AfterLook.RUNS:
             again = again._replace(at="done")
         return _with(state, number, again)
