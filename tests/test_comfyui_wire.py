@@ -194,10 +194,10 @@ def test_a_text_frame_larger_than_any_real_one_is_dropped() -> None:
 @pytest.mark.parametrize("kind", ["executing", "executed", "progress_state", "execution_cached"])
 def test_endless_names_of_nodes_are_dropped(kind: str) -> None:
     name = "1" * 1_001
-    data: dict[str, Any] = {
+    sent: dict[str, dict[str, Any]] = {
         "executing": {"node": name},
         "executed": {"node": name, "output": {}},
         "progress_state": {"nodes": {name: {"value": 1, "max": 2}}},
         "execution_cached": {"nodes": [name]},
-    }[kind]
-    assert read_frame(text(kind, prompt_id="p", **data)) is None
+    }
+    assert read_frame(text(kind, prompt_id="p", **sent[kind])) is None

@@ -379,9 +379,9 @@ def _evidence(evidence: Evidence, kind: str, data: Mapping[str, Any]) -> Evidenc
             return evidence if evidence.failure is not None else replace(evidence, failure=_failure(data))
         case "executed":
             node, output = data.get("node"), data.get("output")
-            more = isinstance(node, str) and node not in evidence.outputs and len(evidence.outputs) < MOST_OUTPUTS
-            if more and isinstance(output, Mapping):
-                return replace(evidence, outputs={**evidence.outputs, node: output})
+            kept = evidence.outputs
+            if isinstance(node, str) and isinstance(output, Mapping) and node not in kept and len(kept) < MOST_OUTPUTS:
+                return replace(evidence, outputs={**kept, node: output})
     return evidence
 
 
