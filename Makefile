@@ -11,7 +11,7 @@ TRACE  ?=
 # themselves: one that is killed, or has no disk left, may leave half of it to the others.
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: install compiled demo test check coverage format lint types floors bench docs lock nightly soak killpoints fuzz mutation web clean
+.PHONY: install compiled demo test check coverage format lint types floors bench docs lock nightly simulate soak killpoints fuzz mutation web clean
 
 install: $(STAMP)
 
@@ -86,6 +86,11 @@ nightly: check
 	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "campaign or not campaign" $(ARGS)
 	@$(BIN)/python -m benchmarks killing leaks
 	@$(BIN)/python -m benchmarks killpoints
+	@$(BIN)/python -m benchmarks simulate --seeds 300
+
+# Whole days of everything together in memory, one per seed, much going wrong: `SEEDS=300 ARGS="--first 1000"`.
+simulate: compiled
+	@$(BIN)/python -m benchmarks simulate --seeds $(or $(SEEDS),300) $(ARGS)
 
 # Do the tests notice a change? A sample of it: `ARGS="--group domain --sample 20"`; the whole takes a night.
 mutation: compiled
