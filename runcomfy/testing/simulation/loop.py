@@ -348,7 +348,7 @@ class MemoryLoop(base_events.BaseEventLoop):
         server = self.listeners[address] = MemoryServer(self, protocol_factory, address)
         return server
 
-    async def create_connection(  # type: ignore[override]
+    async def create_connection(
         self, protocol_factory: Callable[[], Any], host: Any = None, port: Any = None, *, sock: Any = None,
         **options: Any,
     ) -> tuple[MemoryTransport, Any]:  # fmt: skip
