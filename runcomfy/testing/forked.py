@@ -27,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from runcomfy.application.faultpoints import obey
+
 _IMPORTED: Final = (
     "runcomfy.bootstrap", "runcomfy.wiring.serving", "runcomfy.cli.run", "runcomfy.cli.runner", "runcomfy.cli.dev",
     "runcomfy.cli.dev_server", "runcomfy.cli.machines", "runcomfy.cli.serve", "runcomfy.cli.serve_work",
@@ -41,6 +43,8 @@ _IMPORTED: Final = (
     "runcomfy.application.cost_optimizer", "runcomfy.application.aftermath", "alembic.migration", "psycopg",
 )  # fmt: skip
 _OWN: Final = "runcomfy.testing.forked"
+_COMMANDS: Final = "runcomfy.cli.main"
+"""By name, as somebody types it: the commands stand above this floor."""
 
 
 class Forked:
@@ -192,11 +196,8 @@ def _live(order: Mapping[str, Any]) -> None:
     sys.argv = ["comfyctl", *order["arguments"]]
     code = 1
     try:
-        from runcomfy.application.faultpoints import obey
-        from runcomfy.cli.main import main
-
         obey(os.environ)
-        main(order["arguments"])
+        importlib.import_module(_COMMANDS).main(order["arguments"])
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:  # noqa: BLE001 - it ends here, whatever it was
