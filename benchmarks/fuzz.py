@@ -116,9 +116,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{figure.what}: {figure.value}{f' ({figure.bar})' if figure.bar else ''}")
     if told_to_keep(*arguments):
         keep(result)
-    if kept is None and not any(ran.findings or ran.ended for ran in told):
+    if kept is None and all(ran.clean for ran in told):
         shutil.rmtree(folder, ignore_errors=True)
-    return 0 if result.met else 1
+    sound = all(ran.clean and ran.rss_mb < RSS_MB for ran in told)
+    return 0 if sound else 1
 
 
 def _start(folder: Path, wanted: Mapping[str, int]) -> subprocess.Popen[bytes]:
@@ -153,7 +154,7 @@ def _result(told: Sequence[Ran], wanted: int, took: float, *, partly: bool) -> R
         name="fuzz",
         command=f"make fuzz RUNS={wanted}",
         figures=(
-            Figure("inputs run", f"{runs:,}", f"at least {wanted:,}", runs >= wanted),
+            Figure("inputs run", f"{runs:,}", f"at least {RUNS:,}", runs >= RUNS),
             Figure("readers of outside bytes", str(len(told))),
             Figure("crashes, hangs, broken promises", str(found), "0", found == 0 and not early),
             Figure("most memory of a process", f"{most} MB", f"under {RSS_MB} MB", 0 < most < RSS_MB),
