@@ -45,6 +45,8 @@ EVERY: Final = 0.1
 WARM_UP: Final = 3.0
 SECONDS: Final = 15.0
 TURN: Final = 0.002
+END_WITHIN: Final = 60.0
+"""Seconds in which every watcher must have seen the end of its prompt."""
 AT_ONCE: Final = 50
 """Connections that are opened at the same time."""
 MOST: Final = 10_000_000
@@ -275,7 +277,10 @@ async def hear(url: str, order: Callable[[str], None], answer: Callable[[], Awai
     rss = me.memory_info().rss
     order("enough")
     said = json.loads(await answer())
-    failed = [error for error in await asyncio.gather(*tasks, return_exceptions=True) if error is not None]
+    done, late = await asyncio.wait(tasks, timeout=END_WITHIN)
+    for task in late:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     return {
         "per_second": counted / took,
         "core_share": computed / took,
@@ -284,7 +289,7 @@ async def hear(url: str, order: Callable[[str], None], answer: Callable[[], Awai
         "sent": said["sent"],
         "asked": said["asked"],
         "servers_core_share": said["core_share"],
-        "ended": SERVERS - len(failed),
+        "ended": sum(1 for task in done if task.exception() is None),
         "delay_p50_ms": middle(heard.delays_ms),
         "delay_p99_ms": high(heard.delays_ms, 0.99),
         "delay_max_ms": max(heard.delays_ms),
