@@ -22,7 +22,7 @@ from benchmarks.results import Result, keep, told_to_keep
 PERFORMANCE: Final = tuple(BENCHMARKS)
 CAMPAIGNS: Final = ("killing", "leaks")
 """Run by name; they take no arguments."""
-ALONE: Final = ("replay", "soak", "fuzz", "simulate", "killpoints", "mutation")
+ALONE: Final = ("replay", "soak", "fuzz", "simulate", "killpoints", "mutation", "model")
 """Run by name, with arguments of their own: `main(arguments)` returns the exit code."""
 
 
