@@ -51,8 +51,6 @@ COPIED: Final = (
     "workflows",
 )
 BAR: Final = 80.0
-BUDGET_S: Final = 2.0
-"""Processor time that a mutant may spend before it counts as survived: most are killed within a tenth of a second."""
 WORDS: Final = "1"
 """Goes up when `without_words` changes, so that mutants are written anew."""
 
@@ -75,6 +73,9 @@ class Group:
     modules: tuple[str, ...]
     tests: tuple[str, ...]
     warm_up: str
+    budget_s: float
+    """Processor time that a mutant may spend before it counts as survived. Rules are tested in milliseconds, stories
+    of machines in tenths of a second."""
 
 
 GROUPS: Final = {
@@ -89,6 +90,7 @@ GROUPS: Final = {
             "tests/test_serverless.py", "tests/test_job_queue.py", "tests/test_cli_costs.py",
         ),
         "tests/test_work_book.py",
+        2.0,
     ),
     "application": Group(
         (*(f"runcomfy/application/{name}.py" for name in APPLICATION),),
@@ -100,6 +102,7 @@ GROUPS: Final = {
             "tests/test_budgets_enforced.py", "tests/stories/test_pool_faults.py",
         ),
         "tests/test_work_book.py",
+        10.0,
     ),
     "stores": Group(
         (*(f"runcomfy/adapters/stores/{name}.py" for name in STORES),),
@@ -110,6 +113,7 @@ GROUPS: Final = {
             "tests/test_signals.py",
         ),
         "tests/test_bucket.py",
+        5.0,
     ),
 }  # fmt: skip
 
@@ -402,7 +406,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument("--module", action="append", help="only modules whose name is this")
     parser.add_argument("--sample", type=float, help="so many mutants of each module, or such a share (below 1)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=BUDGET_S, help="processor seconds for each mutant")
+    parser.add_argument("--budget", type=float, help="processor seconds for each mutant")
     parser.add_argument("--again", action="store_true", help="go on where the last run ended")
     parser.add_argument("--retry", action="store_true", help="with --again: try survivors once more")
     parser.add_argument("--only-shown", action="store_true", help="try nothing; show what is known")
@@ -426,7 +430,9 @@ def main(arguments: Sequence[str] = ()) -> int:
         outcomes = (
             read(WORK / f"{group}.outcomes.jsonl")
             if chosen.only_shown
-            else outcomes_of(group, wanted, budget_s=chosen.budget, again=chosen.again, retry=chosen.retry)
+            else outcomes_of(
+                group, wanted, budget_s=chosen.budget or GROUPS[group].budget_s, again=chosen.again, retry=chosen.retry
+            )
         )
         scores, survivors = scored(mutants, outcomes)
         for mutant, fate in survivors if chosen.show else ():
