@@ -67,7 +67,7 @@ _ALL: Final[tuple[Switch, ...]] = (
     Switch("I7", "what is in no row of ours is stopped", machines.stops_strangers, scenes.STRANGER),
     Switch("I8", "machines with jobs are ended", machines.stops_busy, scenes.PLAIN),
     Switch("I9", "a bill is closed at the planned stop of the launch", machines.bill_short, scenes.PLAIN),
-    Switch("I10", "jobs are forgotten after they were accepted", jobs.forgotten, scenes.PLAIN),
+    Switch("I10", "jobs are lost to those who were told that they are accepted", jobs.forgotten, scenes.PLAIN),
     Switch("I11", "results are published a second time under another name", jobs.published_twice, scenes.PLAIN),
     Switch("I12", "a prompt is sent to a second machine, too", jobs.on_two_machines, scenes.BUSY),
     Switch(
