@@ -75,7 +75,7 @@ class Sweep:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         (self.learned if at is None else self.told).append(told)
         if told.complaints:
-            print(json.dumps({"database": self.database, "at": str(at or scene), "wrong": told.complaints}))
+            print(json.dumps({"database": self.database, "at": str(at or scene), "wrong": told.complaints}), flush=True)
             print(told.said, file=sys.stderr)
         return told
 
