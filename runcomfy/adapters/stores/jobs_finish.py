@@ -109,11 +109,7 @@ def write(connection: Connection, now: datetime, finishes: Sequence[Finish]) -> 
         if finish.locked:
             continue
         entry = held.get(finish.job_id)
-        if (
-            entry is None
-            or not is_held_by(entry.job.status, entry.job.token, finish.token)
-            or finish.job_id in entries
-        ):
+        if entry is None or not is_held_by(entry.job.status, entry.job.token, finish.token) or finish.job_id in entries:
             late.append(finish)
             continue
         after = ended(entry, finish.ending, now, end_time)

@@ -26,7 +26,9 @@ class Line:
         minutes, seconds = divmod(rest, 60)
         day = f"{int(days)}d " if days else ""
         subject = " ".join(f"[{name}]" for name in (self.job, self.machine) if name)
-        return f"{day}{int(hours):02}:{int(minutes):02}:{seconds:06.3f} {self.who:<10} {self.sentence} {subject}".rstrip()
+        return (
+            f"{day}{int(hours):02}:{int(minutes):02}:{seconds:06.3f} {self.who:<10} {self.sentence} {subject}".rstrip()
+        )
 
 
 class Trace:
