@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final, Self
 
+from runcomfy.domain.exceptions import foreign_text
 from runcomfy.domain.money import Rate, meter
 
 LEASE: Final = timedelta(minutes=5)
@@ -61,7 +62,7 @@ class Outcome:
         """Return what was kept. Raises KeyError, TypeError, ValueError if it is something else."""
         return cls(
             at=datetime.fromisoformat(facts["at"]),
-            server_type=str(facts["server_type"]),
+            server_type=foreign_text(str(facts["server_type"]), 60),
             lease=timedelta(seconds=float(facts["lease_seconds"])),
             ended_by_itself=bool(facts["ended_by_itself"]),
             lag=timedelta(seconds=float(facts["lag_seconds"])),
