@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from PIL import Image
 
 from runcomfy.adapters.job_folder import DISCARDED, REJECTED
+from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import LAST_WORDS, EventKind, QueuedJob, QueueStatus, Reason
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.comfyui.nodes.probes import picture_of
@@ -52,7 +53,7 @@ class JobsOracle:
         held = await services.queue.list(status=QueueStatus.PROCESSING)
         queue = services.queue_settings
         patience = (queue.lease + 2 * queue.reap_every).total_seconds() + 120
-        orphans = {job.config_name for job in held if job.worker_id in services.processes.dead}
+        orphans = {job.config_name for job in held if self._is_dead(job)}
         for name in set(self._orphaned) - orphans:
             del self._orphaned[name]
         for name in orphans:
@@ -84,6 +85,10 @@ class JobsOracle:
         self._judge_strays(rows)
         self._judge_secrets()
 
+    def _is_dead(self, job: QueuedJob) -> bool:
+        """Return whether a job is held by a process that is dead: workers are called as owners are."""
+        return job.worker_id is not None and OwnerId(job.worker_id) in self.world.services.processes.dead
+
     def _say(self, invariant: str, what: str, subject: str = "") -> None:
         self.found.add(invariant, what, subject, at=self.world.seconds)
 
@@ -93,7 +98,7 @@ class JobsOracle:
         words = [event.kind for event in story.events if event.kind in LAST_WORDS]
         lives = 1 + sum(event.kind is EventKind.RETRIED for event in story.events)
         if not job.ended:
-            invariant = "I20" if job.worker_id in self.world.services.processes.dead else "I25"
+            invariant = "I20" if self._is_dead(job) else "I25"
             self._say(invariant, f"it was accepted at {order.accepted_at:.0f} s and is {job.status}", order.name)
             return
         if len(words) > lives or not words:
@@ -237,7 +242,7 @@ class JobsOracle:
             if not isinstance(order, Order) or job is None or order.cancelled_at is not None:
                 continue
             server, record = max(runs, key=lambda each: each[1].started)
-            if record.outcome != "success" or job.worker_id in self.world.services.processes.dead:
+            if record.outcome != "success" or self._is_dead(job):
                 continue
             ended = self._of(record.ended)
             taken = self._of(job.end_time.timestamp()) if job.end_time is not None else float("inf")
