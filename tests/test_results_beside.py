@@ -289,6 +289,30 @@ async def test_names_are_durable_before_the_record_of_them_and_taken_back_withou
     assert tree(finished) == {"k.discarded-1.png": PNG}
 
 
+@pytest.mark.fault(61)
+async def test_names_stay_if_it_is_broken_off_in_the_moment_in_which_they_may_count(
+    results: DiskResults, finished: Path
+) -> None:
+    """A loop that ends cancels every task of it, also the one whose record the database has kept already."""
+    folder = await opened(results, finished, "k.png")
+    file = await fetched(folder)
+    counts = asyncio.Event()
+
+    async def kept_and_never_answered(publish: Callable[[], None], _: tuple[Output, ...]) -> None:
+        await asyncio.to_thread(publish)
+        counts.set()
+        await asyncio.Event().wait()
+
+    committing = asyncio.create_task(folder.commit([file], {}, through=kept_and_never_answered))
+    await counts.wait()
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:  # as `asyncio.run` does at its end
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await committing
+    await folder.abandon()
+    assert content(finished / "k.png") == PNG
+
+
 async def test_names_that_another_worker_gave_meanwhile_are_not_taken_back(
     results: DiskResults, finished: Path
 ) -> None:

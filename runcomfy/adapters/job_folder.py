@@ -329,7 +329,12 @@ class DiskJobFolder:
 
 
 async def carry_out(work: Commit, through: Through | None) -> tuple[Output, ...]:
-    """Stage, have published, and settle; or take everything back and raise. See `JobFolder.commit`."""
+    """Stage, have published, and settle; or take everything back and raise. See `JobFolder.commit`.
+
+    If `through` itself is broken off (its task is cancelled because the loop ends, the program is made to leave), it
+    may have decided already: the names stay as they are, whatever is known of it. Names that do not count are in the
+    way of the job's next attempt, which goes round them; results that count and are gone would be lost.
+    """
     staging = asyncio.ensure_future(asyncio.to_thread(work.stage))
     try:
         await asyncio.shield(staging)
@@ -350,7 +355,9 @@ async def carry_out(work: Commit, through: Through | None) -> tuple[Output, ...]
                 work.cancelled.set()
     try:
         deciding.result()
-    except BaseException:
+    except BaseException as error:
+        if through is not None and not isinstance(error, Exception):
+            raise
         await _in_thread(work.undo)
         if cancelled is not None and through is None:
             raise cancelled from None
