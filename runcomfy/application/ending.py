@@ -332,10 +332,10 @@ class Ending:
 
     async def _note_ready(self, machine: Machine, report: MachineReport) -> Machine:
         """Write down since when the machine bills, if its becoming ready was not seen."""
-        if machine.ready_at is not None or (report.ready_at is None and report.phase is not Phase.READY):
+        if machine.ready_at is not None:
             return machine
-        now = self._clock.now()
-        ready_at = believable(report.ready_at, machine, now=now)
+        if (ready_at := billed_since(report, machine, now=self._clock.now())) is None:
+            return machine
         machine = await self._books.change_softly(
             machine,
             note=f"ready, seen while it is being stopped; {report.status}",
@@ -418,6 +418,13 @@ def ambiguous(ids: Sequence[ServerId]) -> LaunchAmbiguous:
         hint="look at `comfyctl machines ls`; end yours with `comfyctl machines stop ID`, or on RunComfy's page",
         details={"server_ids": list(ids)},
     )
+
+
+def billed_since(report: MachineReport, machine: Machine, *, now: datetime) -> datetime | None:
+    """Return since when a machine bills by the provider's word on it, whatever it calls its state; None: not yet."""
+    if report.ready_at is None and report.phase is not Phase.READY:
+        return None
+    return believable(report.ready_at, machine, now=now)
 
 
 def believable(

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final
 from uuid import uuid4
 
 from runcomfy.application.books import Books, dearer
-from runcomfy.application.ending import HOPELESS, HOPELESS_AFTER, Ending, Said, ambiguous
+from runcomfy.application.ending import HOPELESS, HOPELESS_AFTER, Ending, Said, ambiguous, billed_since
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.domain.durations import show_span
@@ -213,14 +214,16 @@ class Launching:
             return False
         return row is not None and row.id != machine.id
 
-    async def _listed(self, machine: Machine, report: MachineReport, *, note: str) -> Machine:
+    async def _listed(
+        self, machine: Machine, report: MachineReport, *, note: str, bill: Mapping[str, Any] = MappingProxyType({})
+    ) -> Machine:
+        changes = {"server_id": report.server_id, **bill}
         if machine.owner_id == self._books.owner.id:
             # In memory first: a disk that is full now must not make us lose whom to stop.
             known = machine.on(MachineEvent.LISTED, at=self._clock.now())
-            self._books.hold(replace(known, server_id=report.server_id))
-        machine = await self._books.record(
-            machine, MachineEvent.LISTED, note=f"{note}; {report.status}", changes={"server_id": report.server_id}
-        )
+            self._books.hold(replace(known, **changes))
+        note = f"{note}; {report.status}"
+        machine = await self._books.record(machine, MachineEvent.LISTED, note=note, changes=changes)
         faultpoint("launch.recorded")
         log.info("machine_launched", extra={"fields": self._books.facts(machine)})
         return machine
@@ -246,7 +249,8 @@ class Launching:
             exact, near = await self._books.fitting(machine, reports)
             judged = what_was_started(exact, near, late_lists=late_lists)
             if judged is Launched.TAKE:
-                return await self._listed(machine, exact[0], note="found in the list after a lost answer")
+                note, bill = "found in the list after a lost answer", self._bill_so_far(machine, exact[0])
+                return await self._listed(machine, exact[0], note=note, bill=bill)
             if judged is Launched.AMBIGUOUS:
                 ids = [report.server_id for report in exact or near]
                 note = f"ambiguous: {', '.join(ids)}"
@@ -259,6 +263,15 @@ class Launching:
             if not wait and not sure:
                 return None
             await asyncio.sleep(self._ending.between_reads() if sure else self._cloud.poll_interval.total_seconds())
+
+    def _bill_so_far(self, machine: Machine, report: MachineReport) -> dict[str, Any]:
+        """Return since when a machine that was found bills, and until when at most; nothing if it does not yet.
+
+        That is written down with its id: whoever waits for its being ready may die before, and the machine may be gone
+        before anybody looks again. Of an answered launch the list has not yet said that the id means anything.
+        """
+        ready_at = billed_since(report, machine, now=self._clock.now())
+        return {} if ready_at is None else {"ready_at": ready_at, "planned_stop_at": report.stopping_at}
 
     async def _list_patiently(self, machine: Machine) -> Sequence[MachineReport]:
         """Return a full list, however long the provider needs to give one; not if a person has to mend something."""

@@ -163,6 +163,7 @@ class Members:
         """Remember what a launch became: repeated, it has another id than its intent."""
         self._all = {(machine.id if known is member else machine_id): known for machine_id, known in self._all.items()}
         member.pooled.machine = machine
+        member.seen = member.seen or machine.ready_at is not None  # it was found in a list, and bills
         self._pooled = None
         self.changed(member)
 

@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from runcomfy.domain.exceptions import BudgetExceeded, JobBusy, NoCapacity, OutOfCredit, WorkflowFailed
 from runcomfy.domain.job import JobRequest
+from runcomfy.domain.machine import MachineState
 from runcomfy.domain.queued import QUEUE_SCOPE, Ending, Outcome, QueueStatus, WorkerId
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
@@ -152,4 +153,36 @@ async def test_once_with_nothing_to_do_sees_the_end_of_what_a_crash_left(
         assert served.task is not None
         await served.task
     assert await services.machines(open_only=True) == []
+    assert await services.complaints() == []
+
+
+@pytest.mark.fault(4)
+async def test_a_machine_found_ready_is_billed_though_its_finder_dies_and_it_is_gone_before_anybody_looks(
+    services: Services, cloud: RunComfyEmulator
+) -> None:
+    """Invariant I9: what was seen to bill is written down with its id, for a pool that finds nothing any more."""
+    cloud.next_call("POST servers", reply="lost", works=True)
+    cloud.next_machine(boot_time=1)
+    found = asyncio.Event()
+    async with services.start(cloud={"run_lease": LEASE}, max_machines=1) as finder:
+
+        def dies(place: str) -> None:
+            if place == "after store.record" and cloud.billing:
+                services.processes.dead |= finder.app.own.ids
+                finder.app.killed.set()
+                found.set()
+
+        finder.app.visit = dies
+        await services.put(1, seconds=5)
+        await found.wait()
+        await finder.kill()
+    [row] = await services.machines()
+    assert row.state is MachineState.BOOTING
+    await asyncio.sleep(2 * LEASE.total_seconds())
+    assert cloud.alive == [], "its lease has ended it"
+    async with services.start(cloud={"run_lease": LEASE}, max_machines=1, once=True) as later:
+        assert later.task is not None
+        await later.task
+        assert "went on with" in " ".join(later.said), "the pool has judged it, not the reaper"
+    assert len(cloud.books) == 2
     assert await services.complaints() == []
