@@ -18,7 +18,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sqlalchemy import Connection
 
@@ -44,6 +44,7 @@ from runcomfy.ports.store import Store
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.comfyui.process import RunRecord
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.lean_sql import LeanConnection
 from runcomfy.testing.programs import EmulatedProcesses, Killed, Mortal, Visit, settings_for
 from runcomfy.testing.queue_programs import drawing
 
@@ -104,8 +105,9 @@ class _Kept(Database):
         """Make it; harmless when repeated."""
         if self._connection is None:
             await super().open()
-            self._connection = self._linked().reading.connect()
-            self._driver = raw(self._connection)
+            self._whole = self._linked().reading.connect()
+            self._driver = raw(self._whole)
+            self._connection = cast("Connection", LeanConnection(self._whole))
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which writes nothing."""
@@ -145,9 +147,9 @@ class _Kept(Database):
 
     async def end(self) -> None:
         """Forget everything."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        if self._connection is not None:
+            self._connection = None
+            self._whole.close()
         await super().close()
 
 

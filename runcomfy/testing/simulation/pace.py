@@ -20,10 +20,10 @@ from runcomfy.application import claims, executor, fleet, owner, reconciler, rol
 
 RHYTHMS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (owner, "HEARTBEAT_EVERY", timedelta(minutes=10)),
-    (claims, "WATCH_EVERY", 30.0),
+    (claims, "WATCH_EVERY", 60.0),
     (executor, "REPORT_EVERY", 60.0),
     (executor, "TROUBLE_MOST", 60.0),
-    (sweeper, "SWEEP_EVERY", 60.0),
+    (sweeper, "SWEEP_EVERY", 120.0),
     (reconciler, "LOOK_EVERY", 120.0),
     (fleet, "BUDGETS_EVERY", 60.0),
     (service, "STANDBY_EVERY", 60.0),

@@ -38,12 +38,14 @@ CALM: Final = timedelta(hours=3)
 
 POOL: Final[dict[str, Any]] = {
     "max_machines": 4,
-    "plan_every": timedelta(minutes=5),
-    "status_every": timedelta(minutes=4),
+    "plan_every": timedelta(minutes=10),
+    "status_every": timedelta(minutes=5),
     "reconcile_every": timedelta(minutes=5),
-    "guard_period": timedelta(minutes=10),
+    "guard_period": timedelta(minutes=15),
 }
 """How often is looked when nothing happens; what happens wakes all of them. These are the user's to choose."""
+CLOUD: Final[dict[str, Any]] = {"poll_interval": timedelta(seconds=15)}
+"""How often while a machine boots, or the answer to its launch was lost."""
 
 
 RESTART: Final = timedelta(seconds=30)
@@ -53,10 +55,10 @@ PAUSES: Final = 0.25
 
 
 QUEUE: Final[dict[str, Any]] = {
-    "poll_interval": timedelta(minutes=5),
+    "poll_interval": timedelta(minutes=10),
     "lease": timedelta(minutes=20),
     "heartbeat": timedelta(minutes=5),
-    "reap_every": timedelta(minutes=5),
+    "reap_every": timedelta(minutes=8),
 }
 
 
@@ -170,7 +172,7 @@ class World:
 
         async def live() -> None:
             try:
-                async with self.services.start(budgets=self.budgets, **POOL) as served:
+                async with self.services.start(budgets=self.budgets, cloud=CLOUD, **POOL) as served:
                     served.app.tell = _both(served.app.tell, lambda said: self.trace.tell(name, said))
                     self._over[served] = over
                     started.set_result(served)
@@ -294,7 +296,7 @@ class GuardProgram:
 
     async def _live(self) -> None:
         world = self._world
-        settings = world.services.settings_of(**POOL)
+        settings = world.services.settings_of(cloud=CLOUD, **POOL)
         app = self._app = world.services.app(settings)
         app.tell = lambda said: world.trace.tell("guard", said)
         with suppress(Killed):
