@@ -70,24 +70,39 @@ class _Answer:
 class _Parameter:
     """Where one value of a statement comes from, and how it is written."""
 
-    __slots__ = ("key", "name", "number", "process", "required", "value")
+    __slots__ = ("key", "name", "number", "place", "process", "required", "value")
 
-    def __init__(self, bind: Any, name: str, number: int | None, process: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self, bind: Any, name: str, number: int | None, process: Callable[[Any], Any] | None, place: int | None = None
+    ) -> None:
         self.key, self.name = bind.key, name
         self.required: bool = bind.required
         self.number = number
         """Of the literal in the statement; None: the one it was compiled with."""
         self.value = bind.value
         self.process = process
+        self.place = place
+        """In the list that is given; None: it is no list."""
+
+    def of(self, given: Mapping[str, Any], literals: Sequence[Any]) -> Any:
+        """Return what is given. Raises KeyError if it is missing."""
+        value = given.get(self.key, _MISSING)
+        if value is _MISSING:
+            value = given.get(self.name, _MISSING)
+            if value is _MISSING:
+                if self.required:
+                    raise KeyError(self.key)
+                value = self.value if self.number is None else literals[self.number].value
+        return value
 
 
 class _Plan:
-    """What is known of a statement since its first execution."""
+    """What is known of a statement since its first execution, with lists of these lengths."""
 
-    __slots__ = ("_make", "parameters", "sql")
+    __slots__ = ("make", "parameters", "sql")
 
     def __init__(self, sql: str, parameters: list[_Parameter], make: Callable[[Any], Any] | None) -> None:
-        self.sql, self.parameters, self._make = sql, parameters, make
+        self.sql, self.parameters, self.make = sql, parameters, make
 
     def values(self, given: Mapping[str, Any], literals: Sequence[Any]) -> list[Any]:
         """Return what is sent. Raises KeyError for one that is missing, and what writing a value raises."""
@@ -95,17 +110,29 @@ class _Plan:
         for each in self.parameters:
             value = given.get(each.key, _MISSING)
             if value is _MISSING:
-                value = given.get(each.name, _MISSING)
-                if value is _MISSING:
-                    if each.required:
-                        raise KeyError(each.key)
-                    value = each.value if each.number is None else literals[each.number].value
+                value = each.of(given, literals)
+            if each.place is not None:
+                value = value[each.place]
             found.append(value if each.process is None else each.process(value))
         return found
 
     def rows(self, cursor: sqlite3.Cursor) -> list[Any]:
         """Return everything that was found."""
-        return [] if self._make is None else list(map(self._make, cursor.fetchall()))
+        return [] if self.make is None else list(map(self.make, cursor.fetchall()))
+
+
+class _Known:
+    """A statement that was executed before; `lists` are its parameters that stand for several values."""
+
+    __slots__ = ("lists", "plans")
+
+    def __init__(self, lists: list[_Parameter]) -> None:
+        self.lists = lists
+        self.plans: dict[tuple[int, ...], _Plan] = {}
+
+    def lengths(self, given: Mapping[str, Any], literals: Sequence[Any]) -> tuple[int, ...]:
+        """Return how many values each list has. Raises KeyError for one that is missing, TypeError."""
+        return tuple(len(each.of(given, literals)) for each in self.lists) if self.lists else ()
 
 
 class LeanConnection:
@@ -136,23 +163,38 @@ class LeanConnection:
 
     def execute(self, statement: Executable, parameters: Any = None) -> Any:
         """Run a statement."""
-        if parameters is not None and type(parameters) is not dict:
+        if parameters is None:
+            parameters = _NOTHING
+        elif type(parameters) is not dict:
             return self._whole.execute(statement, parameters)
-        found = statement._generate_cache_key()  # type: ignore[attr-defined]
-        if found is None or found[2]:
-            return self._whole.execute(statement, parameters)
-        key = found[0], tuple(sorted(parameters)) if parameters else ()
-        plan = _PLANS.get(key, _MISSING)
-        if plan is _MISSING:
-            result = self._whole.execute(statement, parameters)
-            _PLANS[key] = _plan_of(result, found)
-            return result
-        if plan is None:
+        which = (id(statement), *parameters)
+        kept = _KEPT.get(which)
+        key: Any = None
+        if kept is None:
+            lasts = "_generate_cache_key" in statement.__dict__  # it was executed before: it is no passing one
+            found = statement._generate_cache_key()  # type: ignore[attr-defined]
+            if found is None or found[2]:
+                return self._whole.execute(statement, parameters)
+            key, literals = (found[0], *parameters), found[1]
+            known = _KNOWN.get(key, _MISSING)
+            if lasts and known is not _MISSING:
+                _KEPT[which] = known, literals, statement
+        else:
+            known, literals, _ = kept
+        if known is None:
             return self._whole.execute(statement, parameters)
         try:
-            values = plan.values(parameters or _NOTHING, found[1])
+            plan = None if known is _MISSING else known.plans.get(known.lengths(parameters, literals))
+            values = None if plan is None else plan.values(parameters, literals)
         except Exception:  # noqa: BLE001 - SQLAlchemy finds the same, and says it in its words
             return self._whole.execute(statement, parameters)
+        if plan is None or values is None:
+            result = self._whole.execute(statement, parameters)
+            if known is _MISSING:
+                known = _KNOWN[key] = _known(result)
+            if known is not None:
+                known.plans[known.lengths(parameters, literals)] = _plan_of(result)
+            return result
         try:
             cursor = self._driver.execute(plan.sql, values)
             return _Answer(plan.rows(cursor), cursor.rowcount)
@@ -160,19 +202,20 @@ class LeanConnection:
             raise _wrapped(plan.sql, error, self.dialect) from error
 
 
-_NOTHING: Final[Mapping[str, Any]] = {}
-_PLANS: Final[dict[Any, Any]] = {}
-"""By statement; None: one that is not plain."""
+_NOTHING: Final[dict[str, Any]] = {}
+_KNOWN: Final[dict[Any, Any]] = {}
+"""By what a statement says; None: one that is not plain."""
+_KEPT: Final[dict[tuple[Any, ...], tuple[Any, Sequence[Any], Executable]]] = {}
+"""By the statement itself, of those that are made once; they are held here, so that no other gets their number."""
 
 
-def _plan_of(result: CursorResult[Any], key: Any) -> _Plan | None:
-    """Return what an execution has shown of its statement; None if the next one may differ from it."""
+def _known(result: CursorResult[Any]) -> _Known | None:
+    """Return what an execution has shown of its statement; None if it is not plain."""
     context: Any = result.context
     compiled = context.compiled
     if (
         compiled.isplaintext
         or compiled.literal_execute_params
-        or compiled.post_compile_params
         or compiled.insert_prefetch
         or compiled.update_prefetch
         or compiled.escaped_bind_names
@@ -182,24 +225,33 @@ def _plan_of(result: CursorResult[Any], key: Any) -> _Plan | None:
         or len(context.parameters) != 1
         or any(bind.callable for bind in compiled.bind_names)
         or any(isinstance(process, tuple) for process in compiled._bind_processors.values())
+        or (result.returns_rows and result._metadata._tuplefilter is not None)
     ):
         return None
+    names = {compiled.bind_names[bind] for bind in compiled.post_compile_params}
+    return _Known([each for each in _parameters(compiled, {}) if each.name in names])
+
+
+def _parameters(compiled: Any, lists: Mapping[str, Sequence[str]]) -> list[_Parameter]:
+    """Return where each value of a statement comes from; `lists`: what the parameters that are lists became."""
     numbers = {}
     clones = compiled._cache_key_bind_match[0]
     for number, original in enumerate(compiled.cache_key[1]):
         for bind in clones[original]:
             numbers[bind] = number
     binds = {name: bind for bind, name in compiled.bind_names.items()}
-    parameters = [
-        _Parameter(binds[name], name, numbers.get(binds[name]), compiled._bind_processors.get(name))
+    return [
+        _Parameter(binds[name], name, numbers.get(binds[name]), compiled._bind_processors.get(name), place)
         for name in compiled.positiontup
+        for place in (range(len(lists[name])) if name in lists else (None,))
     ]
-    if not result.returns_rows:
-        return _Plan(context.statement, parameters, None)
-    metadata: Any = result._metadata
-    if metadata._tuplefilter is not None:
-        return None
-    return _Plan(context.statement, parameters, _maker(metadata))
+
+
+def _plan_of(result: CursorResult[Any]) -> _Plan:
+    """Return how to execute the statement the next time."""
+    context: Any = result.context
+    make = _maker(result._metadata) if result.returns_rows else None
+    return _Plan(context.statement, _parameters(context.compiled, context._expanded_parameters), make)
 
 
 def _maker(metadata: Any) -> Callable[[Any], Any]:

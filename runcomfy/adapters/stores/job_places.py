@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Final
 
 from sqlalchemy import Connection, select
 
@@ -10,20 +11,21 @@ from runcomfy.adapters.stores.database import Database
 from runcomfy.adapters.stores.tables import jobs
 from runcomfy.domain.queued import Phase, QueueStatus
 
+_PLACES: Final = (
+    select(jobs.c.place)
+    .where(
+        jobs.c.phase != Phase.NONE,
+        jobs.c.place.is_not(None),
+        jobs.c.status.in_([QueueStatus.PENDING, QueueStatus.PROCESSING]),
+    )
+    .distinct()
+)
+
 
 async def prompt_places(database: Database) -> Collection[str]:
     """Return the keys of those places. Raises LocalError."""
-    query = (
-        select(jobs.c.place)
-        .where(
-            jobs.c.phase != Phase.NONE,
-            jobs.c.place.is_not(None),
-            jobs.c.status.in_([QueueStatus.PENDING, QueueStatus.PROCESSING]),
-        )
-        .distinct()
-    )
 
     def work(connection: Connection) -> Collection[str]:
-        return {str(place) for (place,) in connection.execute(query)}
+        return {str(place) for (place,) in connection.execute(_PLACES)}
 
     return await database.read(work)

@@ -185,10 +185,10 @@ class SqlJobs:
 
     async def owners(self, ids: Collection[OwnerId] | None = None) -> Mapping[OwnerId, Owner]:
         """Return the owners with these ids, or all that have not signed off."""
-        which = _owners.c.ended_at.is_(None) if ids is None else _owners.c.id.in_(set(ids))
+        query = jobs_look.NOT_SIGNED_OFF if ids is None else select(_owners).where(_owners.c.id.in_(set(ids)))
 
         def work(connection: Connection) -> Mapping[OwnerId, Owner]:
-            found = [Owner(*row) for row in connection.execute(select(_owners).where(which))]
+            found = [Owner(*row) for row in connection.execute(query)]
             return {owner.id: owner for owner in found}
 
         return await self._read(work)
@@ -460,8 +460,7 @@ class SqlJobs:
 
     async def pauses(self) -> Sequence[Pause]:
         """Return what is paused now, oldest first; one whose time is over is still there until somebody resumes."""
-        query = select(_pauses).order_by(_pauses.c.since, _pauses.c.scope)
-        return await self._read(lambda connection: [Pause(*row) for row in connection.execute(query)])
+        return await self._read(lambda connection: [Pause(*row) for row in connection.execute(jobs_look.PAUSES)])
 
     # -- working -------------------------------------------------------------------------------------------
 

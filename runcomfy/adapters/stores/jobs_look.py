@@ -15,8 +15,9 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
+from runcomfy.adapters.stores import tables
 from runcomfy.adapters.stores.jobs_claim import MAY_START, NOT_BARRED, barred_in
 from runcomfy.adapters.stores.jobs_rows import attempt_of, event_of, job_of, safe, table_in, time_in
 from runcomfy.adapters.stores.jobs_sql import ATTEMPTS, COLUMNS, EVENTS, Sql, in_list, listed, stamps
@@ -33,6 +34,8 @@ from runcomfy.domain.queued import (
     Waiting,
 )
 
+PAUSES: Final = select(tables.queue_pauses).order_by(tables.queue_pauses.c.since, tables.queue_pauses.c.scope)
+NOT_SIGNED_OFF: Final = select(tables.owners).where(tables.owners.c.ended_at.is_(None))
 _BY_ID: Final = Sql(f"SELECT {COLUMNS} FROM jobs WHERE id = :id")
 _BY_TEXT: Final = Sql(
     f"SELECT {COLUMNS} FROM jobs WHERE config_name = :text UNION SELECT {COLUMNS} FROM jobs WHERE uid = :text"

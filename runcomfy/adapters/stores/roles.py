@@ -21,6 +21,8 @@ from runcomfy.domain.machine import OwnerId
 _roles, _owners = tables.roles, tables.owners
 _ROLE: Final = select(_roles).where(_roles.c.name == bindparam("role"))
 _HELD_ROLE: Final = _ROLE.with_for_update()
+_SAVE_ROLE: Final = update(_roles).where(_roles.c.name == bindparam("role"))
+_ENDED: Final = select(_owners.c.ended_at).where(_owners.c.id == bindparam("owner"))
 
 
 def take_role(
@@ -36,18 +38,18 @@ def take_role(
         connection.execute(insert_or_leave(connection, _roles), nobody)
         row = connection.execute(_HELD_ROLE, {"role": role}).one()
     now = clock()
-    this = update(_roles).where(_roles.c.name == role)
     if row.owner_id == owner_id:
-        connection.execute(this.values(expires_at=now + lease))
+        connection.execute(_SAVE_ROLE, {"role": role, "expires_at": now + lease})
         return int(row.epoch)
     if row.owner_id is not None and role_is_held(
         expires_at=row.expires_at, now=now, signed_off=_signed_off(connection, row.owner_id)
     ):
         if row.expires_at > now + lease:  # the clock was set back since
-            connection.execute(this.values(expires_at=now + lease))
+            connection.execute(_SAVE_ROLE, {"role": role, "expires_at": now + lease})
         return None
     epoch = int(row.epoch) + 1
-    connection.execute(this.values(owner_id=owner_id, epoch=epoch, since=now, expires_at=now + lease))
+    held = {"owner_id": owner_id, "epoch": epoch, "since": now, "expires_at": now + lease}
+    connection.execute(_SAVE_ROLE, {"role": role, **held})
     return epoch
 
 
@@ -78,5 +80,4 @@ def must_hold(connection: Connection, role: str, epoch: int) -> None:
 
 
 def _signed_off(connection: Connection, owner_id: str) -> bool:
-    ended = connection.execute(select(_owners.c.ended_at).where(_owners.c.id == owner_id)).scalar()
-    return ended is not None
+    return connection.execute(_ENDED, {"owner": owner_id}).scalar() is not None

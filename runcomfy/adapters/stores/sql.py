@@ -73,6 +73,19 @@ _STORY: Final = (
 _USES: Final = select(_uses).where(_uses.c.ended_at.is_(None)).order_by(_uses.c.started_at, _uses.c.job_id)
 _NOT_SIGNED_OFF: Final = select(_owners).where(_owners.c.ended_at.is_(None))
 _SAVE_ACCOUNT: Final = update(_accounts).where(_accounts.c.account == bindparam("name"))
+_LISTED: Final = _machines.c.server_id.in_(bindparam("server_ids", expanding=True))
+_SAVE_OWNER: Final = update(_owners).where(_owners.c.id == bindparam("key"))
+_BOOTS: Final = (
+    select(_machines.c.requested_at, _machines.c.ready_at)
+    .where(
+        _machines.c.provider == bindparam("by"),
+        _machines.c.server_type == bindparam("kind"),
+        _machines.c.purpose != Purpose.TAKEN,
+        _machines.c.ready_at >= _machines.c.requested_at,  # a clock was set back in between
+    )
+    .order_by(_machines.c.ready_at.desc())
+    .limit(bindparam("most"))
+)
 
 
 class SqlStore(MoneyPart, SignalsPart):
@@ -123,7 +136,7 @@ class SqlStore(MoneyPart, SignalsPart):
         """Say that the owner lives."""
 
         def work(connection: Connection) -> None:
-            done = connection.execute(update(_owners).where(_owners.c.id == owner_id).values(heartbeat_at=at))
+            done = connection.execute(_SAVE_OWNER, {"key": owner_id, "heartbeat_at": at})
             _expect_row(done.rowcount, f"owner {owner_id}")
 
         await self._write(work)
@@ -132,7 +145,7 @@ class SqlStore(MoneyPart, SignalsPart):
         """Say that the owner ended in good order, and end its uses of machines."""
 
         def work(connection: Connection) -> None:
-            done = connection.execute(update(_owners).where(_owners.c.id == owner_id).values(ended_at=at))
+            done = connection.execute(_SAVE_OWNER, {"key": owner_id, "ended_at": at})
             _expect_row(done.rowcount, f"owner {owner_id}")
             mine = (_uses.c.owner_id == owner_id) & _uses.c.ended_at.is_(None)
             used = select(_uses.c.machine_id).where(mine)
@@ -176,12 +189,17 @@ class SqlStore(MoneyPart, SignalsPart):
             ended_later = _machines.c.state.in_(CLOSED) & (_machines.c.since >= since)
             query = _machines_of(provider, account, open_only=False).where(_machines.c.state.in_(OPEN) | ended_later)
         else:
-            query = _machines_of(provider, account, open_only=open_only)
+            query = _machines_of(provider, account, open_only=open_only, listed=server_ids is not None)
         if states is not None:
             query = query.where(_machines.c.state.in_(list(states)))
+        ids: dict[str, Any] = {}
         if server_ids is not None:
-            query = query.where(_machines.c.server_id.in_(list(server_ids)))
-        return await self._read(lambda connection: [tables.machine_of(row) for row in connection.execute(query)])
+            ids["server_ids"] = list(server_ids)
+            if since is not None:
+                query = query.where(_LISTED)
+        return await self._read(
+            lambda connection: [tables.machine_of(row) for row in connection.execute(query, ids or None)]
+        )
 
     async def record(
         self,
@@ -278,19 +296,9 @@ class SqlStore(MoneyPart, SignalsPart):
 
         Machines that were taken over do not count: nobody knows when they were asked for.
         """
-        query = (
-            select(_machines.c.requested_at, _machines.c.ready_at)
-            .where(
-                _machines.c.provider == provider,
-                _machines.c.server_type == server_type,
-                _machines.c.purpose != Purpose.TAKEN,
-                _machines.c.ready_at >= _machines.c.requested_at,  # a clock was set back in between
-            )
-            .order_by(_machines.c.ready_at.desc())
-            .limit(limit)
-        )
+        which = {"by": provider, "kind": server_type, "most": limit}
         return await self._read(
-            lambda connection: [ready_at - requested_at for requested_at, ready_at in connection.execute(query)]
+            lambda connection: [ready_at - requested_at for requested_at, ready_at in connection.execute(_BOOTS, which)]
         )
 
     # -- uses ----------------------------------------------------------------------------------------------
@@ -394,11 +402,16 @@ class SqlStore(MoneyPart, SignalsPart):
 
 
 @lru_cache(maxsize=16)
-def _machines_of(provider: str, account: str, *, open_only: bool) -> Select[Any]:
-    """Return the query of an account's machines, oldest first; kept, since making it takes longer than asking it."""
+def _machines_of(provider: str, account: str, *, open_only: bool, listed: bool = False) -> Select[Any]:
+    """Return the query of an account's machines, oldest first; kept, since making it takes longer than asking it.
+
+    `listed`: only those among the parameter `server_ids`.
+    """
     query = select(_machines).where(_machines.c.provider == provider, _machines.c.account == account)
     if open_only:
         query = query.where(_machines.c.state.in_(OPEN))
+    if listed:
+        query = query.where(_LISTED)
     return query.order_by(_machines.c.requested_at, _machines.c.id)
 
 

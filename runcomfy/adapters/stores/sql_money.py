@@ -16,7 +16,7 @@ from functools import cache
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, bindparam, func, insert, select
 
 from runcomfy.adapters.stores import sql_parts as parts
 from runcomfy.adapters.stores import tables
@@ -30,6 +30,20 @@ from runcomfy.domain.money import LedgerEntry
 _machines, _ledger, _alerts = tables.machines, tables.ledger, tables.budget_alerts
 
 _ENTRIES: Final = select(_ledger.c.number, *(_ledger.c[name] for name in tables.ENTRY_FIELDS))
+
+_REACHED: Final = select(func.max(_ledger.c.ended_at)).where(_ledger.c.machine_id == _machines.c.id).scalar_subquery()
+_BILL_ENDS: Final = func.coalesce(_machines.c.stop_accepted_at, _machines.c.gone_at)
+_UNBILLED: Final = (
+    select(_machines)
+    .where(
+        _machines.c.provider == bindparam("by"),
+        _machines.c.account == bindparam("whose"),
+        _machines.c.ready_at < _BILL_ENDS,
+        _REACHED.is_(None) | (_REACHED < _BILL_ENDS),
+    )
+    .order_by(_machines.c.requested_at, _machines.c.id)
+)
+_UNBILLED_LATELY: Final = _UNBILLED.where(_machines.c.since >= bindparam("after"))
 
 
 class MoneyPart(parts.SqlPart):
@@ -125,18 +139,9 @@ class MoneyPart(parts.SqlPart):
 
     async def unbilled(self, *, provider: str, account: str, since: datetime | None = None) -> Sequence[Machine]:
         """Return machines whose bill has an end that their ledger does not reach; `since`: that changed since then."""
-        reached = select(func.max(_ledger.c.ended_at)).where(_ledger.c.machine_id == _machines.c.id).scalar_subquery()
-        end = func.coalesce(_machines.c.stop_accepted_at, _machines.c.gone_at)
-        query = select(_machines).where(
-            _machines.c.provider == provider,
-            _machines.c.account == account,
-            _machines.c.ready_at < end,
-            reached.is_(None) | (reached < end),
-        )
-        if since is not None:
-            query = query.where(_machines.c.since >= since)
-        query = query.order_by(_machines.c.requested_at, _machines.c.id)
-        return await self._read(lambda connection: [tables.machine_of(row) for row in connection.execute(query)])
+        query = _UNBILLED if since is None else _UNBILLED_LATELY
+        which = {"by": provider, "whose": account} | ({} if since is None else {"after": since})
+        return await self._read(lambda connection: [tables.machine_of(row) for row in connection.execute(query, which)])
 
     async def post(self, entries: Sequence[LedgerEntry]) -> None:
         """Add entries to the ledger, all or none. What is there is never changed."""

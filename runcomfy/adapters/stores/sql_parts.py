@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, Final, Protocol, TypeVar
 
 from sqlalchemy import Connection, Table, bindparam, func, insert, select, update
@@ -31,6 +32,7 @@ _ledger = tables.ledger
 _MACHINE: Final = select(_machines).where(_machines.c.id == bindparam("machine_id"))
 _MACHINE_LOCKED: Final = _MACHINE.with_for_update()
 _SAVE_MACHINE: Final = update(_machines).where(_machines.c.id == bindparam("key"))
+_TELL: Final = insert(_story)
 _NEXT_NUMBER: Final = select(func.coalesce(func.max(_story.c.number), 0) + 1).where(
     _story.c.machine_id == bindparam("machine_id")
 )
@@ -139,7 +141,7 @@ def _tell(
 ) -> None:
     number = connection.execute(_NEXT_NUMBER, {"machine_id": machine.id}).scalar_one()
     row = {"machine_id": machine.id, "number": number, "at": at, "event": event, "state": str(machine.state)}
-    connection.execute(insert(_story), {**row, "by": by or "", "note": note, "changes": dict(changes)})
+    connection.execute(_TELL, {**row, "by": by or "", "note": note, "changes": dict(changes)})
 
 
 def held_account(connection: Connection, account: str) -> Any:
@@ -152,15 +154,23 @@ def held_account(connection: Connection, account: str) -> Any:
 
 def insert_or_leave(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
     """Return the INSERT that does nothing if the row is there already."""
-    on_server = connection.dialect.name == "postgresql"
-    return (postgresql.insert(table) if on_server else sqlite.insert(table)).on_conflict_do_nothing()
+    return _insert(connection.dialect.name, table).on_conflict_do_nothing()
 
 
 def insert_or_replace(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
     """Return the INSERT that changes the row if it is there already."""
-    statement = postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+    return _or_replace(connection.dialect.name, table)
+
+
+@cache
+def _or_replace(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
+    statement = _insert(dialect, table)
     rest = {column.name: statement.excluded[column.name] for column in table.columns if not column.primary_key}
     return statement.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=rest)
+
+
+def _insert(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
 
 
 def batches(values: Sequence[T], *, size: int = 5_000) -> list[Sequence[T]]:

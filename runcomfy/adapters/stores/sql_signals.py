@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, bindparam, insert, select
 
 from runcomfy.adapters.stores import roles, tables
 from runcomfy.adapters.stores import sql_parts as parts
@@ -22,6 +22,7 @@ _OLDEST_FIRST: Final = (_work.c.began_at, _work.c.machine_id, _work.c.job_id, _w
 _SIGNALS: Final = select(*(_signals.c[name] for name in tables.SIGNAL_FIELDS)).order_by(
     _signals.c.at, _signals.c.number
 )
+_SIGNALS_SINCE: Final = _SIGNALS.where(_signals.c.at >= bindparam("since"))
 _DECISIONS: Final = select(*(_decisions.c[name] for name in tables.DECISION_FIELDS)).order_by(
     _decisions.c.number.desc()
 )
@@ -74,8 +75,8 @@ class SignalsPart(parts.SqlPart):
 
     async def signals(self, *, since: datetime) -> Sequence[Signal]:
         """Return what was told since then, oldest first."""
-        query = _SIGNALS.where(_signals.c.at >= since)
-        return await self._read(lambda connection: [Signal(*row) for row in connection.execute(query)])
+        when = {"since": since}
+        return await self._read(lambda connection: [Signal(*row) for row in connection.execute(_SIGNALS_SINCE, when)])
 
     async def decide(self, decisions: Sequence[Decision]) -> None:
         """Write down what the plan decided, all or none."""
