@@ -15,6 +15,7 @@ import socket
 from asyncio import base_events, events, transports
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextvars import copy_context
 from typing import Any, Final
 
 FIRST_PORT: Final = 20_000
@@ -25,36 +26,49 @@ class NothingWillHappen(RuntimeError):
     """Everything waits and no timer is set: in life it would hang for ever."""
 
 
+def _numbered(self: Any) -> int:
+    try:
+        number: int = self.number
+    except AttributeError:
+        number = self.number = self.get_loop().next_number()
+    return number
+
+
 class _Task(asyncio.Task[Any]):
-    """A task that hashes to its number."""
+    """A task that hashes to its number, which it is given when it is first asked for it."""
 
     __slots__ = ("number",)
-
-    def __init__(self, *arguments: Any, number: int, **options: Any) -> None:
-        self.number = number
-        super().__init__(*arguments, **options)
-
-    def __hash__(self) -> int:
-        return self.number
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    __hash__ = _numbered
 
 
 class _Future(asyncio.Future[Any]):
-    """A future that hashes to its number."""
+    """A future that hashes to its number, which it is given when it is first asked for it."""
 
     __slots__ = ("number",)
+    __hash__ = _numbered
 
-    def __init__(self, number: int, *, loop: asyncio.AbstractEventLoop) -> None:
-        self.number = number
-        super().__init__(loop=loop)
 
-    def __hash__(self) -> int:
-        return self.number
+class _Handle(asyncio.Handle):
+    """What is to be called, without what only debugging needs."""
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    __slots__ = ()
+
+    def __init__(self, callback: Any, args: Any, loop: asyncio.AbstractEventLoop, context: Any) -> None:
+        self._context = copy_context() if context is None else context
+        self._loop, self._callback, self._args = loop, callback, args
+        self._cancelled, self._repr, self._source_traceback = False, None, None
+
+
+class _TimerHandle(asyncio.TimerHandle):
+    """What is to be called at a time, without what only debugging needs."""
+
+    __slots__ = ()
+
+    def __init__(self, when: float, callback: Any, args: Any, loop: asyncio.AbstractEventLoop, context: Any) -> None:
+        self._context = copy_context() if context is None else context
+        self._loop, self._callback, self._args = loop, callback, args
+        self._cancelled, self._repr, self._source_traceback = False, None, None
+        self._when, self._scheduled = when, True
 
 
 class MemoryTransport(transports.Transport):
@@ -244,6 +258,8 @@ class MemoryLoop(base_events.BaseEventLoop):
         self._seconds = 0.0
         self._clock_resolution = 1e-9
         self._ports, self._numbers = itertools.count(FIRST_PORT), itertools.count(1)
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._orders = itertools.count()
         self._connected: dict[int, Address] = {}
         self.set_task_factory(self._make_task)  # type: ignore[arg-type]
 
@@ -256,31 +272,55 @@ class MemoryLoop(base_events.BaseEventLoop):
         return self._seconds
 
     def _make_task(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **options: Any) -> _Task:
-        return _Task(work, loop=loop, number=next(self._numbers), **options)
+        return _Task(work, loop=loop, **options)
 
     def create_future(self) -> asyncio.Future[Any]:
         """Return a future of this loop."""
-        return _Future(next(self._numbers), loop=self)
+        return _Future(loop=self)
 
     # -- turns ---------------------------------------------------------------------------------------------
 
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.Handle:
+        """Call in the next turn."""
+        self._check_closed()  # type: ignore[attr-defined]
+        handle = _Handle(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        """Call after so many seconds."""
+        return self.call_at(self._seconds + delay, callback, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        """Call at a time of this loop; of two with the same, the one that was asked for first is called first."""
+        self._check_closed()  # type: ignore[attr-defined]
+        handle = _TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._orders), handle))
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Forget it when its time comes."""
+
     def _run_once(self) -> None:
         self.steps += 1
-        timers, ready = self._scheduled, self._ready  # type: ignore[attr-defined]
-        while timers and timers[0]._cancelled:
-            self._timer_cancelled_count -= 1  # type: ignore[attr-defined]
-            heapq.heappop(timers)._scheduled = False
+        timers, ready = self._timers, self._ready  # type: ignore[attr-defined]
+        while timers and timers[0][2]._cancelled:
+            heapq.heappop(timers)
         if not ready:
             if self._stopping:  # type: ignore[attr-defined]
                 return
             if not timers:
                 raise NothingWillHappen("everything waits, and no timer is set")
-            self._seconds = max(self._seconds, timers[0]._when)
+            self._seconds = max(self._seconds, timers[0][0])
         end = self._seconds + self._clock_resolution
-        while timers and timers[0]._when < end:
-            handle = heapq.heappop(timers)
-            handle._scheduled = False
-            ready.append(handle)
+        while timers and timers[0][0] < end:
+            ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle._cancelled:
