@@ -208,11 +208,10 @@ def _sweep(loop: MemoryLoop) -> None:
 
 @contextmanager
 def _rarely_collecting() -> Iterator[None]:
-    """Look for garbage in circles seldom, and only among what is new: a day's objects live until its end."""
+    """Look for garbage in circles once, at the end, and only among what is new: a day's objects live until then."""
     before = gc.get_threshold()
-    gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(400_000, 20, 100)
     try:
         yield
     finally:
