@@ -279,7 +279,11 @@ async def deleted_by_hand(harm: Harm) -> None:
 
 
 async def foreign_machine(harm: Harm) -> None:
-    """The user starts a machine elsewhere."""
-    kind, minutes = harm.draw.choice(("large", "medium", "extra-large")), harm.draw.choice((10, 45, 120))
+    """The user starts a machine elsewhere.
+
+    For another time than ours are launched for: one of the same type, time and moment as a launch of ours whose answer
+    was lost is the one that I3 lets us take for it, and nobody could tell.
+    """
+    kind, minutes = harm.draw.choice(("large", "medium", "extra-large")), harm.draw.choice((15, 45, 120))
     machine = harm.world.cloud.foreign(kind, duration=60 * minutes)
     harm.note(12, f"a {kind} of somebody else appears for {minutes} min", machine=machine.server_id)
