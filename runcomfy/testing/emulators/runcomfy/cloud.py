@@ -42,6 +42,8 @@ class CallRecord:
     """How the answer got lost, if it did (`CallFault.reply`)."""
     worked: bool = True
     """False: a fault kept the call from doing what it is for."""
+    delay: float = 0.0
+    """Seconds from the work to the answer."""
 
     @property
     def refused(self) -> bool:
@@ -186,10 +188,10 @@ class EmulatedCloud(ABC):
             outcome = do(True)
             self._note(call, body, token, outcome)
             return await send(request, outcome, reply=None, closing=self._closing)
-        outcome = fault.answer(do(fault.does_work))
-        self._note(call, body, token, outcome, reply=fault.reply, worked=fault.does_work)
-        if fault.delay:
-            await asyncio.sleep(in_seconds(fault.delay))
+        outcome, delay = fault.answer(do(fault.does_work)), in_seconds(fault.delay)
+        self._note(call, body, token, outcome, reply=fault.reply, worked=fault.does_work, delay=delay)
+        if delay:
+            await asyncio.sleep(delay)
         return await send(request, outcome, reply=fault.reply, closing=self._closing)
 
     def _note(
@@ -201,10 +203,11 @@ class EmulatedCloud(ABC):
         *,
         reply: str | None = None,
         worked: bool = True,
+        delay: float = 0.0,
     ) -> None:
         method, _, path = call.partition(" ")
         retry_after = outcome.headers.get("Retry-After")
-        record = CallRecord(self.now(), method, path, body, token, outcome.status, retry_after, reply, worked)
+        record = CallRecord(self.now(), method, path, body, token, outcome.status, retry_after, reply, worked, delay)
         self.calls.append(record)
         for tell in self.on_call:
             tell(record)
