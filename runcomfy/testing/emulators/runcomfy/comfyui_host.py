@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,13 @@ class SplashServer:
         return web.Response(status=self._status, text=SPLASH, content_type="text/html")
 
 
-def free_port(host: str) -> int:
-    """Return a port that nobody listens at; somebody else may take it, but hardly does."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+async def free_port(host: str) -> int:
+    """Return a port that nobody listens at; somebody else may take it, but hardly does. The loop knows which."""
+    probe = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, 0)
+    port = int(probe.sockets[0].getsockname()[1])
+    probe.close()
+    await probe.wait_closed()
+    return port
 
 
 async def put_up(machine: EmulatedMachine, make: ComfyUIFactory | None, *, host: str) -> str:
@@ -72,7 +73,7 @@ async def put_up(machine: EmulatedMachine, make: ComfyUIFactory | None, *, host:
         return await machine.comfyui.start(host)
     if manner not in ("refused", "502", "html"):
         raise ValueError(f"no manner {manner!r} for an address; one of works, refused, 502, html")
-    machine.port = free_port(host)
+    machine.port = await free_port(host)
     if manner != "refused":
         machine.comfyui = SplashServer(status=502 if manner == "502" else 200)
         await machine.comfyui.start(host, machine.port)
