@@ -1,7 +1,7 @@
 """
 `kill -9` at every durable write and every remote call of every command, on real databases; then the invariants.
 
-`python -m benchmarks killpoints [--record] [--database sqlite|postgres|both] [--only PATTERN]`: each scene
+`python -m benchmarks killpoints [--record] [--database sqlite|postgres|both] [--only PATTERN | --recovery]`: each scene
 (`runcomfy.testing.killpoints`) is told once to learn which points its command passes, and then once for each of them:
 killed there, started again, and judged by the emulated cloud's books and the ComfyUI servers' logs.
 
@@ -110,6 +110,8 @@ async def sweep(databases: Sequence[str], only: str) -> list[Sweep]:
 QUEUED: Final = 10_000
 RECOVERY_S: Final = 2.0
 """And one list call, which a test's cloud answers at once."""
+RESTARTS: Final = 3
+"""Each in a world of its own."""
 CONTROLLERS: Final[dict[str, Callable[[Stage], list[str]]]] = {
     "agent execute": lambda stage: ["agent", "execute", "--server", stage.comfyui.url],
     "serve": lambda _: ["serve", "--no-http", "--no-guard", "--no-monitor", "--wait-price", "100"],
@@ -125,6 +127,18 @@ class Recovered:
     seconds: float
     processor_s: float
     """What the process itself had computed by then: the figure of a computer that does nothing else."""
+    queued_s: float | None = None
+    """For how long its threads had to wait for a processor that others had; None where the system does not tell."""
+
+
+def queued_for(pid: int) -> float | None:
+    """Return for how many seconds the threads of a process were ready to run and had no processor (Linux)."""
+    try:
+        tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+        found = [int(each.read_text().split()[1]) / 1e9 for each in tasks]
+    except (OSError, ValueError, IndexError):
+        return None
+    return sum(found) if found else None
 
 
 async def recovery(database: str, command: str, stage: Stage, *, jobs: int = QUEUED) -> Recovered:
@@ -152,25 +166,29 @@ async def recovery(database: str, command: str, stage: Stage, *, jobs: int = QUE
         process = await stage.start(*start(stage))
         await claimed(last)
         seconds = time.monotonic() - began
-        computed = sum(psutil.Process(process.pid).cpu_times()[:2])
+        computed, queued = sum(psutil.Process(process.pid).cpu_times()[:2]), queued_for(process.pid)
         process.send(signal.SIGKILL)
         await process.wait()
-    return Recovered(database, command, seconds, computed)
+    return Recovered(database, command, seconds, computed, queued)
 
 
 async def recoveries(databases: Sequence[str]) -> list[Recovered]:
-    """Take the time of each controller over each kind of database."""
+    """Take the time of each controller over each kind of database: the middle one of several restarts."""
     found = []
     with TemporaryDirectory(prefix="comfyctl-recovery-") as name:
         for database in databases:
             with ExitStack() as stack:
                 server = stack.enter_context(PostgresForTests(fsync=True)) if database == "postgres" else None
                 async with Commands() as commands:
-                    for number, command in enumerate(CONTROLLERS):
-                        dsn = server.database() if server is not None else ""
-                        async with staged(commands, Path(name) / f"{database}-{number}", dsn) as stage:
-                            found.append(await recovery(database, command, stage))
-                            print(json.dumps(asdict(found[-1])), flush=True)
+                    for command in CONTROLLERS:
+                        tries = []
+                        for number in range(RESTARTS):
+                            dsn = server.database() if server is not None else ""
+                            folder = Path(name) / f"{database}-{command}-{number}".replace(" ", "-")
+                            async with staged(commands, folder, dsn) as stage:
+                                tries.append(await recovery(database, command, stage))
+                            print(json.dumps(asdict(tries[-1])), flush=True)
+                        found.append(sorted(tries, key=lambda each: each.seconds)[RESTARTS // 2])
     return found
 
 
@@ -194,13 +212,20 @@ def result_of(sweeps: Sequence[Sweep], recovered: Sequence[Recovered], took_s: f
             points = ", ".join(str(each.at) for each in missed)
             notes.append(f"{sweep.database}: passed the first time, and not when they were to kill: {points}.")
     for each in recovered:
+        queued = "" if each.queued_s is None else f", {each.queued_s:.2f} s waiting for a processor"
         figures.append(
             Figure(
                 f"{each.database}: first claim after a kill, {each.command}, {QUEUED:,} jobs queued",
-                f"{each.seconds:.2f} s ({each.processor_s:.2f} s of processor)",
+                f"{each.seconds:.2f} s ({each.processor_s:.2f} s computing{queued})",
                 f"at most {RECOVERY_S:g} s and a list call",
                 each.seconds <= RECOVERY_S,
             )
+        )
+    if recovered:
+        notes.append(
+            f"First claim: the middle one of {RESTARTS} restarts, from the start of the process on; the interpreter's "
+            "start and imports are not in it, since it is forked. Its machine lives, and is not started anew. "
+            "Computing and waiting are all its threads'; what the database and the emulators wait for is in neither."
         )
     notes.append(
         "A point is a place before or after a call of a port, at its first or second visit, or in the middle of a "
@@ -214,10 +239,13 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results")
     parser.add_argument("--database", choices=(*DATABASES, "both"), default="both")
     parser.add_argument("--only", default="*", help="scene and point: 'run: provider.*'; without recovery")
+    parser.add_argument("--recovery", action="store_true", help="only how soon a killed controller works again")
     asked = parser.parse_args(arguments)
+    if asked.recovery and asked.record:
+        parser.error("--recovery is a part of the campaign, which is recorded whole")
     began = time.monotonic()
     databases = DATABASES if asked.database == "both" else (asked.database,)
-    sweeps = asyncio.run(sweep(databases, asked.only))
+    sweeps = [] if asked.recovery else asyncio.run(sweep(databases, asked.only))
     recovered = asyncio.run(recoveries(databases)) if asked.only == "*" else []
     result = result_of(sweeps, recovered, time.monotonic() - began)
     summary(result)
