@@ -31,9 +31,8 @@ def time_text(at: datetime) -> str:
     """Return a time as it lies in the database; raise ValueError if nobody knows which time zone it is in."""
     if at.tzinfo is None:
         raise ValueError(f"a time without a time zone cannot be stored: {at.isoformat()}")
-    utc = at.astimezone(UTC)
-    # The year by hand: strftime writes the year 999 with three digits on some systems, and such texts do not sort.
-    return f"{utc.year:04}-{utc:%m-%d %H:%M:%S.%f}"
+    # Not by strftime, which writes the year 999 with three digits on some systems: such texts do not sort.
+    return at.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
 def time_of(text: str) -> datetime:

@@ -284,7 +284,8 @@ class MemoryLoop(base_events.BaseEventLoop):
         self, callback: Any, *args: Any, context: Any = None
     ) -> asyncio.Handle:
         """Call in the next turn."""
-        self._check_closed()  # type: ignore[attr-defined]
+        if self._closed:  # type: ignore[attr-defined]
+            self._check_closed()  # type: ignore[attr-defined]
         handle = _Handle(callback, args, self, context)
         self._ready.append(handle)  # type: ignore[attr-defined]
         return handle
@@ -299,7 +300,8 @@ class MemoryLoop(base_events.BaseEventLoop):
         self, when: float, callback: Any, *args: Any, context: Any = None
     ) -> asyncio.TimerHandle:
         """Call at a time of this loop; of two with the same, the one that was asked for first is called first."""
-        self._check_closed()  # type: ignore[attr-defined]
+        if self._closed:  # type: ignore[attr-defined]
+            self._check_closed()  # type: ignore[attr-defined]
         handle = _TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._orders), handle))
         return handle
@@ -323,8 +325,15 @@ class MemoryLoop(base_events.BaseEventLoop):
             ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
+            if handle._cancelled:
+                continue
+            try:
+                handle._context.run(handle._callback, *handle._args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # noqa: BLE001 - the loop goes on, as any does
+                words = f"Exception in callback {handle!r}"
+                self.call_exception_handler({"message": words, "exception": error, "handle": handle})
 
     def _write_to_self(self) -> None:
         pass
