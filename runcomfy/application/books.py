@@ -105,6 +105,8 @@ class Books:
         self._asked_by: dict[MachineId, datetime] = {}
         self.unwritten: set[MachineId] = set()
         """Of which an event could not be written down: the books say less than is known."""
+        self.not_longer: set[MachineId] = set()
+        """Whose last wish for a longer time was answered, with an error: most likely it was not granted."""
         self._unposted: set[MachineId] = set()
         """Whose cost could not be written down; that is said once."""
         self._bills_seen: datetime | None = None

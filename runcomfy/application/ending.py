@@ -289,9 +289,10 @@ class Ending:
 
         Where the provider's yes did not reach us, the end is reckoned: a stop that worked did so when it was asked
         for; a machine that is gone after its planned stop may have run until then, also if that was moved by a call
-        that was not answered.
+        that was not answered (not if it was answered with an error).
         """
-        now, planned, asked = self._clock.now(), _most_planned(machine), machine.stop_asked_at
+        now, asked = self._clock.now(), machine.stop_asked_at
+        planned = machine.planned_stop_at if machine.id in self._books.not_longer else _most_planned(machine)
         gone_at = now
         self._said.pop(machine.id, None)
         if machine.stop_accepted_at is None:

@@ -275,7 +275,13 @@ class Machines:
         """
         machine = await self.books.ask_duration(machine, total=total)
         faultpoint("extend.asked")
-        await self.provider.change_duration(server_id_of(machine), total=total)
+        self.books.not_longer.discard(machine.id)
+        try:
+            await self.provider.change_duration(server_id_of(machine), total=total)
+        except ProviderError as error:
+            if error.details.get("status") is not None:  # an answer; without one it may well have worked
+                self.books.not_longer.add(machine.id)
+            raise
         faultpoint("extend.answered")
         return machine
 
