@@ -201,6 +201,31 @@ async def test_lists_that_came_too_early_do_not_vouch_for_one_that_is_empty_by_m
     await end(program, machine)
 
 
+@pytest.mark.fault(4)
+@pytest.mark.fault(11)
+async def test_a_machine_that_a_list_has_shown_is_not_forgotten_when_the_last_lists_are_empty_by_mistake(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(boot_time=200)
+    cloud.next_call("POST servers", reply="lost")
+    asyncio.get_running_loop().call_later(118, lambda: cloud.next_call("GET servers", body=[], times=3))
+    machine, _ = await program.ready()
+    assert cloud.launched == [machine.server_id]
+    await end(program, machine)
+
+
+@pytest.mark.fault(4)
+async def test_a_machine_that_was_shown_and_is_gone_is_not_waited_for(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(boot_time=200)
+    cloud.next_call("POST servers", reply="lost")
+    asyncio.get_running_loop().call_later(60, lambda: cloud.lose(next(iter(cloud.machines.values()))))
+    machine, _ = await program.ready()
+    assert cloud.launched[1:] == [machine.server_id]
+    await end(program, machine)
+
+
 @pytest.mark.fault(9)
 @pytest.mark.parametrize("hidden", [30, 90, 118])
 async def test_an_answered_launch_that_appears_late_is_waited_for(

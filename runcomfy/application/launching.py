@@ -26,7 +26,16 @@ from runcomfy.application.finish import finish
 from runcomfy.domain.durations import show_span
 from runcomfy.domain.evidence import Launched, what_was_started
 from runcomfy.domain.exceptions import LaunchUnclear, LeaseLost, LocalError, ProviderError, RunComfyError
-from runcomfy.domain.machine import Machine, MachineEvent, MachineId, MachineReport, MachineState, Purpose
+from runcomfy.domain.machine import (
+    Machine,
+    MachineEvent,
+    MachineId,
+    MachineReport,
+    MachineState,
+    Phase,
+    Purpose,
+    ServerId,
+)
 from runcomfy.ports.processes import Processes
 from runcomfy.ports.provider import Provider
 
@@ -242,11 +251,13 @@ class Launching:
         the provider refuses to be asked (the intent stays open).
         """
         late_lists = 0
+        shown: dict[ServerId, MachineReport] = {}
         while True:
             sure = self._books.must_be_visible(machine)  # when it is asked: the answer may take long
             reports = await self._list_patiently(machine) if wait else await self._provider.list_machines(urgent=True)
             late_lists += sure
-            exact, near = await self._books.fitting(machine, reports)
+            exact, near = await self._books.fitting(machine, [*reports, *await self._unlisted(shown, reports)])
+            shown = {report.server_id: report for report in exact}
             judged = what_was_started(exact, near, late_lists=late_lists)
             if judged is Launched.TAKE:
                 note, bill = "found in the list after a lost answer", self._bill_so_far(machine, exact[0])
@@ -263,6 +274,26 @@ class Launching:
             if not wait and not sure:
                 return None
             await asyncio.sleep(self._ending.between_reads() if sure else self._cloud.poll_interval.total_seconds())
+
+    async def _unlisted(
+        self, shown: Mapping[ServerId, MachineReport], reports: Sequence[MachineReport]
+    ) -> list[MachineReport]:
+        """Return which machines that an earlier list has shown are not in this one, and not gone: asked by their ids.
+
+        A list may be empty by mistake; one that cannot be asked for is taken to be there.
+        """
+        listed = {report.server_id for report in reports}
+        still = []
+        for server_id, before in shown.items():
+            if server_id in listed:
+                continue
+            try:
+                now = await self._provider.get_machine_status(server_id, urgent=True)
+            except ProviderError:
+                now = before
+            if now is not None and now.phase is not Phase.GONE:
+                still.append(replace(before, phase=now.phase, ready_at=now.ready_at, stopping_at=now.stopping_at))
+        return still
 
     def _bill_so_far(self, machine: Machine, report: MachineReport) -> dict[str, Any]:
         """Return since when a machine that was found bills, and until when at most; nothing if it does not yet.
