@@ -342,9 +342,11 @@ class CloudOracle:
                 asked_in_vain = asked_in_vain or (about and call.at >= end)
                 continue
             at = (call.at - begin).total_seconds()
-            if call.at < end and not self._disturbed(PROGRAM_FAULTS, at, at + 60):
+            if self._disturbed(PROGRAM_FAULTS, at, at + 60):
+                continue  # who heard it may have died of it, or could not write it down
+            if call.at < end:
                 heard, longer = True, longer and about  # a list that comes later confirms what was prolonged
-            if call.at >= end:
+            else:
                 good += 1
                 asked_in_vain = asked_in_vain and not about
                 if good >= 2 and not asked_in_vain:
