@@ -23,6 +23,7 @@ from runcomfy.cli.main import call, comfyctl
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.in_thread import InThread, served
+from runcomfy.testing.sources import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
 DOORS = ROOT / "comfyui_agent"
@@ -40,7 +41,7 @@ Say = Callable[..., tuple[int, str, str]]
 
 @pytest.mark.parametrize("path", sorted(DOORS.glob("*.py")), ids=lambda path: path.stem)
 def test_a_door_holds_nothing_but_a_docstring_imports_and_a_call(path: Path) -> None:
-    body = ast.parse(path.read_text(encoding="utf-8")).body
+    body = parsed(path.read_text(encoding="utf-8")).body
     assert isinstance(body[0], ast.Expr), "a door begins with its docstring"
     for statement in body[1:]:
         is_call = isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"

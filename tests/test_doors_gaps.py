@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from runcomfy.testing import samples
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.sources import parsed
 from runcomfy.testing.web import serving_web
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,7 @@ def test_hints_name_variables_that_there_are() -> None:
     wrong = []
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
-            for text in words(ast.parse(path.read_text(encoding="utf-8"))):
+            for text in words(parsed(path.read_text(encoding="utf-8"))):
                 wrong += [f"{path.name}: {name}" for name in VARIABLE.findall(text) if name not in known]
     assert wrong == []
 

@@ -14,6 +14,7 @@ import click
 import pytest
 
 from runcomfy.cli.main import comfyctl
+from runcomfy.testing.sources import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -34,7 +35,7 @@ HOW_TOS = {
 
 @cache
 def functions(path: Path) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path.read_text(encoding="utf-8"))
     return {
         node.name: node
         for node in ast.walk(tree)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from runcomfy.testing.sources import parsed
+
 ROOT = Path(__file__).resolve().parents[2]
 HOUSES = {"__init__.py", "bootstrap.py", "connection.py"}
 PROMISED = {
@@ -56,16 +58,14 @@ def test_every_promised_door_is_there() -> None:
 def test_what_calls_itself_a_door_is_one() -> None:
     public = [*(ROOT / "runcomfy").glob("*.py"), *(ROOT / "launcher").glob("*.py")]
     said = {
-        path
-        for path in public
-        if (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").startswith("Public door")
+        path for path in public if (ast.get_docstring(parsed(path.read_text("utf-8"))) or "").startswith("Public door")
     }
     assert said == set(DOORS)
 
 
 @pytest.mark.parametrize("path", DOORS, ids=name_of)
 def test_a_door_holds_nothing_but_a_docstring_imports_and_all(path: Path) -> None:
-    body = ast.parse(path.read_text(encoding="utf-8")).body
+    body = parsed(path.read_text(encoding="utf-8")).body
     assert isinstance(body[0], ast.Expr), "a door begins with its docstring"
     for statement in body[1:]:
         is_all = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__"

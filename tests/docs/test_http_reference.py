@@ -17,6 +17,7 @@ from launcher import errors, schemas
 from launcher.guarding.rules import Head, is_conjures
 from launcher.web_app import ROUTERS
 from runcomfy.domain.exceptions import RunComfyError
+from runcomfy.testing.sources import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference" / "http.md"
@@ -112,7 +113,7 @@ def codes() -> dict[str, tuple[int, str]]:
     """Code -> status and meaning, of what HTTP alone knows: the guard's refusals, and errors with a status."""
     found: dict[str, tuple[int, str]] = {"request-invalid": (422, "the body or a value in the address does not fit")}
     for path in sorted((ROOT / "launcher" / "guarding").glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Refusal" and len(node.args) >= 3:
                 status, code, message = node.args[:3]
                 if isinstance(code, ast.Constant) and isinstance(message, ast.Constant):  # else it tells ours

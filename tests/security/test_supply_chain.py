@@ -26,7 +26,7 @@ def nodes(*words: str) -> Iterator[tuple[Path, ast.AST]]:
         for path in (ROOT / room).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             if any(word in text for word in words):
-                yield from ((path, node) for node in ast.walk(ast.parse(text)))
+                yield from ((path, node) for node in ast.walk(parsed(text)))
 
 
 # -- S12: what is installed ----------------------------------------------------------------------------------
@@ -95,6 +95,8 @@ import pickle
 import marshal
 
 import yaml
+
+from runcomfy.testing.sources import parsed
 
 pickle.loads(b"")
 marshal.loads(b"")
