@@ -15,6 +15,8 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from runcomfy.testing.sources import parsed
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PRODUCT = ("runcomfy", "launcher", "comfyui_agent", "workflows", "state")
@@ -95,8 +97,6 @@ import pickle
 import marshal
 
 import yaml
-
-from runcomfy.testing.sources import parsed
 
 pickle.loads(b"")
 marshal.loads(b"")
