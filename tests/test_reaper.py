@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from runcomfy.application.finish import finish
@@ -467,6 +467,7 @@ ends = st.sampled_from(["in order", "cancelled", "killed"])
     traits=st.lists(machine_faults, max_size=2),
     jobs=st.lists(st.tuples(ends, st.sampled_from([0.0, 0.7, 4.0, 35.0, 130.0, 200.0])), min_size=1, max_size=3),
 )
+@example(faults=[], traits=[{}, {"hidden_for": 110, "boot_time": 0, "flaps": 3}], jobs=[("in order", 0.0)] * 2)
 async def test_whatever_goes_wrong_nothing_of_ours_bills_afterwards_and_no_stranger_is_hurt(
     tmp_path_factory: pytest.TempPathFactory,
     faults: list[dict[str, Any]],

@@ -433,6 +433,9 @@ def believable(
 ) -> datetime:
     """Return a ready time that lies between the launch and now: the provider's clock may differ from ours (fault 70).
 
-    `not_before`: when it was last seen not to be ready, by our own clock.
+    `not_before`: when it was last seen not to be ready, by our own clock. It counts where the time that is told proves
+    that the clocks differ; else a machine that was seen to start may have been ready before and turned back (fault 16).
     """
+    if ready_at is not None and machine.requested_at <= ready_at <= now:
+        return ready_at
     return min(max(ready_at or now, machine.requested_at, not_before or machine.requested_at), now)
