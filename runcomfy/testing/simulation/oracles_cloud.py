@@ -303,9 +303,25 @@ class CloudOracle:
         machine = self.world.cloud.machines[server_id]
         if machine.ready_at is None or server_id in self._explained:
             return
-        seconds = float(machine.seconds(self.world.cloud.now()))
+        seconds = self._shown_for(machine, machine.ready_at)
         if seconds > UNKNOWN_MOST:
-            self.found.add("I2", f"it was billed for {seconds:.0f} s and is in no row of ours", server_id, at=now)
+            what = f"it was billed for {seconds:.0f} s after a list had shown it, and is in no row of ours"
+            self.found.add("I2", what, server_id, at=now)
+
+    def _shown_for(self, machine: EmulatedMachine, ready: datetime) -> float:
+        """Return for how many seconds it billed after the first list that somebody read who lived on."""
+        end = machine.billed_until or machine.gone_at or self.world.cloud.now()
+        patience = self.world.services.settings.cloud.request_timeout.total_seconds()
+        begin = self.world.now - timedelta(seconds=self.world.seconds)
+        for call in self.world.cloud.calls:
+            if call.method != "GET" or call.path.partition("?")[0] != "servers" or not ready <= call.at < end:
+                continue
+            if call.reply is not None or not call.worked or call.status != 200 or call.delay >= patience:
+                continue
+            at = (call.at - begin).total_seconds()
+            if not self._disturbed(PROGRAM_FAULTS, at, at + 60):
+                return (end - call.at).total_seconds()
+        return 0.0
 
     async def _compare(self, row: Machine, server_id: str, now: float) -> None:
         """I9: the ledger of a machine against its bill, within 60 s or 1 %, or what nobody could know."""
