@@ -246,6 +246,9 @@ def main(arguments: Sequence[str] = ()) -> int:
     began = time.monotonic()
     databases = DATABASES if asked.database == "both" else (asked.database,)
     sweeps = [] if asked.recovery else asyncio.run(sweep(databases, asked.only))
+    if any(not swept.told for swept in sweeps):
+        names = ", ".join(str(scene) for scene in SCENES)
+        parser.error(f"no point fits {asked.only!r}; it is SCENE: POINT, and the scenes are {names}")
     recovered = asyncio.run(recoveries(databases)) if asked.only == "*" else []
     result = result_of(sweeps, recovered, time.monotonic() - began)
     summary(result)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Final
 
 import click
 
 from runcomfy.cli.output import tell
 
+SHORTEST_HOURS: Final = 6
+"""Days are judged by their end: with less calm than three hours, what is about to end would count as left over."""
+
 
 @click.command()
 @click.option("--seed", type=click.IntRange(min=0), required=True, help="Which day: everything in it follows from it.")
-@click.option("--hours", type=click.FloatRange(min=1, max=24 * 7), help="How long the day is (default: 24).")
+@click.option(
+    "--hours",
+    type=click.FloatRange(min=1, max=24 * 7),
+    help="How long the day is (default: 24), at least 6 unless a promise is broken on purpose.",
+)
 @click.option("--trace", is_flag=True, help="Print every event.")
 @click.option("--story", metavar="NAME", help="Print what concerns one job or machine.")
 @click.option("--break", "broken", metavar="INVARIANT", help="Break a promise on purpose, for example I3.")
@@ -29,6 +37,9 @@ def simulate(seed: int, hours: float | None, trace: bool, story: str | None, bro
         switch = SWITCHES.get(broken.upper())
         if switch is None:
             raise click.BadParameter(f"one of {', '.join(SWITCHES)}", param_hint="--break")
+    least = SHORTEST_HOURS if switch is None else 1
+    if hours is not None and not hours >= least:  # NaN is neither more nor less
+        raise click.BadParameter(f"at least {least}, the last of them for everything to end in", param_hint="--hours")
     length = timedelta(hours=hours or (switch.hours if switch is not None else 24))
     day = live(seed, length=length, broken=broken.upper() if broken else "")
     if trace:
