@@ -325,6 +325,31 @@ def test_a_connection_that_breaks_comes_back_with_what_was_missed(
     expect(page.locator("li.job", has_text=f"#{number} ")).to_be_visible(timeout=A_JOB)
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
 
+    # It comes and goes, and everything is asked for anew each time. Who asks for more meanwhile gets more, whichever
+    # answer is the last.
+    for _ in range(34):
+        assert visit.ask("POST", "/jobs", slow(1))["status"] == 201
+    ends_at_once = {"content_type": "text/event-stream", "body": "retry: 200\n\n"}
+    page.route("**/events*", lambda route: route.fulfill(**ends_at_once))
+    held: list[Route] = []
+
+    def overtake(route: "Route") -> None:
+        if not held and "limit=60" in route.request.url:
+            held.append(route)
+            return
+        route.continue_()
+        if len(held) == 1:
+            held.append(held[0])
+            held[0].continue_()
+
+    page.route("**/jobs?order=queue*", overtake)
+    page.reload()
+    waiting = page.get_by_role("region", name="Waiting").locator("li.job")
+    expect(waiting).to_have_count(30)
+    page.get_by_role("button", name="Show more").click()
+    expect(waiting).to_have_count(35)
+    page.unroute_all()
+
 
 @pytest.mark.campaign
 def test_a_job_is_seen_while_it_runs_and_after(serve: Callable[..., Any], browser: "Browser", tmp_path: Path) -> None:

@@ -54,12 +54,21 @@ export const jobOf = (id: string): Signal<Job> | undefined => jobs.get(id);
 /** Seconds since the server last told the job's time left. */
 export const ageOf = (id: string): number => Math.max(0, (now.value - (heardAt.get(id) ?? now.value)) / 1000);
 
-/** One page after another of the jobs with some status, kept in order as events come in. */
+/**
+ * The jobs with some status, as many as were asked to be shown, kept in order as events come in.
+ *
+ * Each load asks for all of them: one that overtakes another (the connection comes back while somebody asks for more)
+ * brings what the other would have brought, and takes away no row that was shown.
+ */
 class JobList {
   readonly ids = signal<string[]>([]);
-  readonly next = signal<number | null>(null);
+  /** Whether there are more than are shown. */
+  readonly more = signal(false);
   readonly state = signal<"new" | "loading" | "ready" | "failed">("new");
   private asked = 0;
+  private most = PAGE;
+  /** Jobs that events told of since the last load was asked for: what it brings of them may be older. */
+  private readonly heard = new Set<string>();
 
   constructor(
     private statuses: readonly Status[],
@@ -71,19 +80,31 @@ class JobList {
     this.statuses = statuses;
   }
 
-  async load(more = false): Promise<void> {
+  /** Begin again with one page. */
+  clear(): void {
+    this.ids.value = [];
+    this.most = PAGE;
+  }
+
+  /** Show a page more than is shown now. */
+  async grow(): Promise<void> {
+    this.most = Math.max(this.most, this.ids.value.length + PAGE);
+    await this.load();
+  }
+
+  async load(): Promise<void> {
     const turn = ++this.asked;
+    this.heard.clear();
     if (!this.ids.value.length) this.state.value = "loading";
     try {
-      const page = await this.fetch(more ? this.next.value : null);
+      const page = await this.fetch(Math.max(this.most, this.ids.value.length));
       if (turn !== this.asked) return;
       batch(() => {
-        page.jobs.forEach(keep);
+        page.jobs.filter((job) => !this.heard.has(job.id)).forEach(keep);
         counts.value = page.counts;
-        const fresh = page.jobs.filter((job) => this.wants(job)).map((job) => job.id);
-        const held = more ? this.ids.value.filter((id) => this.wants(jobs.get(id)?.value)) : [];
-        this.ids.value = this.sorted([...new Set([...held, ...fresh])]);
-        this.next.value = page.next;
+        this.ids.value = this.sorted(page.jobs.map((job) => job.id).filter((id) => this.wants(jobs.get(id)?.value)));
+        this.more.value = page.next !== null;
+        this.heard.forEach((id) => this.put(jobs.get(id)?.value));
         this.state.value = "ready";
       });
     } catch (error) {
@@ -93,25 +114,31 @@ class JobList {
     }
   }
 
-  private async fetch(before: number | null): Promise<JobPage> {
-    if (this.statuses.includes("pending") && !filter.value.workflow) return this.nextOnes(before !== null);
-    const pages = await Promise.all(this.statuses.map((status) => this.one(status, before)));
+  private async fetch(most: number): Promise<JobPage> {
+    if (this.statuses.includes("pending") && !filter.value.workflow) return this.nextOnes(most);
+    const pages = await Promise.all(this.statuses.map((status) => this.one(status, most)));
     const found = pages.flatMap((page) => page.jobs).sort((a, b) => b.number - a.number);
-    const jobs = found.slice(0, PAGE);
-    const more = found.length > PAGE || pages.some((page) => page.next !== null);
-    return { jobs, counts: (pages[0] as JobPage).counts, next: more ? (jobs.at(-1)?.number ?? null) : null };
+    const next = pages.find((page) => page.next !== null)?.next ?? found[most]?.number ?? null;
+    return { jobs: found.slice(0, most), counts: (pages[0] as JobPage).counts, next };
   }
 
-  private one(status: Status, before: number | null): Promise<JobPage> {
-    const query = new URLSearchParams({ status, limit: String(PAGE) });
-    if (filter.value.workflow) query.set("workflow", filter.value.workflow);
-    if (before !== null) query.set("before", String(before));
-    return get<JobPage>(`/jobs?${query}`);
+  /** The newest so many with one status, of as many pages as that takes. */
+  private async one(status: Status, most: number): Promise<JobPage> {
+    const jobs: Job[] = [];
+    for (let before: number | null = null; ; ) {
+      const query = new URLSearchParams({ status, limit: String(Math.min(MOST, most - jobs.length)) });
+      if (filter.value.workflow) query.set("workflow", filter.value.workflow);
+      if (before !== null) query.set("before", String(before));
+      const page = await get<JobPage>(`/jobs?${query}`);
+      jobs.push(...page.jobs);
+      if (page.next === null || jobs.length >= most) return { ...page, jobs };
+      before = page.next;
+    }
   }
 
   /** Those that wait are told in the order in which they will be begun: as one page, which grows. */
-  private async nextOnes(more: boolean): Promise<JobPage> {
-    const limit = Math.min(MOST, Math.max(PAGE, this.ids.value.length + (more ? PAGE : 0)));
+  private async nextOnes(most: number): Promise<JobPage> {
+    const limit = Math.min(MOST, most);
     const page = await get<JobPage>(`/jobs?order=queue&limit=${limit}`);
     const all = page.jobs.length >= page.counts.pending || limit === MOST;
     return { ...page, next: all ? null : (page.jobs.at(-1)?.number ?? null) };
@@ -119,13 +146,19 @@ class JobList {
 
   /** Put a job in, move it or take it out, whatever its status now says. */
   place(job: Job): void {
+    this.heard.add(job.id);
+    this.put(job);
+  }
+
+  private put(job: Job | undefined): void {
+    if (!job) return;
     const has = this.ids.value.includes(job.id);
     if (!this.wants(job) || !matches(job)) {
       if (has) this.ids.value = this.ids.value.filter((id) => id !== job.id);
       return;
     }
     const last = jobs.get(this.ids.value.at(-1) ?? "")?.value;
-    if (!has && this.next.value !== null && last && this.order(job, last) > 0) return; // on a page not opened yet
+    if (!has && this.more.value && last && this.order(job, last) > 0) return; // on a page not opened yet
     this.ids.value = this.sorted(has ? this.ids.value : [...this.ids.value, job.id]);
   }
 
@@ -154,12 +187,12 @@ export function setFilter(to: Partial<{ tab: Tab; workflow: string }>): void {
   filter.value = { ...before, ...to };
   const past: Status[] = filter.value.tab === "done" ? ["done"] : filter.value.tab === "failed" ? ["failed"] : ["done", "failed"];
   finished.of(past);
-  finished.ids.value = [];
+  finished.clear();
   if (before.workflow === filter.value.workflow) {
     void finished.load();
   } else {
     for (const list of LISTS) {
-      list.ids.value = [];
+      list.clear();
       void list.load();
     }
   }

@@ -82,8 +82,8 @@ function Section({ title, list, always }: { title: string; list: typeof running;
     <section aria-label={title}>
       <h2>{title}</h2>
       {ids.length ? <ul class="jobs">{ids.map((id) => <JobCard key={id} id={id} />)}</ul> : <p class="muted">{state === "loading" ? "Loading…" : "None."}</p>}
-      {list.next.value !== null && (
-        <p class="more"><button type="button" onClick={() => void list.load(true)}>Show more</button></p>
+      {list.more.value && (
+        <p class="more"><button type="button" onClick={() => void list.grow()}>Show more</button></p>
       )}
     </section>
   );
