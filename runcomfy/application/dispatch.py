@@ -57,6 +57,10 @@ class Chooser(Protocol):
         """Call `listener` soon after anything changed that could give a job another place."""
         ...
 
+    def on_gone(self, listener: Callable[[], None]) -> None:
+        """Call `listener` soon after a place was seen to exist no more: nothing of the jobs runs that were there."""
+        ...
+
     def places(self) -> Collection[str]:
         """Return the keys of the places that jobs can go on at here."""
         ...

@@ -194,6 +194,7 @@ class Executor:
     def _chosen(self, station: Chooser) -> Dispatch:
         """Let the station choose the jobs."""
         station.on_change(self._wake.set)
+        station.on_gone(self.planner.hurry)
         return Dispatch(
             self.store,
             self.settings,

@@ -29,8 +29,12 @@ from runcomfy.domain.exceptions import (
     JobFileInvalid,
     LeaseLost,
     LocalError,
+    MachineFailed,
+    MachineLost,
     PromptRemoved,
     RunComfyError,
+    ServerRestarted,
+    WorkerDead,
     foreign_text,
 )
 from runcomfy.domain.job import JobRequest, JobResult
@@ -80,6 +84,8 @@ _WORDS: Final = {
 """How a run that was cut leaves its place."""
 EXCUSES: Final = 3
 """How often in a row a machine of the pool may fail a job that had sent nothing there yet, at no cost to the job."""
+MACHINE_FAILS: Final = (MachineLost, MachineFailed, WorkerDead)
+"""After these nobody knows what a prompt does that was sent to a machine of the pool, until that is seen gone."""
 FLAPS_EXCUSED: Final = 6
 """How often in a row a machine of the pool may be not Ready for a while under a job, at no cost to the job."""
 EXCUSED_DELAY: Final = timedelta(seconds=2)
@@ -142,6 +148,7 @@ class JobRun:
             trouble=bench.trouble,
             leaving=bench.leaving,
             kill_limit=bench.settings.kill_limit,
+            excused=lambda: bench.excused[row.id] > 0,
         )
 
     @property
@@ -195,6 +202,7 @@ class JobRun:
             error = refused
         self.ending = True
         if self.journal.done is not None:
+            self._bench.excused.pop(self.row.id, None)
             self._tell_done(self.journal.done)
             return
         await finish(self._conclude(error or RunComfyError("the run ended without a result and without an error")))
@@ -256,9 +264,20 @@ class JobRun:
             return True
         return self.why is not Why.DRAIN and place.key in self._bench.places()
 
+    @property
+    def _may_run_on(self) -> bool:
+        """Whether a prompt of the job may run on at a machine of the pool that nobody reaches any more.
+
+        No other run begins before that one has ended or the machine is seen gone (I12): the row keeps the prompt.
+        """
+        place, journal = self._place, self.journal
+        if place is None or place.kind != POOL_MACHINE or place.seat.server_gone:
+            return False
+        return journal.touched or journal.earlier is not None
+
     def _leaves(self, error: BaseException) -> bool:
         if self._withdrawn or (self._place is not None and self._place.seat.void):
-            return True  # there is nothing to take back, or the station does it when the machine answers again
+            return True  # nobody can be told there; whoever claims the job next sees what became of it
         if isinstance(error, RunComfyError) and retry.kind_of(error) is not retry.Kind.OURS:
             return self._bench.policy.keeps_prompt(error, server_stays=self._server_stays)
         if self.why is Why.DRAIN:
@@ -322,6 +341,7 @@ class JobRun:
         gone = self._place is not None and self._place.seat.server_gone
         left = self.journal.earlier is not None and not self.journal.touched and not gone
         ends = isinstance(decision, retry.Retry | retry.Fail | retry.Quarantine) and decision.end_prompt
+        runs_on = self._may_run_on and (ends or isinstance(error, MACHINE_FAILS))
         ends = ends and self._server_stays  # a machine that is gone takes its prompts along
         match decision:
             case retry.Pause():
@@ -347,7 +367,7 @@ class JobRun:
                     error=facts,
                     delay=decision.delay,
                     killed_machine=(decision.killed_machine or self.journal.killed) and not outran,
-                    end_prompt=ends or left,
+                    end_prompt=ends or left or runs_on,
                 )
             case retry.Fail():
                 return Ending(
@@ -374,18 +394,21 @@ class JobRun:
     def _excused(self, error: RunComfyError) -> Ending | None:
         """Return how a run ends that a machine of the pool has failed without its doing; None: by the usual rules."""
         place, journal, excused = self._place, self.journal, self._bench.excused
+        keeps = self._may_run_on and not isinstance(error, ServerRestarted)
         if place is not None and place.seat.unpaid and retry.kind_of(error) is retry.Kind.BUDGET:
-            return Ending(Outcome.PUT_BACK, error=error.as_dict())  # its prompt ends with the machine
+            return Ending(Outcome.PUT_BACK, error=error.as_dict(), keeps_prompt=keeps)
         fault = retry.kind_of(error) in (retry.Kind.KILLED, retry.Kind.UNREACHABLE)
         if place is None or place.kind != POOL_MACHINE or not fault:
             excused.pop(self.row.id, None)
             return None
         if journal.sent is not None and place.seat.waited:
-            return Ending(Outcome.PUT_BACK, error=error.as_dict())  # another one's prompt was computing
+            # Another one's prompt was computing.
+            excused[self.row.id] = max(1, excused[self.row.id])
+            return Ending(Outcome.PUT_BACK, error=error.as_dict(), keeps_prompt=keeps)
         if place.seat.flapped and excused[self.row.id] < FLAPS_EXCUSED:
             # It did not die, and what is ill is the machine: the pool replaces one that does so again and again.
             excused[self.row.id] += 1
-            return Ending(Outcome.PUT_BACK, error=error.as_dict(), delay=EXCUSED_DELAY)
+            return Ending(Outcome.PUT_BACK, error=error.as_dict(), delay=EXCUSED_DELAY, keeps_prompt=keeps)
         if journal.touched or journal.earlier is not None or excused[self.row.id] >= EXCUSES:
             excused.pop(self.row.id, None)
             return None

@@ -49,6 +49,7 @@ class Planner:
         self._tell, self._trouble, self._after = tell, trouble, after
         self.set_aside = 0
         """How many jobs were taken out of the queue, since their workers vanished again and again."""
+        self._hurried = asyncio.Event()
         self._dropped: set[OwnerId] = set()
         """Who is gone and does not hold the role: the dead take none, so they are asked about once."""
         self.epoch: int | None = None
@@ -57,8 +58,15 @@ class Planner:
     async def run(self) -> None:
         """Reap for ever."""
         while True:
-            await asyncio.sleep(self._settings.reap_every.total_seconds())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.reap_every.total_seconds()):
+                    await self._hurried.wait()
+            self._hurried.clear()
             await self.round()
+
+    def hurry(self) -> None:
+        """Look at once: something has gone that jobs wait for."""
+        self._hurried.set()
 
     async def round(self) -> Sequence[QueuedJob]:
         """Take or keep the role, and take back what has nobody; return what went back to the queue."""

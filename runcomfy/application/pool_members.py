@@ -260,7 +260,7 @@ class Members:
         member.client, pooled.server = client, client
         member.usable, member.probed_at = True, now
         pooled.epoch += 1
-        pooled.suspect, pooled.flapped = "", False
+        pooled.suspect, pooled.flapped, pooled.void = "", False, False
         pooled.warm.clear()
         pooled.stage = Stage.DRAINING if pooled.draining else Stage.READY
         pooled.expected_ready_at = now
@@ -279,6 +279,7 @@ class Members:
         # Seen one or two lists late: the lease was over, and the machine did not die of a job.
         pooled.outran = left is not None and left <= 2 * self.settings.pool.status_every.total_seconds()
         pooled.epoch += 1
+        pooled.void = True
         pooled.stage = Stage.DRAINING if pooled.draining else Stage.BOOTING
         pooled.idle_since = None
         pooled.warm.clear()
@@ -378,6 +379,7 @@ class Members:
                 continue
         ended = member.machine
         if ended.state is MachineState.STOPPED:
+            member.pooled.gone = True
             self.books.tell(f"{member.name} is ended; it cost {show_usd(cost_of(ended, now=self.clock.now()))}")
         self.remove(member)
 
@@ -415,6 +417,7 @@ class Members:
             return
         facts = {**self.books.facts(member.machine), "jobs": len(member.pooled.leases)}
         log.warning("machine_vanished", extra={"fields": facts})
+        member.pooled.gone = True
         member.pooled.draining = member.pooled.draining or "it is not there any more"
         self.void(member, note)
         member.ending = self.spawn(self._gone(member, note), name=f"gone {member.machine.id}")

@@ -211,9 +211,14 @@ class PoolSeat(Seat):
 
     @property
     def server_gone(self) -> bool:
-        """See `Seat`."""
+        """See `Seat`: one that is being ended, or has another keeper now, may still compute (I12)."""
+        return self.lease.machine.gone
+
+    @property
+    def _left(self) -> bool:
+        """Whether the machine is none of the pool's any more, or is being ended."""
         machine = self.lease.machine
-        if machine.server is None or (self.lease.void and machine.draining):  # that one is ended, whatever runs there
+        if machine.gone or machine.server is None or (self.lease.void and machine.draining):
             return True
         return not self._there(machine)
 
@@ -221,12 +226,12 @@ class PoolSeat(Seat):
     def server_stays(self) -> bool:
         """See `Seat`."""
         machine = self.lease.machine
-        return machine.stage is not Stage.DRAINING and not machine.draining and not self.server_gone
+        return machine.stage is not Stage.DRAINING and not machine.draining and not self._left
 
     @property
     def void(self) -> bool:
         """Whether the machine went away, or was not Ready in between."""
-        return self.lease.void or self.lease.given_back or self.server_gone
+        return self.lease.void or self.lease.given_back or self._left
 
     def at_turn(self, listener: Callable[[], None]) -> None:
         """See `Seat`."""
@@ -251,7 +256,7 @@ class PoolSeat(Seat):
                 hint="the job waits, at no cost to it, until the budgets allow a machine; or raise the budget",
                 details={"machine": machine.id, "server_id": machine.machine.server_id},
             )
-        why = "it went away" if self.server_gone or not self.lease.void else "it was not Ready for a while"
+        why = "it went away" if self._left or not self.lease.void else "it was not Ready for a while"
         if self.outran:
             why = "it was ended at the end of its lease, which could not be prolonged"
         return MachineLost(

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any, Final
+from typing import Final
 
 from runcomfy.application.dispatch import Choice
 from runcomfy.application.placing import POOL_MACHINE, JobFacts, Place, Show, TellBill, TimeStep
 from runcomfy.application.pool_seat import PRESUMED_S, Experience, PoolSeat
 from runcomfy.application.pooled import MachineLease, Pool, PooledMachine
-from runcomfy.application.prompting import end_prompt
 from runcomfy.application.work_book import outcome_of
 from runcomfy.domain.exceptions import (
     AnswerUnreadable,
@@ -37,8 +36,7 @@ from runcomfy.domain.exceptions import (
     ServerUnreachable,
     WorkerDead,
 )
-from runcomfy.domain.job import BillLine, JobId, PromptId
-from runcomfy.domain.machine import MachineId
+from runcomfy.domain.job import BillLine, JobId
 from runcomfy.domain.placement import BackWhy, Pending, Second, Spot, place, take_back
 from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.progress import Progress, Step
@@ -54,10 +52,6 @@ LATE_S: Final = 15.0
 GAIN_S: Final = 2.0
 """A job is moved to an idle machine only if that begins it so much earlier: taking it back and sending it again is six
 requests."""
-ALL_LEFT_S: Final = 0.5
-"""After so long all jobs have left a machine whose seats became void."""
-END_WITHIN: Final = timedelta(seconds=60)
-"""How long it may take to end what was left on a machine."""
 MACHINE_FAILS: Final = (MachineLost, MachineFailed, ServerRestarted, WorkerDead)
 """After these the prompts of everybody on the machine are in doubt."""
 
@@ -93,10 +87,9 @@ class PoolStation:
         self._delayed: dict[RowId, float] = {}
         """Since when (loop) others have passed a job, or it was held for a machine that starts."""
         self._listeners: list[Callable[[], None]] = []
-        self._orphans: dict[MachineId, list[tuple[bool, PromptId]]] = {}
-        """Prompts that were left on machines whose seats became void, and whether each had begun."""
-        self._tidying: set[MachineId] = set()
-        self._background: set[asyncio.Task[None]] = set()
+        self._gone_listeners: list[Callable[[], None]] = []
+        self._had: Sequence[PooledMachine] = ()
+        """The pool's machines when it last changed."""
         pool.on_change(self._changed)
 
     # -- what there is -------------------------------------------------------------------------------------
@@ -104,6 +97,10 @@ class PoolStation:
     def on_change(self, listener: Callable[[], None]) -> None:
         """See `Chooser`."""
         self._listeners.append(listener)
+
+    def on_gone(self, listener: Callable[[], None]) -> None:
+        """See `Chooser`."""
+        self._gone_listeners.append(listener)
 
     def _changed(self) -> None:
         for machine, seats in list(self._at.items()):
@@ -117,35 +114,12 @@ class PoolStation:
                 seat.spare()
                 if seat.cut is not None:
                     seat.cut()
-        for machine_id in self._orphans.keys() - {machine.id for machine in self._pool.machines if self._orphans}:
-            del self._orphans[machine_id]  # gone, with its prompts
-        for machine in self._pool.machines if self._orphans else ():
-            if machine.takes_jobs and machine.id in self._orphans and machine.id not in self._tidying:
-                self._spawn(self._end_orphans(machine))
+        had, self._had = self._had, self._pool.machines
+        if had is not self._had and any(machine.gone for machine in set(had).difference(self._had)):
+            for listener in self._gone_listeners:
+                listener()
         for listener in self._listeners:
             listener()
-
-    async def _end_orphans(self, machine: PooledMachine) -> None:
-        """End what was left on a machine that was not Ready in between: its jobs run elsewhere by now."""
-        self._tidying.add(machine.id)
-        try:
-            await asyncio.sleep(ALL_LEFT_S)
-            server, prompts = machine.server, self._orphans.pop(machine.id, [])
-            if server is None:
-                return
-            async with asyncio.timeout(END_WITHIN.total_seconds()):
-                for _, prompt_id in sorted(prompts):  # those that wait first, or ending one would begin the next
-                    await end_prompt(server, prompt_id, alone=False)
-        except (RunComfyError, TimeoutError) as error:
-            facts = {"machine": machine.id, "error": getattr(error, "code", "timeout")}
-            log.warning("prompt_not_ended", extra={"fields": facts})
-        finally:
-            self._tidying.discard(machine.id)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name="pool station")
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
     def places(self) -> Collection[str]:
         """Return the keys of the machines that answer: those that drain, too, for prompts that are there already."""
@@ -163,11 +137,7 @@ class PoolStation:
         """The plan ends machines."""
 
     async def close(self) -> None:
-        """The pool's keeper ends machines; here only what is done in the background is broken off."""
-        tasks = list(self._background)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """The pool's keeper ends machines."""
 
     # -- choosing ------------------------------------------------------------------------------------------
 
@@ -404,8 +374,6 @@ class PoolStation:
 
     def _leave(self, seat: PoolSeat, outcome: str, error: BaseException | None) -> None:
         self._forget_seat(seat)
-        if seat.void and not seat.server_gone and seat.sent is not None and error is not None:
-            self._orphans.setdefault(seat.lease.machine.id, []).append((seat.began, seat.sent))
         failed = error if isinstance(error, RunComfyError) and outcome == "failed" else None
         if isinstance(error, MACHINE_FAILS):
             for other in [seat, *self._at.get(seat.lease.machine, ())]:
@@ -468,7 +436,7 @@ class PoolStation:
 
 
 def _answers(machine: PooledMachine) -> bool:
-    return machine.server is not None and machine.stage is not Stage.BOOTING
+    return machine.server is not None and machine.stage is not Stage.BOOTING and not machine.void
 
 
 def _left(lease: MachineLease, now: float) -> float:

@@ -95,6 +95,10 @@ class PooledMachine:
     """Whether it is there and not Ready any more: what was on it is void, and nothing died of it."""
     outran: bool = False
     """Whether it went away at the end of its lease, although it was to be prolonged."""
+    void: bool = False
+    """Whether it was usable once and is not now: nobody can be reached there, and what was sent may run on."""
+    gone: bool = False
+    """Whether it is proven to exist no more, and nothing that was sent there runs (I4, I12)."""
     suspect: str = ""
     """Why nothing new is sent there just now: something does not answer, and it is being found out what."""
     shared_s: float = 0.0

@@ -56,17 +56,19 @@ class StoreJournal:
         trouble: Callable[[LocalError | None], None],
         leaving: Callable[[], bool],
         kill_limit: int,
+        excused: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         `leaves` answers `leaves_prompt`, `here` names the place the run is at. `reached` is called when the run has a
         server that takes prompts, `trouble` with the error when the database refuses a write and with None when it
-        takes one, `leaving` says whether this process is to end at once.
+        takes one, `leaving` says whether this process is to end at once, `excused` whether the last machine was not
+        Ready for a while under the job: what it had is no more then, and the job has killed nothing.
         """
         self._store, self._pulse = store, pulse
         self._id, self._token = row.id, row.token
         self._leaves, self._here, self._reached = leaves, here, reached
         self._trouble, self._leaving = trouble, leaving
-        self._kills_left = kill_limit - row.kill_count
+        self._excused, self._kills_left = excused, kill_limit - row.kill_count
         self._earlier = earlier_prompt(row)
         self._written = self._earlier.prompt_id if self._earlier else None
         self._name(self._earlier.prompt_id if self._earlier else _new_id())
@@ -143,7 +145,7 @@ class StoreJournal:
         self._earlier = None
         if earlier is None or needs_new_name(accepted=earlier.accepted, unwanted=unwanted, lost=lost):
             self._name(_new_id())
-        if earlier is not None and lost and earlier.place == self._here():
+        if earlier is not None and lost and earlier.place == self._here() and not self._excused():
             self.killed = True
             if self._kills_left <= 1:
                 raise ServerRestarted(

@@ -74,6 +74,7 @@ class StandingPool:
     def lose(self, machine: PooledMachine) -> None:
         """Let a machine be gone."""
         self._machines.remove(machine)
+        machine.gone = True
         machine.changes += 1
         self._changed()
 
