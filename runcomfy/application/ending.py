@@ -320,7 +320,7 @@ class Ending:
         """
         planned = machine.planned_stop_at
         time_is_up = planned is not None and planned <= self._clock.now() and machine.stop_accepted_at is None
-        if machine.ready_at is not None and not time_is_up:
+        if machine.ready_at is not None and planned is not None and not time_is_up:
             return machine
         report: MachineReport | None = None
         with suppress(ProviderError, TimeoutError):
@@ -332,10 +332,9 @@ class Ending:
         return await self.stops_unasked(machine) if time_is_up and report.phase is Phase.STOPPING else machine
 
     async def _note_ready(self, machine: Machine, report: MachineReport) -> Machine:
-        """Write down since when the machine bills, if its becoming ready was not seen."""
-        if machine.ready_at is not None:
-            return machine
-        if (ready_at := billed_since(report, machine, now=self._clock.now())) is None:
+        """Write down since when the machine bills, if its becoming ready was not seen, or not told."""
+        ready_at = billed_since(report, machine, now=self._clock.now())
+        if ready_at is None or ready_at == machine.ready_at:
             return machine
         machine = await self._books.change_softly(
             machine,
@@ -423,9 +422,30 @@ def ambiguous(ids: Sequence[ServerId]) -> LaunchAmbiguous:
 
 def billed_since(report: MachineReport, machine: Machine, *, now: datetime) -> datetime | None:
     """Return since when a machine bills by the provider's word on it, whatever it calls its state; None: not yet."""
-    if report.ready_at is None and report.phase is not Phase.READY:
+    if report.ready_at is None and report.phase is not Phase.READY and machine.ready_at is None:
         return None
-    return believable(report.ready_at, machine, now=now)
+    return ready_since(report, machine, now=now)
+
+
+def ready_since(
+    report: MachineReport, machine: Machine, *, now: datetime, not_before: datetime | None = None
+) -> datetime:
+    """Return since when a machine that is Ready bills: as the books have it, once they have it from the provider.
+
+    A word may come before its times (fault 13: `READY` of a machine that still starts). It is taken to bill from then
+    on, and its planned stop is not known, until both are told: paid ahead from a time too early, it would be paid for
+    longer than a lease (I5). `not_before`: see `believable`.
+    """
+    if machine.ready_at is None:
+        return believable(report.ready_at, machine, now=now, not_before=not_before)
+    if times_are_news(report, machine) and report.ready_at is not None:
+        return report.ready_at if machine.requested_at <= report.ready_at <= now else machine.ready_at
+    return machine.ready_at
+
+
+def times_are_news(report: MachineReport, machine: Machine) -> bool:
+    """Whether the provider tells the times of a machine whose planned stop it has never told."""
+    return machine.planned_stop_at is None and report.ready_at is not None and report.stopping_at is not None
 
 
 def believable(

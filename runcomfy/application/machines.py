@@ -19,7 +19,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from runcomfy.application.books import Books, dearer
-from runcomfy.application.ending import HOPELESS, Ending, Look, believable, server_id_of
+from runcomfy.application.ending import HOPELESS, Ending, Look, ready_since, server_id_of
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.launching import Launching
 from runcomfy.application.monitors import looks_only
@@ -228,7 +228,7 @@ class Machines:
         now = self.clock.now()
         since = timedelta(seconds=asyncio.get_running_loop().time() - starting) if starting is not None else None
         not_before = now - since if since is not None else None
-        ready_at = machine.ready_at or believable(report.ready_at, machine, now=now, not_before=not_before)
+        ready_at = ready_since(report, machine, now=now, not_before=not_before)
         planned = report.stopping_at or machine.planned_stop_at
         if machine.state is MachineState.READY and machine.ready_at == ready_at:
             if machine.planned_stop_at != planned:

@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import Final
 
 from runcomfy.application.books import dearer
-from runcomfy.application.ending import HOPELESS, believable
+from runcomfy.application.ending import HOPELESS, ready_since, times_are_news
 from runcomfy.application.health import wait_until_usable
 from runcomfy.application.machines import EXACT_ENOUGH
 from runcomfy.application.pool_members import Member, Members
@@ -169,7 +169,7 @@ class Watch:
 
     async def _ready(self, member: Member, report: MachineReport, began: float) -> None:
         news = member.machine.state is not MachineState.READY or member.billed_since is None
-        if news and not await self._note_ready(member, report):
+        if (news or times_are_news(report, member.machine)) and not await self._note_ready(member, report):
             return
         await self._note_time(member, report, began)
         if not member.ended:
@@ -200,6 +200,7 @@ class Watch:
 
     async def _note_ready(self, member: Member, report: MachineReport) -> bool:
         """Write down that it is Ready; False if that cannot be: it is tried with the next list."""
+        before = member.machine.ready_at
         async with member.writing:
             try:
                 machine = await self._machines.ready(member.machine, report, starting=member.starting_at)
@@ -212,7 +213,7 @@ class Watch:
             member.pooled.machine = machine
         now, clock = _now(), self._members.clock
         ready_at = machine.ready_at or clock.now()
-        if member.billed_since is None:
+        if member.billed_since is None or machine.ready_at != before:
             # By the loop: clocks jump, and the provider's may differ from ours.
             member.billed_since = now - max(0.0, (clock.now() - ready_at).total_seconds())
             member.confirmed_s = machine.duration.total_seconds()
@@ -279,9 +280,10 @@ class Watch:
 
     async def _unknown(self, member: Member, report: MachineReport, began: float) -> None:
         """A word that nobody knows: alive, and billed as soon as it has a ready time (fault 13)."""
-        if member.billed_since is None and report.ready_at is not None:
+        untold = member.billed_since is None or times_are_news(report, member.machine)
+        if untold and report.ready_at is not None:
             now = self._members.clock.now()
-            ready_at = believable(report.ready_at, member.machine, now=now)
+            ready_at = ready_since(report, member.machine, now=now)
             member.billed_since = _now() - max(0.0, (now - ready_at).total_seconds())
             member.confirmed_s = member.machine.duration.total_seconds()
             member.down_since = _now()

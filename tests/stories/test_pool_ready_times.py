@@ -1,0 +1,69 @@
+"""A machine that is called Ready before its times are told: what it is paid ahead from, and billed from."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from runcomfy.domain.settings import CloudSettings, PoolSettings
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Programs, settings_for
+from runcomfy.testing.rented_pools import gaps, running_pool, until
+
+STARTS_FOR = 243.0
+LEASE = timedelta(minutes=10)
+
+
+@pytest.fixture
+def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
+    settings = settings_for(cloud_settings, tmp_path / "state")
+    cloud_settings = replace(settings.cloud, run_lease=LEASE)
+    return Programs(cloud, replace(settings, pool=PoolSettings(max_machines=4), cloud=cloud_settings), clock)
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("later", [None, "Humming"])
+async def test_a_machine_called_ready_while_it_starts_is_paid_ahead_and_billed_from_when_it_really_was(
+    cloud: RunComfyEmulator, programs: Programs, later: str | None
+) -> None:
+    cloud.next_machine(status="READY", boot_time=STARTS_FOR)
+    async with programs.start() as program, running_pool(program) as pool:
+        machine = await pool.launch()
+        await asyncio.sleep(200)
+        assert machine.machine.ready_at is not None, "the provider's word is believed: it may bill"
+        real = cloud.machines[cloud.launched[0]]
+        real.traits.status = later
+        await until(lambda: real.ready_at is not None, within=60, what="Ready")
+        await asyncio.sleep(20)
+        assert machine.machine.ready_at == real.ready_at
+        assert machine.machine.planned_stop_at == real.stops_at
+        real.traits.status = None
+        await until(lambda: machine.takes_jobs, within=60, what="usable")
+        await asyncio.sleep(1_200)
+        assert real.ready_at is not None
+        ahead = timedelta(seconds=real.estimated_duration) - (cloud.now() - real.ready_at)
+        assert timedelta(0) < ahead <= LEASE
+        await pool.pool.close()
+        assert all(abs(gap) < 1 for gap in (await gaps(cloud, program)).values())
+
+
+@pytest.mark.fault(13)
+async def test_a_machine_that_is_ended_before_its_ready_time_was_told_is_asked_for_it_and_billed_from_then(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(status="READY", boot_time=STARTS_FOR)
+    async with programs.start() as program:
+        async with running_pool(program) as pool:
+            machine = await pool.launch()
+            real = cloud.machines[cloud.launched[0]]
+            await until(lambda: real.ready_at is not None, within=300, what="Ready", every=0.01)
+            assert machine.machine.planned_stop_at is None
+        assert cloud.alive == []
+        assert all(
+            abs(gap) < 5 for gap in (await gaps(cloud, program)).values()
+        )  # it went on being called READY for a moment
