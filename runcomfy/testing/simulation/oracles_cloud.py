@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, Final
 from runcomfy.domain.machine import Machine, MachineState
 from runcomfy.domain.money import seconds_between
 from runcomfy.domain.renewal import lease_for
+from runcomfy.domain.settings import PoolSettings
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy.cloud import CallRecord
 from runcomfy.testing.emulators.runcomfy.machines import EmulatedMachine
 from runcomfy.testing.simulation.harm import Blow, Harm, harm_of
 from runcomfy.testing.simulation.load import Order, number_of
 from runcomfy.testing.simulation.violations import Found
+from runcomfy.testing.simulation.world import POOL
 
 if TYPE_CHECKING:
     from runcomfy.testing.simulation.world import World
@@ -329,10 +331,21 @@ class CloudOracle:
         billed = machine.seconds(self.world.cloud.now())
         entries = await self.world.services.books.ledger(machine_id=row.id)
         ours = sum((seconds_between(e.started_at, e.ended_at) for e in entries), Decimal(0))
-        allowed = max(Decimal(SLACK), billed / 100) + Decimal(self._unheard(machine))
+        allowed = max(Decimal(SLACK), billed / 100) + Decimal(self._unheard(machine) + self._unwatched(machine))
         if abs(ours - billed) > allowed and not self._misled(machine):
             what = f"our ledger has {ours:.1f} s, the cloud bills {billed:.1f} s (at most {allowed:.0f} s may differ)"
             self.found.add("I9", what, server_id, at=now)
+
+    def _unwatched(self, machine: EmulatedMachine) -> float:
+        """Return how many seconds longer than in life nobody looks whether a machine is there that nobody asked to go.
+
+        What I9 promises of one that crashed or was deleted by hand (22, 68), it promises for pools that look as often
+        as they do by themselves. In a simulated day they look more rarely, and a list that was read for something else
+        meanwhile (for a launch, by the guard) tells the pool nothing.
+        """
+        if not any(blow.number in (22, 68) and blow.machine == machine.server_id for blow in self.harm.blows):
+            return 0.0
+        return float((POOL["status_every"] - PoolSettings().status_every).total_seconds())
 
     def _unheard(self, machine: EmulatedMachine) -> float:
         """Return for how many seconds after a machine's end nobody was told of it: two good lists, or its status.
@@ -348,11 +361,11 @@ class CloudOracle:
         begin = self.world.now - timedelta(seconds=self.world.seconds)
         good, heard, longer, asked_in_vain = 0, False, False, False
         for call in self.world.cloud.calls:
-            about = call.path == f"servers/{machine.server_id}"
+            about, lists = call.path == f"servers/{machine.server_id}", call.path == "servers"
             unanswered = call.reply is not None or not call.worked or call.delay >= patience
             if call.path == f"servers/{machine.server_id}/update-estimated-duration":
                 longer = longer or unanswered or call.status >= 500
-            if call.method != "GET" or not (about or call.path.startswith("servers")) or call.at < ready:
+            if call.method != "GET" or not (about or lists) or call.at < ready:
                 continue
             if unanswered or call.status not in (200, 404):
                 asked_in_vain = asked_in_vain or (about and call.at >= end)
