@@ -65,7 +65,7 @@ class Aftermath:
             self._looked = True
 
     async def _free_jobs(self) -> None:
-        places = [place for place in await self._prompt_places() or () if place.startswith(MACHINE)]
+        places = sorted(place for place in await self._prompt_places() or () if place.startswith(MACHINE))
         gone = []
         for place in places:
             machine = await (await self._books()).machine(MachineId(place.removeprefix(MACHINE)))
