@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from runcomfy.application.own_machine import OwnMachine, keep_lease
+from runcomfy.application.purse import ASK_AGAIN, Purse
 from runcomfy.cli.main import call, comfyctl
 from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.exceptions import BudgetExceeded, ProviderError
 from runcomfy.domain.machine import MachineState, Purpose
+from runcomfy.domain.queued import Barred
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
@@ -254,3 +256,105 @@ async def test_the_run_command_refuses_what_its_budget_cannot_pay(
 
 async def test_a_budget_is_no_word_for_the_queue() -> None:
     assert await asyncio.to_thread(call, comfyctl, ["run", "image_invert", "--queue", "--budget", "1"]) == 2
+
+
+# -- looking ahead -------------------------------------------------------------------------------------------
+
+
+def purse_of(
+    program: Program, *budgets: Budget, said: list[str] | None = None, woken: list[int] | None = None
+) -> Purse:
+    return Purse(
+        program.store,
+        budgets,
+        program.books.clock,
+        run_id=program.owner.id,
+        tell=(said if said is not None else []).append,
+        wake=lambda: (woken if woken is not None else []).append(1),
+    )
+
+
+async def test_nothing_may_be_launched_that_a_budget_or_a_refusal_of_the_last_minute_forbids(
+    programs: Programs, clock: LoopClock
+) -> None:
+    async with programs.start(in_memory=True) as program:
+        purse = purse_of(program, Budget(Period.DAY, hard=Decimal(1)), Budget(Period.MONTH, hard=Decimal(2)))
+        assert (purse.forbids(Decimal(9)), purse.seconds(1.0)) == (None, None)  # nothing was read yet
+        await purse.refresh()
+        assert purse.forbids(Decimal(1)) is None
+        assert (purse.seconds(2.0), purse.seconds(0.0)) == (1_800.0, None)
+        over = purse.forbids(Decimal("1.5"), "medium")
+        assert over is not None
+        assert (over.details["budget"], over.details["wanted_usd"], over.details["lease_usd"]) == ("day", "1.5", "1.5")
+        assert "lease_usd" not in (purse.short_of(Decimal("1.5")) or over).details
+        purse.refused(over)
+        assert (purse.refusal, purse.forbids(Decimal(0))) == (over, over)
+        await asyncio.sleep(ASK_AGAIN - 1)
+        assert purse.forbids(Decimal(0)) is over
+        await asyncio.sleep(1)
+        assert purse.forbids(Decimal(0)) is None
+        purse.refused(over)
+        purse.allowed()
+        assert purse.forbids(Decimal(0)) is None
+        soon = {"budget": "hour", "resets_at": (clock.now() + timedelta(seconds=5)).isoformat()}
+        purse.refused(BudgetExceeded("no", hint="wait", details=soon))
+        await asyncio.sleep(4)
+        assert purse.refusal is not None
+        await asyncio.sleep(1)
+        assert purse.refusal is None  # a new window: asked at once
+
+
+async def test_jobs_wait_whose_user_or_project_is_out_of_money_and_that_is_said_once(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    said, woken = list[str](), list[int]()
+    async with programs.start(in_memory=True) as program:
+        budgets = (Budget(Period.DAY, hard=LEASE_USD, user="*"), Budget(Period.DAY, hard=LEASE_USD, project="film"))
+        purse = purse_of(program, *budgets, said=said, woken=woken)
+        assert not purse.allows("bob", "")  # nobody knows yet
+        assert not purse.allows("bob", "")
+        assert (woken, purse.knows([("bob", "")]), purse.used_up("bob", "")) == ([1], False, None)
+        for user, project in (("ann", ""), ("", "film")):
+            intent = program.books.intent(
+                purpose=Purpose.RUN,
+                server_type="medium",
+                duration=timedelta(minutes=10),
+                reason="a test",
+                for_user=user,
+                for_project=project,
+            )
+            await program.launch(intent)
+        await purse.refresh([("ann", "book"), ("eve", "film")])
+        assert [purse.allows(*who) for who in (("bob", ""), ("ann", "book"), ("eve", "film"))] == [True, False, False]
+        assert purse.knows([("bob", ""), ("ann", "book"), ("eve", "film")])
+        assert purse.barred() == Barred(users=frozenset({"ann"}), projects=frozenset({"film"}))
+        why = purse.used_up("ann", "book")
+        assert why is not None
+        assert (why.details["budget"], why.details["wanted_usd"]) == ("day of user ann", "0")
+        await purse.refresh()  # who has no money left is asked about again without a job
+        assert not purse.allows("ann", "book")
+        assert not purse.knows([("bob", "")])
+        assert sorted(sentence.partition(":")[0] for sentence in said) == [
+            "jobs of project film wait",
+            "jobs of user ann wait",
+        ]
+        assert "the budget per day of user ann is $0.1650, $0.1650 is spent or committed; it resets at " in "".join(
+            said
+        )
+        assert purse.forbids(Decimal(100)) is None  # budgets of somebody bind nobody else's machines
+        for machine in program.books.held.copy().values():
+            await program.machines.stop(machine, reason="the test is over")
+
+
+async def test_a_budget_that_says_no_is_news_once_per_window(programs: Programs) -> None:
+    def no(budget: str, resets_at: str | None) -> BudgetExceeded:
+        return BudgetExceeded(f"no more this {budget}", hint="wait", details={"budget": budget, "resets_at": resets_at})
+
+    async with programs.start(in_memory=True) as program:
+        purse = purse_of(program)
+        today, tomorrow = "2026-05-02T00:00:00+00:00", "2026-05-03T00:00:00+00:00"
+        asked = [no("day", today), no("day", today), no("day", tomorrow), no("hour", today), no("run", None)]
+        assert [purse.news(error) for error in asked] == [True, False, True, True, True]
+        assert [purse.news(BudgetExceeded("other", hint="wait")) for _ in range(2)] == [True, False]
+        assert purse.allows("anybody", "anything")  # no budget names anybody
+        assert purse.knows([("anybody", "anything")])

@@ -32,7 +32,7 @@ from runcomfy.domain.exceptions import (
     StoreUnavailable,
 )
 from runcomfy.domain.plan_view import DemandView, Extend, Plan, PlanView, Stage
-from runcomfy.domain.queued import FLEET_SCOPE
+from runcomfy.domain.queued import FLEET_SCOPE, QUEUE_SCOPE, EventKind
 from runcomfy.testing.clock import START, SettableClock
 from runcomfy.testing.contracts.jobs_words import a_job, put
 from runcomfy.testing.fleet_office import Office, Ordered, now, stop_all, ten_more
@@ -324,6 +324,29 @@ async def test_a_budget_that_allows_nothing_is_said_once_and_can_be_seen(office:
         assert isinstance(stuck, BudgetExceeded)
         assert await fleet.left() == 2
     assert await office.jobs.pauses() == []  # nobody plans any more
+
+
+async def test_a_pause_that_somebody_else_asked_for_stands_whatever_the_fleet_says(office: Office) -> None:
+    async def scopes() -> set[str]:
+        return {pause.scope for pause in await office.jobs.pauses()}
+
+    await office.jobs.pause(scope=QUEUE_SCOPE, reason="by-hand", message="at lunch", by="ann")
+    office.pool.fails["medium"] = NoCapacity("none left")
+    await put(office.jobs)
+    async with office.running():
+        await asyncio.sleep(30)
+        assert await scopes() == {QUEUE_SCOPE, FLEET_SCOPE}
+        office.pool.fails.clear()
+        await asyncio.sleep(5 * MINUTES)
+        assert await scopes() == {QUEUE_SCOPE}
+        office.pool.fails["medium"] = NoCapacity("none left")
+        office.pool.lose(office.pool.machines[0])
+        await asyncio.sleep(30)
+        assert await scopes() == {QUEUE_SCOPE, FLEET_SCOPE}
+    assert await scopes() == {QUEUE_SCOPE}
+    assert office.role is not None
+    resumed = [event.data["by"] for event in await office.jobs.events() if event.kind is EventKind.RESUMED]
+    assert set(resumed) == {office.role.owner.id}
 
 
 async def test_a_launch_is_for_the_one_user_and_project_that_wait(office: Office) -> None:

@@ -336,6 +336,21 @@ async def test_every_machine_is_paid_ahead_by_no_more_than_a_lease_for_as_long_a
     assert await gaps(cloud, program) == {}
 
 
+async def test_of_several_machines_that_whose_time_is_over_first_is_prolonged_first(
+    cloud: RunComfyEmulator, pool: RunningPool
+) -> None:
+    for seconds in (30.0, 25.0, 20.0):
+        cloud.next_machine(boot_time=seconds)
+    for _ in range(3):
+        await pool.launch()
+    await until(lambda: all(m.takes_jobs for m in pool.machines), within=300, what="three machines")
+    await asyncio.sleep(450)
+    asked = [call for call in cloud.calls if call.path.endswith("update-estimated-duration")]
+    server_ids = [call.path.split("/")[-2] for call in asked]
+    assert server_ids[:3] == list(reversed(cloud.launched))
+    await pool.close()
+
+
 async def test_one_list_reads_back_many_renewals(cloud: RunComfyEmulator, pool: RunningPool) -> None:
     for _ in range(4):
         await pool.usable()

@@ -183,6 +183,29 @@ async def test_whoever_takes_a_spared_machine_over_keeps_it(cloud: RunComfyEmula
         assert await heir.billed() == cloud.total_usd
 
 
+async def test_machines_that_the_caller_is_about_to_take_over_are_spared(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    mine, another = await dead_ones_machine(programs), await dead_ones_machine(programs)
+    async with programs.start() as program:
+        reconciler = Reconciler(program.machines, spare=lambda machine: machine.id == mine.id)
+        done = await reconciler.once()
+        assert [machine.id for machine in done.ended] == [another.id]
+        assert cloud.billing == [mine.server_id]
+        assert reconciler.last is done
+        done = await Reconciler(program.machines).once()
+        assert [machine.id for machine in done.ended] == [mine.id]
+
+
+async def test_rounds_that_are_over_are_not_remembered(programs: Programs) -> None:
+    """A service reconciles for months."""
+    async with reconciling(programs) as (_, reconciler):
+        for _ in range(3):
+            await asyncio.sleep(1)
+            assert not reconciler._rounds
+            reconciler.hurry()
+
+
 # -- two controllers, and clocks -------------------------------------------------------------------------------
 
 
