@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import Final, Protocol
@@ -38,8 +38,8 @@ class KeepsRoles(Protocol):
         """Give it up, if this owner holds it."""
         ...
 
-    async def owners(self) -> Mapping[OwnerId, Owner]:
-        """Return the processes that have not signed off."""
+    async def owners(self, *, but: Collection[OwnerId]) -> Mapping[OwnerId, Owner]:
+        """Return the processes that have not signed off, `but` those."""
         ...
 
 
@@ -109,9 +109,9 @@ class Role:
 
     async def _dead(self) -> list[Owner]:
         """Return who is gone and may still be written down as the holder."""
-        owners, now = await self._store.owners(), self._clock.now()
-        others = [owner for owner in owners.values() if owner.id != self.owner.id and owner.id not in self._dropped]
-        return [owner for owner in others if not self._processes.lives(owner, now=now)]
+        # Those who were killed never sign off: of a database that has seen many, only who is new is read.
+        others, now = await self._store.owners(but={self.owner.id, *self._dropped}), self._clock.now()
+        return [owner for owner in others.values() if not self._processes.lives(owner, now=now)]
 
     async def keep(self) -> None:
         """Renew until the role is lost; return then. A store that refuses is asked again as long as the hold lasts."""

@@ -78,8 +78,10 @@ class JobStore(Protocol):
         """Say that the process ended in good order."""
         ...
 
-    async def owners(self, ids: Collection[OwnerId] | None = None) -> Mapping[OwnerId, Owner]:
-        """Return the owners with these ids, or all that have not signed off."""
+    async def owners(
+        self, ids: Collection[OwnerId] | None = None, *, but: Collection[OwnerId] = ()
+    ) -> Mapping[OwnerId, Owner]:
+        """Return the owners with these ids, or all that have not signed off, `but` those."""
         ...
 
     # -- putting in ----------------------------------------------------------------------------------------

@@ -48,8 +48,10 @@ class Store(Protocol):
         """Say that the owner ended in good order, and end its uses of machines."""
         ...
 
-    async def owners(self, ids: Collection[OwnerId] | None = None) -> Mapping[OwnerId, Owner]:
-        """Return the owners with these ids, or all that have not signed off."""
+    async def owners(
+        self, ids: Collection[OwnerId] | None = None, *, but: Collection[OwnerId] = ()
+    ) -> Mapping[OwnerId, Owner]:
+        """Return the owners with these ids, or all that have not signed off, `but` those."""
         ...
 
     # machines

@@ -32,6 +32,7 @@ from runcomfy.adapters.stores.jobs_reap import Reap, renew_in
 from runcomfy.adapters.stores.jobs_rows import safe, told_text
 from runcomfy.adapters.stores.jobs_sql import RowLocked, Sql, hold, tell
 from runcomfy.adapters.stores.jobs_together import Together, Waits
+from runcomfy.adapters.stores.roles import read_owners
 from runcomfy.domain.exceptions import JobNotFound, LocalError, foreign_text
 from runcomfy.domain.job import PromptId
 from runcomfy.domain.lease import Owner
@@ -183,15 +184,11 @@ class SqlJobs:
         ended = update(_owners).where(_owners.c.id == owner_id).values(ended_at=self.now())
         await self._write(lambda connection: connection.execute(ended), wakes=False)
 
-    async def owners(self, ids: Collection[OwnerId] | None = None) -> Mapping[OwnerId, Owner]:
-        """Return the owners with these ids, or all that have not signed off."""
-        query = jobs_look.NOT_SIGNED_OFF if ids is None else select(_owners).where(_owners.c.id.in_(set(ids)))
-
-        def work(connection: Connection) -> Mapping[OwnerId, Owner]:
-            found = [Owner(*row) for row in connection.execute(query)]
-            return {owner.id: owner for owner in found}
-
-        return await self._read(work)
+    async def owners(
+        self, ids: Collection[OwnerId] | None = None, *, but: Collection[OwnerId] = ()
+    ) -> Mapping[OwnerId, Owner]:
+        """Return the owners with these ids, or all that have not signed off, `but` those."""
+        return await self._read(lambda connection: read_owners(connection, ids, but))
 
     # -- putting in ----------------------------------------------------------------------------------------
 

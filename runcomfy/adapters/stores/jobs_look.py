@@ -35,7 +35,6 @@ from runcomfy.domain.queued import (
 )
 
 PAUSES: Final = select(tables.queue_pauses).order_by(tables.queue_pauses.c.since, tables.queue_pauses.c.scope)
-NOT_SIGNED_OFF: Final = select(tables.owners).where(tables.owners.c.ended_at.is_(None))
 _BY_ID: Final = Sql(f"SELECT {COLUMNS} FROM jobs WHERE id = :id")
 _BY_TEXT: Final = Sql(
     f"SELECT {COLUMNS} FROM jobs WHERE config_name = :text UNION SELECT {COLUMNS} FROM jobs WHERE uid = :text"

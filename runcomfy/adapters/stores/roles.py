@@ -6,23 +6,44 @@ Both stores keep theirs in one table and by these rules; where their time comes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Final
 
 from sqlalchemy import Connection, bindparam, select, update
 
 from runcomfy.adapters.stores import tables
-from runcomfy.adapters.stores.sql_parts import insert_or_leave
+from runcomfy.adapters.stores.sql_parts import batches, insert_or_leave
 from runcomfy.domain.exceptions import LeaseLost
-from runcomfy.domain.lease import is_held_under, role_is_held
+from runcomfy.domain.lease import Owner, is_held_under, role_is_held
 from runcomfy.domain.machine import OwnerId
 
 _roles, _owners = tables.roles, tables.owners
 _ROLE: Final = select(_roles).where(_roles.c.name == bindparam("role"))
 _HELD_ROLE: Final = _ROLE.with_for_update()
 _SAVE_ROLE: Final = update(_roles).where(_roles.c.name == bindparam("role"))
+_DROP_ROLE: Final = (
+    update(_roles)
+    .where((_roles.c.name == bindparam("role")) & (_roles.c.owner_id == bindparam("owner")))
+    .values(owner_id=None)
+)
+_NOT_SIGNED_OFF: Final = select(_owners).where(_owners.c.ended_at.is_(None))
+_NOT_SIGNED_OFF_BUT: Final = _NOT_SIGNED_OFF.where(_owners.c.id.not_in(bindparam("but", expanding=True)))
 _ENDED: Final = select(_owners.c.ended_at).where(_owners.c.id == bindparam("owner"))
+
+
+def read_owners(
+    connection: Connection, ids: Collection[OwnerId] | None, but: Collection[OwnerId]
+) -> Mapping[OwnerId, Owner]:
+    """Return the owners with these ids, or all that have not signed off, `but` those."""
+    if ids is not None:
+        named = [select(_owners).where(_owners.c.id.in_(some)) for some in batches(sorted(set(ids)))]
+        found = [row for query in named for row in connection.execute(query)]
+    elif but:
+        found = list(connection.execute(_NOT_SIGNED_OFF_BUT, {"but": batches(sorted(set(but)))[0]}))
+    else:
+        found = list(connection.execute(_NOT_SIGNED_OFF))
+    return {row.id: Owner(*row) for row in found if row.id not in but}  # more than a statement takes
 
 
 def take_role(
@@ -55,8 +76,7 @@ def take_role(
 
 def drop_role(connection: Connection, role: str, owner_id: OwnerId) -> None:
     """Give a role up, if this owner holds it. The epoch stays, so that the next holder's is another."""
-    mine = (_roles.c.name == role) & (_roles.c.owner_id == owner_id)
-    connection.execute(update(_roles).where(mine).values(owner_id=None))
+    connection.execute(_DROP_ROLE, {"role": role, "owner": owner_id})
 
 
 def role_holder(connection: Connection, now: datetime, role: str) -> OwnerId | None:

@@ -22,6 +22,7 @@ from sqlalchemy import Connection, Select, bindparam, insert, select, update
 from runcomfy.adapters.stores import bucket as limiter
 from runcomfy.adapters.stores import tables
 from runcomfy.adapters.stores.database import Database
+from runcomfy.adapters.stores.roles import read_owners
 from runcomfy.adapters.stores.sql_money import MoneyPart
 from runcomfy.adapters.stores.sql_parts import (
     batches,
@@ -71,7 +72,6 @@ _STORY: Final = (
     .order_by(_story.c.number)
 )
 _USES: Final = select(_uses).where(_uses.c.ended_at.is_(None)).order_by(_uses.c.started_at, _uses.c.job_id)
-_NOT_SIGNED_OFF: Final = select(_owners).where(_owners.c.ended_at.is_(None))
 _SAVE_ACCOUNT: Final = update(_accounts).where(_accounts.c.account == bindparam("name"))
 _LISTED: Final = _machines.c.server_id.in_(bindparam("server_ids", expanding=True))
 _SAVE_OWNER: Final = update(_owners).where(_owners.c.id == bindparam("key"))
@@ -154,16 +154,11 @@ class SqlStore(MoneyPart, SignalsPart):
 
         await self._write(work)
 
-    async def owners(self, ids: Collection[OwnerId] | None = None) -> Mapping[OwnerId, Owner]:
-        """Return the owners with these ids, or all that have not signed off."""
-        named = [select(_owners).where(_owners.c.id.in_(some)) for some in batches(sorted(set(ids or ())))]
-        queries = [_NOT_SIGNED_OFF] if ids is None else named
-
-        def work(connection: Connection) -> Mapping[OwnerId, Owner]:
-            found = [Owner(*row) for query in queries for row in connection.execute(query)]
-            return {owner.id: owner for owner in found}
-
-        return await self._read(work)
+    async def owners(
+        self, ids: Collection[OwnerId] | None = None, *, but: Collection[OwnerId] = ()
+    ) -> Mapping[OwnerId, Owner]:
+        """Return the owners with these ids, or all that have not signed off, `but` those."""
+        return await self._read(lambda connection: read_owners(connection, ids, but))
 
     # -- machines ------------------------------------------------------------------------------------------
 

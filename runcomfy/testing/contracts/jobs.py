@@ -323,6 +323,8 @@ class RolesContract:
         assert (await jobs.owners())[owner.id] == owner
         await jobs.sign_off(owner.id)
         assert set(await jobs.owners()) == {"two"}
+        assert set(await jobs.owners(but=[owner.id])) == {"two"}
+        assert await jobs.owners(but=[OwnerId("two")]) == {}
         assert (await jobs.owners([owner.id]))[owner.id].ended_at is not None
 
 
