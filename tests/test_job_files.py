@@ -210,6 +210,9 @@ MISTAKES = [
     ("  seed: 123456", "  seed:", "line 6, inputs.seed: there is no value", "null"),
     ("  seed: 123456", "  hires: yes", "line 6, inputs.hires: yes may mean a switch or a text", "write true or false"),
     ("  seed: 123456", "  sizes: [1, No]", "line 6, inputs.sizes[1]: No may mean a switch or a text", ""),
+    ("  seed: 123456", "  sizes:\n    wide: No", "line 7, inputs.sizes.wide: No may mean a switch or a text", ""),
+    ("  seed: 123456", "  sizes: [1, .inf]", "line 6, inputs.sizes[1]: .inf is not a finite number", ""),
+    ("  seed: 123456", "  negative_prompt: False", "inputs.negative_prompt: expected a text, found False", '"False"'),
     ("  seed: 123456", "  prompt: x", "line 6, inputs.prompt: it is there twice; first on line 5", "keep one"),
     (
         "  seed: 123456",
@@ -231,6 +234,8 @@ MISTAKES = [
     ("  file_path", "  filepath", "line 9, outputs.filepath: there is no such field", "file_path"),
     ("outputs:\n  file_path", "outputs:\n  x", "line 9, outputs.x: there is no such field", ""),
     ("jobs/finished/image", "../finished", "line 9, outputs.file_path: ", ""),
+    ("metadata:\n", "metadata:\n  size: .inf\n", "line 11, metadata.size: .inf is not a finite number", ""),
+    ("job_type: T2I", 'job_type: "T2I\\nx"', "line 1, job_type: it is longer than a line of", "one word"),
     ("metadata:\n", "metadata: x\n#", "line 12, metadata.version: this is not YAML", ""),
     ('metadata:\n  creator: "cli"\n  version: "1.0"', "metadata: x", "line 10, metadata: expected names with", "leave"),
     ("metadata:", "retry_limit: 101\nmetadata:", "line 10, retry_limit: expected a whole number from 0 to 100", ""),

@@ -20,7 +20,19 @@ from runcomfy.adapters.providers.runcomfy_serverless import RunComfyServerless
 from runcomfy.domain import exceptions as errors
 from runcomfy.domain.job import OutputKind
 from runcomfy.domain.secret import SecretUrl
-from runcomfy.domain.serverless import RemoteFile, RequestId, Wanted, find_file, outcome
+from runcomfy.domain.serverless import (
+    NO_NEW_FILE,
+    Fault,
+    RemoteFile,
+    RequestId,
+    RequestResult,
+    RequestState,
+    Wanted,
+    error_of,
+    find_file,
+    outcome,
+    price_of,
+)
 from runcomfy.domain.settings import Settings
 from runcomfy.testing.clock import LoopClock
 
@@ -188,3 +200,108 @@ def test_a_body_of_any_bytes_is_json_or_unreadable(body: bytes) -> None:
 def test_an_id_that_could_lead_elsewhere_is_none(request_id: str) -> None:
     with pytest.raises(wire.Unreadable):
         wire.read_submitted({"request_id": request_id})
+
+
+# --- what answers mean -----------------------------------------------------------------------------------------
+
+
+def a_file(
+    name: str, channel: str = "files", *, new: bool = True, node: str = "33", kind: str = "output"
+) -> RemoteFile:
+    return RemoteFile(node, channel, name, type=kind, url=SecretUrl("https://x.runcomfy.net/f") if new else None)
+
+
+def brought(*files: RemoteFile, faults: tuple[Fault, ...] = (), state: RequestState = RequestState.SUCCEEDED) -> Any:
+    return RequestResult(RequestId("r-1"), state, files=files, faults=faults)
+
+
+@pytest.mark.parametrize(
+    ("files", "best"),
+    [
+        ([a_file("mesh.glb", "other"), a_file("mesh.glb", "files"), a_file("mesh.glb", "3d")], 2),
+        ([a_file("log.txt", "3d"), a_file("MESH.GLB", "other")], 1),
+        ([a_file("mesh.glb", "3d", new=False), a_file("log.txt", "other")], 1),
+        ([a_file("mesh.glb", "3d", node="24"), a_file("mesh.glb", "3d", kind="temp"), a_file("a.obj", "other")], 2),
+    ],
+)
+def test_a_new_file_comes_first_then_one_of_its_kind_then_the_likeliest_list(
+    files: list[RemoteFile], best: int
+) -> None:
+    assert find_file(brought(*files), WANTED[1]) is files[best]
+
+
+def test_any_ending_will_do_for_a_result_of_no_certain_kind() -> None:
+    wanted = Wanted("words", "33", OutputKind.FILE, ("files",))
+    files = [a_file("a.glb", "3d"), a_file("b.txt", "files")]
+    assert find_file(brought(*files), wanted) is files[1]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [brought(a_file("mesh.glb", new=False)), brought(faults=(Fault(), Fault(code=NO_NEW_FILE)))],
+)
+def test_a_result_out_of_the_cache_is_told_as_that(result: RequestResult) -> None:
+    with pytest.raises(errors.OutputMissing, match="from its cache") as caught:
+        find_file(result, WANTED[1])
+    assert caught.value.details == {"request_id": "r-1", "node": "33"}
+
+
+def test_a_result_that_is_not_there_is_told_with_the_nodes_that_brought_some() -> None:
+    others = [a_file(f"{number}.png", node=str(number)) for number in (*range(40, 70), 40)]
+    temporary = a_file("mesh.glb", kind="temp")
+    with pytest.raises(errors.OutputMissing, match=r"brought no mesh \(node 33\)") as caught:
+        find_file(brought(temporary, *others, faults=(Fault(code=10011),)), WANTED[1])
+    assert caught.value.details == {
+        "request_id": "r-1",
+        "node": "33",
+        "nodes": ["33", *(str(number) for number in range(40, 59))],
+    }
+
+
+def test_of_several_errors_that_with_a_code_says_why() -> None:
+    faults = (Fault(words="it broke"), Fault(10008, "Refused", "node 7"), Fault(500001))
+    error = outcome(brought(a_file("a.glb"), faults=faults, state=RequestState.COMPLETED))
+    assert isinstance(error, errors.PromptRejected)
+    assert error.message.endswith("(code 10008): node 7")
+    assert error.details == {
+        "request_id": "r-1",
+        "status": "completed",
+        "runcomfy_code": 10008,
+        "runcomfy_error": "Refused",
+        "runcomfy_words": "node 7",
+    }
+    silent = outcome(brought(state=RequestState.FAILED))
+    assert isinstance(silent, errors.RequestFailed)
+    assert silent.message.endswith("without saying why")
+    cancelled = outcome(brought(state=RequestState.CANCELED))
+    assert isinstance(cancelled, errors.PromptInterrupted)
+    assert cancelled.details == {"request_id": "r-1", "status": "canceled"}
+
+
+def test_completed_is_a_success_where_there_are_files_and_no_errors() -> None:
+    completed = RequestState.COMPLETED
+    assert outcome(brought(state=completed, faults=())) is not None
+    assert outcome(brought(a_file("a.glb"), state=completed)) is None
+    assert outcome(brought(a_file("a.glb"), state=completed, faults=(Fault(),))) is not None
+    assert outcome(brought(a_file("a.glb"), state=RequestState.FAILED)) is not None
+    assert outcome(brought(faults=(Fault(10011),))) is None  # RunComfy says that it succeeded
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory", "torch.OutOfMemoryError", "Allocation on device 0"])
+def test_a_workflow_that_fails_for_memory_is_told_as_that(words: str) -> None:
+    error = error_of(Fault(10011, "Failed", words), details={})
+    assert isinstance(error, errors.GpuOutOfMemory)
+    assert "more memory" in error.hint
+    assert isinstance(error_of(Fault(10011, words), details={}), errors.GpuOutOfMemory)
+    assert not isinstance(error_of(Fault(10008, "Failed", words), details={}), errors.GpuOutOfMemory)
+    assert error_of(Fault(10004), details={}).message == "RunComfy's queue failed (code 10004)"
+
+
+def test_hardware_has_the_price_of_its_tier_and_of_the_account(settings: Settings) -> None:
+    rates = settings.rates
+    medium = rates.find("medium")
+    assert medium is not None
+    assert price_of(["NEW_1", "TURING_16", "HOPPER_141"], rates) == medium.usd_per_hour
+    assert price_of(["HOPPER_141"], replace(rates, plan="payg")) == Decimal("8.75")
+    assert price_of(["HOPPER_141", "TURING_16"], replace(rates, plan="pro")) == Decimal("6.99")
+    assert price_of(["NEW_1"], rates) is price_of([], rates) is None

@@ -241,6 +241,36 @@ def test_a_prompt_with_two_homes_or_none_is_an_error_that_says_how_to_go_on() ->
             plain(graph, prompt="x")
 
 
+@pytest.mark.parametrize("name", ["positive", "conditioning"])
+@pytest.mark.parametrize("sampler", ["KSampler", "CFGGuider"])
+def test_the_text_of_a_sampler_wins_over_that_of_any_other_node(name: str, sampler: str) -> None:
+    graph = {
+        "1": node("Odd", more={name: ["3", 0]}),
+        "2": node(sampler, more={name: ["4", 0]}),
+        "3": node("CLIPTextEncode", text=""),
+        "4": node("CLIPTextEncode", text=""),
+    }
+    assert value(plain(graph, prompt="cat"), "4.text") == "cat"
+    graph["2"]["class_type"] = "Even"
+    with pytest.raises(TargetAmbiguous) as caught:
+        plain(graph, prompt="cat")
+    assert caught.value.hint == "say which: --set 3.text=TEXT"
+
+
+def test_a_text_that_is_made_of_several_gets_the_prompt_in_each() -> None:
+    graph = {
+        "1": node("KSampler", positive=["2", 0]),
+        "2": node("CLIPTextEncode", text=["3", 0]),
+        "3": node("StringConcatenate", string="a", text="b"),
+    }
+    bound = plain(graph, prompt="cat")
+    assert value(bound, "3.string") == value(bound, "3.text") == "cat"
+    graph["3"]["inputs"] = {"string": ["4", 0], "text": ["5", 0]}
+    graph |= {"4": node("Line", value="a"), "5": node("Line", value="b")}
+    bound = plain(graph, prompt="cat")
+    assert value(bound, "4.value") == value(bound, "5.value") == "cat"
+
+
 @pytest.mark.parametrize(
     ("graph", "place"),
     [
@@ -258,7 +288,8 @@ def test_an_image_finds_the_node_that_loads_one(graph: dict[str, Any], place: tu
 def test_an_image_with_two_homes_or_none_is_an_error_that_says_how_to_go_on() -> None:
     with pytest.raises(TargetAmbiguous) as caught:
         plain({"1": node("LoadImage", image="a"), "2": node("LoadImage", image="b")}, image="x.png")
-    assert "--set 1.image=@" in caught.value.hint
+    assert caught.value.hint == "say which: --set 1.image=@path/to/file"
+    assert caught.value.details == {"candidates": ["1.image (LoadImage, LoadImage)", "2.image (LoadImage, LoadImage)"]}
     with pytest.raises(TargetUnknown, match="--image has nowhere to go"):
         plain({"1": node("EmptyImage", width=8)}, image="x.png")
 
