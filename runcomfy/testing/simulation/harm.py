@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,9 @@ class Harm:
         self.world = world
         self.draw: Random = world.stream("faults")
         self.blows: list[Blow] = []
+        self._by_number: dict[int, list[Blow]] = {}
+        self._sorted: list[Blow] = []
+        """Those that are in it."""
         self.reached: Counter[str] = Counter()
         """How often each fault of the table struck."""
         self.woken: dict[int, float] = {}
@@ -128,6 +131,18 @@ class Harm:
         for blow in self.blows:
             if blow.at <= end and blow.until >= start and (machine is None or blow.machine in (None, machine)):
                 yield blow
+
+    def any_of(self, numbers: Iterable[int], start: float, end: float) -> bool:
+        """Return whether one of these kinds was wrong in an interval, anywhere."""
+        sorted_in = len(self._sorted)
+        if self.blows[sorted_in - 1 : sorted_in] != self._sorted[-1:]:
+            self._by_number, self._sorted = {}, []  # some were taken away
+        for blow in self.blows[len(self._sorted) :]:
+            self._by_number.setdefault(blow.number, []).append(blow)
+            self._sorted.append(blow)
+        return any(
+            blow.at <= end and blow.until >= start for number in numbers for blow in self._by_number.get(number, ())
+        )
 
     def hit(self, machine: str, *, before: float, within: float) -> bool:
         """Return whether that machine itself was hit in the time before."""

@@ -393,7 +393,7 @@ class CloudOracle:
     # -- what was wrong ------------------------------------------------------------------------------------
 
     def _disturbed(self, numbers: frozenset[int], start: float, end: float) -> bool:
-        return any(b.number in numbers and b.at <= end and b.until >= start for b in self.harm.blows)
+        return self.harm.any_of(numbers, start, end)
 
     def blows(self, start: float, end: float) -> list[Blow]:
         """Return what was wrong in an interval."""
