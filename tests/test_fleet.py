@@ -22,6 +22,7 @@ from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.sql import SqlStore
 from runcomfy.application.fleet import FAILED_FIRST, FAILED_MOST, GIVEN_UP_AFTER
+from runcomfy.application.fleet_offers import UNKNOWN_RUN, FleetOffers, wait_usd_per_hour
 from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.exceptions import (
     AuthRejected,
@@ -30,12 +31,15 @@ from runcomfy.domain.exceptions import (
     NoCapacity,
     RunComfyError,
     StoreUnavailable,
+    ValueInvalid,
 )
+from runcomfy.domain.machine import Machine, MachineEvent, MachineId, Purpose, ServerId
 from runcomfy.domain.plan_view import DemandView, Extend, Plan, PlanView, Stage
 from runcomfy.domain.queued import FLEET_SCOPE, QUEUE_SCOPE, EventKind
 from runcomfy.testing.clock import START, SettableClock
 from runcomfy.testing.contracts.jobs_words import a_job, put
-from runcomfy.testing.fleet_office import Office, Ordered, now, stop_all, ten_more
+from runcomfy.testing.fleet_office import ACCOUNT, Office, Ordered, now, stop_all, ten_more
+from runcomfy.testing.programs import settings_for
 
 MINUTES: Final = 60.0
 HOURS: Final = 3_600.0
@@ -326,6 +330,22 @@ async def test_a_budget_that_allows_nothing_is_said_once_and_can_be_seen(office:
     assert await office.jobs.pauses() == []  # nobody plans any more
 
 
+async def test_whose_budget_is_used_up_is_told_so_and_no_machine_is_launched_for_them(office: Office) -> None:
+    nothing = Budget(Period.DAY, hard=Decimal(0), user="ann")
+    await put(office.jobs, a_job(user="ann"))
+    async with office.running(budgets=[nothing]) as fleet:
+        await asyncio.sleep(30)
+        stuck = fleet.stuck()
+        assert isinstance(stuck, BudgetExceeded)
+        assert stuck.details["budget"] == "day of user ann"
+        assert fleet.barred().users == {"ann"}
+        assert office.pool.asked == []
+        await put(office.jobs, a_job(user="ben"))
+        await asyncio.sleep(30)
+        assert fleet.stuck() is None
+        assert set(office.pool.whose) == {("ben", "")}
+
+
 async def test_a_pause_that_somebody_else_asked_for_stands_whatever_the_fleet_says(office: Office) -> None:
     async def scopes() -> set[str]:
         return {pause.scope for pause in await office.jobs.pauses()}
@@ -609,3 +629,57 @@ async def test_a_machine_that_the_plan_wants_longer_is_kept_and_that_is_said_onc
         await asyncio.sleep(120)
         said = await office.decisions("extend")
         assert [(one.what, one.why) for one in said] == [(resting.id, "more will come")]
+
+
+# -- what machines cost and take -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "usd"),
+    [("batch", 2.0), (" Person-Waiting ", 40.0), ("person_waiting", 40.0), ("8.75", 8.75), (" $3 ", 3.0), ("0", 0.0)],
+)
+def test_waiting_has_a_price_in_words_or_usd(words: str, usd: float) -> None:
+    assert wait_usd_per_hour(words, 2.0) == usd
+
+
+@pytest.mark.parametrize("words", ["much", "-1", "nan", "1e6", ""])
+def test_what_is_no_price_of_waiting_is_refused(words: str) -> None:
+    with pytest.raises(ValueInvalid, match="is no price of waiting"):
+        wait_usd_per_hour(words, 2.0)
+
+
+async def test_how_long_starts_take_is_learned_from_three_of_ones_own(office: Office, tmp_path: Path) -> None:
+    programs = settings_for(ACCOUNT, tmp_path)
+    offers = FleetOffers(office.books, programs, office.clock, provider="runcomfy", types=("medium", "large", "medium"))
+    assert (offers.types, offers.reference) == (("medium", "large"), "medium")
+    usual = offers.boot_s("medium")
+    owner = (await office.a_role(timedelta(days=1))).owner
+    for number, seconds in enumerate((50, 60, 100)):
+        assert await offers.refresh(at_once=True)
+        assert (offers.boot_s("medium"), offers.own_starts) == (usual, {})
+        at = office.clock.now() - timedelta(hours=1)
+        row = Machine(
+            id=MachineId(f"machine-{number}"),
+            provider="runcomfy",
+            account="test",
+            purpose=Purpose.POOL,
+            server_type="medium",
+            duration=timedelta(hours=1),
+            usd_per_hour=Decimal(1),
+            rate_source="test",
+            requested_at=at,
+            since=at,
+            owner_id=owner.id,
+        )
+        await office.books.add_machine(row, at=at)
+        listed, changes = {"server_id": ServerId(f"s-{number}")}, {"ready_at": at + timedelta(seconds=seconds)}
+        await office.books.record(row.id, MachineEvent.LISTED, at=at, by=owner.id, changes=listed)
+        await office.books.record(row.id, MachineEvent.ANSWERED, at=at, by=owner.id, changes=changes)
+    assert not await offers.refresh()  # what was read a moment ago is believed
+    assert await offers.refresh(at_once=True)
+    assert (offers.boot_s("medium"), offers.boot_s("large"), offers.own_starts) == (60, usual, {"medium": 3})
+    [medium, large] = offers.views(lambda name: {"medium": 2, "large": -1}[name])
+    assert (medium.name, medium.room, medium.boot_s) == ("medium", 2, 60.0)
+    assert medium.boot_p90_s == pytest.approx(92)
+    assert (large.name, large.room) == ("large", 0)
+    assert (offers.boot_s("unheard-of"), offers.run_s("flux"), offers.load_s("flux", "medium")) == (60, UNKNOWN_RUN, 0)

@@ -15,7 +15,17 @@ import pytest_asyncio
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.application.job_queue import EXECUTOR, INLINE, JobQueue, absolute, host_scope
-from runcomfy.domain.exceptions import IdempotencyConflict, JobNotFound, NameTaken, ValueInvalid, WorkflowNotFound
+from runcomfy.application.working_off import SURE, failed_here, left_behind, looks_done
+from runcomfy.domain.exceptions import (
+    IdempotencyConflict,
+    JobBusy,
+    JobNotFound,
+    NameTaken,
+    OutOfCredit,
+    ValueInvalid,
+    WorkflowFailed,
+    WorkflowNotFound,
+)
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import (
     QUEUE_SCOPE,
@@ -375,3 +385,48 @@ def test_a_text_that_begins_with_an_at_sign_is_no_file(tmp_path: Path, monkeypat
         "image": f"@{tmp_path / 'depth.png'}",
         "steps": 3,
     }
+
+
+# -- working it off ------------------------------------------------------------------------------------------
+
+
+async def test_a_queue_is_done_when_nothing_waits_or_when_what_waits_may_begin_nowhere(
+    store: SqlJobs, queue: JobQueue
+) -> None:
+    async def look(before: int = 0) -> int:
+        return await looks_done(store, [], None, before=before)
+
+    assert await look() == SURE
+    await queue.enqueue(JobRequest("image_invert", image="cat.png"))
+    assert (await look(), await look(1)) == (1, 2)  # it could be begun, and was not: once may be chance
+    pause = await store.pause(scope=QUEUE_SCOPE, reason="asked", message="")
+    assert await looks_done(store, [], pause, before=0) == SURE
+    await store.resume()
+    [job] = await take(store)
+    later = Ending(Outcome.REQUEUED, reason="node-failed", delay=timedelta(minutes=5))
+    await store.finish(job.id, job.token, later)
+    assert await look(1) == 0  # one that waits for its time
+
+
+async def test_what_is_left_in_a_queue_is_an_error_of_what_keeps_it_there(store: SqlJobs, queue: JobQueue) -> None:
+    assert await left_behind(store, None) is None
+    await queue.enqueue(JobRequest("image_invert", image="cat.png"))
+    busy = await left_behind(store, None)
+    assert isinstance(busy, JobBusy)
+    assert busy.message.startswith("1 job is left undone: another worker")
+    await queue.enqueue(JobRequest("image_invert", image="dog.png"))
+    pause = await store.pause(scope=QUEUE_SCOPE, reason=OutOfCredit.code, message="no money")
+    poor = await left_behind(store, pause)
+    assert type(poor) is OutOfCredit
+    assert (poor.message, poor.details) == ("2 jobs are left undone, paused: no money", {"jobs_left": 2})
+    asked = await left_behind(store, replace(pause, reason="asked", message=""))
+    assert isinstance(asked, JobBusy)
+    assert asked.message == "2 jobs are left undone, paused: asked"
+
+
+def test_jobs_that_failed_here_are_an_error_that_counts_them() -> None:
+    assert failed_here(0) is None
+    for count, words in ((1, "1 job failed in this run"), (3, "3 jobs failed in this run")):
+        error = failed_here(count)
+        assert isinstance(error, WorkflowFailed)
+        assert (error.message, error.details) == (words, {"jobs_failed": count})

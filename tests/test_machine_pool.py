@@ -311,6 +311,18 @@ async def test_people_see_what_each_machine_does_costs_and_why_it_is_there(
     await asyncio.sleep(20)
     [row] = pool.pool.rows()
     assert (row.doing, row.idle_s, row.warm) == ("idle", 20.0, ("portrait",))
+    pool.pool.want(machine.id, until=4_711.0)
+    assert machine.wanted_until == 4_711.0
+    lease = pool.lease(machine)
+    machine.suspect = "it says nothing"
+    assert pool.pool.rows()[0].doing == "doubted"
+    pool.pool.drain(machine.id, why="enough")
+    assert pool.pool.rows()[0].doing == "draining"
+    pool.done(lease)
+    await asyncio.sleep(0.1)
+    assert pool.pool.rows()[0].doing == "ending"
+    pool.pool.want(MachineId("gone"), until=1.0)  # known to nobody any more: nothing to do
+    pool.pool.drain(MachineId("gone"), why="enough")
     await pool.close()
 
 
