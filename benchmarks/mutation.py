@@ -9,13 +9,15 @@ What people read is not mutated (sentences, log lines, hints), nor what mutmut l
 other decorated functions, the values of constants). Survivors that change nothing that could be asked for are
 explained in `benchmarks/mutation_explained.toml` and counted apart.
 
-`--sample N` draws N mutants of each module, by `--seed`; without it all are tried. `--again` goes on where the last run
-of the same group ended and keeps what it knows. `--show` prints the survivors as changes.
+`--sample N` draws N mutants of each module, by `--seed`; without it all are tried. A seed whose survivors tests were
+then written for says nothing any more about the rest: take another one for a figure. `--again` goes on where the last
+run of the same group ended and keeps what it knows. `--show` prints the survivors as changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import hashlib
 import json
@@ -25,6 +27,7 @@ import random
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import tomllib
 from collections import Counter
@@ -51,8 +54,8 @@ COPIED: Final = (
     "workflows",
 )
 BAR: Final = 80.0
-WORDS: Final = "1"
-"""Goes up when `without_words` changes, so that mutants are written anew."""
+WORDS: Final = "3"
+"""Goes up when `without_words` or `Mutant` changes, so that mutants are written anew."""
 
 APPLICATION: Final = (
     "machine_pool", "pool_health", "pool_members", "pool_renewal", "pool_seat", "pool_station", "pool_watch",
@@ -74,8 +77,8 @@ class Group:
     tests: tuple[str, ...]
     warm_up: str
     budget_s: float
-    """Processor time that a mutant may spend before it counts as survived. Rules are tested in milliseconds, stories
-    of machines in tenths of a second."""
+    """Processor time that a mutant may spend; if tests of its lines are left then, it is undecided. Rules are tested
+    in milliseconds, stories of machines in tenths of a second."""
 
 
 GROUPS: Final = {
@@ -99,7 +102,15 @@ GROUPS: Final = {
             "tests/test_reaper.py", "tests/test_reconciler.py", "tests/test_fleet.py", "tests/test_pool_health.py",
             "tests/test_pool_station.py", "tests/test_job_queue.py", "tests/test_work_book.py",
             "tests/test_executor.py", "tests/test_executor_cloud.py", "tests/test_journal.py",
-            "tests/test_budgets_enforced.py", "tests/stories/test_pool_faults.py",
+            "tests/test_budgets_enforced.py", "tests/test_presence.py", "tests/test_costs.py", "tests/test_cli_costs.py",
+            "tests/test_api_machines_and_money.py", "tests/test_api_jobs.py", "tests/test_cli_queue.py",
+            "tests/stories/test_pool_faults.py", "tests/stories/test_pool_catalogue.py",
+            "tests/stories/test_pool_leftovers.py", "tests/stories/test_pool_two_deep.py",
+            "tests/stories/test_pool_addresses.py", "tests/stories/test_queue_cancel.py",
+            "tests/stories/test_queue_trouble.py", "tests/stories/test_queue_promises.py",
+            "tests/stories/test_queue_kills.py", "tests/stories/test_queue_fences.py",
+            "tests/stories/test_other_type.py", "tests/test_serve.py", "tests/test_executor_crashes.py",
+            "tests/test_placing.py",
         ),
         "tests/test_work_book.py",
         10.0,
@@ -130,6 +141,9 @@ class Mutant:
     was: str
     now: str
     """The lines that differ, stripped and joined."""
+    lines: tuple[int, int] | None
+    """The first and the last line of the statement that is changed, where it stands unchanged in the copied tree; None
+    for what is no statement, such as the default of a parameter."""
 
     @property
     def module(self) -> str:
@@ -142,7 +156,7 @@ class Mutant:
 
 
 def without_words() -> None:
-    """Have mutmut leave alone what people read: sentences, log lines, hints, and what is said while working."""
+    """Have mutmut leave alone what people read: sentences, log lines, hints, names of tasks, what is said at work."""
     import libcst as cst
     from mutmut.mutation import file_mutation, mutators
 
@@ -165,12 +179,19 @@ def without_words() -> None:
             return isinstance(node.func, cst.Attribute | cst.Name) and called(node) in spoken
         return isinstance(node, cst.Arg) and node.keyword is not None and node.keyword.value in ("hint", "note")
 
+    def names_task(call: cst.Call, argument: cst.Arg) -> bool:
+        return called(call) == "create_task" and argument.keyword is not None and argument.keyword.value == "name"
+
     class Silent(file_mutation.MutationVisitor):  # type: ignore[misc]
         def _skip_node_and_children(self, node: cst.CSTNode) -> bool:
-            return is_spoken(node) or super()._skip_node_and_children(node)
+            if isinstance(node, cst.Call):
+                names.extend(one for one in node.args if names_task(node, one))
+            return is_spoken(node) or any(node is one for one in names) or super()._skip_node_and_children(node)
+
+    names: list[cst.Arg] = []
 
     def arguments(node: cst.Call) -> Iterable[cst.Call]:
-        unspoken = [is_spoken(one) or is_sentence(one.value) for one in node.args]
+        unspoken = [is_spoken(one) or is_sentence(one.value) or names_task(node, one) for one in node.args]
         for number, silent in enumerate(unspoken):
             if silent:
                 continue
@@ -200,7 +221,7 @@ def mutated(path: str) -> list[Mutant]:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(told), encoding="utf-8")
     (TREE / path).write_text(told["code"], encoding="utf-8")
-    return [Mutant(**one) for one in told["mutants"]]
+    return [Mutant(**{**one, "lines": tuple(one["lines"]) if one["lines"] else None}) for one in told["mutants"]]
 
 
 def written(path: str, source: str) -> dict[str, Any]:
@@ -214,16 +235,44 @@ def written(path: str, source: str) -> dict[str, Any]:
 
     def of(name: str) -> list[str]:
         span = spans[name]
-        shown = lines[span.start - 1 : span.end]
-        return [line.strip().replace(name, "_") for line in shown if line.strip()]
+        return [line.replace(name, "_") for line in lines[span.start - 1 : span.end]]
+
+    def stripped(text: Iterable[str]) -> list[str]:
+        return [line.strip() for line in text if line.strip()]
 
     mutants = []
     for name in file.mutant_names:
-        changed = list(difflib.ndiff(of(f"{name.rpartition('__mutmut_')[0]}__mutmut_orig"), of(name)))
+        original = f"{name.rpartition('__mutmut_')[0]}__mutmut_orig"
+        before, after = of(original), of(name)
+        changed = list(difflib.ndiff(stripped(before), stripped(after)))
         was = " ".join(line[2:] for line in changed if line.startswith("- "))
         now = " ".join(line[2:] for line in changed if line.startswith("+ "))
-        mutants.append({"name": f"{module}.{name}", "was": was, "now": now})
+        differs = next(
+            (number for number, pair in enumerate(zip(before, after, strict=False)) if len(set(pair)) > 1), 0
+        )
+        statement = statement_at(before, differs + 1)
+        start = spans[original].start - 1
+        found = [start + line for line in statement] if statement else None
+        mutants.append({"name": f"{module}.{name}", "was": was, "now": now, "lines": found})
     return {"code": file.code, "mutants": mutants}
+
+
+def statement_at(function: Sequence[str], line: int) -> tuple[int, int] | None:
+    """Return the first and the last line of the innermost statement at a line of a function; of a statement that
+    contains others, those before the first of them. None for the head of the function."""
+    root = ast.parse(textwrap.dedent("\n".join(function))).body[0]
+    best: tuple[int, int] | None = None
+    for node in ast.walk(root):
+        if node is root or not isinstance(node, ast.stmt | ast.match_case | ast.ExceptHandler):
+            continue
+        first = node.pattern.lineno if isinstance(node, ast.match_case) else node.lineno
+        last = max(getattr(part, "end_lineno", None) or first for part in ast.walk(node))
+        inner = [part.lineno for part in ast.walk(node) if part is not node and isinstance(part, ast.stmt)]
+        if inner:
+            last = max(first, min(inner) - 1)
+        if first <= line <= last and (best is None or last - first <= best[1] - best[0]):
+            best = (first, last)
+    return best
 
 
 def copied() -> None:
@@ -245,18 +294,19 @@ def outcomes_of(
 ) -> dict[str, dict[str, Any]]:
     """Try mutants, and return what became of each by its name."""
     outcomes, plan = (WORK / f"{group}.{name}" for name in ("outcomes.jsonl", "plan.json"))
-    # Which test reaches what is found out anew when anything changes.
-    reaches = WORK / f"{group}.reaches.{digest()}.json"
+    # Which test reaches what is found out anew when its own file changes, or anything that is no test.
+    reaches = WORK / f"{group}.reaches.{digest()}"
     if not again:
         outcomes.unlink(missing_ok=True)
     known = read(outcomes)
     if retry:
         known = {name: one for name, one in known.items() if one["fate"] in ("killed", "hanged")}
-    wanted = [mutant.name for mutant in mutants if mutant.name not in known]
+    wanted = [{"name": one.name, "lines": one.lines} for one in mutants if one.name not in known]
     if wanted:
         chosen = GROUPS[group]
         told = {
             "mutants": wanted,
+            "files": {path.replace("/", ".").removesuffix(".py"): str(TREE / path) for path in paths_of(group)},
             "outcomes": str(outcomes),
             "reaches": str(reaches),
             "warm_up": chosen.warm_up,
@@ -281,11 +331,18 @@ def outcomes_of(
     return read(outcomes)
 
 
+def paths_of(group: str) -> list[str]:
+    """Return the modules of a group, as paths inside the project."""
+    found = (path for pattern in GROUPS[group].modules for path in ROOT.glob(pattern))
+    return sorted(path.relative_to(ROOT).as_posix() for path in found if path.name != "__init__.py")
+
+
 def digest() -> str:
-    """Return a mark of everything that is mutated and run."""
+    """Return a mark of everything that is mutated and run, tests aside."""
     mark = hashlib.sha256()
-    for path in sorted(TREE.rglob("*.py")):
-        mark.update(path.read_bytes())
+    for path in sorted(path for name in COPIED for path in (ROOT / name).rglob("*.py")):
+        if not path.name.startswith(("test_", "mutation")):
+            mark.update(path.read_bytes())
     return mark.hexdigest()[:16]
 
 
@@ -326,6 +383,8 @@ class Score:
     killed: int = 0
     explained: int = 0
     unreached: int = 0
+    undecided: int = 0
+    """Not noticed before the processor time was used up; counted as survived."""
 
     @property
     def of(self) -> int:
@@ -364,6 +423,7 @@ def scored(
                 score.explained += 1
             else:
                 score.unreached += outcome["fate"] == "unreached"
+                score.undecided += outcome["fate"] == "undecided"
                 survivors.append((mutant, outcome["fate"]))
     return scores, survivors
 
@@ -371,7 +431,7 @@ def scored(
 def total(scores: Iterable[Score]) -> Score:
     counts: Counter[str] = Counter()
     for score in scores:
-        for name in ("generated", "tried", "killed", "explained", "unreached"):
+        for name in ("generated", "tried", "killed", "explained", "unreached", "undecided"):
             counts[name] += getattr(score, name)
     return Score(**counts)
 
@@ -387,8 +447,9 @@ def shown(score: Score, percent: float | None = None) -> str:
     parts = f"{score.killed} of {score.of}"
     drawn_from = f"; drawn from {score.generated}" if score.tried < score.generated else ""
     apart = f"; {score.explained} explained" if score.explained else ""
+    open_still = f"; {score.undecided} undecided" if score.undecided else ""
     sure = f" ± {score.margin:.1f}" if score.margin else ""
-    return f"{score.percent if percent is None else percent:.1f}{sure} % ({parts}{drawn_from}{apart})"
+    return f"{score.percent if percent is None else percent:.1f}{sure} % ({parts}{drawn_from}{apart}{open_still})"
 
 
 def figures(group: str, scores: dict[str, Score]) -> list[Figure]:
@@ -415,13 +476,10 @@ def main(arguments: Sequence[str] = ()) -> int:
     chosen = parser.parse_args(arguments)
     began = time.perf_counter()
     without_words()
-    copied()
     rows: list[Figure] = []
     for group in chosen.group or GROUPS:
-        paths = sorted(path for pattern in GROUPS[group].modules for path in ROOT.glob(pattern))
-        written_for = {
-            path.stem: mutated(path.relative_to(ROOT).as_posix()) for path in paths if path.name != "__init__.py"
-        }
+        copied()  # anew: what is mutated for another group only makes the tests of this one slow
+        written_for = {Path(path).stem: mutated(path) for path in paths_of(group)}
         mutants = {stem: found for stem, found in written_for.items() if not chosen.module or stem in chosen.module}
         wanted = [one for found in mutants.values() for one in drawn(found, chosen.sample, chosen.seed)]
         # Mixed, so that what is known of an unfinished run says something about all modules.
@@ -445,6 +503,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     notes = (
         "Killed of those tried, without those that are explained in `benchmarks/mutation_explained.toml`.",
         "Where mutants were drawn, ± is half of the 95 % interval; groups weigh each module by all of its mutants.",
+        "Undecided is what no test had noticed when the processor time was used up; it counts as not noticed.",
         "What people read (sentences, log lines, hints) is not mutated; mutmut leaves out properties and constants.",
     )
     result = Result("mutation", f"python -m benchmarks mutation {asked}".strip(), tuple(rows), took, notes)
