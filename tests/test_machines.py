@@ -215,6 +215,25 @@ async def test_a_machine_that_a_list_has_shown_is_not_forgotten_when_the_last_li
 
 
 @pytest.mark.fault(4)
+@pytest.mark.fault(13)
+async def test_a_machine_that_a_list_has_shown_to_fit_is_it_though_its_type_is_told_in_words_nobody_knows_later(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(boot_time=100)
+    cloud.next_call("POST servers", reply="lost")
+
+    def muddle() -> None:
+        [machine] = cloud.machines.values()
+        machine.traits.fields = {"server_type": "?"}
+        asyncio.get_running_loop().call_later(100, lambda: setattr(machine.traits, "fields", {}))
+
+    asyncio.get_running_loop().call_later(60, muddle)
+    machine, _ = await program.ready()
+    assert cloud.launched == [machine.server_id]
+    await end(program, machine)
+
+
+@pytest.mark.fault(4)
 async def test_a_machine_that_was_shown_and_is_gone_is_not_waited_for(
     cloud: RunComfyEmulator, program: Program
 ) -> None:

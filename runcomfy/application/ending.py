@@ -94,6 +94,7 @@ class _Effort:
     seen_at: datetime | None = None
     """When the machine was last seen to run."""
     complained: bool = False
+    """Whether it was seen to run after the provider's yes, which was told."""
 
 
 def server_id_of(machine: Machine) -> ServerId:
@@ -165,7 +166,9 @@ class Ending:
                 continue
             if judged in (AfterLook.CLOSE, AfterLook.MISTAKEN):
                 return await self.gone(effort.machine, note=reason, seen_at=effort.seen_at)
-            if judged is AfterLook.RUNS and look.phase is not None:
+            # A word that nobody knows may say that it is on its way out; of one that ran on before, it says nothing.
+            ran_on = look.phase is Phase.UNKNOWN and effort.complained
+            if (judged is AfterLook.RUNS or ran_on) and look.phase is not None:
                 await self._reopen(effort, look.phase)
             on_its_way = effort.accepted is not None and look.phase in (Phase.STOPPING, Phase.UNKNOWN)
             if on_its_way and loop.time() - (effort.accepted or 0.0) >= cloud.stop_alarm_after.total_seconds():

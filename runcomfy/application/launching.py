@@ -256,6 +256,7 @@ class Launching:
             sure = self._books.must_be_visible(machine)  # when it is asked: the answer may take long
             reports = await self._list_patiently(machine) if wait else await self._provider.list_machines(urgent=True)
             late_lists += sure
+            reports = [_of_its_kind(report, shown.get(report.server_id)) for report in reports]
             exact, near = await self._books.fitting(machine, [*reports, *await self._unlisted(shown, reports)])
             shown = {report.server_id: report for report in exact}
             judged = what_was_started(exact, near, late_lists=late_lists)
@@ -398,4 +399,16 @@ def _is_as_good(machine: Machine, intent: Machine) -> bool:
         machine.purpose in (Purpose.DEV, Purpose.POOL)
         and (machine.purpose, machine.server_type) == (intent.purpose, intent.server_type)
         and (machine.workflow_version_id, machine.duration) == (intent.workflow_version_id, intent.duration)
+    )
+
+
+def _of_its_kind(report: MachineReport, before: MachineReport | None) -> MachineReport:
+    """Return a report with the kind that an earlier list has told of the machine: that never changes (fault 13)."""
+    if before is None:
+        return report
+    return replace(
+        report,
+        server_type=before.server_type or report.server_type,
+        duration=before.duration or report.duration,
+        workflow_version_id=before.workflow_version_id or report.workflow_version_id,
     )

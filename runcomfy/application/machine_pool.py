@@ -339,6 +339,10 @@ class MachinePool:
             raise
         health.launched()
         self._members.answered(member, machine)
+        # The watch may be resting for as long as nothing starts; from here on something does.
+        asyncio.get_running_loop().call_later(
+            self._settings.cloud.poll_interval.total_seconds(), self._members.look_now.set
+        )
         if member.pooled.draining:  # said while it was under way
             self._members.end(member, member.pooled.draining)
         return machine.id

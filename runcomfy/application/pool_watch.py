@@ -79,9 +79,11 @@ class Watch:
         """Return the seconds to the next round: a machine that starts bills as soon as it is Ready."""
         boots = any(not member.usable and not member.ended and member.machine.server_id for member in self._members)
         every = self._pool.status_every.total_seconds()
+        if boots:
+            every = min(self._cloud.poll_interval.total_seconds(), every)
         if self._failures:
             return max(every, min(every * 2.0 ** min(self._failures - 1, 8), LIST_AGAIN_MOST))
-        return min(self._cloud.poll_interval.total_seconds(), every) if boots else every
+        return every
 
     async def round(self) -> None:
         """Read the list once, and do what follows from it."""

@@ -1,4 +1,4 @@
-"""A machine that is called Ready before its times are told: what it is paid ahead from, and billed from."""
+"""What a machine is paid ahead from, and billed from, where the provider's word on it comes early or late."""
 
 from __future__ import annotations
 
@@ -64,6 +64,40 @@ async def test_a_machine_that_is_ended_before_its_ready_time_was_told_is_asked_f
             await until(lambda: real.ready_at is not None, within=300, what="Ready", every=0.01)
             assert machine.machine.planned_stop_at is None
         assert cloud.alive == []
-        assert all(
-            abs(gap) < 5 for gap in (await gaps(cloud, program)).values()
-        )  # it went on being called READY for a moment
+        left = await gaps(cloud, program)
+        assert all(abs(gap) < 5 for gap in left.values())  # it went on being called READY for a moment
+
+
+@pytest.mark.fault(31)
+async def test_while_machines_start_a_list_that_fails_is_read_again_soon_however_rarely_lists_are_read(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """It bills as soon as it is Ready: between two looks that are far apart its whole time may pass unseen (I9)."""
+    rarely = replace(programs.settings.pool, status_every=timedelta(minutes=10))
+    programs.settings = replace(programs.settings, pool=rarely)
+    async with programs.start() as program, running_pool(program) as pool:
+        machine = await pool.launch()
+        await asyncio.sleep(20)
+        cloud.next_call("GET servers", status=503, times=8)
+        real = cloud.machines[cloud.launched[0]]
+        await until(lambda: real.bills, within=300, what="Ready")
+        await until(lambda: machine.machine.ready_at == real.ready_at, within=60, what="it to be seen")
+
+
+@pytest.mark.fault(13)
+@pytest.mark.fault(19)
+async def test_a_machine_that_ran_on_after_its_stop_bills_while_a_word_that_nobody_knows_is_said_of_it(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(ignores_delete=True, ignores_stop_time=True)
+    async with programs.start() as program:
+        async with running_pool(program) as pool:
+            machine = await pool.usable()
+            real = cloud.machines[cloud.launched[0]]
+            pool.pool.drain(machine.id, why="no job waits any more")
+            await until(lambda: any("it still runs" in said for said in program.said), within=60, what="the complaint")
+            real.traits.status = "Humming"
+            await asyncio.sleep(240)
+            cloud.lose(real)
+            await pool.empty(within=200)
+        assert all(abs(gap) < 60 for gap in (await gaps(cloud, program)).values())
