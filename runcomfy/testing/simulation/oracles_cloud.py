@@ -348,11 +348,11 @@ class CloudOracle:
         return float((POOL["status_every"] - PoolSettings().status_every).total_seconds())
 
     def _unheard(self, machine: EmulatedMachine) -> float:
-        """Return for how many seconds after a machine's end nobody was told of it: two good lists, or its status.
+        """Return for how many seconds after a machine's end nobody was told of it, by two good lists.
 
         If its status was asked for and not told, lists alone do not say it (I4, and row 11 of the catalogue: two lists
-        and the status by id). For ever, if nobody who lived on had been told before that it was ready, or for how long
-        it was prolonged.
+        and the status by id); nor does its status alone, before a second list agrees. For ever, if nobody who lived on
+        had been told before that it was ready, or for how long it was prolonged.
         """
         end, ready = machine.billed_until or machine.gone_at, machine.ready_at
         if end is None or ready is None:
@@ -376,7 +376,7 @@ class CloudOracle:
             if call.at < end:
                 heard, longer = True, longer and about  # a list that comes later confirms what was prolonged
             else:
-                good += 1
+                good += lists
                 asked_in_vain = asked_in_vain and not about
                 if good >= 2 and not asked_in_vain:
                     return 1e6 if longer or not heard else (call.at - end).total_seconds() + call.delay
