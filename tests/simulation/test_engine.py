@@ -13,12 +13,6 @@ from runcomfy.testing.simulation.run import Day, simulate
 
 SEEDS = range(1, 31)
 """Whole days in every check; more of them are lived through at night (`make simulate`)."""
-OPEN = frozenset({19})
-"""Whole days that still show a broken promise: until that is mended, days of eight hours instead.
-
-19, I12: a machine of which the cloud says Starting again loses its jobs to other machines at once, though what runs
-there may run on until it is ended, half a second later here.
-"""
 
 
 def told(day: Day) -> str:
@@ -28,11 +22,11 @@ def told(day: Day) -> str:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_day_in_which_much_goes_wrong_keeps_every_promise(seed: int) -> None:
-    day = simulate(seed, length=timedelta(hours=8 if seed in OPEN else 24))
+    day = simulate(seed)
 
     assert not told(day)
-    assert day.jobs > (3 if seed in OPEN else 20)
-    assert day.faults > (90 if seed in OPEN else 500)  # one in two minutes on average, but for the last three hours
+    assert day.jobs > 20
+    assert day.faults > 500  # one in two minutes on average, but for the last three hours
 
 
 def test_a_seed_is_the_same_day_in_every_process() -> None:
