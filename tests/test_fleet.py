@@ -22,6 +22,7 @@ from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.sql import SqlStore
 from runcomfy.application.fleet import FAILED_FIRST, FAILED_MOST, GIVEN_UP_AFTER
+from runcomfy.application.fleet_demand import BATCH_LATE
 from runcomfy.application.fleet_offers import UNKNOWN_RUN, FleetOffers, wait_usd_per_hour
 from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.exceptions import (
@@ -609,6 +610,73 @@ async def test_signals_are_scored_by_the_work_that_follows(office: Office) -> No
         assert view.presence.lead_s == pytest.approx(5 * MINUTES, abs=30)
         assert len(office.pool.asked) == 6
         assert not [s for s in office.said if "not heeded" in s]
+
+
+async def test_what_is_announced_holds_until_its_time_is_over_or_it_is_taken_back(office: Office) -> None:
+    signals = (await office.fleet())._with.signals
+    began = now()
+
+    def seen() -> tuple[int, float | None, float | None, float | None]:
+        view = signals.view(now(), worth_s=1e9)
+        times = (None if at is None else round(at - began) for at in (view.since, view.left_at, view.expected_until))
+        return (view.present, *times)  # type: ignore[return-value]
+
+    def next_change() -> float | None:
+        at = signals.next_change(now())
+        return None if at is None else round(at - began)
+
+    assert (await signals.hear(), seen(), next_change()) == (0, (0, None, None, None), None)
+    assert signals.view(now(), worth_s=1e9).recall == 1.0
+    await office.presence.opened("conjure:ann", lasts=timedelta(seconds=600), user="ann")
+    await asyncio.sleep(60)
+    await office.presence.opened("conjure:ben", lasts=timedelta(seconds=120), user="ben")
+    assert [await signals.hear(), await signals.hear()] == [2, 0]
+    assert (seen(), next_change()) == ((2, 0, None, None), 180)
+    await asyncio.sleep(121)
+    assert (seen(), next_change()) == ((1, 0, None, None), 600)
+    await office.presence.opened("conjure:ben", lasts=timedelta(seconds=100), user="ben")  # back again: counted anew
+    await office.presence.opened("conjure:ann", lasts=timedelta(seconds=100), user="ann")  # still there
+    await signals.hear()
+    assert (seen(), next_change()) == ((2, 0, None, None), 281)
+    await office.presence.left("conjure:ann")
+    await signals.hear()
+    assert (seen(), next_change()) == ((1, 181, None, None), 281)
+    await asyncio.sleep(110)
+    assert (seen(), next_change()) == ((0, None, 281, None), None)
+    await office.presence.intent("conjure:ann", lasts=timedelta(seconds=240))
+    await signals.hear()
+    assert (seen(), next_change()) == ((0, None, 281, 531), 531)
+    await office.presence.left("conjure:ann")
+    await signals.hear()
+    assert (seen(), next_change()) == ((0, None, 291, None), None)
+
+
+async def test_a_batch_is_waited_for_job_by_job_and_for_ten_minutes_after_its_time(office: Office) -> None:
+    signals = (await office.fleet())._with.signals
+    began, at = now(), office.clock.now() + timedelta(seconds=100)
+    await office.presence.batch(3, "night", work=timedelta(seconds=90), at=at, user="ann")
+    await signals.hear()
+
+    def batches() -> list[tuple[int, float, float]]:
+        return [(b.count, b.work_s, round(b.at - began)) for b in signals.view(now(), worth_s=1e9).batches]
+
+    assert batches() == [(3, 90.0, 100)]
+    assert signals.next_change(now()) == pytest.approx(began + 100)
+    assert not signals.batched(now())
+    assert not signals.work_came(now(), "ben", after_silence=True)  # not announced by him
+    assert signals.work_came(now(), "ann", after_silence=False)
+    assert (batches(), signals.batched(now())) == ([(2, 60.0, 100)], True)
+    await asyncio.sleep(BATCH_LATE + 99)
+    assert (batches(), signals.batched(now() - 99), signals.batched(now())) == ([(2, 60.0, 100)], True, False)
+    assert signals.work_came(now(), "ann", after_silence=True)
+    await asyncio.sleep(2)
+    assert batches() == []
+    await office.presence.batch(1, "night", work=timedelta(0), at=office.clock.now(), user="ann")
+    await signals.hear()
+    assert signals.work_came(now(), "ann", after_silence=True)
+    assert batches() == []  # all of it came
+    assert not signals.work_came(now(), "ann", after_silence=True)
+    assert not signals.batched(now())
 
 
 # -- machines that a plan wants to stay ------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import pytest_asyncio
 
 from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
 from runcomfy.application.placing import JobFacts, Place, owed
-from runcomfy.application.pool_seat import LINE_UP_S, PRESUMED_S, Experience, PoolSeat
+from runcomfy.application.pool_seat import LINE_UP_S, PRESUMED_S, REMEMBERED, Experience, PoolSeat
 from runcomfy.application.pool_station import PoolStation
-from runcomfy.application.pooled import PooledMachine
+from runcomfy.application.pooled import MachineLease, PooledMachine
 from runcomfy.domain.exceptions import MachineFailed, MachineLost, NodeFailed, ServerUnreachable
 from runcomfy.domain.job import JobId, PromptId
 from runcomfy.domain.machine import MachineId
@@ -425,3 +425,34 @@ async def test_experience_begins_with_what_the_books_say(clock: LoopClock) -> No
     assert known.run_s("portrait", "medium") == pytest.approx(7)
     assert Experience().run_s("portrait", "medium") == PRESUMED_S
     assert Experience().load_s("portrait", "medium") == 0
+
+
+async def test_a_machine_is_free_when_all_that_waits_and_computes_there_is_done(
+    pool: StandingPool, client: ComfyUIWorkflowClient
+) -> None:
+    machine = pool.add(client)
+    now = asyncio.get_running_loop().time()
+    assert (machine.predicted_free_at(now), machine.seated) == (now, 0)
+
+    def lease(number: int, expected_s: float) -> MachineLease:
+        return pool.lease(machine, job_id=JobId(f"job-{number}"), attempt=1, workflow="a", expected_s=expected_s)
+
+    first, second = lease(1, 30.0), lease(2, 20.0)
+    assert machine.predicted_free_at(now) == now + 50
+    pool.computing(first, ago_s=10.0)
+    assert machine.predicted_free_at(now) == now + 40
+    pool.computing(first, ago_s=29.75)
+    assert machine.predicted_free_at(now) == now + 20.25
+    pool.computing(first, ago_s=90.0)  # it is late: done at any moment
+    assert (machine.predicted_free_at(now), machine.seated) == (now + 20, 2)
+    pool.computed(first)
+    pool.computing(second)
+    assert (machine.predicted_free_at(now), machine.seated) == (now + 20, 1)
+
+
+async def test_experience_forgets_the_oldest_runs(clock: LoopClock) -> None:
+    at = clock.now()
+    work = Work(MachineId("m"), JobId("j"), 1, "a", "medium", at, computing_at=at, computed_at=at)
+    known = Experience([work] * (REMEMBERED + 10))
+    known.learn(work)
+    assert len(known._works) == REMEMBERED

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from runcomfy.application.finish import finish
-from runcomfy.application.reaper import judge
+from runcomfy.application.reaper import EXECUTORS, is_queues, judge, lease_ends
 from runcomfy.domain.exceptions import LaunchAmbiguous, ProviderError, RunComfyError
 from runcomfy.domain.lease import Use
-from runcomfy.domain.machine import Machine, MachineState, Purpose, ServerId
+from runcomfy.domain.machine import Machine, MachineState, OwnerId, Purpose, ServerId
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import START, LoopClock
@@ -426,6 +426,52 @@ def test_nothing_with_a_living_owner_or_job_is_ever_to_be_ended(
     elif not time_left or state is MachineState.STOPPING:
         assert verdict.end
     assert verdict.why
+
+
+def test_what_becomes_of_a_machine_is_said_with_who_keeps_it() -> None:
+    machine = replace(a_machine(), state=MachineState.READY)
+    use = Use(machine.id, OwnerId("other"), "job-7", START)
+    nobody: dict[str, Any] = {"owner_lives": False, "owner_pid": None, "living_use": None, "dev_time_left": False}
+
+    def verdict(machine: Machine = machine, **changes: Any) -> tuple[bool, str]:
+        found = judge(machine, **{**nobody, **changes})
+        assert found.machine is machine
+        return found.end, found.why
+
+    kept = replace(machine, kept_until=START)
+    assert verdict() == (True, "the process that rented it is gone")
+    assert verdict(owner_lives=True, owner_pid=42, living_use=use) == (False, "process 42 holds it")
+    assert verdict(living_use=use, spared="x") == (False, "job job-7 runs on it")
+    stopping = replace(kept, state=MachineState.STOPPING)
+    assert verdict(stopping, dev_time_left=True) == (True, "its stop was asked for and never seen through")
+    until = f"kept until {START:%Y-%m-%d %H:%M:%S} UTC"
+    assert verdict(kept, dev_time_left=True, spared="x") == (False, until)
+    assert verdict(replace(kept, state=MachineState.REQUESTED), dev_time_left=True)[0]
+    assert verdict(kept, spared="x") == (True, "it outlived the time it was to be kept")
+    assert verdict(spared="a prompt") == (False, "a prompt")
+
+
+def test_a_lease_ends_with_what_was_confirmed_or_with_what_the_provider_has_planned() -> None:
+    machine = replace(a_machine(), ready_at=START, duration=timedelta(minutes=10), planned_stop_at=None)
+    assert lease_ends(machine) == START + timedelta(minutes=10)
+    assert lease_ends(replace(machine, planned_stop_at=START + timedelta(minutes=12))) == START + timedelta(minutes=12)
+    assert lease_ends(replace(machine, planned_stop_at=START + timedelta(minutes=8))) == START + timedelta(minutes=10)
+    assert lease_ends(replace(machine, ready_at=None)) is None
+
+
+def test_machines_of_a_queue_are_told_by_their_purpose_or_their_reason() -> None:
+    machine = replace(a_machine(), purpose=Purpose.RUN, reason="job 1")
+    assert not is_queues(machine)
+    assert is_queues(replace(machine, purpose=Purpose.POOL))
+    assert is_queues(replace(machine, reason=f"{EXECUTORS}jobs"))
+
+
+async def test_who_holds_a_machine_is_named_by_its_process(programs: Programs, reaper: Program) -> None:
+    async with programs.start() as living:
+        machine, _ = await living.ready()
+        [kept] = (await reaper.reaper.reap()).kept
+        assert kept.why == f"process {living.owner.pid} holds it"
+        await living.machines.stop(machine, reason="the test is over")
 
 
 # -- any fault, in any order -------------------------------------------------------------------------------
