@@ -172,6 +172,28 @@ async def test_waiting_can_be_cancelled(looptime: float) -> None:
     assert looptime == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.fault(25)
+@pytest.mark.invariant("I22")
+async def test_a_hold_of_another_process_holds_those_who_wait_for_their_turn_already(
+    store: SqlStore, clock: LoopClock
+) -> None:
+    told, waiting = (StoreLimiter(store, "account", SETTINGS, clock) for _ in range(2))
+    gone: list[float] = []
+
+    async def goes() -> None:
+        await waiting.wait_turn(urgent=False)
+        gone.append(asyncio.get_running_loop().time())
+
+    tasks = [asyncio.create_task(goes()) for _ in range(15)]
+    await asyncio.sleep(3.5)
+    before = len(gone)
+    await told.hold(timedelta(seconds=20))
+    await asyncio.gather(*tasks)
+    assert 3 <= before <= 9
+    assert min(gone[before:]) >= 23.4
+    assert gone[-1] - gone[before] >= len(gone) - before - 1 - SETTINGS.burst
+
+
 async def test_two_processes_share_one_rate(store: SqlStore, clock: LoopClock, looptime: float) -> None:
     limiters = [StoreLimiter(store, "account", SETTINGS, clock) for _ in range(2)]
     await asyncio.gather(*(limiter.wait_turn(urgent=False) for _ in range(8) for limiter in limiters))

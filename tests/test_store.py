@@ -307,10 +307,11 @@ ANYTHING: Final[dict[str, Callable[[Store, MachineId], Awaitable[object]]]] = {
         "a", now=NOW, per_second=1, burst=5, reserve=2, urgent=False
     ),
     "hold_requests": lambda store, _: store.hold_requests("a", now=NOW, wait=timedelta(seconds=1)),
+    "requests_held": lambda store, _: store.requests_held("a", now=NOW),
     "take_launch_lock": lambda store, _: store.take_launch_lock("a", owner_id=ALICE, now=NOW),
     "break_launch_lock": lambda store, _: store.break_launch_lock("a", holder=ALICE),
 }
-READING: Final = {"owners", "machine", "machines", "story", "boot_times", "uses", "ledger"}
+READING: Final = {"requests_held", "owners", "machine", "machines", "story", "boot_times", "uses", "ledger"}
 READING_OF_POOLS: Final = {"budgets", "unbilled", "works", "signals", "decisions"}
 WRITING: Final = set(ANYTHING) - READING - READING_OF_POOLS
 

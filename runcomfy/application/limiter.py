@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from datetime import timedelta
+from typing import Final
 
 from runcomfy.domain.exceptions import LocalError
 from runcomfy.domain.pacing import SLACK, TokenBucket
@@ -13,6 +14,9 @@ from runcomfy.ports.clock import Clock
 from runcomfy.ports.store import Store
 
 _log = logging.getLogger("runcomfy.limiter")
+
+ASKED_AFTER_S: Final = 0.5
+"""Who has waited so long for a turn asks whether another process was told to wait meanwhile."""
 
 
 class StoreLimiter:
@@ -35,8 +39,9 @@ class StoreLimiter:
         loop = asyncio.get_running_loop()
         while True:
             wait = await self._next_turn(urgent=urgent)
-            await asyncio.sleep(max(wait, self._held_until - loop.time()))
-            if loop.time() >= self._held_until - SLACK:
+            wait = max(wait, self._held_until - loop.time())
+            await asyncio.sleep(wait)
+            if loop.time() >= self._held_until - SLACK and not await self._held_meanwhile(wait):
                 return  # else the provider said meanwhile that it is too much: the turn is asked for anew
 
     async def _next_turn(self, *, urgent: bool) -> float:
@@ -58,6 +63,17 @@ class StoreLimiter:
             await self._wait_alone()
             return 0.0
         return wait.total_seconds()
+
+    async def _held_meanwhile(self, waited: float) -> bool:
+        """Whether another process was told to wait (Retry-After) while this one waited for its turn (I22)."""
+        if waited < ASKED_AFTER_S:
+            return False
+        try:
+            held = await self._store.requests_held(self._account, now=self._clock.now())
+        except LocalError as error:  # the turn was given; the provider's own refusal is met, if it comes to that
+            _log.warning("limiter_store_failed", extra={"fields": {"error": error.code}})
+            return False
+        return held.total_seconds() > SLACK
 
     async def hold(self, wait: timedelta) -> None:
         """Let no process of the account send before `wait` has passed, also not who waits for a turn in this one."""

@@ -277,6 +277,10 @@ class Store(Protocol):
         """Let no request of the account start before `now + wait` (Retry-After); urgent ones are held too."""
         ...
 
+    async def requests_held(self, account: str, *, now: datetime) -> timedelta:
+        """Return for how much longer no request of the account may start; zero if none is held."""
+        ...
+
     async def take_launch_lock(self, account: str, *, owner_id: OwnerId, now: datetime) -> OwnerId:
         """Try to become the one process of the account that may launch; return the holder (self if it worked).
 

@@ -291,14 +291,15 @@ class RunComfyAPIClient:
 
     def _meaning(self, call: Call, read: Callable[[Answer], T], answer: Answer) -> T:
         """Read an answer. Raises Failure if it is none, or a refusal."""
-        facts = facts_of(answer, call=call.name, veil=self._veil)
         unknown = answer.status == 404 and not answer.is_html
         if 200 <= answer.status < 300 or (unknown and call.about):
             try:
                 return read(answer)
             except wire.Unreadable as error:
+                facts = facts_of(answer, call=call.name, veil=self._veil)
                 raise Failure(unreadable(error, what=call.what, facts=facts), again=True, arrived=True) from None
         if unknown and not call.once:
+            facts = facts_of(answer, call=call.name, veil=self._veil)
             raise Failure(wrong_path(facts), again=False, arrived=False)
         raise judge(answer, what=call.what, call=call.name, veil=self._veil, launch=call.once)
 

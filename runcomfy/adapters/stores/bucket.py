@@ -25,6 +25,9 @@ import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
+HELD_TOLERANCE = timedelta(minutes=1)
+"""A clock that is behind by more was set back."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -80,6 +83,13 @@ def hold(bucket: Bucket, *, now: datetime, wait: timedelta) -> Bucket:
     seen_at = max(bucket.seen_at or now, now)
     until = seen_at + max(wait, timedelta(0))
     return replace(bucket, seen_at=seen_at, hold_until=max(bucket.hold_until or until, until))
+
+
+def held(bucket: Bucket, *, now: datetime) -> timedelta:
+    """Return for how much longer nothing may start; zero if nothing is held."""
+    bucket = _as_of(bucket, now, tolerance=HELD_TOLERANCE)
+    start = max(filter(None, (now, bucket.seen_at)))
+    return max(timedelta(0), (bucket.hold_until or start) - start)
 
 
 def _as_of(bucket: Bucket, now: datetime, *, tolerance: timedelta) -> Bucket:

@@ -72,6 +72,7 @@ _STORY: Final = (
     .order_by(_story.c.number)
 )
 _USES: Final = select(_uses).where(_uses.c.ended_at.is_(None)).order_by(_uses.c.started_at, _uses.c.job_id)
+_HELD: Final = select(_accounts.c.seen_at, _accounts.c.hold_until).where(_accounts.c.account == bindparam("name"))
 _SAVE_ACCOUNT: Final = update(_accounts).where(_accounts.c.account == bindparam("name"))
 _LISTED: Final = _machines.c.server_id.in_(bindparam("server_ids", expanding=True))
 _SAVE_OWNER: Final = update(_owners).where(_owners.c.id == bindparam("key"))
@@ -372,6 +373,15 @@ class SqlStore(MoneyPart, SignalsPart):
             _save_bucket(connection, account, limiter.hold(_bucket(connection, account), now=now, wait=wait))
 
         await self._write(work)
+
+    async def requests_held(self, account: str, *, now: datetime) -> timedelta:
+        """Return for how much longer no request of the account may start; zero if none is held."""
+
+        def work(connection: Connection) -> timedelta:
+            row = connection.execute(_HELD, {"name": account}).one_or_none()
+            return limiter.held(limiter.Bucket(seen_at=row[0], hold_until=row[1]), now=now) if row else timedelta(0)
+
+        return await self._read(work)
 
     async def take_launch_lock(self, account: str, *, owner_id: OwnerId, now: datetime) -> OwnerId:
         """Try to become the one process of the account that may launch; return the holder (self if it worked)."""

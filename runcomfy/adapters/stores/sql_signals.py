@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
-from sqlalchemy import Connection, bindparam, insert, select
+from sqlalchemy import Connection, Select, bindparam, insert, select
 
 from runcomfy.adapters.stores import roles, tables
 from runcomfy.adapters.stores import sql_parts as parts
@@ -19,6 +20,8 @@ from runcomfy.domain.work import Work
 _work, _signals, _decisions = tables.machine_work, tables.signals, tables.decisions
 
 _OLDEST_FIRST: Final = (_work.c.began_at, _work.c.machine_id, _work.c.job_id, _work.c.attempt)
+_SAY: Final = insert(_signals)
+_DECIDE: Final = insert(_decisions)
 _SIGNALS: Final = select(*(_signals.c[name] for name in tables.SIGNAL_FIELDS)).order_by(
     _signals.c.at, _signals.c.number
 )
@@ -26,6 +29,21 @@ _SIGNALS_SINCE: Final = _SIGNALS.where(_signals.c.at >= bindparam("since"))
 _DECISIONS: Final = select(*(_decisions.c[name] for name in tables.DECISION_FIELDS)).order_by(
     _decisions.c.number.desc()
 )
+
+
+@cache
+def _works_by(*names: str) -> Select[Any]:
+    """Return the query of works with these parameters; kept, since making it takes longer than asking it."""
+    bounds = {
+        "jobs": _work.c.job_id.in_(bindparam("jobs", expanding=True)),
+        "machines": _work.c.machine_id.in_(bindparam("machines", expanding=True)),
+        "since": _work.c.began_at >= bindparam("since"),
+        "until": _work.c.began_at < bindparam("until"),
+    }
+    query = select(_work).where(*(bound for name, bound in bounds.items() if name in names))
+    if "most" in names:
+        query = query.order_by(*(column.desc() for column in _OLDEST_FIRST)).limit(bindparam("most"))
+    return query
 
 
 class SignalsPart(parts.SqlPart):
@@ -46,23 +64,15 @@ class SignalsPart(parts.SqlPart):
         limit: int | None = None,
     ) -> Sequence[Work]:
         """Return what began in [`since`, `until`), oldest first; with `limit` the newest so many."""
-        query = select(_work)
-        if job_ids is not None:
-            query = query.where(_work.c.job_id.in_(sorted(set(job_ids))))
-        if since is not None:
-            query = query.where(_work.c.began_at >= since)
-        if until is not None:
-            query = query.where(_work.c.began_at < until)
-        if limit is not None:
-            query = query.order_by(*(column.desc() for column in _OLDEST_FIRST)).limit(limit)
-        ids = None if machine_ids is None else parts.batches(sorted(set(machine_ids)))
+        jobs = None if job_ids is None else sorted(set(job_ids))
+        given = {"jobs": jobs, "since": since, "until": until, "most": limit}
+        asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        each = [asked]
+        if machine_ids is not None:
+            each = [{**asked, "machines": some} for some in parts.batches(sorted(set(machine_ids)))]
 
         def work(connection: Connection) -> Sequence[Work]:
-            if ids is None:
-                found = [Work(*row) for row in connection.execute(query)]
-            else:
-                queries = [query.where(_work.c.machine_id.in_(some)) for some in ids]
-                found = [Work(*row) for part in queries for row in connection.execute(part)]
+            found = [Work(*row) for one in each for row in connection.execute(_works_by(*one), one)]
             found.sort(key=lambda done: (done.began_at, done.machine_id, done.job_id, done.attempt))
             return found if limit is None else found[max(0, len(found) - limit) :]
 
@@ -71,7 +81,7 @@ class SignalsPart(parts.SqlPart):
     async def signal(self, signal: Signal) -> None:
         """Write down what a client has told."""
         values = tables.values_of(signal)
-        await self._write(lambda connection: connection.execute(insert(_signals), values))
+        await self._write(lambda connection: connection.execute(_SAY, values))
 
     async def signals(self, *, since: datetime) -> Sequence[Signal]:
         """Return what was told since then, oldest first."""
@@ -82,7 +92,7 @@ class SignalsPart(parts.SqlPart):
         """Write down what the plan decided, all or none."""
         values = [tables.values_of(decision) for decision in decisions]
         if values:
-            await self._write(lambda connection: connection.execute(insert(_decisions), values))
+            await self._write(lambda connection: connection.execute(_DECIDE, values))
 
     async def decisions(self, *, since: datetime | None = None, limit: int = 200) -> Sequence[Decision]:
         """Return the newest decisions, oldest first."""

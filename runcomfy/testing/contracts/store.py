@@ -368,7 +368,9 @@ class SharedByProcessesContract:
         assert await self.reserve(store, account, now=after(1)) == 29
         assert await self.reserve(store, account, now=after(1), urgent=True) == 29
         assert await self.reserve(store, account, now=after(1)) > 29
+        assert await store.requests_held(account, now=after(10)) == timedelta(seconds=20)
         assert await self.reserve(store, account, now=after(60)) == 0
+        assert await store.requests_held(account, now=after(60)) == timedelta(0)
 
     async def test_a_hold_of_no_length_holds_nobody(self, store: Store) -> None:
         account = f"account-{uuid4()}"
@@ -387,6 +389,7 @@ class SharedByProcessesContract:
     async def test_a_hold_does_not_grow_with_a_clock_that_jumps(self, store: Store, jump: timedelta) -> None:
         account = f"account-{uuid4()}"
         await store.hold_requests(account, now=NOW, wait=timedelta(seconds=30))
+        assert await store.requests_held(account, now=NOW + jump) <= timedelta(seconds=30)
         assert await self.reserve(store, account, now=NOW + jump) <= 40
         await store.hold_requests(account, now=NOW + jump, wait=timedelta(seconds=30))
         assert await self.reserve(store, account) <= 70
