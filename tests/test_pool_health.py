@@ -11,19 +11,32 @@ from typing import Any
 
 import pytest
 
+from runcomfy.adapters.stores.sql import SqlStore
 from runcomfy.application.machine_pool import MachinePool
+from runcomfy.application.pool_health import HISTORY_EVERY, PoolHealth
+from runcomfy.application.pool_members import Member, Members
+from runcomfy.application.pooled import PooledMachine
 from runcomfy.domain.exceptions import (
+    AuthRejected,
+    BootTimeout,
     GpuOutOfMemory,
+    LaunchRefused,
+    LeaseLost,
     MachineFailed,
     MachineLost,
+    NoCapacity,
     NodeFailed,
+    OutOfCredit,
+    ProviderBusy,
     RunComfyError,
     ServerRestarted,
     ServerUnreachable,
     WorkerDead,
 )
+from runcomfy.domain.health import ENOUGH_RUNS
 from runcomfy.domain.job import JobId
 from runcomfy.domain.machine import MachineId
+from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.settings import CloudSettings, PoolSettings
 from runcomfy.domain.work import Work
 from runcomfy.testing.clock import LoopClock
@@ -302,3 +315,262 @@ async def test_a_database_that_refuses_keeps_no_machine_from_being_ended(
         pool.pool.drain(machine.id, why="nothing is to do")
         await pool.close()
         assert cloud.alive == []
+
+
+# -- the memory by itself ------------------------------------------------------------------------------------
+
+
+class Memory:
+    """A pool's memory over books of its own; what it decided is kept."""
+
+    def __init__(self, store: SqlStore, clock: LoopClock) -> None:
+        self.decided: list[tuple[str, str, str]] = []
+        settings = PoolSettings(breaker_failures=2, breaker_rest=timedelta(seconds=400))
+        self.health = PoolHealth(store, clock, settings, said=lambda *told: self.decided.append(told))
+
+    def rooms(self) -> tuple[int | None, int | None]:
+        return self.health.room("medium"), self.health.room("large")
+
+
+@pytest.fixture
+async def memory(clock: LoopClock) -> AsyncIterator[Memory]:
+    async with SqlStore(Path(":memory:"), clock=clock, durable=False) as store:
+        yield Memory(store, clock)
+
+
+async def test_a_type_pauses_after_a_failure_and_rests_after_several_and_the_others_do_not(memory: Memory) -> None:
+    health = memory.health
+    assert (memory.rooms(), health.why_not("medium"), health.waits_s("medium")) == ((None, None), "", 0.0)
+    health.start_failed("medium", "it did not start")
+    pause = health.breaker_rules.pause_s(1)
+    assert (memory.rooms(), health.pausing("medium"), health.pausing("large")) == ((0, None), True, False)
+    assert health.waits_s("medium") == pytest.approx(pause)
+    said = f"nothing is launched for {pause:.0f} s: it did not start"
+    assert memory.decided == [("breaker", "medium", said)]
+    await asyncio.sleep(pause)
+    assert (memory.rooms(), health.pausing("medium"), health.waits_s("medium")) == ((None, None), False, 0.0)
+    health.start_failed("medium", "again")
+    assert (memory.rooms(), health.pausing("medium")) == ((0, None), False)  # it rests: that is no mere pause
+    assert health.why_not("medium") == "medium is not launched: again; possible again in 400 s"
+    assert memory.decided[1:] == [("breaker", "medium", "nothing is launched for 400 s: again")]
+    await asyncio.sleep(400)
+    assert memory.rooms() == (1, None)
+    health.launch_began("medium")
+    assert memory.rooms() == (0, None)  # the one that is to find out
+    health.start_unclear("medium")
+    assert memory.rooms() == (1, None)
+    health.launch_began("medium")
+    health.usable("medium")
+    assert memory.rooms() == (None, None)
+    health.start_failed("medium", "once more")
+    assert memory.rooms() == (0, None)  # nothing has worked there yet
+    assert health.waits_s("medium") == pytest.approx(800)
+
+
+async def test_a_machine_on_which_a_job_went_well_makes_failures_count_anew(memory: Memory) -> None:
+    health = memory.health
+    health.start_failed("medium", "it did not start")
+    health.worked("medium")
+    assert memory.rooms() == (None, None)
+    health.start_failed("medium", "it did not start")
+    assert health.pausing("medium")
+
+
+@pytest.mark.parametrize(
+    ("error", "rooms", "waits"),
+    [
+        (NoCapacity("none left"), (0, None), 40.0),
+        (LaunchRefused("no such type"), (0, None), 400.0),
+        (OutOfCredit("no money"), (0, 0), 400.0),
+        (ProviderBusy("too many requests"), (0, 0), 10.0),
+        (BootTimeout("it did not start"), (0, None), None),
+        (LeaseLost("somebody else has it"), (None, None), 0.0),
+        (None, (None, None), 0.0),
+    ],
+)
+async def test_what_a_launch_fails_with_says_what_rests_and_for_how_long(
+    memory: Memory, error: RunComfyError | None, rooms: tuple[int | None, int | None], waits: float | None
+) -> None:
+    health = memory.health
+    health.launch_began("medium")
+    health.launch_failed("medium", error)
+    assert memory.rooms() == rooms
+    assert health.waits_s("medium") == pytest.approx(health.breaker_rules.pause_s(1) if waits is None else waits)
+    assert health.pausing("medium") == (waits is None)
+    what = {(None, None): [], (0, None): ["medium"], (0, 0): ["the account"]}[rooms]
+    assert [(action, of) for action, of, _ in memory.decided] == [("breaker", of) for of in what]
+    if error is not None and rooms[0] == 0:
+        assert memory.decided[0][2].endswith(f" s: {error.message}")
+        assert error.message in health.why_not("medium")
+    assert (health.why_not("large") != "") == (rooms[1] == 0)
+
+
+async def test_an_account_that_worked_again_is_trusted_again(memory: Memory) -> None:
+    health = memory.health
+    health.launch_failed("medium", OutOfCredit("no money"))
+    assert health.why_not("large").startswith("nothing is launched: no money; possible again in 400 s")
+    await asyncio.sleep(400)
+    assert memory.rooms() == (1, 1)
+    health.launch_began("large")
+    assert memory.rooms() == (0, 0)
+    health.launched()
+    assert memory.rooms() == (None, None)
+    health.launch_failed("medium", OutOfCredit("no money"))
+    assert health.waits_s("large") == pytest.approx(400)  # not twice as long: it had worked
+
+
+async def test_a_refused_account_launches_nothing_until_it_is_answered(memory: Memory) -> None:
+    health = memory.health
+    for _ in range(2):
+        health.refused(AuthRejected("the token is not accepted"))
+    assert (memory.rooms(), health.is_refused, health.pausing("medium")) == ((0, 0), True, False)
+    assert health.why_not("medium") == "nothing is launched: the token is not accepted"
+    assert memory.decided == [("breaker", "the account", "nothing is launched: the token is not accepted")]
+    health.answered()
+    assert (memory.rooms(), health.is_refused, health.why_not("medium")) == ((None, None), False, "")
+
+
+async def test_a_machine_is_slow_by_the_runs_of_others_on_its_type(memory: Memory) -> None:
+    health, one, two = memory.health, MachineId("one"), MachineId("two")
+    for number in range(ENOUGH_RUNS):
+        assert health.usual("mesh", "medium", one) is None  # too few to say anything
+        health.observed("mesh", "medium", two, 10.0 + number)
+    assert health.usual("mesh", "medium", one) == 12.0
+    assert health.usual("mesh", "large", one) is None
+    assert health.usual("other", "medium", one) is None
+    health.observed("mesh", "medium", one, 12.0 * health.rules.slow_factor)  # not slower than allowed
+    assert health.usual("mesh", "medium", two) == 12.5
+    health.observed("mesh", "medium", one, 12.6 * health.rules.slow_factor)
+    assert health.usual("mesh", "medium", two) is None  # slow on another one as well: jobs have become longer
+    assert health.usual("mesh", "medium", one) == 13.0
+    health.forget(one)
+    assert health.usual("mesh", "medium", two) == 13.0
+
+
+async def test_run_times_are_read_from_the_books_every_ten_minutes(program: Program) -> None:
+    health = PoolHealth(program.store, program.books.clock, PoolSettings(), said=lambda *_: None)
+    await health.learn()
+    await works_of(program, 20.0, runs=ENOUGH_RUNS)
+    await works_of(program, 90.0, runs=ENOUGH_RUNS, cold=True)
+    await health.learn()
+    assert health.usual("mesh", "medium", MachineId("m")) is None  # read a moment ago
+    await asyncio.sleep(HISTORY_EVERY)
+    await health.learn()
+    assert health.usual("mesh", "medium", MachineId("m")) == 20.0
+
+
+# -- one machine of a pool ---------------------------------------------------------------------------------------
+
+
+class Kept:
+    """The machines of a pool without its loops, and one of them."""
+
+    def __init__(self, program: Program) -> None:
+        self.told = 0
+        self.members = Members(program.machines, program.placer.comfyui)
+        self.members.on_change(self._changed)
+        now = asyncio.get_running_loop().time()
+        pooled = PooledMachine(program.intent(), launched_at=now, expected_ready_at=now + 180)
+        self.member = self.members.add(Member(pooled, hold_s=30.0))
+        self.pooled = pooled
+
+    def _changed(self) -> None:
+        self.told += 1
+
+
+async def test_a_machine_that_is_usable_takes_jobs_and_one_that_is_void_has_lost_them(program: Program) -> None:
+    kept = Kept(program)
+    members, member, pooled = kept.members, kept.member, kept.pooled
+    assert (len(members), list(members), members.pooled) == (1, [member], (pooled,))
+    await asyncio.sleep(100)
+    assert kept.told == 1
+    now = asyncio.get_running_loop().time()
+    members.sent(member)  # its start counts from now
+    assert (pooled.launched_at, pooled.expected_ready_at, member.down_since) == (now, now + 180, now)
+    assert not pooled.takes_jobs
+    client: Any = object()
+    pooled.warm.add("portrait")
+    members.usable(member, client)
+    assert (pooled.stage, pooled.server, pooled.takes_jobs, pooled.warm) == (Stage.READY, client, True, set())
+    assert (member.usable, member.was_usable, member.probed_at) == (True, True, now)
+    assert (pooled.hold_until, pooled.idle_since, pooled.expected_ready_at) == (now + 30, now, now)
+    members.suspect(member, "it says nothing")
+    changes = pooled.changes
+    members.suspect(member, "it says nothing")
+    assert (pooled.suspect, pooled.takes_jobs, pooled.changes) == ("it says nothing", False, changes)
+    epoch = pooled.epoch
+    pooled.warm.add("portrait")
+    members.void(member, "it is not Ready any more")
+    assert (pooled.stage, member.usable, pooled.void, pooled.epoch) == (Stage.BOOTING, False, True, epoch + 1)
+    assert (pooled.warm, pooled.idle_since, pooled.outran) == (set(), None, False)
+    await asyncio.sleep(10)
+    members.usable(member, client)
+    assert (pooled.hold_until, pooled.epoch, pooled.void, pooled.suspect) == (now + 30, epoch + 2, False, "")
+    await asyncio.sleep(1)
+    assert kept.told == 3  # once for what happens together
+
+
+async def test_a_machine_that_goes_at_the_end_of_what_is_paid_did_not_die_of_its_jobs(program: Program) -> None:
+    kept = Kept(program)
+    member, now = kept.member, asyncio.get_running_loop().time()
+    late = 2 * program.machines.settings.pool.status_every.total_seconds()
+    assert member.left(now) is None
+    member.billed_since, member.confirmed_s = now - 100, 160 + late
+    assert member.left(now) == 60 + late
+    for passed, outran in ((59, False), (1, True), (late + 60, True)):
+        await asyncio.sleep(passed)
+        kept.members.void(member, "it is gone")
+        assert kept.pooled.outran == outran
+
+
+async def test_a_machine_that_drains_keeps_its_first_reason_and_takes_no_jobs(program: Program) -> None:
+    kept = Kept(program)
+    members, member, pooled = kept.members, kept.member, kept.pooled
+    members.usable(member, object())  # type: ignore[arg-type]
+    changes = pooled.changes
+    members.drain(member, "nothing is to do")
+    assert (pooled.draining, pooled.stage, pooled.takes_jobs) == ("nothing is to do", Stage.DRAINING, False)
+    assert pooled.changes == changes + 1
+    members.drain(member, "another reason")
+    assert (pooled.draining, pooled.changes) == ("nothing is to do", changes + 1)
+    assert not member.ended  # nobody has answered its launch: there is nothing to end yet
+    members.void(member, "it is not Ready any more")
+    assert pooled.stage is Stage.DRAINING
+    members.usable(member, object())  # type: ignore[arg-type]
+    assert pooled.stage is Stage.DRAINING
+
+
+async def test_a_launch_that_was_repeated_is_found_under_its_new_id_and_forgotten_with_it(program: Program) -> None:
+    kept = Kept(program)
+    members, member = kept.members, kept.member
+    first = member.machine.id
+    other = members.add(Member(PooledMachine(program.intent(), launched_at=0.0, expected_ready_at=0.0)))
+    again = program.intent()
+    members.answered(member, again)
+    assert (members.get(first), members.get(again.id), member.seen) == (None, member, False)
+    assert list(members) == [member, other]
+    assert [pooled.id for pooled in members.pooled] == [again.id, other.machine.id]
+    members.answered(member, replace(again, ready_at=program.books.clock.now()))
+    assert member.seen
+    assert member.name == "medium machine (not answered yet)"
+    members.remove(member)
+    assert (list(members), members.pooled, members.get(again.id)) == ([other], (other.pooled,), None)
+    members.remove(member)
+    assert len(members) == 1
+
+
+async def test_what_fails_in_the_background_is_over_and_harms_nobody(program: Program) -> None:
+    members = Kept(program).members
+
+    async def fail() -> None:
+        await asyncio.sleep(5)
+        raise MachineLost("it is gone")
+
+    failing = members.spawn(fail(), name="fails")
+    await asyncio.wait_for(members.quiet(), 10)
+    assert failing.done()
+    members.decided("replace", "machine-1", "it is ill")
+    await members.quiet()
+    [decision] = await program.store.decisions(limit=9)
+    assert (decision.action, decision.what, decision.why) == ("replace", "machine-1", "it is ill")
+    assert (decision.by, decision.at) == (program.owner.id, program.books.clock.now())
