@@ -6,6 +6,7 @@ from datetime import timedelta
 from email.utils import format_datetime
 from typing import Any, Final
 
+from runcomfy.testing.emulators.runcomfy.faults import CallFault
 from runcomfy.testing.simulation.harm import Harm
 
 LAUNCH: Final = "POST servers"
@@ -24,11 +25,12 @@ VISIBLE_AFTER: Final = 115.0
 """Seconds after which every machine has been in a list that was not wrong: less than the visibility window."""
 
 
-def _arm(harm: Harm, number: int, words: str, call: str, *, patience: float = PATIENCE, **fault: Any) -> None:
+def _arm(harm: Harm, number: int, words: str, call: str, *, patience: float = PATIENCE, **fault: Any) -> CallFault:
     """Let calls go wrong, for a while at most."""
     armed = harm.world.cloud.next_call(call, **fault)
     harm.note(number, words, lasts=patience)
     harm.later(patience, lambda: harm.world.cloud.forget_call(armed))
+    return armed
 
 
 # -- launches --------------------------------------------------------------------------------------------------
@@ -135,9 +137,14 @@ async def slow_answers(harm: Harm) -> None:
 
 
 async def list_empty(harm: Harm) -> None:
-    """A list is empty by mistake."""
-    times = harm.draw.choice((1, 1, 2))
-    _arm(harm, 11, f"{times} lists will be empty", LIST, body=[], times=times)
+    """A list is empty by mistake.
+
+    Never two in a row: of a launch that was not answered there is no id to ask for, and the second list is all there is
+    against the first (I3).
+    """
+    if harm.empty_list is not None:
+        harm.world.cloud.forget_call(harm.empty_list)
+    harm.empty_list = _arm(harm, 11, "a list will be empty", LIST, body=[])
 
 
 async def list_paged(harm: Harm) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.runcomfy.faults import CallFault
 from runcomfy.testing.emulators.runcomfy.machines import EmulatedMachine, Stage
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Harm:
         """Prompts that a person began on our machines."""
         self.doubled: set[str] = set()
         """Machines whose server may have queued a prompt twice by itself."""
+        self.empty_list: CallFault | None = None
+        """The last list that was to be empty by mistake."""
         self.clock_set: list[float] = []
         """Seconds at which the computer's clock was set."""
         self.disturbed = False
@@ -88,7 +91,13 @@ class Harm:
         """Do something in a task of its own."""
         task = self.world.loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        """Keep what went wrong with a blow itself: a day in which half of one was dealt has shown nothing."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.world.deaths.append(f"a blow failed with {type(error).__name__}: {error}")
 
     async def calm(self) -> None:
         """Let everything that lasts be over, and wait for what is being done."""

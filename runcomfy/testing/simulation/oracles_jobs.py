@@ -140,9 +140,13 @@ class JobsOracle:
                 self._say("I17", f"it was sent to {server} {late:.0f} s after it was cancelled", order.name)
 
     def _judge_repeats(self, runs: dict[int, list[tuple[str, RunRecord]]]) -> None:
-        """I13: a prompt is begun once, unless its server doubled it or a program sent it that had slept meanwhile."""
+        """I13: a prompt is begun once, unless its server doubled it or a program sent it that had slept meanwhile.
+
+        One that vanished from queue and history (37) does not count: it may be sent again if nobody had heard of it.
+        """
         for number, known in runs.items():
-            times = Counter(record.prompt_id for server, record in known if server not in self.harm.doubled)
+            heard = [(server, record) for server, record in known if not record.forgotten]
+            times = Counter(record.prompt_id for server, record in heard if server not in self.harm.doubled)
             for prompt_id, count in times.items():
                 begun = [self._of(record.started) for _, record in known if record.prompt_id == prompt_id]
                 if count > 1 and not self._woke(min(begun), max(begun)):

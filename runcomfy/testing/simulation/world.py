@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 from runcomfy.application.finish import finish
 from runcomfy.application.guard import Guard
 from runcomfy.domain.budget import Budget
-from runcomfy.domain.exceptions import LocalError
+from runcomfy.domain.exceptions import LocalError, StopUnconfirmed
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
@@ -228,7 +228,10 @@ class World:
         if served not in self.served:
             return
         self.trace.tell("world", f"{self.names[served]} is stopped")
-        await self._let_end(served)
+        try:
+            await self._let_end(served)
+        except StopUnconfirmed as error:  # its last words, and its exit code: whatever looks after it goes on
+            self.trace.tell("world", f"{self.names[served]} ended with: {error}")
 
     async def kill(self, served: Served) -> None:
         """End a service as by SIGKILL, if it still runs."""

@@ -58,6 +58,8 @@ class RunRecord:
     """Nodes that were executed, cached ones not included."""
     cached: list[str] = field(default_factory=list)
     graph: dict[str, Any] = field(default_factory=dict)
+    forgotten: bool = False
+    """Whether it vanished: neither queue nor history knew it afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +257,7 @@ class ServerProcess:
             record.nodes, record.cached = execution.executed, execution.cached
             record.ended = self.now()
         if self._run_task.cancelled():
+            record.forgotten = True
             self.queue.drop_running(task)
             return
         finished = self._run_task.result()
@@ -265,6 +268,7 @@ class ServerProcess:
             await asyncio.sleep(self.faults.history_delay)
         await self.awake()
         if fault.vanish == "end":
+            record.forgotten = True
             self.queue.drop_running(task)
             return
         self.queue.done(task, finished)
