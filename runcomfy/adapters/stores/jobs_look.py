@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
-from functools import lru_cache
 from typing import Any, Final
 
 from sqlalchemy import Connection, select
@@ -189,13 +188,8 @@ def jobs(
     order = f"priority{turn}, id{turn}" if status is QueueStatus.PENDING else f"id{turn}"
     count = "" if limit is None else f" LIMIT {max(0, int(limit))}"
     query = f"SELECT {COLUMNS} FROM jobs {where}ORDER BY {order}{count}"
-    return [job_of(row) for row in _query(query).run(connection, parameters)]
-
-
-@lru_cache(maxsize=64)
-def _query(text: str) -> Sql:
-    """Return a statement; kept, since making it takes longer than asking it."""
-    return Sql(text, postgres=text.replace("length(:folder)", "length(CAST(:folder AS text))"))
+    server = query.replace("length(:folder)", "length(CAST(:folder AS text))")
+    return [job_of(row) for row in Sql(query, postgres=server).run(connection, parameters)]
 
 
 def counts(connection: Connection) -> Mapping[QueueStatus, int]:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final
 
 from sqlalchemy import Connection, CursorResult
@@ -41,22 +42,27 @@ _PARAMETER: Final = re.compile(r"(?<![:\w]):([a-z_][a-z0-9_]*)")
 class Sql:
     """A statement in the words of each driver."""
 
-    __slots__ = ("_texts",)
+    __slots__ = ("_server", "_text")
 
     def __init__(self, text: str, *, postgres: str | None = None) -> None:
         """`postgres`: its own text for PostgreSQL."""
-        server = (text if postgres is None else postgres).replace("%", "%%")
-        self._texts = {"sqlite": text, "postgresql": _PARAMETER.sub(r"%(\1)s", server)}
+        self._text, self._server = text, text if postgres is None else postgres
 
     def text(self, dialect: str) -> str:
         """Return it in the words of `sqlite` or `postgresql`."""
-        return self._texts[dialect]
+        return self._text if dialect == "sqlite" else _in_server_words(self._server)
 
     def run(
         self, connection: Connection, parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
     ) -> CursorResult[*tuple[Any, ...]]:
         """Run it; with a list of parameters, once for each."""
-        return connection.exec_driver_sql(self._texts[connection.dialect.name], parameters)
+        return connection.exec_driver_sql(self.text(connection.dialect.name), parameters)
+
+
+@lru_cache(maxsize=512)
+def _in_server_words(text: str) -> str:
+    """Return a statement as the driver of PostgreSQL takes it; kept, since most are asked for again and again."""
+    return _PARAMETER.sub(r"%(\1)s", text.replace("%", "%%"))
 
 
 def listed(connection: Connection, values: Iterable[Any]) -> Any:
