@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from runcomfy.application.ending import SAY_AGAIN, Said, believable, ready_since
 from runcomfy.application.finish import finish
 from runcomfy.domain.exceptions import (
     AuthRejected,
@@ -21,10 +22,11 @@ from runcomfy.domain.exceptions import (
     ProviderError,
     StopUnconfirmed,
 )
-from runcomfy.domain.machine import Machine, MachineState
+from runcomfy.domain.machine import Machine, MachineReport, MachineState, Phase, ServerId
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings
-from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.clock import START, LoopClock
+from runcomfy.testing.contracts.store_words import a_machine
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
 from runcomfy.testing.rented_pools import until
@@ -611,3 +613,68 @@ async def test_a_machine_that_another_process_took_over_is_left_to_it(
         assert cloud.billing == [machine.server_id]
         assert not [call for call in cloud.calls if call.method == "DELETE"]
         await two.machines.stop(taken, reason="the test is over")
+
+
+# -- since when it bills, and what is said again ---------------------------------------------------------------
+
+
+def a_ready_time(minutes: float) -> datetime:
+    return START + timedelta(minutes=minutes)
+
+
+@pytest.mark.parametrize(
+    ("told", "not_before", "believed"),
+    [
+        (3, None, 3),
+        (0, None, 0),  # as soon as it was asked for
+        (10, None, 10),
+        (3, 5, 3),  # it was seen to start later: it had turned back
+        (-1, None, 0),
+        (-1, 4, 4),
+        (11, None, 10),
+        (11, 4, 10),
+        (None, None, 10),
+        (None, 4, 10),
+        (-1, 12, 10),
+    ],
+)
+def test_a_ready_time_lies_between_the_launch_and_now(
+    told: float | None, not_before: float | None, believed: float
+) -> None:
+    machine = replace(a_machine(), requested_at=START)
+    found = believable(
+        None if told is None else a_ready_time(told),
+        machine,
+        now=a_ready_time(10),
+        not_before=None if not_before is None else a_ready_time(not_before),
+    )
+    assert found == a_ready_time(believed)
+
+
+def test_the_first_times_that_the_provider_tells_stand() -> None:
+    def report(ready: float | None, stops: float | None) -> MachineReport:
+        times = [None if at is None else a_ready_time(at) for at in (ready, stops)]
+        return MachineReport(ServerId("s"), Phase.READY, "Ready", ready_at=times[0], stopping_at=times[1])
+
+    def since(machine: Machine, seen: MachineReport) -> datetime:
+        return ready_since(seen, machine, now=a_ready_time(10), not_before=None)
+
+    unready = replace(a_machine(), requested_at=START, ready_at=None, planned_stop_at=None)
+    assert since(unready, report(3, None)) == a_ready_time(3)
+    guessed = replace(unready, ready_at=a_ready_time(2))  # its word came before its times
+    assert since(guessed, report(3, None)) == a_ready_time(2)
+    assert since(guessed, report(None, 13)) == a_ready_time(2)
+    assert since(guessed, report(3, 13)) == a_ready_time(3)
+    assert since(guessed, report(11, 21)) == a_ready_time(2)
+    assert since(guessed, report(-1, 9)) == a_ready_time(2)
+    known = replace(guessed, planned_stop_at=a_ready_time(12))
+    assert since(known, report(3, 13)) == a_ready_time(2)
+
+
+async def test_what_goes_wrong_is_said_when_it_comes_first_and_then_once_an_hour() -> None:
+    said = Said()
+    assert [said.due("busy"), said.due("busy"), said.due("slow")] == [True, False, True]
+    await asyncio.sleep(SAY_AGAIN.total_seconds() - 1)
+    assert not said.due("busy")
+    await asyncio.sleep(1)
+    assert [said.due("busy"), said.due("busy")] == [True, False]
