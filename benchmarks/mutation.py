@@ -108,7 +108,7 @@ GROUPS: Final = {
             "tests/stories/test_pool_catalogue.py", "tests/stories/test_pool_leftovers.py",
             "tests/stories/test_pool_addresses.py",
             "tests/stories/test_queue_cancel.py", "tests/stories/test_queue_trouble.py",
-            "tests/stories/test_queue_promises.py", 
+            "tests/stories/test_queue_promises.py",
         ),
         "tests/test_work_book.py",
         10.0,

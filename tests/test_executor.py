@@ -14,10 +14,23 @@ import pytest_asyncio
 from PIL import Image
 
 from runcomfy.adapters.config import load_settings
-from runcomfy.domain.exceptions import JobBusy, JobNotFound
-from runcomfy.domain.job import JobRequest
+from runcomfy.application.job_run import EXCUSED_DELAY, EXCUSES, FLAPS_EXCUSED, JobRun, Why
+from runcomfy.application.placing import OWN_MACHINE, POOL_MACHINE, Place
+from runcomfy.application.seat import Seat
+from runcomfy.domain.exceptions import (
+    BudgetExceeded,
+    JobBusy,
+    JobFileInvalid,
+    JobNotFound,
+    MachineLost,
+    NodeFailed,
+    ServerRestarted,
+    ServerUnreachable,
+)
+from runcomfy.domain.job import JobRequest, PromptId
 from runcomfy.domain.queued import EventKind, NewJob, Outcome, Phase, QueuedJob, QueueStatus
 from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.contracts.jobs_words import a_job, put, take
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
 from runcomfy.testing.workers import Worker, Workers, queue_settings_for
 
@@ -484,3 +497,165 @@ async def test_a_job_that_does_not_end_in_time_is_left_running_for_the_next_work
         done = await second.queue.wait(job)
         assert (done.status, done.run_count) == (QueueStatus.DONE, 1)
     assert ran(comfyui) == ["success"]
+
+
+# -- one run by itself ---------------------------------------------------------------------------------------
+
+
+class Told(Seat):
+    """A seat that says what the test wants."""
+
+    void = server_gone = flapped = waited = unpaid = outran = False
+    server_stays = True
+
+    def __init__(self, **says: bool) -> None:
+        self.__dict__.update(says)
+
+
+async def a_run(worker: Worker, **fields: Any) -> JobRun:
+    await put(worker.store, a_job(**fields))
+    return JobRun(worker.executor._bench, await take(worker.store, worker.id))
+
+
+def at(run: JobRun, kind: str = POOL_MACHINE, *, outlives: bool = True, **says: bool) -> JobRun:
+    nowhere: Any = None
+    run._place = Place(nowhere, kind, alone=True, key="machine:1", seat=Told(**says), outlives=outlives)
+    return run
+
+
+async def test_a_run_is_cut_for_the_first_reason_unless_its_claim_or_its_user_is_gone(worker: Worker) -> None:
+    row = (await a_run(worker)).row
+    for reasons, counts, word in (
+        ([Why.DRAIN], Why.DRAIN, "put-back"),
+        ([Why.TAKEN_BACK, Why.DRAIN], Why.TAKEN_BACK, "put-back"),
+        ([Why.DRAIN, Why.CANCELLED], Why.CANCELLED, "cancelled"),
+        ([Why.CANCELLED, Why.DRAIN], Why.CANCELLED, "cancelled"),
+        ([Why.CANCELLED, Why.LOST], Why.LOST, "discarded"),
+    ):
+        run = JobRun(worker.executor._bench, row)
+        assert (run.cancel.is_set(), run._left_as()) == (False, "")
+        for why in reasons:
+            run.cut(why)
+        assert (run.why, run.cancel.is_set(), run._left_as()) == (counts, True, word)
+        run.journal.done = run.row
+        assert run._left_as() == "done"  # the result stands
+
+
+async def test_a_run_can_go_back_while_nothing_of_it_is_on_its_way(worker: Worker) -> None:
+    run = await a_run(worker)
+
+    def goes_back() -> bool:
+        return run.can_go_back
+
+    assert goes_back()
+    run.journal.touched = True
+    assert not goes_back()  # it is being sent
+    run.journal.sent = PromptId("p")
+    assert goes_back()
+    run.ending = True
+    assert not goes_back()
+    run.ending, run._asked_back = False, True
+    assert not goes_back()
+    assert not await run.take_back()
+    run._asked_back = False
+    run.cut(Why.DRAIN)
+    assert not goes_back()
+    fresh = await a_run(worker)
+    assert await fresh.take_back()
+    assert (fresh.why, await fresh.take_back()) == (Why.TAKEN_BACK, False)
+
+
+async def test_a_server_stays_where_its_keeper_says_so_and_what_is_never_reached_is_not_ours_to_end(
+    worker: Worker,
+) -> None:
+    run = await a_run(worker)
+    assert run._server_stays
+    assert at(run, "server")._server_stays
+    assert at(run)._server_stays
+    assert not at(run, server_stays=False)._server_stays
+    assert at(run, outlives=False)._server_stays
+    run.cut(Why.DRAIN)
+    assert not at(run, outlives=False)._server_stays
+    assert at(run)._server_stays
+    assert not at(run, OWN_MACHINE)._server_stays  # it ends with this process
+    assert at(run, "server")._server_stays
+
+
+async def test_a_prompt_may_run_on_where_it_was_sent_to_a_machine_that_is_not_seen_gone(worker: Worker) -> None:
+    run = at(await a_run(worker))
+    assert not at(run)._may_run_on
+    run.journal.touched = True
+    assert at(run)._may_run_on
+    assert not at(run, server_gone=True)._may_run_on
+    assert not at(run, "server")._may_run_on
+    assert at(run, void=True)._leaves(ServerUnreachable("silent"))
+    assert at(run, void=True)._keeps(ServerUnreachable("silent"))
+    run._withdrawn = True
+    assert not run._keeps(ServerUnreachable("silent"))
+
+
+async def test_machines_that_fail_a_job_before_it_has_sent_anything_cost_it_nothing_three_times(worker: Worker) -> None:
+    lost = MachineLost("it is gone")
+    run = at(await a_run(worker))
+    for number in range(1, EXCUSES + 1):
+        excused = run._excused(lost)
+        assert excused is not None
+        assert (excused.outcome, excused.delay, excused.keeps_prompt) == (Outcome.PUT_BACK, EXCUSED_DELAY, False)
+        assert excused.error == lost.as_dict()
+        assert run._bench.excused[run.row.id] == number
+    assert run._excused(lost) is None
+    assert run.row.id not in run._bench.excused
+    assert run._excused(lost) is not None
+    assert run._excused(NodeFailed("it burst")) is None  # no fault of the machine
+    assert run.row.id not in run._bench.excused
+    assert at(run, "server")._excused(lost) is None
+    run._place = None
+    assert run._excused(lost) is None
+    run = at(run)
+    run.journal.touched = True
+    assert run._excused(lost) is None  # it may have died of the job
+
+
+async def test_machines_that_flap_under_a_job_cost_it_nothing_six_times(worker: Worker) -> None:
+    lost = MachineLost("it was not Ready")
+    run = at(await a_run(worker), flapped=True)
+    run.journal.touched = True
+    for _ in range(FLAPS_EXCUSED):
+        excused = run._excused(lost)
+        assert excused is not None
+        assert (excused.delay, excused.keeps_prompt) == (EXCUSED_DELAY, True)
+    assert run._excused(lost) is None
+
+
+async def test_a_job_that_waited_its_turn_or_whose_machine_nobody_pays_goes_back_at_no_cost(worker: Worker) -> None:
+    run = at(await a_run(worker), waited=True)
+    run.journal.touched, run.journal.sent = True, PromptId("p")
+    for _ in range(9):
+        excused = run._excused(MachineLost("it is gone"))
+        assert excused is not None
+        assert (excused.outcome, excused.delay, excused.keeps_prompt) == (Outcome.PUT_BACK, timedelta(0), True)
+        assert run._bench.excused[run.row.id] == 1
+    restarted = run._excused(ServerRestarted("it forgot"))
+    assert restarted is not None
+    assert not restarted.keeps_prompt
+    broke = BudgetExceeded("no more today", hint="wait")
+    assert at(run)._excused(broke) is None
+    unpaid = at(run, unpaid=True)._excused(broke)
+    assert unpaid is not None
+    assert (unpaid.outcome, unpaid.keeps_prompt) == (Outcome.PUT_BACK, True)
+
+
+async def test_what_a_request_leaves_open_the_row_and_the_settings_say(worker: Worker) -> None:
+    run = await a_run(worker, user="ann", project="film")
+    asked, settings = await run._request(), worker.executor.settings
+    assert (asked.job_id, asked.user, asked.project) == (run.row.uid, "ann", "film")
+    assert (asked.timeout, asked.out_dir) == (settings.job_timeout, settings.jobs_finished)
+    assert asked.earlier_outputs == {}
+    own = JobRequest("image_invert", user="ben", project="book", timeout=timedelta(seconds=7), out_dir="/out")
+    run.row = replace(run.row, request=own, user="", project="")
+    asked = await run._request()
+    assert (asked.user, asked.project, asked.out_dir) == ("ben", "book", "/out")
+    assert asked.timeout == timedelta(seconds=7)
+    run.row = replace(run.row, request=None)
+    with pytest.raises(JobFileInvalid, match="nothing of what to run"):
+        await run._request()
