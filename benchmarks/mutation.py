@@ -305,7 +305,7 @@ def outcomes_of(
 ) -> dict[str, dict[str, Any]]:
     """Try mutants, and return what became of each by its name."""
     outcomes, plan = (WORK / f"{group}.{name}" for name in ("outcomes.jsonl", "plan.json"))
-    # Which test reaches what is found out anew when its own file changes, or anything that is no test.
+    # What a test reaches is found out anew when it changes, or anything that is no test.
     reaches = WORK / f"{group}.reaches.{digest()}"
     if not again:
         outcomes.unlink(missing_ok=True)

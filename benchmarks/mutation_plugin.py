@@ -11,6 +11,7 @@ The parent runs one test itself, so that what is made once for all tests (migrat
 
 from __future__ import annotations
 
+import ast
 import gc
 import hashlib
 import json
@@ -159,14 +160,32 @@ def executable(path: Path) -> frozenset[int]:
     return frozenset(lines)
 
 
+def marks_of(path: Path) -> dict[str, str]:
+    """Return a mark of the source of every test of a file, by its name without parameters."""
+    text = path.read_text(encoding="utf-8")
+    tests: dict[str, str] = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min(one.lineno for one in (node, *node.decorator_list))
+            source = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+            tests[node.name] = hashlib.sha256(source.encode()).hexdigest()[:16]
+    return tests
+
+
 def reached(items: dict[str, pytest.Item], files: Mapping[str, str], kept: Path) -> dict[str, Reach]:
-    """Return what each test reaches; found out in a child, which runs all of those that are new."""
+    """Return what each test reaches; found out in a child, which runs all of those that are new or have changed."""
     kept.mkdir(parents=True, exist_ok=True)
     of_file: dict[Path, list[pytest.Item]] = {}
     for item in items.values():
-        mark = hashlib.sha256(item.path.read_bytes()).hexdigest()[:16]
-        of_file.setdefault(kept / f"{item.path.stem}.{mark}.json", []).append(item)
-    if unknown := {path: found for path, found in of_file.items() if not path.exists()}:
+        of_file.setdefault(item.path, []).append(item)
+    unknown: dict[Path, list[tuple[pytest.Item, str]]] = {}
+    for path, found in of_file.items():
+        marks, known = marks_of(path), notes_of(kept / f"{path.stem}.json")
+        for item in found:
+            mark = marks.get(item.name.partition("[")[0], "")
+            if known.get(item.nodeid, {}).get("mark") != mark:
+                unknown.setdefault(kept / f"{path.stem}.json", []).append((item, mark))
+    if unknown:
         child = os.fork()
         if child == 0:
             status = 1
@@ -180,38 +199,44 @@ def reached(items: dict[str, pytest.Item], files: Mapping[str, str], kept: Path)
             pytest.exit("the tests could not be run without any mutant", returncode=FAILED_ALREADY)
     reaches: dict[str, Reach] = {}
     for path in of_file:
-        for name, one in json.loads(path.read_text(encoding="utf-8")).items():
-            lines = {module: frozenset(found) for module, found in one["lines"].items()}
-            reaches[name] = Reach(frozenset(one["functions"]), lines, one["seconds"])
-    return {name: reach for name, reach in reaches.items() if name in items}
+        for name, one in notes_of(kept / f"{path.stem}.json").items():
+            if name in items and one["passed"]:
+                lines = {module: frozenset(found) for module, found in one["lines"].items()}
+                reaches[name] = Reach(frozenset(one["functions"]), lines, one["seconds"])
+    return reaches
 
 
-def observe(unknown: Mapping[Path, Sequence[pytest.Item]], files: Mapping[str, str]) -> None:
-    """Run tests, and write what they reach. One that fails by itself shows nothing about mutants: left out."""
+def notes_of(kept: Path) -> dict[str, dict[str, Any]]:
+    """Return what is known of the tests of a file."""
+    return json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+
+
+def observe(unknown: Mapping[Path, Sequence[tuple[pytest.Item, str]]], files: Mapping[str, str]) -> None:
+    """Run tests, and write what they reach. One that fails by itself shows nothing about mutants."""
     set_mutant_under_test("stats")
     watching = coverage.Coverage(data_file=None, config_file=False, include=list(files.values()))
     watching.set_option("run:core", "ctrace")  # the other one tells of each line once, and not once for each test
     watching.start()
-    everything = [item for items in unknown.values() for item in items]
+    everything = [item for items in unknown.values() for item, _ in items]
     following = dict(zip(everything, [*everything[1:], None], strict=True))
     for path, items in unknown.items():
         notes: dict[str, dict[str, Any]] = {}
-        for item in items:
+        for item, mark in items:
             state()._stats.clear()
             watching.switch_context(item.nodeid)
             began = time.process_time()
             reports = runtestprotocol(item, nextitem=following[item], log=False)
-            if all(report.passed for report in reports):
-                seconds = round(time.process_time() - began, 4)
-                notes[item.nodeid] = {"functions": sorted(state()._stats), "lines": {}, "seconds": seconds}
-            elif any(report.failed for report in reports):
+            seconds = round(time.process_time() - began, 4)
+            note = {"mark": mark, "functions": sorted(state()._stats), "lines": {}, "seconds": seconds}
+            notes[item.nodeid] = {**note, "passed": all(report.passed for report in reports)}
+            if any(report.failed for report in reports):
                 print(f"fails without any mutant: {item.nodeid}", file=sys.stderr, flush=True)
         data = watching.get_data()
         for module, source in files.items():
             for line, tests in data.contexts_by_lineno(source).items():
                 for test in notes.keys() & set(tests):
                     notes[test]["lines"].setdefault(module, []).append(line)
-        path.write_text(json.dumps(notes), encoding="utf-8")
+        path.write_text(json.dumps({**notes_of(path), **notes}), encoding="utf-8")
     watching.stop()
 
 
