@@ -93,6 +93,8 @@ class _Effort:
     """Since when, by the loop's time, the provider's yes stands; None while there is none."""
     seen_at: datetime | None = None
     """When the machine was last seen to run."""
+    tried_at: datetime | None = None
+    """When the last stop was asked for of which it was not heard whether it worked."""
     complained: bool = False
     """Whether it was seen to run after the provider's yes, which was told."""
 
@@ -158,14 +160,17 @@ class Ending:
             must_be_visible = self._books.must_be_visible(effort.machine)  # when it is asked: the answer may take long
             look = await self.look(effort.machine)
             if look.phase not in (None, Phase.GONE):
-                effort.known, effort.seen_at = True, self._clock.now()
+                effort.known = True
+                if look.phase is not Phase.STOPPING:
+                    effort.seen_at = self._clock.now()
             if look.report is not None:
                 effort.machine = await self._note_ready(effort.machine, look.report)
             judged = after_look(look.phase, known=effort.known, must_be_visible=must_be_visible)
             if judged is AfterLook.MISTAKEN and await self._was_another(effort, look.listed):
                 continue
             if judged in (AfterLook.CLOSE, AfterLook.MISTAKEN):
-                return await self.gone(effort.machine, note=reason, seen_at=effort.seen_at)
+                ended = self._ended_at(effort.machine, seen_at=effort.seen_at, tried_at=effort.tried_at)
+                return await self._close(effort.machine, note=reason, gone_at=ended)
             # A word that nobody knows may say that it is on its way out; of one that ran on before, it says nothing.
             ran_on = look.phase is Phase.UNKNOWN and effort.complained
             if (judged is AfterLook.RUNS or ran_on) and look.phase is not None:
@@ -192,8 +197,8 @@ class Ending:
 
     async def _call(self, effort: _Effort) -> None:
         """Ask for the stop once; raises StopUnconfirmed if asking is hopeless."""
-        loop = asyncio.get_running_loop()
-        accepted = False
+        loop, asked_at = asyncio.get_running_loop(), self._clock.now()
+        accepted: bool | None = False
         try:
             effort.machine, accepted = await self._ask_to_stop(effort.machine)
         except HOPELESS as error:
@@ -208,12 +213,14 @@ class Ending:
                     "or stop it on RunComfy's page",
                     details={"server_id": server_id, "cause": error.code},
                 ) from error
-        if accepted:
+        if accepted is None:
+            effort.tried_at = asked_at
+        elif accepted:
             effort.known, effort.accepted = True, loop.time() if effort.accepted is None else effort.accepted
         effort.next_call = loop.time() + (RESTOP_EVERY if accepted else effort.delay).total_seconds()
 
-    async def _ask_to_stop(self, machine: Machine) -> tuple[Machine, bool]:
-        """Call stop once; keep the provider's yes, which is until when it bills."""
+    async def _ask_to_stop(self, machine: Machine) -> tuple[Machine, bool | None]:
+        """Call stop once; keep the provider's yes, which is until when it bills. None: it may have worked."""
         server_id = server_id_of(machine)
         slow = asyncio.get_running_loop().call_later(SLOW_STOP.total_seconds(), self._say_slow, machine)
         try:
@@ -224,7 +231,7 @@ class Ending:
             log.warning("machine_stop_failed", extra={"fields": {**self._books.facts(machine), "error": error.code}})
             if isinstance(error, HOPELESS):
                 raise
-            return machine, False
+            return machine, None
         finally:
             slow.cancel()
         faultpoint("stop.answered")
@@ -270,7 +277,7 @@ class Ending:
         """Close the books of a machine that is not there any more; None if it still is."""
         if machine.server_id is None or (await self.look(machine)).phase is not Phase.GONE:
             return None
-        return await self.gone(machine, note=note, seen_at=None)
+        return await self.gone(machine, note=note)
 
     async def stops_unasked(self, machine: Machine) -> Machine:
         """Close the bill, provisionally, of a machine that the provider says it is stopping, unasked or at its time.
@@ -287,25 +294,35 @@ class Ending:
         await self._books.post(machine, note="ready until the provider stopped it")
         return machine
 
-    async def gone(self, machine: Machine, *, note: str, seen_at: datetime | None) -> Machine:
-        """Close the books of a machine that is gone. `seen_at`: when it was last seen to run after its stop was asked.
+    async def gone(self, machine: Machine, *, note: str) -> Machine:
+        """Close the books of a machine that is gone, which nobody here was stopping."""
+        return await self._close(machine, note=note, gone_at=self._ended_at(machine))
 
-        Where the provider's yes did not reach us, the end is reckoned: a stop that worked did so when it was asked
-        for; a machine that is gone after its planned stop may have run until then, also if that was moved by a call
-        that was not answered (not if it was answered with an error).
+    def _ended_at(
+        self, machine: Machine, *, seen_at: datetime | None = None, tried_at: datetime | None = None
+    ) -> datetime:
+        """Return when a machine ended that is gone, of whose stop the provider's yes did not reach us: reckoned.
+
+        A stop that worked did so when it was asked for; a machine that is gone after its planned stop may have run
+        until then, also if that was moved by a call that was not answered (not if it was answered with an error). One
+        that was seen to run after that (`seen_at`) ended with the stop that was not answered since (`tried_at`), or by
+        itself: in the middle between then and now, so that this is wrong by half of that at most.
         """
         now, asked = self._clock.now(), machine.stop_asked_at
+        if machine.stop_accepted_at is not None:
+            return now
         planned = machine.planned_stop_at if machine.id in self._books.not_longer else _most_planned(machine)
-        gone_at = now
+        if planned is not None and now < planned:
+            planned = machine.planned_stop_at  # it was not moved, or the machine would be there
+        ended = planned if planned is not None and now >= planned else asked
+        if ended is None:
+            ended = now
+        elif seen_at is not None and seen_at > ended:
+            ended = tried_at if tried_at is not None and tried_at > seen_at else seen_at + (now - seen_at) / 2
+        return min(now, max(ended, machine.ready_at or ended))
+
+    async def _close(self, machine: Machine, *, note: str, gone_at: datetime) -> Machine:
         self._said.pop(machine.id, None)
-        if machine.stop_accepted_at is None:
-            if planned is not None and now < planned:
-                planned = machine.planned_stop_at  # it was not moved, or the machine would be there
-            if planned is not None and now >= planned:
-                gone_at = max(planned, seen_at or planned)
-            elif asked is not None:
-                gone_at = max(asked, seen_at or asked)
-            gone_at = min(now, max(gone_at, machine.ready_at or gone_at))
         # The ledger first: it knows what it has, so that a crash in between costs no entry.
         await self._books.post(replace(machine, gone_at=gone_at), note="ready until gone")
         changes: dict[str, Any] = {"gone_at": gone_at}
@@ -399,7 +416,7 @@ class Ending:
             )
             return exact[0]
         ids = [report.server_id for report in [*exact, *near]]
-        await self.gone(machine, note=f"never visible; may be {', '.join(ids)}", seen_at=None)
+        await self.gone(machine, note=f"never visible; may be {', '.join(ids)}")
         raise ambiguous(ids)
 
 

@@ -131,7 +131,7 @@ class Machines:
 
     async def seen_gone(self, machine: Machine, *, note: str) -> Machine:
         """Close the books of a machine that its status and two full lists say is gone: the caller has seen them."""
-        return await self._ending.gone(machine, note=note, seen_at=None)
+        return await self._ending.gone(machine, note=note)
 
     async def living_uses(self, machine: Machine, *, monitors: bool = False) -> list[Use]:
         """Return the jobs on a machine whose processes live; with `monitors` those that only look at it, too."""

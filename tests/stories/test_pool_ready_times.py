@@ -101,3 +101,34 @@ async def test_a_machine_that_ran_on_after_its_stop_bills_while_a_word_that_nobo
             cloud.lose(real)
             await pool.empty(within=200)
         assert all(abs(gap) < 60 for gap in (await gaps(cloud, program)).values())
+
+
+@pytest.mark.fault(18)
+@pytest.mark.fault(19)
+@pytest.mark.parametrize("ended_by", ["a stop", "itself"])
+async def test_a_machine_that_ran_on_and_is_gone_is_billed_until_the_stop_that_may_have_worked_or_until_halfway(
+    cloud: RunComfyEmulator, programs: Programs, ended_by: str
+) -> None:
+    """I9: within 60 s, though it is looked at every two minutes by then."""
+    rarely = replace(programs.settings.cloud, poll_interval=timedelta(seconds=20))
+    programs.settings = replace(programs.settings, cloud=rarely)
+    cloud.next_machine(ignores_delete=True, ignores_stop_time=True)
+    async with programs.start() as program:
+        async with running_pool(program) as pool:
+            machine = await pool.usable()
+            real = cloud.machines[cloud.launched[0]]
+            cloud.next_call("DELETE servers/*", status=500, works=False, times=None)
+            pool.pool.drain(machine.id, why="no job waits any more")
+            await asyncio.sleep(600)
+            asked = sum(call.method == "DELETE" for call in cloud.calls)
+            await until(lambda: sum(c.method == "DELETE" for c in cloud.calls) >= asked + 4, within=300, what="a stop")
+            if ended_by == "itself":
+                await asyncio.sleep(70)
+                cloud.lose(real)
+                cloud.behave()
+            else:
+                cloud.behave()
+                real.traits.ignores_delete = False
+                cloud.next_call("DELETE servers/*", status=500, works=True, times=4)
+            await pool.empty(within=300)
+        assert all(abs(gap) < 60 for gap in (await gaps(cloud, program)).values())
