@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ pytest_plugins = ["runcomfy.testing.plugin"]
 
 # The contract suites ship with the package; their asserts are to explain themselves like those in this folder.
 pytest.register_assert_rewrite("runcomfy.testing.contracts")
+
+# Each worker reads all tests, and having asserts explain themselves takes most of that: what pytest has made of a file
+# is kept, whole or not at all, also where the processes that tests start and kill are to leave nothing behind.
+_writes_no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("nightly", deadline=None, max_examples=2_000)
@@ -46,6 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         item.add_marker(pytest.mark.looptime(noop_cycles=1))
+
+
+def pytest_collection_finish() -> None:
+    """Write no more bytecode, if none was to be written."""
+    sys.dont_write_bytecode = _writes_no_bytecode
 
 
 @pytest.fixture(scope="session", autouse=True)
