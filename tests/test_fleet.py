@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest_asyncio
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.sql import SqlStore
-from runcomfy.application.fleet import FAILED_FIRST, FAILED_MOST, GIVEN_UP_AFTER
+from runcomfy.application.fleet import FAILED_FIRST, FAILED_MOST, GIVEN_UP_AFTER, _worth_s
 from runcomfy.application.fleet_demand import BATCH_LATE
 from runcomfy.application.fleet_offers import UNKNOWN_RUN, FleetOffers, wait_usd_per_hour
 from runcomfy.domain.budget import Budget, Period
@@ -35,7 +36,7 @@ from runcomfy.domain.exceptions import (
     ValueInvalid,
 )
 from runcomfy.domain.machine import Machine, MachineEvent, MachineId, Purpose, ServerId
-from runcomfy.domain.plan_view import DemandView, Extend, Plan, PlanView, Stage
+from runcomfy.domain.plan_view import DemandView, Extend, OfferView, Plan, PlanView, Stage
 from runcomfy.domain.queued import FLEET_SCOPE, QUEUE_SCOPE, EventKind
 from runcomfy.testing.clock import START, SettableClock
 from runcomfy.testing.contracts.jobs_words import a_job, put
@@ -610,6 +611,46 @@ async def test_signals_are_scored_by_the_work_that_follows(office: Office) -> No
         assert view.presence.lead_s == pytest.approx(5 * MINUTES, abs=30)
         assert len(office.pool.asked) == 6
         assert not [s for s in office.said if "not heeded" in s]
+
+
+async def test_what_a_machine_costs_that_is_kept_is_written_down_with_it(office: Office) -> None:
+    [resting] = office.pool.stand(1)
+
+    def keep(view: PlanView) -> list[Any]:
+        return [Extend(resting.id, now() + 1_800.0, "more will come")]
+
+    async with office.running(Ordered(keep)):
+        await asyncio.sleep(5)
+    [said] = await office.decisions("extend")
+    assert said.expected_usd == pytest.approx(Decimal("0.495"))  # half an hour of a medium one at $0.99
+    assert resting.wanted_until == pytest.approx(now() + 1_800, abs=25)
+
+
+async def test_machines_go_only_down_to_what_is_to_be_kept_and_each_only_once(office: Office) -> None:
+    machines = office.pool.stand(3)
+    office.pool.drain(machines[0].id, why="somebody said so")
+    async with office.running(Ordered(stop_all), min_machines=1):
+        await asyncio.sleep(60)
+        assert [machine.id for machine in office.pool.machines] == [machines[2].id]
+    stopped = await office.decisions("stop")
+    assert [(one.what, one.why, one.expected_usd) for one in stopped] == [(str(machines[1].id), "because", Decimal(0))]
+    assert sum(line.startswith("ending medium machine ") and line.endswith(": because") for line in office.said) == 1
+
+
+async def test_a_launch_that_is_wanted_more_often_than_there_is_room_costs_its_share(office: Office) -> None:
+    office.pool.answers_after = 1_000.0
+    async with office.running(Ordered(ten_more), max_machines=3):
+        await asyncio.sleep(60)
+        found = await office.decisions("launch")
+        assert [(one.what, one.why, one.expected_usd) for one in found] == [("medium", "because", Decimal("0.1"))] * 3
+        assert office.said.count("launching a medium machine ($0.99/h): because") == 3
+
+
+async def test_a_spared_cold_start_is_worth_its_load_and_the_waiting_at_the_machines_price(office: Office) -> None:
+    offer = OfferView("medium", 2.0, boot_s=100.0, load_s=20.0)
+    assert _worth_s(offer, 4.0, None) == 20 + 2 * 120
+    assert _worth_s(offer, 4.0, 50.0) == 20 + 2 * 50
+    assert _worth_s(replace(offer, usd_per_hour=0.0), 0.0, 50.0) == 20
 
 
 async def test_what_is_announced_holds_until_its_time_is_over_or_it_is_taken_back(office: Office) -> None:

@@ -311,6 +311,9 @@ async def test_people_see_what_each_machine_does_costs_and_why_it_is_there(
     await asyncio.sleep(20)
     [row] = pool.pool.rows()
     assert (row.doing, row.idle_s, row.warm) == ("idle", 20.0, ("portrait",))
+    assert (row.id, row.server_id, row.server_type, row.jobs) == (machine.id, cloud.launched[0], "medium", ())
+    assert (row.stage, row.draining, row.suspect) == (Stage.READY, "", "")
+    assert (row.usd_per_hour, row.ready_at) == (machine.machine.usd_per_hour, machine.machine.ready_at)
     pool.pool.want(machine.id, until=4_711.0)
     assert machine.wanted_until == 4_711.0
     lease = pool.lease(machine)
