@@ -183,6 +183,23 @@ def test_times_are_read_in_utc(text: str, at: datetime | None) -> None:
     assert wire.read_machine({"server_id": "s", "service_ready_at": text}).ready_at == at
 
 
+@pytest.mark.fault(13)
+@pytest.mark.parametrize(
+    ("status", "stops", "ready"),
+    [
+        ("Ready", "2026-11-20T10:30:00.250000Z", datetime(2026, 11, 20, 10, 0, 0, 250_000, UTC)),
+        ("Starting", "2026-11-20T10:30:00.250000Z", None),
+        ("Ready", None, None),
+        ("Ready", "2000-01-01T00:00:00Z", datetime(2000, 1, 1, tzinfo=UTC)),
+    ],
+)
+def test_a_ready_time_that_is_left_out_is_told_by_the_stop_time_and_the_duration(
+    status: str, stops: str | None, ready: datetime | None
+) -> None:
+    entry = {"server_id": "s", "current_status": status, "estimated_duration": 1800, "estimated_stopping_at": stops}
+    assert wire.read_machine(entry).ready_at == ready
+
+
 @pytest.mark.parametrize("value", [1800, 1800.0, "1800"])
 def test_durations_are_seconds(value: object) -> None:
     assert wire.read_machine({"server_id": "s", "estimated_duration": value}).duration == timedelta(minutes=30)

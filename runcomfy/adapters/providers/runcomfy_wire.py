@@ -249,15 +249,20 @@ def read_machine(entry: Mapping[str, Any]) -> MachineReport:
     if server_id is None:
         raise Unreadable("a machine without a usable id")
     status = _text(entry, "current_status", "status")
+    phase, duration = PHASES.get(status.casefold(), Phase.UNKNOWN), _duration(entry.get("estimated_duration"))
+    ready_at, stopping_at = read_time(entry.get("service_ready_at")), read_time(entry.get("estimated_stopping_at"))
+    if ready_at is None and phase is Phase.READY and duration is not None and stopping_at is not None:
+        # Left out, or no time (fault 13): the other two tell it, stop time = ready time + duration.
+        ready_at = max(stopping_at - duration, FIRST_TIME)
     return MachineReport(
         server_id=server_id,
-        phase=PHASES.get(status.casefold(), Phase.UNKNOWN),
+        phase=phase,
         status=status,
         server_type=_text(entry, "server_type"),
         url=read_url(entry.get("main_service_url")),
-        duration=_duration(entry.get("estimated_duration")),
-        ready_at=read_time(entry.get("service_ready_at")),
-        stopping_at=read_time(entry.get("estimated_stopping_at")),
+        duration=duration,
+        ready_at=ready_at,
+        stopping_at=stopping_at,
         workflow_version_id=_text(entry, "workflow_version_id"),
     )
 
