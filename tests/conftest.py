@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import warnings
@@ -25,6 +26,7 @@ pytest.register_assert_rewrite("runcomfy.testing.contracts")
 # Each worker reads all tests, and having asserts explain themselves takes most of that: what pytest has made of a file
 # is kept, whole or not at all, also where the processes that tests start and kill are to leave nothing behind.
 _writes_no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+gc.disable()  # what is collected now, stays
 
 # In every check fewer examples than Hypothesis takes by itself (100); every night many more.
 settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -57,8 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Write no more bytecode, if none was to be written."""
+    """Write no more bytecode, if none was to be written; look for garbage in circles, but not among the tests."""
     sys.dont_write_bytecode = _writes_no_bytecode
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -209,14 +209,16 @@ def _sweep(loop: MemoryLoop) -> None:
 @contextmanager
 def _rarely_collecting() -> Iterator[None]:
     """Look for garbage in circles once, at the end, and only among what is new: a day's objects live until then."""
-    before = gc.get_threshold()
-    gc.freeze()
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    if not frozen:
+        gc.freeze()
     gc.set_threshold(400_000, 20, 100)
     try:
         yield
     finally:
         gc.set_threshold(*before)
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 def _nothing(_: World) -> AbstractContextManager[object]:
