@@ -17,6 +17,7 @@ from runcomfy.application.ending import SAY_AGAIN, Said, believable, ready_since
 from runcomfy.application.finish import finish
 from runcomfy.domain.exceptions import (
     AuthRejected,
+    DiskFull,
     LaunchUnclear,
     LocalError,
     ProviderError,
@@ -598,6 +599,26 @@ async def test_a_cancelled_wait_for_the_launch_lock_does_not_keep_it(
         async with asyncio.timeout(10), two.machines.launch_lock():
             pass
     assert cloud.alive == []
+
+
+@pytest.mark.fault(54)
+async def test_a_launch_lock_that_could_not_be_freed_is_freed_as_soon_as_it_can_be(programs: Programs) -> None:
+    """I25: the process lives on and may never launch again; all others would wait for it."""
+    full = True
+
+    def visit(place: str) -> None:
+        if full and place == "before store.break_launch_lock":
+            raise DiskFull("no space left on device")
+
+    async with programs.start(visit=visit) as one, programs.start() as two:
+        async with one.machines.launch_lock():
+            pass
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(100), two.machines.launch_lock():
+                pass
+        full = False
+        async with asyncio.timeout(40), two.machines.launch_lock():
+            assert any("is launching a machine" in sentence for sentence in two.said)
 
 
 async def test_a_machine_that_another_process_took_over_is_left_to_it(

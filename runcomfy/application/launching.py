@@ -43,6 +43,9 @@ log = logging.getLogger("runcomfy.machines")
 
 LAUNCH_TRIES: Final = 3
 """How often a launch is tried again after it was proven that the earlier try started nothing."""
+FREE_AGAIN: Final = timedelta(seconds=1)
+FREE_AGAIN_MOST: Final = timedelta(seconds=30)
+"""After how long it is tried again to free the launch lock, at first and later."""
 
 
 @dataclass(slots=True)
@@ -70,6 +73,7 @@ class Launching:
         self._tries: dict[MachineId, list[_Try]] = {}
         self._turn = asyncio.Lock()
         """The store's lock tells processes apart; this one the jobs of this process."""
+        self._freeing: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def lock(self) -> AsyncIterator[None]:
@@ -95,11 +99,27 @@ class Launching:
             await asyncio.sleep(1.0)
 
     async def _free_lock(self) -> None:
-        """Free the lock, also if taking it was broken off. What cannot be written frees it when this process ends."""
+        """Free the lock, also if taking it was broken off. If that cannot be written, it is tried until it can."""
+        if not await self._freed() and (self._freeing is None or self._freeing.done()):
+            self._freeing = asyncio.create_task(self._free_later(), name="free the launch lock")
+
+    async def _freed(self) -> bool:
         try:
             await self._store.break_launch_lock(self._provider.account, holder=self._books.owner.id)
         except LocalError as error:
             log.warning("launch_lock_not_freed", extra={"fields": {"error": error.code}})
+            return False
+        return True
+
+    async def _free_later(self) -> None:
+        """Free the lock as soon as that can be written: others wait for it for as long as this process lives."""
+        delay = FREE_AGAIN
+        while True:
+            await asyncio.sleep(delay.total_seconds())
+            delay = min(delay * 2, FREE_AGAIN_MOST)
+            async with self._turn:  # not from under a job of this process
+                if await self._freed():
+                    return
 
     # -- one machine ---------------------------------------------------------------------------------------
 

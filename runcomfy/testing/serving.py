@@ -447,6 +447,8 @@ class Services:
         except Killed:
             if failure is not None and not isinstance(failure, Killed):
                 raise failure from None  # what went wrong in the block is not hidden by the death of the program
+        finally:
+            self.processes.dead |= served.app.own.ids  # its number is nobody's any more, also if it could not sign off
         self._running.remove(served)
 
     # -- jobs ----------------------------------------------------------------------------------------------
