@@ -8,7 +8,10 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
@@ -70,6 +73,20 @@ def _migrations_replayed() -> Iterator[None]:
     """Make each empty SQLite database from remembered statements."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "upgrade", Remembered(command.upgrade).upgrade)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _packages_looked_through_once() -> Iterator[None]:
+    """Look for what installed packages add once, and again where another path is looked through."""
+    look = metadata.entry_points
+
+    @cache
+    def found(path: tuple[str, ...], **which: str) -> Any:
+        return look(**which)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "entry_points", lambda **which: found(tuple(sys.path), **which))
         yield
 
 
