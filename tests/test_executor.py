@@ -659,3 +659,15 @@ async def test_what_a_request_leaves_open_the_row_and_the_settings_say(worker: W
     run.row = replace(run.row, request=None)
     with pytest.raises(JobFileInvalid, match="nothing of what to run"):
         await run._request()
+
+
+async def test_a_machine_that_was_ended_with_its_lease_did_not_die_of_the_job(worker: Worker) -> None:
+    """And one that did is counted, whether the job is tried again or has failed."""
+    row = (await a_run(worker)).row
+    for limit, outcome in ((None, Outcome.REQUEUED), (0, Outcome.FAILED)):
+        for outran in (False, True):
+            run = at(JobRun(worker.executor._bench, replace(row, retry_limit=limit)), outran=outran)
+            run.journal.touched = True
+            ending = await run._ending(MachineLost("it is gone"))
+            assert (ending.outcome, ending.killed_machine) == (outcome, not outran)
+            assert ending.end_prompt == (outcome is Outcome.REQUEUED)  # it may run on there until that is seen gone
