@@ -621,6 +621,27 @@ async def test_a_launch_lock_that_could_not_be_freed_is_freed_as_soon_as_it_can_
             assert any("is launching a machine" in sentence for sentence in two.said)
 
 
+async def test_who_is_let_go_of_tries_no_longer_to_free_the_launch_lock(programs: Programs) -> None:
+    """A program that goes on without its connection would knock at closed books for ever; others see that it left."""
+    tries = 0
+
+    def visit(place: str) -> None:
+        nonlocal tries
+        if place == "before store.break_launch_lock":
+            tries += 1
+            raise DiskFull("no space left on device")
+
+    async with programs.start(visit=visit) as one:
+        async with one.machines.launch_lock():
+            pass
+        await asyncio.sleep(10)
+        before = tries
+        await one.machines.close()
+        await asyncio.sleep(100)
+    assert before > 1
+    assert tries == before
+
+
 async def test_a_machine_that_another_process_took_over_is_left_to_it(
     cloud: RunComfyEmulator, programs: Programs
 ) -> None:

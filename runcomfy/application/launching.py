@@ -103,6 +103,13 @@ class Launching:
         if not await self._freed() and (self._freeing is None or self._freeing.done()):
             self._freeing = asyncio.create_task(self._free_later(), name="free the launch lock")
 
+    async def close(self) -> None:
+        """Try no more: whoever signs off, or dies, has the lock taken from him."""
+        task, self._freeing = self._freeing, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
     async def _freed(self) -> bool:
         try:
             await self._store.break_launch_lock(self._provider.account, holder=self._books.owner.id)

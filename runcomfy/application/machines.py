@@ -96,6 +96,10 @@ class Machines:
         """Be the only one of the account who launches; waits for a living process, replaces a dead one."""
         return self._launching.lock()
 
+    async def close(self) -> None:
+        """Let go of what is still tried in the background. Machines are left as they are."""
+        await self._launching.close()
+
     async def launch(self, intent: Machine, *, sending: Callable[[], None] = lambda: None) -> Machine:
         """Rent the machine of `intent`, exactly one; see `Launching.launch`. Hold `launch_lock`."""
         return await self._launching.launch(intent, sending=sending)

@@ -158,6 +158,7 @@ class Core:
             store, self.clock, settings, session.owner, provider=provider.name, account=provider.account, tell=self.tell
         )
         machines = Machines(provider, self.processes, books, prompt_places=self._prompt_places)
+        self._stack.push_async_callback(machines.close)
         manager = DevServerStateManager(
             folder / "dev_server_state.json", copies=settings.files.state_copies, disk=entered(DISK, "disk")
         )
