@@ -491,7 +491,7 @@ def applied(view: PlanView, found: Plan) -> PlanView:
 Check = Callable[[PlanView, Plan], None]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=settings().max_examples * 2, deadline=None)
 @given(views())
 def test_hard_limits_win(view: PlanView) -> None:
     found = plan(view)
@@ -509,7 +509,7 @@ def test_hard_limits_win(view: PlanView) -> None:
         assert sum(price[x.offer] * x.count for x in launches) / cheapest <= view.limits.budget_s + 1e-6
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=settings().max_examples * 2, deadline=None)
 @given(views())
 def test_only_what_may_go_is_stopped(view: PlanView) -> None:
     there = {machine.id: machine for machine in view.machines}
@@ -531,7 +531,7 @@ def test_only_what_may_go_is_stopped(view: PlanView) -> None:
     assert not stops or alive - len(stops) >= view.limits.min_machines
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=settings().max_examples * 2, deadline=None)
 @given(views())
 def test_a_plan_carried_out_is_not_taken_back(view: PlanView) -> None:
     first = plan(view)
