@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -26,10 +26,6 @@ pytest_plugins = ["runcomfy.testing.plugin"]
 # The contract suites ship with the package; their asserts are to explain themselves like those in this folder.
 pytest.register_assert_rewrite("runcomfy.testing.contracts")
 
-# Each worker reads all tests, and having asserts explain themselves takes most of that: what pytest has made of a file
-# is kept, whole or not at all, also where the processes that tests start and kill are to leave nothing behind.
-_writes_no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
-gc.disable()  # what is collected now, stays
 
 # In every check fewer examples than Hypothesis takes by itself (100); every night many more.
 settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -61,11 +57,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.looptime(noop_cycles=1))
 
 
-def pytest_collection_finish() -> None:
-    """Write no more bytecode, if none was to be written; look for garbage in circles, but not among the tests."""
-    sys.dont_write_bytecode = _writes_no_bytecode
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Read the tests, as each worker does, in little time.
+
+    Having asserts explain themselves takes most of it: what pytest has made of a file is kept, whole or not at all,
+    also where the processes that tests start and kill are to leave nothing behind. And what is read stays: nobody looks
+    for garbage among it, now or later.
+    """
+    writes_none, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        sys.dont_write_bytecode = writes_none
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
