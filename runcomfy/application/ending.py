@@ -97,6 +97,8 @@ class _Effort:
     """When the last stop was asked for of which it was not heard whether it worked."""
     complained: bool = False
     """Whether it was seen to run after the provider's yes, which was told."""
+    confirmed: bool = False
+    """Whether it was seen on its way out when it was last seen."""
 
 
 def server_id_of(machine: Machine) -> ServerId:
@@ -169,10 +171,12 @@ class Ending:
             if judged is AfterLook.MISTAKEN and await self._was_another(effort, look.listed):
                 continue
             if judged in (AfterLook.CLOSE, AfterLook.MISTAKEN):
+                await self._doubt_last_yes(effort)
                 ended = self._ended_at(effort.machine, seen_at=effort.seen_at, tried_at=effort.tried_at)
                 return await self._close(effort.machine, note=reason, gone_at=ended)
             # A word that nobody knows may say that it is on its way out; of one that ran on before, it says nothing.
             ran_on = look.phase is Phase.UNKNOWN and effort.complained
+            effort.confirmed = look.phase is Phase.STOPPING or (effort.confirmed and look.phase is None)
             if (judged is AfterLook.RUNS or ran_on) and look.phase is not None:
                 await self._reopen(effort, look.phase)
             on_its_way = effort.accepted is not None and look.phase in (Phase.STOPPING, Phase.UNKNOWN)
@@ -379,6 +383,19 @@ class Ending:
             machine, note=f"seen {phase} after its stop was accepted", stop_accepted_at=None
         )
         effort.next_call = min(effort.next_call, asyncio.get_running_loop().time() + effort.delay.total_seconds())
+
+    async def _doubt_last_yes(self, effort: _Effort) -> None:
+        """Take the last yes for a stop that was not answered, if an earlier one was false and nothing bears it out.
+
+        A machine that does not obey and then cannot be looked at may have run until its time was up.
+        """
+        machine = effort.machine
+        if not effort.complained or effort.confirmed or machine.stop_accepted_at is None:
+            return
+        effort.tried_at = machine.stop_accepted_at
+        effort.machine = await self._books.change_softly(
+            machine, note="gone unseen after a yes like those that were false", stop_accepted_at=None
+        )
 
     def _alarm(self, effort: _Effort) -> None:
         now = asyncio.get_running_loop().time()

@@ -143,7 +143,7 @@ class Watch:
             case Phase.FAILED:
                 await self._failed(member, report)
             case Phase.STOPPING:
-                await self._stopping(member)
+                await self._stopping(member, report)
             case _:
                 await self._unknown(member, report, began)
         if wrong is not None and not member.ended:
@@ -284,22 +284,27 @@ class Watch:
         """A word that nobody knows: alive, and billed as soon as it has a ready time (fault 13)."""
         untold = member.billed_since is None or times_are_news(report, member.machine)
         if untold and report.ready_at is not None:
-            now = self._members.clock.now()
-            ready_at = ready_since(report, member.machine, now=now)
-            member.billed_since = _now() - max(0.0, (now - ready_at).total_seconds())
-            member.confirmed_s = member.machine.duration.total_seconds()
-            member.down_since = _now()
-            note = f"it bills, though RunComfy says {report.status!r} and not Ready"
-            await self._members.write(member, note, ready_at=ready_at, planned_stop_at=report.stopping_at)
+            await self._bills(member, report, f"it bills, though RunComfy says {report.status!r} and not Ready")
         if member.billed_since is not None:
             await self._note_time(member, report, began)
         self._limit(member)
 
+    async def _bills(self, member: Member, report: MachineReport, note: str) -> None:
+        """Write down since when a machine bills that nobody has seen Ready."""
+        now = self._members.clock.now()
+        ready_at = ready_since(report, member.machine, now=now)
+        member.billed_since = _now() - max(0.0, (now - ready_at).total_seconds())
+        member.confirmed_s = member.machine.duration.total_seconds()
+        member.down_since = _now()
+        await self._members.write(member, note, ready_at=ready_at, planned_stop_at=report.stopping_at)
+
     async def _failed(self, member: Member, report: MachineReport) -> None:
         self._members.ill(member, f"RunComfy says {foreign_text(report.status, 40)!r} of it", dead=True)
 
-    async def _stopping(self, member: Member) -> None:
+    async def _stopping(self, member: Member, report: MachineReport) -> None:
         """Somebody, or the end of its time, stops it: nothing there can be relied on any more."""
+        if member.machine.ready_at is None and report.ready_at is not None:
+            await self._bills(member, report, f"it was ready unseen, RunComfy says {report.status} now")
         if member.machine.stop_accepted_at is None and member.machine.ready_at is not None:
             async with member.writing:
                 try:

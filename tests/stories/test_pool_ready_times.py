@@ -132,3 +132,42 @@ async def test_a_machine_that_ran_on_and_is_gone_is_billed_until_the_stop_that_m
                 cloud.next_call("DELETE servers/*", status=500, works=True, times=4)
             await pool.empty(within=300)
         assert all(abs(gap) < 60 for gap in (await gaps(cloud, program)).values())
+
+
+@pytest.mark.fault(19)
+@pytest.mark.fault(31)
+async def test_the_yes_for_a_stop_of_a_machine_that_had_ignored_others_is_not_believed_where_nobody_could_look(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """I9: it went on until its time was up, and that is what it costs."""
+    cloud.next_machine(ignores_delete=True)
+    async with programs.start() as program:
+        async with running_pool(program) as pool:
+            machine = await pool.usable()
+            real = cloud.machines[cloud.launched[0]]
+            pool.pool.drain(machine.id, why="no job waits any more")
+            await until(lambda: any("it still runs" in said for said in program.said), within=60, what="the complaint")
+            asked = sum(call.method == "DELETE" for call in cloud.calls)
+            cloud.next_call("GET *", status=500, times=None)
+            await until(lambda: sum(c.method == "DELETE" for c in cloud.calls) > asked, within=60, what="one more yes")
+            await until(lambda: not real.bills, within=900, what="the end of its time")
+            cloud.behave()
+            await pool.empty(within=300)
+        assert all(abs(gap) < 60 for gap in (await gaps(cloud, program)).values())
+
+
+@pytest.mark.fault(31)
+async def test_a_machine_that_was_billed_while_nobody_could_look_is_billed_when_it_is_seen_on_its_way_out(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.delete_takes = 120
+    async with programs.start() as program:
+        async with running_pool(program) as pool:
+            await pool.launch()
+            real = cloud.machines[cloud.launched[0]]
+            cloud.next_call("GET *", body="<html>", times=None)
+            await until(lambda: real.bills, within=600, what="Ready")
+            await until(lambda: not real.bills, within=900, what="the end of its time")
+            cloud.behave()
+            await pool.empty(within=300)
+        assert all(abs(gap) < 60 for gap in (await gaps(cloud, program)).values())
