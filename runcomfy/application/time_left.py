@@ -38,8 +38,8 @@ OF_ALL: Final = 500
 """Newest runs of any workflow that are read, for workflows that were never run."""
 WORKS: Final = 2_000
 """Newest entries of the machines' books that are read."""
-MOST_RUNS: Final = 10_000
-"""Runs that are kept; beyond, those read longest ago are forgotten."""
+MOST_RUNS: Final = 2_000
+"""Runs that are kept, some 3 KB each; beyond, those read longest ago are forgotten."""
 
 
 @dataclass(slots=True)
