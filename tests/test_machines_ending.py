@@ -602,6 +602,41 @@ async def test_a_cancelled_wait_for_the_launch_lock_does_not_keep_it(
 
 
 @pytest.mark.fault(54)
+@pytest.mark.invariant("I2")
+async def test_what_a_full_disk_kept_from_the_books_is_written_with_the_next_that_can_be(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """The answer to a launch and the ready time come while nothing can be written; the machine ignores its stop."""
+    full = False
+
+    def visit(place: str) -> None:
+        nonlocal full
+        full = full or place == "after provider.launch_machine"
+        if full and place in ("before store.record", "before store.change", "before store.close_bill"):
+            raise DiskFull("no space left on device")
+
+    cloud.next_machine(boot_time=1, ignores_delete=True)
+    async with programs.start(visit=visit) as program:
+        intent = program.intent()
+        launching = asyncio.create_task(program.launch(intent))
+        await asyncio.sleep(30)
+        assert cloud.billing
+        full = False
+        await asyncio.sleep(30)
+        row = await program.store.machine(intent.id)
+        assert row is not None
+        assert row.server_id in cloud.launched
+        assert row.ready_at is not None
+        cloud.machines[cloud.launched[0]].traits.ignores_delete = False
+        with pytest.raises(LocalError):
+            await launching
+        ended = await program.store.machine(intent.id)
+        assert ended is not None
+        assert ended.state is MachineState.STOPPED
+        await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(54)
 async def test_a_launch_lock_that_could_not_be_freed_is_freed_as_soon_as_it_can_be(programs: Programs) -> None:
     """I25: the process lives on and may never launch again; all others would wait for it."""
     full = True

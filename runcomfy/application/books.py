@@ -103,6 +103,8 @@ class Books:
         self._asked_at: dict[MachineId, float] = {}
         """By the loop's time, which does not jump: when the launches of this process had left for sure."""
         self._asked_by: dict[MachineId, datetime] = {}
+        self._owed: dict[MachineId, dict[str, Any]] = {}
+        """Fields that could not be written down: known to nobody but us, and written with the next that can be."""
         self.unwritten: set[MachineId] = set()
         """Of which an event could not be written down: the books say less than is known."""
         self.not_longer: set[MachineId] = set()
@@ -293,8 +295,9 @@ class Books:
             by=self.owner.id,
             epoch=machine.epoch,
             note=note,
-            changes=changes or {},
+            changes={**self._owed.get(machine.id, {}), **(changes or {})},
         )
+        self._owed.pop(machine.id, None)
         self.unwritten.discard(machine.id)
         self.hold(after)
         return after
@@ -302,10 +305,43 @@ class Books:
     async def change(self, machine: Machine, *, note: str, **fields: Any) -> Machine:
         """Change fields without an event, fenced by the epoch; raises LeaseLost, LocalError."""
         after = await self.store.change(
-            machine.id, at=self.clock.now(), by=self.owner.id, epoch=machine.epoch, note=note, **fields
+            machine.id,
+            at=self.clock.now(),
+            by=self.owner.id,
+            epoch=machine.epoch,
+            note=note,
+            **{**self._owed.get(machine.id, {}), **fields},
         )
+        self._owed.pop(machine.id, None)
         self.hold(after)
         return after
+
+    def owe(self, machine: Machine, **fields: Any) -> None:
+        """Remember what could not be written of a machine: it is written with the next that can be."""
+        if machine.owner_id == self.owner.id:
+            self._owed.setdefault(machine.id, {}).update(fields)
+
+    async def _write_answer(self, machine: Machine) -> None:
+        """Write down what a launch was answered, if that was refused: for a row without it there is no machine (I2).
+
+        Raises LeaseLost, LocalError.
+        """
+        owed = self._owed.get(machine.id, {})
+        if "server_id" not in owed:
+            return
+        row = await self.store.machine(machine.id)
+        if row is None or row.state is not MachineState.REQUESTED:
+            return
+        await self.store.record(
+            machine.id,
+            MachineEvent.LISTED,
+            at=self.clock.now(),
+            by=self.owner.id,
+            epoch=machine.epoch,
+            note="answered; written later",
+            changes=owed,
+        )
+        self._owed.pop(machine.id, None)
 
     async def record_softly(
         self, machine: Machine, event: MachineEvent, *, note: str, changes: Mapping[str, Any]
@@ -315,14 +351,16 @@ class Books:
         Raises LeaseLost: somebody else looks after the machine now, and it is no longer ours to end (I7).
         """
         try:
+            await self._write_answer(machine)
             return await self.record(machine, event, note=note, changes=changes)
         except LeaseLost:
-            self.held.pop(machine.id, None)
+            self._let_go(machine)
             raise
         except (LocalError, IllegalTransition) as error:
             if isinstance(error, LocalError):
                 self.unwritten.add(machine.id)
                 await self._unless_taken(machine)
+                self.owe(machine, **changes)
             log.warning("machine_event_not_recorded", extra={"fields": {"event": event, "error": error.code}})
             with suppress(IllegalTransition):
                 machine = machine.on(event, at=self.clock.now())
@@ -336,12 +374,14 @@ class Books:
         Raises LeaseLost, as `record_softly` does.
         """
         try:
+            await self._write_answer(machine)
             return await self.change(machine, note=note, **fields)
         except LeaseLost:
-            self.held.pop(machine.id, None)
+            self._let_go(machine)
             raise
         except LocalError as error:
             await self._unless_taken(machine)
+            self.owe(machine, **fields)
             log.warning("machine_change_not_recorded", extra={"fields": {"error": error.code, **self.facts(machine)}})
             machine = replace(machine, **fields)
             self.hold(machine)
@@ -354,7 +394,7 @@ class Books:
         except LocalError:
             return
         if row is not None and not is_held_under(row.epoch, machine.epoch):
-            self.held.pop(machine.id, None)
+            self._let_go(machine)
             raise LeaseLost(
                 f"machine {machine.id} was taken over in the meantime",
                 hint="another comfyctl looks after it now; see `comfyctl machines ls`",
@@ -374,6 +414,11 @@ class Books:
         if row is None or (known is not None and known.epoch == row.epoch and known.server_id and not row.server_id):
             return known
         return row
+
+    def _let_go(self, machine: Machine) -> None:
+        """Forget a machine that somebody else has by now."""
+        self.held.pop(machine.id, None)
+        self._owed.pop(machine.id, None)
 
     def hold(self, machine: Machine) -> None:
         """Remember the machine while it is open and ours."""

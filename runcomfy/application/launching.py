@@ -259,7 +259,11 @@ class Launching:
             known = machine.on(MachineEvent.LISTED, at=self._clock.now())
             self._books.hold(replace(known, **changes))
         note = f"{note}; {report.status}"
-        machine = await self._books.record(machine, MachineEvent.LISTED, note=note, changes=changes)
+        try:
+            machine = await self._books.record(machine, MachineEvent.LISTED, note=note, changes=changes)
+        except LocalError:
+            self._books.owe(machine, **changes)
+            raise
         faultpoint("launch.recorded")
         log.info("machine_launched", extra={"fields": self._books.facts(machine)})
         return machine

@@ -230,7 +230,10 @@ class World:
         self.trace.tell("world", f"{self.names[served]} is stopped")
         try:
             await self._let_end(served)
-        except StopUnconfirmed as error:  # its last words, and its exit code: whatever looks after it goes on
+        except (
+            StopUnconfirmed,
+            LocalError,
+        ) as error:  # its last words, and its exit code: whatever looks after it goes on
             self.trace.tell("world", f"{self.names[served]} ended with: {error}")
 
     async def kill(self, served: Served) -> None:
