@@ -84,7 +84,7 @@ _WORDS: Final = {
 """How a run that was cut leaves its place."""
 EXCUSES: Final = 3
 """How often in a row a machine of the pool may fail a job that had sent nothing there yet, at no cost to the job."""
-MACHINE_FAILS: Final = (MachineLost, MachineFailed, WorkerDead)
+LEAVES_IN_DOUBT: Final = (MachineLost, MachineFailed, WorkerDead)
 """After these nobody knows what a prompt does that was sent to a machine of the pool, until that is seen gone."""
 FLAPS_EXCUSED: Final = 6
 """How often in a row a machine of the pool may be not Ready for a while under a job, at no cost to the job."""
@@ -341,7 +341,7 @@ class JobRun:
         gone = self._place is not None and self._place.seat.server_gone
         left = self.journal.earlier is not None and not self.journal.touched and not gone
         ends = isinstance(decision, retry.Retry | retry.Fail | retry.Quarantine) and decision.end_prompt
-        runs_on = self._may_run_on and (ends or isinstance(error, MACHINE_FAILS))
+        runs_on = self._may_run_on and (ends or isinstance(error, LEAVES_IN_DOUBT))
         ends = ends and self._server_stays  # a machine that is gone takes its prompts along
         match decision:
             case retry.Pause():

@@ -24,8 +24,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Final
 
-HELD_TOLERANCE = timedelta(minutes=1)
+HELD_TOLERANCE: Final = timedelta(minutes=1)
 """A clock that is behind by more was set back."""
 
 
