@@ -25,6 +25,7 @@ from runcomfy.adapters.stores.sql import SqlStore
 from runcomfy.application.fleet import FAILED_FIRST, FAILED_MOST, GIVEN_UP_AFTER, _worth_s
 from runcomfy.application.fleet_demand import BATCH_LATE
 from runcomfy.application.fleet_offers import UNKNOWN_RUN, FleetOffers, wait_usd_per_hour
+from runcomfy.application.job_queue import host_scope
 from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.exceptions import (
     AuthRejected,
@@ -349,26 +350,57 @@ async def test_whose_budget_is_used_up_is_told_so_and_no_machine_is_launched_for
 
 
 async def test_a_pause_that_somebody_else_asked_for_stands_whatever_the_fleet_says(office: Office) -> None:
+    elsewhere = "host:another computer"
+
     async def scopes() -> set[str]:
         return {pause.scope for pause in await office.jobs.pauses()}
 
-    await office.jobs.pause(scope=QUEUE_SCOPE, reason="by-hand", message="at lunch", by="ann")
+    await office.jobs.pause(scope=elsewhere, reason="by-hand", message="at lunch", by="ann")
     office.pool.fails["medium"] = NoCapacity("none left")
     await put(office.jobs)
     async with office.running():
         await asyncio.sleep(30)
-        assert await scopes() == {QUEUE_SCOPE, FLEET_SCOPE}
+        assert await scopes() == {elsewhere, FLEET_SCOPE}
         office.pool.fails.clear()
         await asyncio.sleep(5 * MINUTES)
-        assert await scopes() == {QUEUE_SCOPE}
+        assert await scopes() == {elsewhere}
         office.pool.fails["medium"] = NoCapacity("none left")
         office.pool.lose(office.pool.machines[0])
         await asyncio.sleep(30)
-        assert await scopes() == {QUEUE_SCOPE, FLEET_SCOPE}
-    assert await scopes() == {QUEUE_SCOPE}
+        assert await scopes() == {elsewhere, FLEET_SCOPE}
+    assert await scopes() == {elsewhere}
     assert office.role is not None
     resumed = [event.data["by"] for event in await office.jobs.events() if event.kind is EventKind.RESUMED]
     assert set(resumed) == {office.role.owner.id}
+
+
+@pytest.mark.parametrize("whose", ["everybody's", "this computer's"])
+async def test_a_paused_queue_gets_no_machine_and_keeps_none(office: Office, whose: str) -> None:
+    """Surprise bills: nothing may be begun, so nothing is to be paid for."""
+    await put(office.jobs)
+    async with office.running() as fleet:
+        await asyncio.sleep(30)
+        assert len(office.pool.asked) == 1
+        assert office.role is not None
+        scope = QUEUE_SCOPE if whose == "everybody's" else host_scope(office.role.owner)
+        await office.jobs.pause(scope=scope, reason="by-hand", message="at lunch", by="ann")
+        await asyncio.sleep(5 * HOURS)
+        assert not office.pool.machines
+        assert len(office.pool.asked) == 1
+        assert await fleet.left() == 1
+        await office.jobs.resume(scope=scope, by="ann")
+        await asyncio.sleep(30)
+        assert len(office.pool.asked) == 2
+
+
+async def test_machines_are_launched_again_when_a_pause_ends_by_itself(office: Office) -> None:
+    await office.jobs.pause(scope=QUEUE_SCOPE, reason="x", message="y", retry_in=timedelta(hours=1), by="ann")
+    await put(office.jobs)
+    async with office.running():
+        await asyncio.sleep(HOURS - 60)
+        assert office.pool.asked == []
+        await asyncio.sleep(2 * MINUTES)
+        assert len(office.pool.asked) == 1
 
 
 async def test_a_launch_is_for_the_one_user_and_project_that_wait(office: Office) -> None:

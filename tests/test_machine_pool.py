@@ -17,7 +17,7 @@ from runcomfy.application.pooled import Pool
 from runcomfy.application.reaper import Reaper
 from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.exceptions import BudgetExceeded, LeaseLost, MachineLost, NoCapacity, ValueInvalid
-from runcomfy.domain.machine import Machine, MachineId, MachineState, Purpose, ServerId
+from runcomfy.domain.machine import Machine, MachineId, MachineState, OwnerId, Purpose, ServerId
 from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.settings import CloudSettings, PoolSettings
 from runcomfy.testing.clock import LoopClock
@@ -131,6 +131,31 @@ async def test_a_launch_that_nobody_waits_for_any_more_is_broken_off(
     assert list(pool.machines) == []
     assert cloud.alive == []
     assert await gaps(cloud, program) == {}
+    await pool.close()
+
+
+async def test_a_launch_that_is_broken_off_while_its_lock_is_freed_leaves_no_machine(
+    cloud: RunComfyEmulator, program: Program, pool: RunningPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launch has worked by then, and would end nothing itself any more."""
+    real, freeing, go_on = program.store.break_launch_lock, asyncio.Event(), asyncio.Event()
+
+    async def break_launch_lock(account: str, *, holder: OwnerId) -> None:
+        freeing.set()
+        await go_on.wait()
+        await real(account, holder=holder)
+
+    monkeypatch.setattr(program.store, "break_launch_lock", break_launch_lock)
+    launch = asyncio.create_task(pool.launch())
+    await freeing.wait()
+    assert len(cloud.alive) == 1
+    launch.cancel()
+    await asyncio.sleep(1)
+    go_on.set()
+    await asyncio.wait({launch})
+    assert launch.cancelled()
+    await pool.empty()
+    assert cloud.alive == []
     await pool.close()
 
 

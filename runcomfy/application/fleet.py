@@ -24,6 +24,8 @@ from typing import Any, Final
 from runcomfy.application.axis import Axis
 from runcomfy.application.fleet_demand import FleetDemand, FleetSignals
 from runcomfy.application.fleet_offers import FleetOffers
+from runcomfy.application.gate import standing_pause
+from runcomfy.application.job_queue import host_scope
 from runcomfy.application.latency import price_for
 from runcomfy.application.pooled import Pool, PooledMachine
 from runcomfy.application.purse import Purse
@@ -54,7 +56,7 @@ from runcomfy.domain.plan_view import (
     Stage,
     Stop,
 )
-from runcomfy.domain.queued import FLEET_SCOPE, Barred, Waiting
+from runcomfy.domain.queued import FLEET_SCOPE, QUEUE_SCOPE, Barred, Waiting
 from runcomfy.domain.settings import PoolSettings
 from runcomfy.domain.work import Work
 from runcomfy.ports.clock import Clock
@@ -147,6 +149,8 @@ class Fleet:
         """The pause that says why nothing is launched, as it was last written."""
         self._forbidden: BudgetExceeded | None = None
         """Why nothing could be launched at the last plan, though jobs waited."""
+        self._scopes = (QUEUE_SCOPE, host_scope(backdrop.role.owner))
+        """Where a pause keeps the pool's jobs from being begun."""
         self._busy = False
         self._trouble = False
         pool.on_change(self._wake.set)
@@ -319,7 +323,8 @@ class Fleet:
         await self._look_into_purse(now)
         now = asyncio.get_running_loop().time()
         machines = self._machines(now)
-        backlog = self._backlog()
+        # What may not be begun deserves no machine; those that are idle meanwhile are kept no longer than others.
+        backlog = self._backlog() if await standing_pause(with_.jobs, self._scopes) is None else ()
         alive = [machine for machine in machines if machine.stage is not Stage.DRAINING]
         self._busy = bool(backlog) or any(machine.jobs for machine in machines)
         with_.demand.observe(now, busy=self._busy, machines=bool(alive))

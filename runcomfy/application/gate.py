@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -60,6 +60,7 @@ class Gate:
         self._tell, self._trouble = tell, trouble
         self._host = host_scope(owner)
         self._here = f"{self._host} at {place.removeprefix('server:').partition('@')[0]}" if place else self._host
+        self._scopes = (QUEUE_SCOPE, self._host, self._here)
         self.in_a_row = 0
         """How often this executor has paused since a server last took a prompt."""
         self.on_trial = False
@@ -69,8 +70,7 @@ class Gate:
 
     async def standing(self) -> Pause | None:
         """Return what keeps jobs from being begun, if anything does; a pause whose time is over does not."""
-        pauses, now = await self._pauses(), self._store.now()
-        return next((pause for pause in pauses if _stands(pause, now)), None)
+        return await standing_pause(self._store, self._scopes)
 
     async def opens(self) -> bool:
         """Return whether a job may be begun. Ends pauses whose time is over, if a job could run now."""
@@ -115,7 +115,7 @@ class Gate:
         self.in_a_row, self.on_trial = 0, False
 
     async def _pauses(self) -> Sequence[Pause]:
-        return [pause for pause in await self._store.pauses() if pause.scope in (QUEUE_SCOPE, self._host, self._here)]
+        return [pause for pause in await self._store.pauses() if pause.scope in self._scopes]
 
     async def _could_run(self) -> bool:
         """Whether a job that waits would find its place now; if not, the pause is prolonged without trying it."""
@@ -152,6 +152,12 @@ class Gate:
             self._told = words
             again = f"; tried again at {pause.until:%Y-%m-%d %H:%M:%S} UTC" if pause.until is not None else ""
             self._tell(f"paused: {pause.message}{again}")
+
+
+async def standing_pause(store: JobStore, scopes: Collection[str]) -> Pause | None:
+    """Return what keeps jobs from being begun in these scopes, if anything does. Raises LocalError."""
+    pauses, now = await store.pauses(), store.now()
+    return next((pause for pause in pauses if pause.scope in scopes and _stands(pause, now)), None)
 
 
 def _stands(pause: Pause, now: datetime) -> bool:

@@ -322,6 +322,7 @@ class MachinePool:
 
     async def _launch(self, member: Member, intent: Machine) -> MachineId:
         health, kind = self._members.health, intent.server_type
+        machine: Machine | None = None
         try:
             expected = await self._machines.expected_boot(kind)
             if expected is not None:
@@ -332,7 +333,9 @@ class MachinePool:
                 machine = await self._machines.launch(intent)
         except BaseException as error:
             health.launch_failed(kind, error if isinstance(error, RunComfyError) else None)
-            if isinstance(error, StopUnconfirmed):
+            if machine is not None:  # broken off while the lock was freed: the launch itself has ended nothing
+                self._members.answered(member, machine)
+            if machine is not None or isinstance(error, StopUnconfirmed):
                 self._members.end(member, "its launch was broken off")  # it may bill: that is tried until it is gone
             else:
                 self._members.remove(member)
