@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,14 +14,16 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from runcomfy.application.time_left import READ_EVERY, TimeLeftBook
+from runcomfy.application.time_left import READ_EVERY, TimeLeftBook, let_go_of_old
 from runcomfy.domain.exceptions import StoreUnavailable
 from runcomfy.domain.job import JobId, JobRequest
 from runcomfy.domain.machine import MachineId
-from runcomfy.domain.queued import PastResult
+from runcomfy.domain.past_runs import NodePast, RunPast
+from runcomfy.domain.queued import PastResult, RowId
+from runcomfy.domain.time_left import NEWEST, Asked, Experience
 from runcomfy.domain.work import Work
 from runcomfy.ports.jobs import JobStore
-from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.clock import START, LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.timed_runs import Look, TimedRuns, timed_runs
 
@@ -164,6 +167,31 @@ async def test_a_workflow_that_is_rare_among_thousands_of_jobs_is_found_all_the_
         assert told is not None
         assert told.runs == 2
         await runs.queue.wait(job)
+
+
+def test_of_many_runs_the_newest_are_kept_and_the_first_at_each_place() -> None:
+    """A process that serves for months has no more to remember than one that serves for a day, and tells the same."""
+
+    def run(number: int, workflow: str, place: str) -> RunPast:
+        nodes = {"7": NodePast("KSampler", 10.0 + number % 7, 10.0)}
+        return RunPast(
+            workflow, "medium", place, START + timedelta(minutes=number), nodes, computing_s=10.0 + number % 7
+        )
+
+    runs: dict[tuple[RowId, datetime], RunPast | None] = {}
+    for number in range(NEWEST + 100):
+        for workflow, place in (("a", "x" if number % 2 else "y"), ("b", "z")):
+            one = run(number, workflow, place)
+            runs[RowId(len(runs)), one.ended_at] = one
+    before = dict(runs)
+    let_go_of_old(runs)
+    assert list(runs) == list(before)  # still known, so that they are not read again
+    kept = [one for one in runs.values() if one is not None]
+    assert Counter(one.workflow for one in kept) == {"a": NEWEST + 2, "b": NEWEST + 1}
+    assert {one.place for one in kept if one.ended_at <= START + timedelta(minutes=1)} == {"x", "y", "z"}
+    asked = [Asked(workflow, "medium", place=place) for workflow, place in ("ax", "ay", "bz", "bw")]
+    everything = Experience(one for one in before.values() if one is not None)
+    assert [Experience(kept).left(one) for one in asked] == [everything.left(one) for one in asked]
 
 
 def _picture(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,7 +20,7 @@ from runcomfy.domain.exceptions import RunComfyError
 from runcomfy.domain.past_runs import RunPast, past_of
 from runcomfy.domain.progress import Step
 from runcomfy.domain.queued import PastResult, QueuedJob, QueueStatus, RowId
-from runcomfy.domain.time_left import Asked, Experience, TimeLeft
+from runcomfy.domain.time_left import NEWEST, Asked, Experience, TimeLeft
 from runcomfy.domain.work import Work
 from runcomfy.ports.clock import Clock
 from runcomfy.ports.jobs import JobStore
@@ -39,7 +40,8 @@ OF_ALL: Final = 500
 WORKS: Final = 2_000
 """Newest entries of the machines' books that are read."""
 MOST_RUNS: Final = 2_000
-"""Runs that are kept, some 3 KB each; beyond, those read longest ago are forgotten."""
+"""Runs that are known of; beyond, those read longest ago are forgotten. What they took is kept, some 3 KB each, of the
+newest that teach something (`NEWEST`), and of the first at each place."""
 
 
 @dataclass(slots=True)
@@ -47,7 +49,7 @@ class _Known:
     """What was read until now."""
 
     runs: dict[tuple[RowId, datetime], RunPast | None] = field(default_factory=dict)
-    """None: there was nothing to learn from."""
+    """None: there was nothing to learn from, or newer ones teach the same."""
     works: tuple[Work, ...] = ()
     read_at: dict[str | None, float] = field(default_factory=dict)
     """Workflow -> when its runs were read, on the clock of the loop; None: those of all."""
@@ -155,4 +157,18 @@ def _taught(
 ) -> Experience:
     for result in fresh:
         runs[result.id, result.ended_at] = past_of(result.workflow_id, result.ended_at, result.result)
+    let_go_of_old(runs)
     return Experience((run for run in runs.values() if run is not None), works)
+
+
+def let_go_of_old(runs: dict[tuple[RowId, datetime], RunPast | None]) -> None:
+    """Forget what older runs took of which there are enough newer ones; the first at a place says that it was cold."""
+    kept = sorted(((run, key) for key, run in runs.items() if run is not None), key=lambda each: each[0].ended_at)
+    firsts: dict[tuple[str, str], tuple[RowId, datetime]] = {}
+    for run, key in kept:
+        firsts.setdefault((run.workflow, run.place), key)
+    alike = Counter[tuple[str, str]]()
+    for run, key in reversed(kept):
+        alike[run.workflow, run.server_type] += 1
+        if alike[run.workflow, run.server_type] > NEWEST and not (run.place and firsts[run.workflow, run.place] == key):
+            runs[key] = None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from heapq import heappop, heappush
 from itertools import pairwise
+from sys import intern
 from typing import Any, Final
 
 MOST_NODES: Final = 2_000
@@ -70,10 +71,10 @@ def past_of(workflow: str, ended_at: datetime, result: Mapping[str, Any]) -> Run
         if not isinstance(entry, Mapping) or not isinstance(node := entry.get("node_id"), str):
             continue
         if entry.get("cached") is True:
-            cached.add(node)
+            cached.add(_shared(node))
             continue
         began, seconds, kind = _seconds(entry.get("started_s")), _seconds(entry.get("seconds")), entry.get("class_type")
-        nodes[node] = NodePast(kind if isinstance(kind, str) else "", seconds, seconds)
+        nodes[_shared(node)] = NodePast(_shared(kind), seconds, seconds)
         if began is not None and seconds is not None:
             spans[node] = began, began + seconds
     for node, seconds in _alone(spans).items():
@@ -85,9 +86,9 @@ def past_of(workflow: str, ended_at: datetime, result: Mapping[str, Any]) -> Run
         return None
     server_type, place = result.get("server_type"), result.get("place")
     return RunPast(
-        workflow=workflow,
-        server_type=server_type if isinstance(server_type, str) else "",
-        place=place if isinstance(place, str) else "",
+        workflow=_shared(workflow),
+        server_type=_shared(server_type),
+        place=_shared(place),
         ended_at=ended_at,
         nodes=nodes,
         cached=frozenset(cached),
@@ -95,6 +96,11 @@ def past_of(workflow: str, ended_at: datetime, result: Mapping[str, Any]) -> Run
         before_s=_sum_of(times, ("check", "upload", "submit")),
         after_s=_sum_of(times, ("fetch", "commit")),
     )
+
+
+def _shared(name: object) -> str:
+    """Return a name as one object for all runs, of which many are kept; empty if it is none."""
+    return intern(name) if type(name) is str else ""
 
 
 def in_order(runs: Iterable[RunPast]) -> list[RunPast]:
