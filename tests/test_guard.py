@@ -47,9 +47,9 @@ class Guarding:
 
 
 @asynccontextmanager
-async def guarding(programs: Programs) -> AsyncIterator[Guarding]:
+async def guarding(programs: Programs, period: timedelta = PERIOD) -> AsyncIterator[Guarding]:
     async with programs.start() as program:
-        guard = Guard(program.machines, program.dev, period=PERIOD)
+        guard = Guard(program.machines, program.dev, period=period)
         task = asyncio.create_task(guard.run())
         try:
             yield Guarding(program, guard, task)
@@ -90,6 +90,21 @@ async def test_a_machine_whose_provider_ignores_its_lease_is_ended_within_a_peri
         story = await guard.program.store.story(machine.id)
         assert any("guard: it outlived its lease" in step.note for step in story)
         assert await guard.program.billed() == cloud.total_usd
+
+
+@pytest.mark.fault(26)
+@without_comfyui
+async def test_an_end_that_failed_is_tried_again_soon_however_long_the_period_is(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """I5: the token is refused when the lease is over, and accepted again half an hour later."""
+    cloud.next_machine(ignores_stop_time=True)
+    await killed_when_ready(programs)
+    async with guarding(programs, period=timedelta(hours=2)) as guard:
+        cloud.next_call(status=401, times=None, lasts=timedelta(minutes=30))
+        await asyncio.wait_for(guard.task, timeout=6 * 3600)
+        assert cloud.alive == []
+        assert billed_seconds(cloud, cloud.launched[0]) < LEASE.total_seconds() + 30 * 60 + 120
 
 
 @without_comfyui

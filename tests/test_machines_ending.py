@@ -15,6 +15,7 @@ import pytest
 
 from runcomfy.application.ending import SAY_AGAIN, Said, believable, ready_since
 from runcomfy.application.finish import finish
+from runcomfy.application.reaper import Reaper
 from runcomfy.domain.exceptions import (
     AuthRejected,
     DiskFull,
@@ -217,6 +218,28 @@ async def test_a_provider_that_is_down_for_two_hours_does_not_keep_a_stop_from_i
     cloud.next_call(status=503, lasts=timedelta(hours=2), times=None)
     assert (await end(program, machine)).state is MachineState.STOPPED
     await assert_bill_and_ledger_agree(cloud, program)  # it ran until its planned stop
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("works", [True, False])
+async def test_between_a_stop_that_nobody_answered_and_the_planned_one_the_middle_is_booked(
+    cloud: RunComfyEmulator, program: Program, works: bool
+) -> None:
+    """I9: nothing was heard until long after the planned stop, and the machine is gone; wrong by half at most."""
+    machine, _ = await program.ready()
+    await asyncio.sleep(100)
+    asked = program.machines.clock.now()
+    cloud.next_call("DELETE servers/*", reply="lost", works=works, times=None, lasts=timedelta(minutes=15))
+    cloud.next_call("GET *", reply="lost", times=None, lasts=timedelta(minutes=15))
+    await end(program, machine)
+    [entry] = await program.store.ledger()
+    assert machine.planned_stop_at is not None
+    middle = asked + (machine.planned_stop_at - asked) / 2
+    assert abs((entry.ended_at - middle).total_seconds()) < 2
+    [bill] = cloud.books.values()
+    real_end = asked if works else machine.planned_stop_at
+    assert bill.ended_at is not None
+    assert abs((bill.ended_at - real_end).total_seconds()) < 60
 
 
 async def test_a_machine_that_ended_by_itself_is_billed_until_its_planned_stop(
@@ -633,6 +656,40 @@ async def test_what_a_full_disk_kept_from_the_books_is_written_with_the_next_tha
         ended = await program.store.machine(intent.id)
         assert ended is not None
         assert ended.state is MachineState.STOPPED
+        await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(54)
+async def test_a_machine_that_came_and_went_while_nothing_could_be_written_is_closed_and_stands_for_no_other(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """I9: its row knew of a launch without an answer, and would take the next machine that fits for its own."""
+    full, mended = False, False
+
+    def visit(place: str) -> None:
+        nonlocal full
+        full = not mended and (full or place == "after provider.launch_machine")
+        if full and place in ("before store.record", "before store.change", "before store.close_bill"):
+            raise DiskFull("no space left on device")
+
+    async with programs.start(visit=visit) as program:
+        intent = program.intent()
+        with pytest.raises(LocalError):
+            await program.launch(intent)
+        assert cloud.alive == []
+        mended = True
+        await asyncio.sleep(600)
+        row = await program.store.machine(intent.id)
+        assert row is not None
+        assert row.state is MachineState.REQUESTED
+        await Reaper(program.machines).reap()
+        ended = await program.store.machine(intent.id)
+        assert ended is not None
+        assert (ended.state, ended.server_id) == (MachineState.STOPPED, cloud.launched[0])
+        assert ended.stop_accepted_at is not None
+        other = await program.launch()
+        assert other.server_id == cloud.launched[1]
+        await program.machines.stop(other, reason="the story ends")
         await assert_bill_and_ledger_agree(cloud, program)
 
 

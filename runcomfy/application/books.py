@@ -324,6 +324,8 @@ class Books:
     async def _write_answer(self, machine: Machine) -> None:
         """Write down what a launch was answered, if that was refused: for a row without it there is no machine (I2).
 
+        Also that its machine is gone by now, if that was refused, too.
+
         Raises LeaseLost, LocalError.
         """
         owed = self._owed.get(machine.id, {})
@@ -332,15 +334,20 @@ class Books:
         row = await self.store.machine(machine.id)
         if row is None or row.state is not MachineState.REQUESTED:
             return
-        await self.store.record(
-            machine.id,
-            MachineEvent.LISTED,
-            at=self.clock.now(),
-            by=self.owner.id,
-            epoch=machine.epoch,
-            note="answered; written later",
-            changes=owed,
-        )
+        written: list[tuple[MachineEvent, dict[str, Any]]] = [(MachineEvent.LISTED, owed)]
+        if "gone_at" in owed:  # it was ended as well meanwhile: open, it would be taken for a machine
+            listed = {name: value for name, value in owed.items() if name != "gone_at"}
+            written = [(MachineEvent.LISTED, listed), (MachineEvent.GONE, {"gone_at": owed["gone_at"]})]
+        for event, changes in written:
+            await self.store.record(
+                machine.id,
+                event,
+                at=self.clock.now(),
+                by=self.owner.id,
+                epoch=machine.epoch,
+                note="answered; written later" if event is MachineEvent.LISTED else "gone; written later",
+                changes=changes,
+            )
         self._owed.pop(machine.id, None)
 
     async def record_softly(

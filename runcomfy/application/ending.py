@@ -95,6 +95,8 @@ class _Effort:
     """When the machine was last seen to run."""
     tried_at: datetime | None = None
     """When the last stop was asked for of which it was not heard whether it worked."""
+    unheard_since: datetime | None = None
+    """When the first stop left that got no answer at all, since the machine was last seen to run."""
     complained: bool = False
     """Whether it was seen to run after the provider's yes, which was told."""
     confirmed: bool = False
@@ -172,7 +174,7 @@ class Ending:
                 continue
             if judged in (AfterLook.CLOSE, AfterLook.MISTAKEN):
                 await self._doubt_last_yes(effort)
-                ended = self._ended_at(effort.machine, seen_at=effort.seen_at, tried_at=effort.tried_at)
+                ended = self._ended_at(effort.machine, effort)
                 return await self._close(effort.machine, note=reason, gone_at=ended)
             # A word that nobody knows may say that it is on its way out; of one that ran on before, it says nothing.
             ran_on = look.phase is Phase.UNKNOWN and effort.complained
@@ -201,10 +203,10 @@ class Ending:
 
     async def _call(self, effort: _Effort) -> None:
         """Ask for the stop once; raises StopUnconfirmed if asking is hopeless."""
-        loop, asked_at = asyncio.get_running_loop(), self._clock.now()
-        accepted: bool | None = False
+        loop = asyncio.get_running_loop()
+        accepted = False
         try:
-            effort.machine, accepted = await self._ask_to_stop(effort.machine)
+            accepted = await self._ask_to_stop(effort)
         except HOPELESS as error:
             if loop.time() - effort.asked >= HOPELESS_AFTER.total_seconds():
                 server_id = effort.machine.server_id
@@ -217,14 +219,13 @@ class Ending:
                     "or stop it on RunComfy's page",
                     details={"server_id": server_id, "cause": error.code},
                 ) from error
-        if accepted is None:
-            effort.tried_at = asked_at
-        elif accepted:
+        if accepted:
             effort.known, effort.accepted = True, loop.time() if effort.accepted is None else effort.accepted
         effort.next_call = loop.time() + (RESTOP_EVERY if accepted else effort.delay).total_seconds()
 
-    async def _ask_to_stop(self, machine: Machine) -> tuple[Machine, bool | None]:
-        """Call stop once; keep the provider's yes, which is until when it bills. None: it may have worked."""
+    async def _ask_to_stop(self, effort: _Effort) -> bool:
+        """Call stop once; keep the provider's yes, which is until when it bills. Without it, it may have worked."""
+        machine, asked_at = effort.machine, self._clock.now()
         server_id = server_id_of(machine)
         slow = asyncio.get_running_loop().call_later(SLOW_STOP.total_seconds(), self._say_slow, machine)
         try:
@@ -235,16 +236,21 @@ class Ending:
             log.warning("machine_stop_failed", extra={"fields": {**self._books.facts(machine), "error": error.code}})
             if isinstance(error, HOPELESS):
                 raise
-            return machine, None
+            effort.tried_at = asked_at
+            if error.details.get("status") is None and error.details.get("arrived", True):
+                since, seen = effort.unheard_since, effort.seen_at
+                effort.unheard_since = asked_at if since is None or (seen is not None and seen > since) else since
+            return False
         finally:
             slow.cancel()
         faultpoint("stop.answered")
         if accepted and machine.stop_accepted_at is None:
             machine = await self._books.change_softly(machine, note="stop accepted", stop_accepted_at=self._clock.now())
+            effort.machine = machine
             faultpoint("stop.accepted")
             await self._books.post(machine, note="ready until the stop was accepted")
             faultpoint("stop.posted")
-        return machine, accepted
+        return accepted
 
     def _say_slow(self, machine: Machine) -> None:
         log.warning("machine_stop_delayed", extra={"fields": self._books.facts(machine)})
@@ -302,15 +308,14 @@ class Ending:
         """Close the books of a machine that is gone, which nobody here was stopping."""
         return await self._close(machine, note=note, gone_at=self._ended_at(machine))
 
-    def _ended_at(
-        self, machine: Machine, *, seen_at: datetime | None = None, tried_at: datetime | None = None
-    ) -> datetime:
+    def _ended_at(self, machine: Machine, effort: _Effort | None = None) -> datetime:
         """Return when a machine ended that is gone, of whose stop the provider's yes did not reach us: reckoned.
 
         A stop that worked did so when it was asked for; a machine that is gone after its planned stop may have run
-        until then, also if that was moved by a call that was not answered (not if it was answered with an error). One
-        that was seen to run after that (`seen_at`) ended with the stop that was not answered since (`tried_at`), or by
-        itself: in the middle between then and now, so that this is wrong by half of that at most.
+        until then, also if that was moved by a call that was not answered (not if it was answered with an error).
+        Between stops that were not answered and that time it is the middle, so that this is wrong by half of that at
+        most. One that was seen to run after its time ended with the stop that was not answered since, or by itself: in
+        the middle between then and now.
         """
         now, asked = self._clock.now(), machine.stop_asked_at
         if machine.stop_accepted_at is not None:
@@ -319,10 +324,15 @@ class Ending:
         if planned is not None and now < planned:
             planned = machine.planned_stop_at  # it was not moved, or the machine would be there
         ended = planned if planned is not None and now >= planned else asked
+        seen_at, tried_at, unheard = (
+            (effort.seen_at, effort.tried_at, effort.unheard_since) if effort is not None else (None, None, None)
+        )
         if ended is None:
             ended = now
         elif seen_at is not None and seen_at > ended:
             ended = tried_at if tried_at is not None and tried_at > seen_at else seen_at + (now - seen_at) / 2
+        elif ended == planned and unheard is not None and unheard < ended and (seen_at is None or seen_at < unheard):
+            ended = unheard + (ended - unheard) / 2
         return min(now, max(ended, machine.ready_at or ended))
 
     async def _close(self, machine: Machine, *, note: str, gone_at: datetime) -> Machine:
@@ -421,8 +431,8 @@ class Ending:
 
         Raises LaunchAmbiguous if several may be it; the books of the launch are closed then.
         """
-        if machine.purpose is Purpose.TAKEN or machine.ready_at is not None:
-            return None
+        if machine.purpose is Purpose.TAKEN or machine.ready_at is not None or machine.stop_accepted_at is not None:
+            return None  # that id has meant something
         exact, near = await self._books.fitting(machine, listed)
         if not exact and not near:
             return None

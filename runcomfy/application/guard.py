@@ -40,6 +40,8 @@ RESETTLE: Final = timedelta(minutes=30)
 """So long after the clock has moved, leases of living owners are judged by both clocks; then by the wall clock."""
 AT_LEAST: Final = 0.05
 """Seconds between two rounds."""
+END_AGAIN: Final = 30.0
+"""Seconds after which a machine is looked at again whose end failed: it may bill, however long the period is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +98,20 @@ class Guard:
         self._told: set[tuple[str, str]] = set()
         self._drift = Drift(self._clock)
         self._moved_at: float | None = None
+        self._wake = asyncio.Event()
 
     async def run(self) -> None:
         """Guard until nothing is left to guard; it looks twice: who has just started it may not have signed in yet."""
         looked = 0
         while True:
+            self._wake.clear()
             await self.once()
             looked += 1
             if looked > 1 and not self._ending and not await self.needed():
                 return
-            await asyncio.sleep(max(AT_LEAST, self._wait().total_seconds()))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(AT_LEAST, self._wait().total_seconds())):
+                    await self._wake.wait()
 
     async def close(self) -> None:
         """See every stop that has begun to its end."""
@@ -289,6 +295,7 @@ class Guard:
             self._tell_once(taken, f"machine {taken.server_id} is ended")
             await self._remember(taken)
         except RunComfyError as error:
+            asyncio.get_running_loop().call_later(END_AGAIN, self._wake.set)
             self._tell_once(machine, f"{error.message}; {error.hint}")
             log.error("guard_end_failed", extra={"fields": {"machine": machine.id, "error": error.code}})
 

@@ -136,7 +136,7 @@ class Sender:
         next(pauses)  # backoff's generators begin with an empty step
         attempts = self._settings.max_retries + 1 if call.attempts is None else call.attempts
         refused: dict[int, Failure] = {}
-        attempt = 0
+        attempt, arrived = 0, False
         while True:
             attempt += 1
             token = self._token
@@ -149,7 +149,9 @@ class Sender:
                     self._token = self._other_token(refused, token)
                     attempt -= 1  # another token is not another try
                     continue
+                arrived = arrived or failure.arrived
                 if not failure.again or attempt >= attempts or (call.once and failure.arrived):
+                    failure.error.details["arrived"] = arrived  # any of its tries
                     raise
                 if not isinstance(failure.error, RateLimited):  # there the limiter makes us wait
                     await asyncio.sleep(backoff.full_jitter(next(pauses)))
