@@ -324,7 +324,9 @@ class Fleet:
         now = asyncio.get_running_loop().time()
         machines = self._machines(now)
         # What may not be begun deserves no machine; those that are idle meanwhile are kept no longer than others.
-        backlog = self._backlog() if await standing_pause(with_.jobs, self._scopes) is None else ()
+        backlog = self._backlog()
+        if backlog and await standing_pause(with_.jobs, self._scopes) is not None:
+            backlog = ()
         alive = [machine for machine in machines if machine.stage is not Stage.DRAINING]
         self._busy = bool(backlog) or any(machine.jobs for machine in machines)
         with_.demand.observe(now, busy=self._busy, machines=bool(alive))
