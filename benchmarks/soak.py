@@ -43,7 +43,7 @@ from benchmarks.soak_clients import Books, Clients, job_file, write_workflow
 from benchmarks.soak_oracles import Found, Judge, read_rows
 from benchmarks.soak_outside import ACCOUNTS, spoil
 from benchmarks.soak_plan import Deed, plan
-from benchmarks.soak_processes import Kept, environment, growth, guards
+from benchmarks.soak_processes import Kept, course, environment, growth, guards
 from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.config import load_settings
 from runcomfy.adapters.providers.runcomfy import RunComfyAPIClient
@@ -533,6 +533,11 @@ def result_of(soak: Soak, found: Found, took_s: float) -> Result:
                 (share is not None and share < 0.05) if bar else None,
             )
         )
+    every = max(10.0, minutes * 6)
+    for kept in soak.kept:
+        if not kept.mortal:
+            shown = " ".join(str(size) for size in course(kept.sizes, every=every))
+            figures.append(Figure(f"memory of the process {kept.name!r} each {every:g} s, MB", shown))
     alone = [told for kept in soak.kept for told in kept.ended_alone]
     figures.append(Figure("processes that ended by themselves", str(len(alone)), "0", not alone))
     figures.append(Figure("did not come to rest", str(len(soak.unwell)), "0", not soak.unwell))

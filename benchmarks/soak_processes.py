@@ -192,6 +192,14 @@ def guards(state_folders: Sequence[Path]) -> list[psutil.Process]:
     return found
 
 
+def course(sizes: Sequence[tuple[float, int]], *, every: float) -> list[int]:
+    """Return the median of resident memory in each such time (seconds), in MB; times without a look are left out."""
+    parts: dict[int, list[int]] = {}
+    for at, size in sizes:
+        parts.setdefault(int(at // every), []).append(size)
+    return [sorted(part)[len(part) // 2] // 1_000_000 for _, part in sorted(parts.items())]
+
+
 def growth(sizes: Sequence[tuple[float, int]], *, warm: float, until: float) -> float | None:
     """Return by which share resident memory grew from the end of the warm-up until then; None: too little is known.
 

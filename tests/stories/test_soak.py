@@ -19,7 +19,7 @@ from benchmarks.soak import Soak, result_of
 from benchmarks.soak_clients import Books, Put
 from benchmarks.soak_oracles import Found, Judge, Owned, Rows
 from benchmarks.soak_plan import plan
-from benchmarks.soak_processes import growth
+from benchmarks.soak_processes import course, growth
 from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
@@ -50,6 +50,7 @@ def test_memory_is_compared_after_the_warm_up() -> None:
     found = growth(sizes, warm=300, until=1_190)
     assert found == pytest.approx((211 - 203) / 203, abs=0.01)
     assert growth([], warm=1, until=2) is None
+    assert course([(1.0, 5_000_000), (2.0, 7_900_000), (61.0, 9_000_000), (200.0, 1)], every=60) == [7, 9, 0]
 
 
 class Happened:
