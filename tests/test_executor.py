@@ -15,20 +15,25 @@ from PIL import Image
 
 from runcomfy.adapters.config import load_settings
 from runcomfy.application.job_run import EXCUSED_DELAY, EXCUSES, FLAPS_EXCUSED, JobRun, Why
+from runcomfy.application.journal import EarlierPrompt
 from runcomfy.application.placing import OWN_MACHINE, POOL_MACHINE, Place
 from runcomfy.application.seat import Seat
 from runcomfy.domain.exceptions import (
     BudgetExceeded,
+    DiskFull,
     JobBusy,
     JobFileInvalid,
     JobNotFound,
     MachineLost,
     NodeFailed,
+    PromptRemoved,
     ServerRestarted,
     ServerUnreachable,
+    StoreUnavailable,
+    WorkerDead,
 )
 from runcomfy.domain.job import JobRequest, PromptId
-from runcomfy.domain.queued import EventKind, NewJob, Outcome, Phase, QueuedJob, QueueStatus
+from runcomfy.domain.queued import Ending, EventKind, NewJob, Outcome, Phase, QueuedJob, QueueStatus, Reason
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.contracts.jobs_words import a_job, put, take
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
@@ -671,3 +676,94 @@ async def test_a_machine_that_was_ended_with_its_lease_did_not_die_of_the_job(wo
             ending = await run._ending(MachineLost("it is gone"))
             assert (ending.outcome, ending.killed_machine) == (outcome, not outran)
             assert ending.end_prompt == (outcome is Outcome.REQUEUED)  # it may run on there until that is seen gone
+
+
+EARLIER = EarlierPrompt(PromptId("p"), "machine:1", accepted=True)
+
+
+async def test_a_job_under_which_machines_die_is_taken_out_with_the_reason_and_what_may_still_run_is_ended(
+    worker: Worker,
+) -> None:
+    row = replace((await a_run(worker)).row, kill_count=worker.executor.settings.kill_limit - 1)
+    lost, dead = MachineLost("it is gone"), WorkerDead("its worker is dead")
+    for error, stays, end_prompt in ((lost, True, False), (dead, True, True), (dead, False, False)):
+        run = at(JobRun(worker.executor._bench, row), server_stays=stays)
+        run.journal.touched = True
+        assert await run._ending(error) == Ending(
+            Outcome.QUARANTINED,
+            error=error.as_dict(),
+            reason=Reason.QUARANTINED,
+            killed_machine=True,
+            end_prompt=end_prompt,
+        )
+    run = at(JobRun(worker.executor._bench, row), outran=True)
+    run.journal.touched = True
+    assert (await run._ending(lost)).outcome is Outcome.REQUEUED  # it was ended at the end of its lease
+    # The second death counts also if the first is only known of by what the server has forgotten.
+    run = at(JobRun(worker.executor._bench, replace(row, kill_count=0)))
+    run.journal.touched = run.journal.killed = True
+    assert (await run._ending(lost)).outcome is Outcome.QUARANTINED
+
+
+async def test_what_is_tried_again_waits_as_long_as_was_drawn_and_says_why(worker: Worker) -> None:
+    bench = replace(worker.executor._bench, draw=lambda low, high: high)
+    row = (await a_run(worker)).row
+    burst = NodeFailed("it burst")
+    for tried, times in ((0, 1), (1, 2)):
+        run = at(JobRun(bench, replace(row, retries_attempted=tried)))
+        run.journal.touched = True
+        assert await run._ending(burst) == Ending(
+            Outcome.REQUEUED, error=burst.as_dict(), delay=bench.policy.first * times
+        )
+    run = at(JobRun(bench, replace(row, retry_limit=0)))
+    run.journal.touched = True
+    assert await run._ending(burst) == Ending(Outcome.FAILED, error=burst.as_dict())
+    # The server died under an earlier prompt, and this attempt fails by itself: that death counts all the same.
+    for limit, outcome in ((None, Outcome.REQUEUED), (0, Outcome.FAILED)):
+        run = at(JobRun(bench, replace(row, retry_limit=limit)))
+        run.journal.killed = True
+        ending = await run._ending(burst)
+        assert (ending.outcome, ending.killed_machine, ending.end_prompt) == (outcome, True, False)
+
+
+async def test_the_prompt_of_an_earlier_attempt_is_not_forgotten_by_a_run_that_never_got_to_it(worker: Worker) -> None:
+    row = (await a_run(worker)).row
+    burst = NodeFailed("it burst")
+    for limit in (None, 0):
+        for gone, touched in ((False, False), (True, False), (False, True)):
+            run = at(JobRun(worker.executor._bench, replace(row, retry_limit=limit)), server_gone=gone)
+            run.journal._earlier, run.journal.touched = EARLIER, touched
+            assert (await run._ending(burst)).end_prompt == (not gone and not touched)
+
+
+async def test_a_run_that_this_computer_or_the_database_ends_is_put_back_at_no_cost(worker: Worker) -> None:
+    row, queue = (await a_run(worker)).row, worker.queue
+    silent, full, refused = ServerUnreachable("silent"), DiskFull("no room left"), StoreUnavailable("locked")
+    for error in (refused, silent, full):
+        run = at(JobRun(worker.executor._bench, row), "server")
+        run.journal.touched = run.journal.killed = True
+        pauses = error is not refused
+        assert await run._ending(error) == Ending(
+            Outcome.PUT_BACK, error=error.as_dict(), keeps_prompt=True, killed_machine=pauses
+        )
+        assert len(await queue.pauses()) == pauses  # one: several runs find out at once what is missing
+    run = at(JobRun(worker.executor._bench, row), "server")
+    run._asked_back = run.journal.touched = True
+    assert await run._ending(PromptRemoved("it is not there")) == Ending(Outcome.PUT_BACK)  # taken back by ourselves
+    assert not run._keeps(silent)
+    run = at(JobRun(worker.executor._bench, row), "server")
+    run.journal.touched = True
+    assert (await run._ending(PromptRemoved("it is not there"))).error is not None  # somebody else did
+
+
+async def test_only_a_run_with_which_its_job_has_ended_for_good_counts_as_failed(worker: Worker) -> None:
+    run = await a_run(worker)
+    burst = NodeFailed("it burst")
+    for outcome, failed in (
+        (Outcome.FAILED, True),
+        (Outcome.REQUEUED, False),
+        (Outcome.QUARANTINED, True),
+        (Outcome.PUT_BACK, False),
+    ):
+        run._tell_ending(Ending(outcome), burst, None)
+        assert run.failed == failed

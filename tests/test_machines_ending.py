@@ -220,6 +220,23 @@ async def test_a_provider_that_is_down_for_two_hours_does_not_keep_a_stop_from_i
     await assert_bill_and_ledger_agree(cloud, program)  # it ran until its planned stop
 
 
+@pytest.mark.fault(25)
+async def test_a_stop_that_waited_for_its_turn_is_booked_from_when_it_was_sent(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    """I9: until then the machine ran; its answer is late, and the next one says that there is no such machine."""
+    cloud.next_machine(delete_takes=1)
+    machine, _ = await program.ready()
+    cloud.next_call("GET servers", status=429, headers={"Retry-After": "200"})
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(program.machines.provider.list_machines(), 5)
+    cloud.next_call("DELETE servers/*", delay=40)
+    await end(program, machine)
+    [entry], [bill] = await program.store.ledger(), cloud.books.values()
+    assert bill.seconds >= 60  # a stop obeys Retry-After for a minute
+    assert abs((entry.ended_at - entry.started_at).total_seconds() - float(bill.seconds)) < 1
+
+
 @pytest.mark.fault(18)
 @pytest.mark.parametrize("works", [True, False])
 async def test_between_a_stop_that_nobody_answered_and_the_planned_one_the_middle_is_booked(
@@ -691,6 +708,33 @@ async def test_a_machine_that_came_and_went_while_nothing_could_be_written_is_cl
         assert other.server_id == cloud.launched[1]
         await program.machines.stop(other, reason="the story ends")
         await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(54)
+async def test_a_machine_that_is_ours_and_could_not_be_written_down_is_what_no_other_launch_started(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """I3: one machine, one row, also while only this process knows whose it is."""
+    full = False
+
+    def visit(place: str) -> None:
+        nonlocal full
+        full = full or place == "after provider.launch_machine"
+        if full and place in ("before store.record", "before store.change", "before store.close_bill"):
+            raise DiskFull("no space left on device")
+
+    cloud.next_machine(boot_time=1, ignores_delete=True)
+    async with programs.start(visit=visit) as program:
+        other = program.intent()
+        launching = asyncio.create_task(program.launch(program.intent()))
+        await asyncio.sleep(30)
+        [report] = await program.machines.provider.list_machines()
+        assert await program.machines.books.fitting(other, [report]) == ([], [])
+        full = False
+        await asyncio.sleep(60)
+        cloud.machines[cloud.launched[0]].traits.ignores_delete = False
+        with pytest.raises(LocalError):
+            await launching
 
 
 @pytest.mark.fault(54)

@@ -493,10 +493,9 @@ class Books:
         The second list has those that are new and of its type but differ otherwise: likely somebody else's, yet with
         them around it cannot be said that nothing was started.
         """
-        try:
-            rows = await self.rows(open_only=False)
-        except LocalError:
-            rows = list(self.held.values())
+        rows = list(self.held.values())  # also what could not be written down yet
+        with suppress(LocalError):
+            rows += await self.rows(open_only=False)
         known = {row.server_id for row in rows if row.server_id is not None and row.id != machine.id}
         return may_be_it(machine, reports, known)
 

@@ -87,6 +87,8 @@ class _Effort:
     next_call: float
     next_alarm: float
     delay: timedelta
+    first: bool
+    """Whether nobody had asked for a stop before it."""
     known: bool
     """Whether the provider has ever known the machine; one that it does not show yet is not gone."""
     accepted: float | None = None
@@ -95,6 +97,8 @@ class _Effort:
     """When the machine was last seen to run."""
     tried_at: datetime | None = None
     """When the last stop was asked for of which it was not heard whether it worked."""
+    left_at: datetime | None = None
+    """When the first stop left; it may have waited for its turn until then."""
     unheard_since: datetime | None = None
     """When the first stop left that got no answer at all, since the machine was last seen to run."""
     complained: bool = False
@@ -132,6 +136,7 @@ class Ending:
         the launch was answered with an id that means nothing and several machines may be what it started.
         """
         server_id_of(machine)
+        first = machine.stop_asked_at is None
         log.info("machine_stop", extra={"fields": {**self._books.facts(machine), "reason": reason}})
         try:
             machine = await self._books.record_softly(
@@ -139,12 +144,12 @@ class Ending:
             )
             faultpoint("stop.asked")
             machine = await self._first_look(machine)
-            return await self._until_gone(self._effort(machine), reason)
+            return await self._until_gone(self._effort(machine, first=first), reason)
         except LeaseLost:
             self._books.tell(f"machine {machine.server_id} is looked after by another process now; left to it")
             return await self._books.latest(machine.id) or machine
 
-    def _effort(self, machine: Machine) -> _Effort:
+    def _effort(self, machine: Machine, *, first: bool) -> _Effort:
         now, cloud = asyncio.get_running_loop().time(), self._cloud
         return _Effort(
             machine=machine,
@@ -152,6 +157,7 @@ class Ending:
             next_call=now,
             next_alarm=now + cloud.stop_alarm_after.total_seconds(),
             delay=min(timedelta(seconds=1), cloud.poll_interval),
+            first=first,
             known=machine.ready_at is not None or machine.stop_accepted_at is not None,
         )
 
@@ -225,24 +231,27 @@ class Ending:
 
     async def _ask_to_stop(self, effort: _Effort) -> bool:
         """Call stop once; keep the provider's yes, which is until when it bills. Without it, it may have worked."""
-        machine, asked_at = effort.machine, self._clock.now()
+        machine, tries = effort.machine, list[datetime]()
         server_id = server_id_of(machine)
         slow = asyncio.get_running_loop().call_later(SLOW_STOP.total_seconds(), self._say_slow, machine)
         try:
-            accepted = await self._provider.stop_machine(server_id)
+            accepted = await self._provider.stop_machine(server_id, leaving=lambda: tries.append(self._clock.now()))
         except ProviderError as error:
             if self._is_news(machine, error.code):
                 self._books.tell(f"stopping {server_id} failed for now ({error.code}); trying again until it works")
             log.warning("machine_stop_failed", extra={"fields": {**self._books.facts(machine), "error": error.code}})
             if isinstance(error, HOPELESS):
                 raise
-            effort.tried_at = asked_at
-            if error.details.get("status") is None and error.details.get("arrived", True):
+            if tries:
+                effort.tried_at = tries[0]
+            if tries and error.details.get("status") is None and error.details.get("arrived", True):
                 since, seen = effort.unheard_since, effort.seen_at
-                effort.unheard_since = asked_at if since is None or (seen is not None and seen > since) else since
+                effort.unheard_since = tries[0] if since is None or (seen is not None and seen > since) else since
             return False
         finally:
             slow.cancel()
+            if tries and effort.left_at is None:
+                effort.left_at = tries[0]
         faultpoint("stop.answered")
         if accepted and machine.stop_accepted_at is None:
             machine = await self._books.change_softly(machine, note="stop accepted", stop_accepted_at=self._clock.now())
@@ -311,13 +320,15 @@ class Ending:
     def _ended_at(self, machine: Machine, effort: _Effort | None = None) -> datetime:
         """Return when a machine ended that is gone, of whose stop the provider's yes did not reach us: reckoned.
 
-        A stop that worked did so when it was asked for; a machine that is gone after its planned stop may have run
-        until then, also if that was moved by a call that was not answered (not if it was answered with an error).
-        Between stops that were not answered and that time it is the middle, so that this is wrong by half of that at
-        most. One that was seen to run after its time ended with the stop that was not answered since, or by itself: in
-        the middle between then and now.
+        A stop that worked did so when it was sent (of somebody else's, that is when it was wished for); a machine that
+        is gone after its planned stop may have run until then, also if that was moved by a call that was not answered
+        (not if it was answered with an error). Between stops that were not answered and that time it is the middle, so
+        that this is wrong by half of that at most. One that was seen to run after its time ended with the stop that was
+        not answered since, or by itself: in the middle between then and now.
         """
         now, asked = self._clock.now(), machine.stop_asked_at
+        if effort is not None and effort.first and effort.left_at is not None:
+            asked = effort.left_at
         if machine.stop_accepted_at is not None:
             return now
         planned = machine.planned_stop_at if machine.id in self._books.not_longer else _most_planned(machine)

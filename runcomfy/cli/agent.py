@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from runcomfy.cli.queue_commands import AsJson, queue_options
 from runcomfy.cli.runner import run_async
+
+if TYPE_CHECKING:
+    from runcomfy.cli.agent_work import Task
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -27,6 +30,14 @@ def _work_options(command: Command) -> Command:
     for option in reversed(options):  # help lists what was put on last first
         command = option(command)
     return command
+
+
+def _run(task: Task, where: Mapping[str, Any]) -> int:
+    from runcomfy.adapters.allocator import share_arenas
+    from runcomfy.cli.agent_work import work
+
+    share_arenas()
+    return run_async(lambda interrupts: work(interrupts, task, where))
 
 
 @click.group()
@@ -48,10 +59,10 @@ def agent() -> None:
 @Lines
 def start(server: str | None, cloud: bool, slots: int | None, once: bool, as_json: bool, **where: Any) -> int:
     """Watch the folder of job files and run what waits, in one process."""
-    from runcomfy.cli.agent_work import Task, work
+    from runcomfy.cli.agent_work import Task
 
     task = Task(monitor=True, execute=True, server=server, cloud=cloud, slots=slots, once=once, as_json=as_json)
-    return run_async(lambda interrupts: work(interrupts, task, where))
+    return _run(task, where)
 
 
 @agent.command()
@@ -60,10 +71,10 @@ def start(server: str | None, cloud: bool, slots: int | None, once: bool, as_jso
 @Lines
 def monitor(once: bool, as_json: bool, **where: Any) -> int:
     """Watch the folder of job files only: what appears there gets into the database."""
-    from runcomfy.cli.agent_work import Task, work
+    from runcomfy.cli.agent_work import Task
 
     task = Task(monitor=True, execute=False, once=once, as_json=as_json)
-    return run_async(lambda interrupts: work(interrupts, task, where))
+    return _run(task, where)
 
 
 @agent.command()
@@ -73,10 +84,10 @@ def monitor(once: bool, as_json: bool, **where: Any) -> int:
 @Lines
 def execute(server: str | None, cloud: bool, slots: int | None, once: bool, as_json: bool, **where: Any) -> int:
     """Run what waits in the database only."""
-    from runcomfy.cli.agent_work import Task, work
+    from runcomfy.cli.agent_work import Task
 
     task = Task(monitor=False, execute=True, server=server, cloud=cloud, slots=slots, once=once, as_json=as_json)
-    return run_async(lambda interrupts: work(interrupts, task, where))
+    return _run(task, where)
 
 
 @agent.command()

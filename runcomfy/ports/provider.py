@@ -8,7 +8,7 @@ own retries; worth asking again later) and `AnswerUnreadable` (something else an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -66,8 +66,10 @@ class Provider(Protocol):
         """
         ...
 
-    async def stop_machine(self, server_id: ServerId) -> bool:
+    async def stop_machine(self, server_id: ServerId, *, leaving: Callable[[], None] | None = None) -> bool:
         """Ask once for the machine to be stopped (with retries where no answer came: stopping twice is harmless).
+
+        `leaving` is called when a request is about to leave, which may be long after this call where there is a limit.
 
         True: the provider accepted, and bills no longer as of now. False: it answered that it knows no such machine.
         Neither means that the machine is gone: look until it is.

@@ -53,6 +53,10 @@ MAX_PAUSE: Final = timedelta(seconds=30)
 _log = logging.getLogger("runcomfy.provider")
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One thing we want from RunComfy."""
@@ -72,6 +76,8 @@ class Call:
     """It costs money: whatever may have arrived is not sent again."""
     attempts: int | None = None
     """How often to try at most; None: as the settings say."""
+    leaving: Callable[[], None] = _nothing
+    """Called when a try of it is about to leave: it may have waited for its turn until then."""
 
     @property
     def name(self) -> str:
@@ -141,6 +147,7 @@ class Sender:
             attempt += 1
             token = self._token
             await self._limiter.wait_turn(urgent=call.urgent)
+            call.leaving()
             try:
                 return await self._attempt(call, read, attempt, token)
             except Failure as failure:
