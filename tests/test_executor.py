@@ -20,7 +20,6 @@ from runcomfy.application.placing import OWN_MACHINE, POOL_MACHINE, Place
 from runcomfy.application.seat import Seat
 from runcomfy.domain.exceptions import (
     BudgetExceeded,
-    DiskFull,
     JobBusy,
     JobFileInvalid,
     JobNotFound,
@@ -738,15 +737,14 @@ async def test_the_prompt_of_an_earlier_attempt_is_not_forgotten_by_a_run_that_n
 
 async def test_a_run_that_this_computer_or_the_database_ends_is_put_back_at_no_cost(worker: Worker) -> None:
     row, queue = (await a_run(worker)).row, worker.queue
-    silent, full, refused = ServerUnreachable("silent"), DiskFull("no room left"), StoreUnavailable("locked")
-    for error in (refused, silent, full):
+    silent, refused = ServerUnreachable("silent"), StoreUnavailable("locked")
+    for error, pauses in ((refused, []), (silent, ["server-unreachable"])):
         run = at(JobRun(worker.executor._bench, row), "server")
         run.journal.touched = run.journal.killed = True
-        pauses = error is not refused
         assert await run._ending(error) == Ending(
-            Outcome.PUT_BACK, error=error.as_dict(), keeps_prompt=True, killed_machine=pauses
+            Outcome.PUT_BACK, error=error.as_dict(), keeps_prompt=True, killed_machine=error is silent
         )
-        assert len(await queue.pauses()) == pauses  # one: several runs find out at once what is missing
+        assert [pause.reason for pause in await queue.pauses()] == pauses
     run = at(JobRun(worker.executor._bench, row), "server")
     run._asked_back = run.journal.touched = True
     assert await run._ending(PromptRemoved("it is not there")) == Ending(Outcome.PUT_BACK)  # taken back by ourselves
