@@ -738,7 +738,7 @@ async def test_the_prompt_of_an_earlier_attempt_is_not_forgotten_by_a_run_that_n
 async def test_a_run_that_this_computer_or_the_database_ends_is_put_back_at_no_cost(worker: Worker) -> None:
     row, queue = (await a_run(worker)).row, worker.queue
     silent, refused = ServerUnreachable("silent"), StoreUnavailable("locked")
-    for error, pauses in ((refused, []), (silent, ["server-unreachable"])):
+    for error, pauses in ((refused, []), (silent, [silent.code])):
         run = at(JobRun(worker.executor._bench, row), "server")
         run.journal.touched = run.journal.killed = True
         assert await run._ending(error) == Ending(
