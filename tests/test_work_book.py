@@ -16,6 +16,7 @@ from runcomfy.application.station import CloudStation
 from runcomfy.application.work_book import WorkBook, outcome_of
 from runcomfy.domain.exceptions import Interrupted, NodeFailed, PromptInterrupted, StoreUnavailable
 from runcomfy.domain.job import JobId
+from runcomfy.domain.machine import Machine, MachineId
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.domain.work import Work
 from runcomfy.testing.clock import LoopClock
@@ -95,6 +96,43 @@ async def test_the_dev_server_is_warm_for_what_another_process_has_computed(
     works = await program.store.works()
     assert [(work.workflow, work.cold) for work in works] == [("portrait", True), ("portrait", False), ("video", True)]
     await program.dev.shutdown()
+
+
+async def test_what_a_machine_has_computed_is_known_without_the_books_once_it_was_seen(
+    program: Program, clock: LoopClock
+) -> None:
+    """And what another machine, or nobody there to the end, has computed makes none warm."""
+
+    class Closed:
+        asked = 0
+
+        async def works(self, **which: Any) -> Any:
+            Closed.asked += 1
+            return await program.store.works(**which)
+
+        async def put_work(self, work: Work) -> None:
+            await program.store.put_work(work)
+
+    machine, elsewhere = program.intent(), replace(program.intent(), id=MachineId("another"))
+    book = WorkBook(Closed(), clock)  # type: ignore[arg-type]
+
+    async def was_cold(at: Machine, job: str, workflow: str = "portrait", *, ends: bool = True) -> bool:
+        stay = book.begin(at, JobId(job), JobFacts(workflow))
+        stay.computing()
+        if ends:
+            stay.computed()
+        stay.leave("done")
+        await stay.settled()
+        [work] = [work for work in await program.store.works() if work.job_id == job]
+        return work.cold
+
+    assert await was_cold(machine, "first", ends=False)
+    assert await was_cold(machine, "second")
+    asked = Closed.asked
+    assert not await was_cold(machine, "third")
+    assert Closed.asked == asked == 2
+    assert await was_cold(elsewhere, "fourth")
+    assert await was_cold(machine, "fifth", "video")
 
 
 async def test_the_machine_of_an_executor(program: Program) -> None:

@@ -162,8 +162,9 @@ class Stay(Seat):
         except LocalError as error:
             log.warning("works_not_read", extra={"fields": {"job": self._work.job_id, "error": error.code}})
             return
-        self._warm.update(work.workflow for work in before if work.computed_at is not None)
-        if workflow in self._warm:
+        computed = {work.workflow for work in before if work.computed_at is not None}
+        self._warm.update(computed)
+        if workflow in computed:  # not in `_warm`: this job itself may have computed before the books have answered
             self._work = replace(self._work, cold=False)
 
 
