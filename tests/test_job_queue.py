@@ -344,6 +344,21 @@ async def test_a_jobs_story_has_everything(store: SqlJobs, queue: JobQueue) -> N
         await queue.show(RowId(4711))
 
 
+@pytest.mark.parametrize("page", [1, 2, 4, 5])
+async def test_a_long_story_is_told_whole_in_its_order(
+    store: SqlJobs, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, page: int
+) -> None:
+    """Other jobs' events lie between its own; a page may be full with the last of them."""
+    job, other = await queue.enqueue_many([JobRequest("image_invert"), JobRequest("image_invert")])
+    for priority in (60, 70, 80):
+        await queue.set_priority(job, priority)
+        await queue.set_priority(other, priority)
+    every = list(await store.events(job_id=job.id))
+    assert len(every) == 4
+    monkeypatch.setattr("runcomfy.application.job_queue.EVENTS_AT_ONCE", page)
+    assert (await queue.show(job)).events == every
+
+
 async def test_workers_are_the_executors_that_live(store: SqlJobs, settings: QueueSettings, clock: LoopClock) -> None:
     processes = EmulatedProcesses()
     queue = JobQueue(store, settings, processes=processes)

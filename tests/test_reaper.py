@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 
 from runcomfy.application.finish import finish
 from runcomfy.application.reaper import EXECUTORS, is_queues, judge, lease_ends
-from runcomfy.domain.exceptions import LaunchAmbiguous, ProviderError, RunComfyError
+from runcomfy.domain.exceptions import LaunchAmbiguous, MachineNotFound, ProviderError, RunComfyError
 from runcomfy.domain.lease import Use
-from runcomfy.domain.machine import Machine, MachineState, OwnerId, Purpose, ServerId
+from runcomfy.domain.machine import Machine, MachineState, OwnerId, Phase, Purpose, ServerId
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import START, LoopClock
@@ -323,6 +324,39 @@ async def test_a_machine_that_the_user_adopted_after_its_end_is_not_taken_for_on
     row = await reaper.books.latest(adopted.id)
     assert row is not None
     await reaper.machines.stop(await reaper.books.take_over(row, note="end"), reason="the test is over")
+
+
+async def test_a_machine_that_the_user_has_started_is_booked_as_ours_as_the_provider_tells_it(
+    cloud: RunComfyEmulator, reaper: Program, clock: LoopClock
+) -> None:
+    machine, _ = await reaper.ready(reaper.intent(duration=timedelta(hours=1)))
+    [report] = await reaper.machines.provider.list_machines()
+    await reaper.machines.stop(machine, reason="over")
+    rate = reaper.machines.settings.rates.find("medium")
+    assert rate is not None
+    ready = clock.now() - timedelta(minutes=5)
+    seen = replace(report, server_id=ServerId("theirs"), ready_at=ready, workflow_version_id="v7")
+
+    adopted = await reaper.machines.adopt(seen, purpose=Purpose.TAKEN, reason="the user said so")
+
+    assert (adopted.server_type, adopted.duration, adopted.server_id) == ("medium", report.duration, "theirs")
+    assert (adopted.usd_per_hour, adopted.rate_source) == (rate.usd_per_hour, f"{rate.plan}, {rate.source}")
+    assert (adopted.provider, adopted.account) == (machine.provider, machine.account)
+    assert (adopted.purpose, adopted.reason, adopted.owner_id) == (Purpose.TAKEN, "the user said so", reaper.owner.id)
+    assert (adopted.state, adopted.requested_at, adopted.since) == (MachineState.READY, ready, clock.now())
+    assert (adopted.workflow_version_id, adopted.kept_until) == ("v7", report.stopping_at)
+    assert await reaper.store.machine(adopted.id) == adopted
+    assert reaper.books.held[adopted.id] == adopted
+
+    unknown = replace(
+        seen, server_id=ServerId("odd"), server_type="", duration=None, ready_at=None, phase=Phase.STARTING
+    )
+    odd = await reaper.machines.adopt(unknown, purpose=Purpose.TAKEN, reason="the user said so")
+    assert (odd.server_type, odd.duration, odd.usd_per_hour) == ("unknown", timedelta(0), Decimal(0))
+    assert (odd.rate_source, odd.state) == ("no price known for this type", MachineState.BOOTING)
+    assert odd.requested_at == clock.now()
+    with pytest.raises(MachineNotFound, match="cannot be used"):
+        await reaper.machines.adopt(replace(seen, addressable=False), purpose=Purpose.TAKEN, reason="")
 
 
 # -- lists that cannot be trusted --------------------------------------------------------------------------
