@@ -729,10 +729,15 @@ async def test_the_prompt_of_an_earlier_attempt_is_not_forgotten_by_a_run_that_n
     row = (await a_run(worker)).row
     burst = NodeFailed("it burst")
     for limit in (None, 0):
-        for gone, touched in ((False, False), (True, False), (False, True)):
+        for earlier, gone, touched in (
+            (EARLIER, False, False),
+            (EARLIER, True, False),
+            (EARLIER, False, True),
+            (None, False, False),
+        ):
             run = at(JobRun(worker.executor._bench, replace(row, retry_limit=limit)), server_gone=gone)
-            run.journal._earlier, run.journal.touched = EARLIER, touched
-            assert (await run._ending(burst)).end_prompt == (not gone and not touched)
+            run.journal._earlier, run.journal.touched = earlier, touched
+            assert (await run._ending(burst)).end_prompt == (earlier is not None and not gone and not touched)
 
 
 async def test_a_run_that_this_computer_or_the_database_ends_is_put_back_at_no_cost(worker: Worker) -> None:

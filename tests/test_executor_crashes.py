@@ -24,7 +24,7 @@ from runcomfy.application.heartbeat import Heart, OnBeat, Pulse
 from runcomfy.application.planner import PLANNER, Planner
 from runcomfy.application.store_journal import StoreJournal
 from runcomfy.domain.exceptions import DiskFull, LocalError, StoreUnavailable
-from runcomfy.domain.job import JobRequest
+from runcomfy.domain.job import JobRequest, Output, OutputKind
 from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import EventKind, NewJob, Outcome, Phase, QueuedJob, QueueStatus, WorkerId
 from runcomfy.testing.clock import LoopClock
@@ -628,6 +628,9 @@ async def test_a_planner_without_its_database_tells_and_goes_on_with_its_role(wo
         assert mine.planner.epoch == 1
 
 
+PICTURE = Output("2", OutputKind.IMAGE, "/out/knight.png", 7, "5e", name="knight")
+
+
 async def committing(store: Any, row: QueuedJob, *, leaving: bool = False, stale: bool = False) -> Any:
     """Commit a result; return the journal, what was published, and what was told of the database."""
     pulse = NoPulse()
@@ -647,7 +650,7 @@ async def committing(store: Any, row: QueuedJob, *, leaving: bool = False, stale
     )
     error: LocalError | None = None
     try:
-        await journal.commit(lambda: published.append("named"), (), {"seeds": {"1": 2}})
+        await journal.commit(lambda: published.append("named"), (PICTURE,), {"seeds": {"1": 2}})
     except LocalError as refused:
         error = refused
     return journal, published, told, error
@@ -662,7 +665,7 @@ async def test_whether_an_unheard_commit_counts_is_asked_until_it_is_known(worke
         assert error is None
         assert looptime - began == pytest.approx(0.25 + 0.5 + 1 + 2 + 4 + 5 + 5, abs=0.2)
         assert (journal.done.status, journal.done.id, published) == (QueueStatus.DONE, row.id, ["named"])
-        assert journal.done.result == {"seeds": {"1": 2}, "outputs": []}
+        assert journal.done.result == {"seeds": {"1": 2}, "outputs": [{**PICTURE.as_dict(), "name": "knight"}]}
         assert [type(trouble) for trouble in told] == [StoreUnavailable] * 8
         # Whoever must leave before it is known lets the names stand.
         row = await submit(store, await put_and_take(store))

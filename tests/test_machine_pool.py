@@ -13,13 +13,23 @@ from typing import Any
 import pytest
 
 from runcomfy.application.machine_pool import MachinePool, takes_over
+from runcomfy.application.pool_works import AGAIN_AFTER, Works
 from runcomfy.application.pooled import Pool
 from runcomfy.application.reaper import Reaper
 from runcomfy.domain.budget import Budget, Period
-from runcomfy.domain.exceptions import BudgetExceeded, LeaseLost, MachineLost, NoCapacity, ValueInvalid
+from runcomfy.domain.exceptions import (
+    BudgetExceeded,
+    LeaseLost,
+    MachineLost,
+    NoCapacity,
+    StoreUnavailable,
+    ValueInvalid,
+)
+from runcomfy.domain.job import JobId
 from runcomfy.domain.machine import Machine, MachineId, MachineState, OwnerId, Purpose, ServerId
 from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.settings import CloudSettings, PoolSettings
+from runcomfy.domain.work import Work
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, settings_for
@@ -262,6 +272,79 @@ async def test_each_job_is_written_down_as_work(program: Program, pool: RunningP
     assert (work.user, work.project, work.outcome, work.server_type) == ("ann", "p", "done", "medium")
     assert works[again.job_id, 1].cold is False
     await pool.close()
+
+
+class Books:
+    """A database that takes no word of certain jobs, or none at all; each word takes it a second."""
+
+    def __init__(self) -> None:
+        self.refused: set[str] = set()
+        self.asked: list[str] = []
+        self.rows: dict[str, Work] = {}
+
+    async def put_work(self, work: Work) -> None:
+        self.asked.append(work.job_id)
+        await asyncio.sleep(1)
+        if self.refused & {work.job_id, "all"}:
+            raise StoreUnavailable("locked")
+        self.rows[work.job_id] = work
+
+
+def a_work(job: str, **fields: Any) -> Work:
+    return Work(MachineId("m"), JobId(job), 1, "portrait", "medium", NOON, **fields)
+
+
+async def test_what_a_database_refuses_of_a_jobs_time_is_written_later_and_holds_nobody_up() -> None:
+    books = Books()
+    works = Works(books)  # type: ignore[arg-type]
+    books.refused = {"a", "b"}
+    for job in "abc":
+        works.put(a_work(job))
+    await asyncio.sleep(2 * AGAIN_AFTER + 4)
+    assert (list(books.rows), books.asked[:3]) == (["c"], ["a", "b", "c"])  # the refused go to the end
+    books.refused = set()
+    works.put(a_work("a", outcome="done"))  # there is a newer word by now
+    await asyncio.sleep(2 * AGAIN_AFTER + 4)
+    assert {job: work.outcome for job, work in books.rows.items()} == {"a": "done", "b": "", "c": ""}
+    asked = len(books.asked)
+    await asyncio.sleep(60)
+    assert len(books.asked) == asked  # what is written is not written again
+    works.put(a_work("d"))
+    await asyncio.sleep(0.5)
+    works.put(a_work("d", outcome="failed"))  # while the first word is on its way
+    await asyncio.sleep(3)
+    assert (books.rows["d"].outcome, books.asked[asked:]) == ("failed", ["d", "d"])
+    await works.close()
+
+
+async def test_what_is_left_of_jobs_time_is_written_at_the_end_once_or_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    books = Books()
+    works = Works(books)  # type: ignore[arg-type]
+    books.refused = {"all"}
+    for job in "abc":
+        works.put(a_work(job))
+    await asyncio.sleep(2)
+    books.refused, books.asked = set(), []
+    await works.close()
+    assert (books.asked, list(books.rows)) == (["a", "b", "c"], ["a", "b", "c"])
+    await works.close()
+    assert len(books.asked) == 3
+
+    books.refused, books.asked = {"all"}, []
+    for job in "de":
+        works.put(a_work(job))
+    await works.close()
+    assert books.asked == ["d"]  # it refuses: nobody waits for the others
+    await works.close()
+    assert books.asked == ["d"]
+
+    monkeypatch.setattr("runcomfy.application.pool_works.MOST_UNWRITTEN", 2)
+    books.refused, books.asked = set(), []
+    for job in "fgh":
+        works.put(a_work(job))
+    works.put(a_work("g", outcome="done"))
+    await works.close()
+    assert books.asked == ["h", "g"]  # the oldest is let go, and a newer word makes a row young again
 
 
 async def test_a_job_that_waits_behind_one_of_its_workflow_finds_the_machine_warm(
