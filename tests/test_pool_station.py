@@ -16,12 +16,13 @@ import pytest_asyncio
 from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
 from runcomfy.application.placing import JobFacts, Place, owed
 from runcomfy.application.pool_seat import LINE_UP_S, PRESUMED_S, REMEMBERED, Experience, PoolSeat
-from runcomfy.application.pool_station import PoolStation
+from runcomfy.application.pool_station import LATE_S, PoolStation
 from runcomfy.application.pooled import MachineLease, PooledMachine
 from runcomfy.domain.exceptions import MachineFailed, MachineLost, NodeFailed, ServerUnreachable
 from runcomfy.domain.job import JobId, PromptId
 from runcomfy.domain.machine import MachineId
-from runcomfy.domain.placement import BackWhy
+from runcomfy.domain.placement import BackWhy, Spot
+from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.progress import QueueView
 from runcomfy.domain.queued import Phase, QueuedJob, QueueStatus, RowId
 from runcomfy.domain.settings import ComfySettings, PoolSettings
@@ -456,3 +457,117 @@ async def test_experience_forgets_the_oldest_runs(clock: LoopClock) -> None:
     known = Experience([work] * (REMEMBERED + 10))
     known.learn(work)
     assert len(known._works) == REMEMBERED
+
+
+# -- what it says of itself --------------------------------------------------------------------------------------
+
+
+async def test_placement_sees_a_machine_as_it_stands(
+    pool: StandingPool, client: ComfyUIWorkflowClient, clock: LoopClock
+) -> None:
+    machine, station = pool.add(client, server_type="large"), station_of(pool, clock)
+    now = asyncio.get_running_loop().time()
+    idle = Spot(machine.key, "large", 1.75, seats=2)
+    assert station._spot(machine, now) == idle
+    machine.warm = {"mesh"}
+    machine.draining = "the plan says so"
+    assert station._spot(machine, now) == replace(idle, seats=0, usable=False, warm=frozenset({"mesh"}))
+    machine.draining, machine.stage = "", Stage.DRAINING
+    assert not station._spot(machine, now).usable
+    machine.stage, machine.warm = Stage.BOOTING, set()
+    for expected_in, ready_s in ((40.0, 40.0), (0.0, LATE_S), (-LATE_S - 5, LATE_S + 5)):  # as late as it is again
+        machine.expected_ready_at = now + expected_in
+        assert station._spot(machine, now) == replace(idle, ready_s=ready_s)
+    machine.stage = Stage.READY
+
+    seats = [await Stay(station, name).seat() for name in "ab"]
+    pool.computing(seats[0].lease, ago_s=10.0)
+    now = asyncio.get_running_loop().time()
+    busy = station._spot(machine, now)
+    assert (busy.seats, busy.taken, busy.warm) == (0, 2, frozenset({"portrait"}))
+    assert busy.free_s == pytest.approx(2 * PRESUMED_S - 10, abs=0.5)
+    for seat, prompt_id in zip(seats, "pq", strict=True):
+        seat.submitted(PromptId(prompt_id))
+    seats[1].saw(QueueView(running=(PromptId("p"),), pending=(PromptId("somebody"), PromptId("q"))))
+    busy = station._spot(machine, now)
+    assert busy.taken == 3
+    assert busy.free_s == pytest.approx(3 * PRESUMED_S - 10, abs=0.5)
+    pool.computed(seats[0].lease)
+    busy = station._spot(machine, now)
+    assert (busy.seats, busy.taken) == (1, 2)
+    assert busy.free_s == pytest.approx(2 * PRESUMED_S, abs=0.5)
+
+
+async def test_a_seat_is_taken_with_what_is_known_of_the_job_and_what_it_took_is_learnt(
+    pool: StandingPool, client: ComfyUIWorkflowClient, clock: LoopClock
+) -> None:
+    at = clock.now()
+
+    def ran(number: int, seconds: float, *, cold: bool) -> Work:
+        until = at + timedelta(seconds=seconds)
+        job = JobId(str(number))
+        return Work(MachineId("m"), job, 1, "portrait", "medium", at, computing_at=at, computed_at=until, cold=cold)
+
+    known = [ran(1, 40, cold=True), ran(2, 10, cold=False), ran(3, 10, cold=False)]
+    station = PoolStation(pool, replace(PoolSettings(), depth=1), clock=clock, works=known, outlives=lambda: True)
+    machine = pool.add(client)
+    stay = Stay(station, facts=JobFacts("portrait", 4, "ann", "film"))
+    place = await stay.there()
+    assert (place.alone, place.outlives, place.attempt) == (True, True, 4)
+    [lease] = machine.leases
+    assert (lease.attempt, lease.user, lease.project) == (4, "ann", "film")
+    assert lease.expected_s == pytest.approx(40)  # nothing is loaded there yet
+    seat = await stay.seat()
+    await asyncio.sleep(5)
+    seat.computing()
+    await asyncio.sleep(25)
+    seat.computed()
+    learnt = station.experience._works[-1]
+    assert learnt.computing_at is not None
+    assert learnt.computed_at is not None
+    assert (learnt.computed_at - learnt.computing_at).total_seconds() == pytest.approx(25)
+    assert (learnt.machine_id, learnt.job_id, learnt.attempt, learnt.workflow) == (machine.id, "job", 4, "portrait")
+    assert (learnt.server_type, learnt.cold, learnt.began_at) == ("medium", True, lease.began_at)
+    await stay.leave()
+    warm = Stay(station)
+    await warm.there()
+    [lease] = machine.leases
+    assert lease.expected_s == pytest.approx(station.experience.run_s("portrait", "medium"))
+    await warm.leave()
+
+
+async def test_who_waits_for_a_machines_end_hears_of_machines_that_are_gone_and_of_no_other_change(
+    pool: StandingPool, client: ComfyUIWorkflowClient, clock: LoopClock
+) -> None:
+    station = station_of(pool, clock)
+    heard: list[str] = []
+    station.on_change(lambda: heard.append("change"))
+    station.on_gone(lambda: heard.append("gone"))
+    machine, other = pool.add(client), pool.add(client)
+
+    async def said() -> set[str]:
+        await asyncio.sleep(0.01)
+        told, heard[:] = set(heard), []
+        return told
+
+    assert await said() == {"change"}
+    pool.drain(machine.id, why="not needed")  # it is out of the list, and proven to be gone by nobody
+    stay = Stay(station)
+    await stay.there()
+    assert await said() == {"change"}
+    pool.lose(other)
+    assert await said() == {"gone", "change"}
+    with pytest.raises(MachineLost):
+        await stay.task
+
+
+async def test_a_job_that_is_no_longer_waiting_is_remembered_for_twice_the_patience_it_has(
+    pool: StandingPool, client: ComfyUIWorkflowClient, clock: LoopClock
+) -> None:
+    station = station_of(pool, clock, affinity_wait=timedelta(seconds=10))
+    station._delayed = {RowId(1): 0.0, RowId(2): 0.0}
+    station._forget({RowId(2)}, 20.0)
+    assert set(station._delayed) == {1, 2}
+    assert [station._pending(row(number), 15.0).delayed_s for number in (1, 2, 3)] == [15.0, 15.0, 0.0]
+    station._forget({RowId(2)}, 20.5)
+    assert set(station._delayed) == {2}  # it waits still
