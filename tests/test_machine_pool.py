@@ -636,6 +636,34 @@ async def test_who_keeps_the_pool_now_has_its_machines_also_those_of_one_that_sl
         assert await gaps(cloud, second) == {}
 
 
+@pytest.mark.invariant("I7")
+async def test_what_was_to_be_ended_is_left_to_who_has_it_in_the_books_by_now(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """Also if the pool that had taken it over has not heard of that yet."""
+    async with programs.start() as first:
+        pool = RunningPool(first, MachinePool(first.machines, first.placer.comfyui))
+        machine = await pool.usable()
+        await pool.close(keep=True)
+    async with programs.start() as second, programs.start() as third:
+        async with running_pool(second) as pool:
+            assert await pool.pool.adopt() == [machine.id]
+            row = await third.store.machine(machine.id)
+            assert row is not None
+            theirs = await third.books.take_over(row, note="it is mine by now")
+            members = pool.pool._members
+            [member] = members
+            members.end(member, "it is ill")
+            await pool.empty(within=60)
+            await asyncio.sleep(60)
+            assert cloud.billing == [theirs.server_id]
+            words = await story(third, machine.id)
+            assert words[-1].endswith("it is mine by now")
+        ended = await third.machines.stop(theirs, reason="the test is over")
+        assert ended.state is MachineState.STOPPED
+        assert await gaps(cloud, third) == {}
+
+
 def test_what_is_taken_over_and_what_is_not() -> None:
     def row(**changes: Any) -> Machine:
         machine = Machine(

@@ -355,6 +355,29 @@ async def test_who_waits_behind_a_users_own_prompt_goes_to_an_idle_machine(
     assert station.reconsider({JobId("a"): 50}, []) == {}
 
 
+async def test_who_waits_behind_another_job_goes_to_a_machine_that_begins_it_earlier_or_gives_way_to_a_more_urgent_one(
+    pool: StandingPool, client: ComfyUIWorkflowClient, clock: LoopClock
+) -> None:
+    machine, station = pool.add(client), station_of(pool, clock)
+    first, second = [await Stay(station, name).seat() for name in "ab"]
+    urgent, both = row(3, priority=10), {JobId("a"): 50, JobId("b"): 50}
+    assert station.reconsider(both, [row(3)]) == {}
+    assert station.reconsider(both, [urgent]) == {"b": BackWhy.URGENT}
+    assert station.reconsider({JobId("b"): 10}, [urgent]) == {}
+    pool.add(client)
+    assert station.reconsider({JobId("b"): 50}, [urgent]) == {"b": BackWhy.IDLE}
+    for ago_s, back in ((0.0, True), (PRESUMED_S - 5, True), (PRESUMED_S - 1, False)):
+        pool.computing(first.lease, ago_s=ago_s)
+        assert station.reconsider(both, []) == ({"b": BackWhy.IDLE} if back else {})  # a second is not worth it
+    pool.computing(first.lease, ago_s=PRESUMED_S + 20)  # as late as it is, it may take as long again
+    assert station.reconsider(both, []) == {"b": BackWhy.IDLE}
+    pool.computing(first.lease, ago_s=PRESUMED_S - 1)
+    pool.drain(machine.id, why="not needed")
+    assert station.reconsider(both, []) == {"b": BackWhy.DRAINS}
+    pool.computing(second.lease)
+    assert station.reconsider(both, []) == {}  # it has begun
+
+
 # -- choosing --------------------------------------------------------------------------------------------------
 
 
