@@ -14,6 +14,7 @@ import pytest
 
 from runcomfy.application.books import Books, dearer
 from runcomfy.application.by_order import stop_whosever
+from runcomfy.application.launching import _is_as_good, _of_its_kind, _Try
 from runcomfy.domain.budget import Budget, BudgetState, Period
 from runcomfy.domain.exceptions import (
     BootTimeout,
@@ -34,6 +35,7 @@ from runcomfy.domain.machine import Machine, MachineReport, MachineState, OwnerI
 from runcomfy.domain.money import show_usd
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.contracts.store import a_machine
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.past import Past
 from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
@@ -179,6 +181,65 @@ async def test_launches_that_are_never_answered_are_given_up_and_nothing_runs(
         await program.launch()
     assert await states(program) == ["never"] * 3
     assert cloud.launched == []
+
+
+async def test_an_intention_whose_request_never_left_is_closed_without_asking_anybody(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    launching, intent = program.machines._launching, program.intent()
+    await program.books.add_intent(intent)
+    launching._tries[intent.id] = [_Try(intent)]
+    assert launching.is_under_way(intent.id)
+    asked = len(cloud.calls)
+    assert await launching.settle(intent, reason="it was broken off") is None
+    assert len(cloud.calls) == asked
+    assert await states(program) == ["never"]
+    assert [step.note for step in await program.store.story(intent.id)][-1] == "broken off, never sent"
+    assert not launching.is_under_way(intent.id)
+    assert await launching.settle(intent, reason="once more") is None
+
+
+async def test_who_launches_beside_another_process_says_once_that_it_waits(programs: Programs, looptime: float) -> None:
+    async with programs.start() as one, programs.start() as two:
+        async with one.machines.launch_lock():
+            waiting = asyncio.create_task(two.machines._launching._take_lock())
+            await asyncio.sleep(10)
+            assert not waiting.done()
+            assert two.said == [f"another process (pid {one.owner.pid}) is launching a machine; waiting for it"]
+        began = float(looptime)
+        await waiting
+        assert looptime - began <= 1.5
+        programs.processes.dead.add(two.owner.id)
+        async with asyncio.timeout(1), one.machines.launch_lock():  # the dead hold nobody up
+            assert one.said == []
+
+
+def test_only_a_machine_that_is_the_same_in_all_that_was_asked_for_stands_for_another() -> None:
+    intent = a_machine()
+    for purpose in Purpose:
+        asked = replace(intent, purpose=purpose)
+        assert _is_as_good(asked, asked) == (purpose in (Purpose.DEV, Purpose.POOL))
+    pooled = replace(intent, purpose=Purpose.POOL)
+    for other in (
+        {"purpose": Purpose.DEV},
+        {"server_type": "large"},
+        {"workflow_version_id": "another"},
+        {"duration": pooled.duration + timedelta(seconds=1)},
+    ):
+        assert not _is_as_good(replace(pooled, **other), pooled)
+
+
+def test_what_a_list_has_told_of_a_machines_kind_is_kept_and_what_it_left_open_is_taken() -> None:
+    def seen(**fields: Any) -> MachineReport:
+        return MachineReport(ServerId("s"), Phase.READY, "Ready", **fields)
+
+    told = seen(server_type="large", duration=timedelta(hours=1), workflow_version_id="v1")
+    odd = seen(server_type="gpu-x", duration=timedelta(hours=9), workflow_version_id="v9")
+    assert _of_its_kind(odd, told) == told
+    assert _of_its_kind(odd, seen()) == odd
+    assert _of_its_kind(odd, None) is odd
+    starting = replace(odd, phase=Phase.STARTING, status="Starting")
+    assert _of_its_kind(starting, told) == replace(told, phase=Phase.STARTING, status="Starting")
 
 
 @pytest.mark.fault(9)
