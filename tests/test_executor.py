@@ -23,6 +23,8 @@ from runcomfy.domain.exceptions import (
     JobBusy,
     JobFileInvalid,
     JobNotFound,
+    LeaseLost,
+    LocalError,
     MachineLost,
     NodeFailed,
     PromptRemoved,
@@ -626,18 +628,17 @@ async def test_machines_that_flap_under_a_job_cost_it_nothing_six_times(worker: 
     run.journal.touched = True
     for _ in range(FLAPS_EXCUSED):
         excused = run._excused(lost)
-        assert excused is not None
-        assert (excused.delay, excused.keeps_prompt) == (EXCUSED_DELAY, True)
+        assert excused == Ending(Outcome.PUT_BACK, error=lost.as_dict(), delay=EXCUSED_DELAY, keeps_prompt=True)
     assert run._excused(lost) is None
 
 
 async def test_a_job_that_waited_its_turn_or_whose_machine_nobody_pays_goes_back_at_no_cost(worker: Worker) -> None:
     run = at(await a_run(worker), waited=True)
     run.journal.touched, run.journal.sent = True, PromptId("p")
+    lost = MachineLost("it is gone")
     for _ in range(9):
-        excused = run._excused(MachineLost("it is gone"))
-        assert excused is not None
-        assert (excused.outcome, excused.delay, excused.keeps_prompt) == (Outcome.PUT_BACK, timedelta(0), True)
+        excused = run._excused(lost)
+        assert excused == Ending(Outcome.PUT_BACK, error=lost.as_dict(), keeps_prompt=True)
         assert run._bench.excused[run.row.id] == 1
     restarted = run._excused(ServerRestarted("it forgot"))
     assert restarted is not None
@@ -645,8 +646,7 @@ async def test_a_job_that_waited_its_turn_or_whose_machine_nobody_pays_goes_back
     broke = BudgetExceeded("no more today", hint="wait")
     assert at(run)._excused(broke) is None
     unpaid = at(run, unpaid=True)._excused(broke)
-    assert unpaid is not None
-    assert (unpaid.outcome, unpaid.keeps_prompt) == (Outcome.PUT_BACK, True)
+    assert unpaid == Ending(Outcome.PUT_BACK, error=broke.as_dict(), keeps_prompt=True)
 
 
 async def test_what_a_request_leaves_open_the_row_and_the_settings_say(worker: Worker) -> None:
@@ -770,3 +770,29 @@ async def test_only_a_run_with_which_its_job_has_ended_for_good_counts_as_failed
     ):
         run._tell_ending(Ending(outcome), burst, None)
         assert run.failed == failed
+
+
+@pytest.mark.fault(55)
+async def test_a_run_that_does_not_count_is_over_also_if_the_database_cannot_say_whose_the_job_is(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal says nothing against the claim: only what is read does."""
+    run = await a_run(worker)
+    troubles: list[LocalError | None] = []
+    run._bench = replace(run._bench, trouble=troubles.append)
+
+    async def refused(_: Any) -> None:
+        raise StoreUnavailable("locked")
+
+    await run._insist_on_claim()
+    with monkeypatch.context() as locked:
+        locked.setattr(run._bench.store, "job", refused, raising=False)
+        await run._insist_on_claim()
+        await run._discard()
+    assert [type(trouble) for trouble in troubles] == [StoreUnavailable] * 2
+    assert "another worker has taken it over" in worker.said[-1]
+    await worker.queue.cancel(run.row.id)
+    with pytest.raises(LeaseLost):
+        await run._insist_on_claim()
+    await run._discard()
+    assert worker.said[-1].endswith(": cancelled")
