@@ -592,6 +592,7 @@ async def test_a_planner_takes_the_role_and_the_jobs_of_the_dead_and_counts_each
         for name in ("gone", "old", "new"):
             await store.register_owner(an_owner(name))
         old, new = (Planning(workers, store, name, lost_limit=2) for name in ("old", "new"))
+        assert (old.planner.epoch, new.planner.epoch) == (None, None)
         assert await old.planner.round() == []
         await new.planner.round()
         assert (old.planner.epoch, new.planner.epoch) == (1, None)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -25,7 +26,7 @@ from runcomfy.domain.exceptions import (
     StoreUnavailable,
     ValueInvalid,
 )
-from runcomfy.domain.job import JobId
+from runcomfy.domain.job import JobId, PromptId
 from runcomfy.domain.machine import Machine, MachineId, MachineState, OwnerId, Purpose, ServerId
 from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.settings import CloudSettings, PoolSettings
@@ -383,6 +384,24 @@ async def test_a_draining_machine_takes_no_job_lets_those_there_finish_and_goes(
     pool.done(attached)
     await pool.empty()
     assert cloud.alive == []
+    await pool.close()
+
+
+@pytest.mark.fault(69)
+async def test_a_draining_machine_is_not_ended_under_a_prompt_that_somebody_sent_by_hand(
+    cloud: RunComfyEmulator, pool: RunningPool
+) -> None:
+    machine = await pool.usable()
+    assert machine.server is not None
+    delay = {"class_type": "EmulatorDelay", "inputs": {"seconds": 60, "steps": 1, "previews": False, "seed": 1}}
+    save = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "by hand"}}
+    await machine.server.submit({"1": delay, "2": save}, prompt_id=PromptId(str(uuid4())))
+    pool.pool.drain(machine.id, why="nothing is to do")
+    await asyncio.sleep(50)
+    assert cloud.billing == [machine.machine.server_id]
+    await pool.empty(within=60)
+    assert cloud.alive == []
+    assert len([said for said in pool.program.said if "by hand" in said]) == 1
     await pool.close()
 
 
