@@ -596,7 +596,9 @@ async def test_a_prompt_may_run_on_where_it_was_sent_to_a_machine_that_is_not_se
     assert not at(run, "server")._may_run_on
     assert at(run, void=True)._leaves(ServerUnreachable("silent"))
     assert at(run, void=True)._keeps(ServerUnreachable("silent"))
+    assert not at(run)._leaves(NodeFailed("it burst"))
     run._withdrawn = True
+    assert at(run)._leaves(NodeFailed("it burst"))  # it is nowhere
     assert not run._keeps(ServerUnreachable("silent"))
 
 
@@ -796,3 +798,27 @@ async def test_a_run_that_does_not_count_is_over_also_if_the_database_cannot_say
         await run._insist_on_claim()
     await run._discard()
     assert worker.said[-1].endswith(": cancelled")
+
+
+@pytest.mark.fault(55)
+async def test_an_end_that_cannot_be_written_down_leaves_the_claim_open_for_the_next_worker(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped:
+        fresh = False
+
+    async def refused(*_: Any, **__: Any) -> None:
+        raise StoreUnavailable("locked")
+
+    run = await a_run(worker)
+    assert (run.unwritten, run.failed) == (False, False)
+    monkeypatch.setattr(run.journal, "_pulse", Stopped())
+    with monkeypatch.context() as locked:
+        locked.setattr(run._bench.store, "finish", refused, raising=False)
+        await run._conclude(NodeFailed("it burst"))
+    assert (run.unwritten, run.failed) == (True, False)
+    assert "could not be written down" in worker.said[-1]
+    assert (await worker.queue.job(run.row.id)).status is QueueStatus.PROCESSING
+    again = JobRun(worker.executor._bench, replace(run.row, retry_limit=0))
+    await again._conclude(NodeFailed("it burst"))
+    assert (again.unwritten, again.failed) == (False, True)

@@ -23,12 +23,13 @@ from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.application.heartbeat import Heart, OnBeat, Pulse
 from runcomfy.application.planner import PLANNER, Planner
 from runcomfy.application.store_journal import StoreJournal
-from runcomfy.domain.exceptions import DiskFull, LocalError, StoreUnavailable
-from runcomfy.domain.job import JobRequest, Output, OutputKind
+from runcomfy.domain.exceptions import DiskFull, LocalError, ServerRestarted, StoreUnavailable
+from runcomfy.domain.job import JobRequest, Output, OutputKind, PromptId
 from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import EventKind, NewJob, Outcome, Phase, QueuedJob, QueueStatus, WorkerId
 from runcomfy.testing.clock import LoopClock
-from runcomfy.testing.contracts.jobs_words import a_job, an_owner, put, seen, submit, take
+from runcomfy.testing.contracts.jobs_words import HERE, a_job, an_owner, put, seen, submit, take
+from runcomfy.testing.contracts.jobs_words import kinds as kinds_of
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
 from runcomfy.testing.workers import Worker, Workers, queue_settings_for
 
@@ -632,23 +633,25 @@ async def test_a_planner_without_its_database_tells_and_goes_on_with_its_role(wo
 PICTURE = Output("2", OutputKind.IMAGE, "/out/knight.png", 7, "5e", name="knight")
 
 
+def journal_of(store: Any, row: QueuedJob, pulse: Pulse, **told: Any) -> StoreJournal:
+    usual: dict[str, Any] = {
+        "leaves": lambda _: True,
+        "here": lambda: HERE,
+        "reached": lambda: None,
+        "trouble": lambda _: None,
+        "leaving": lambda: False,
+        "kill_limit": 2,
+    }
+    return StoreJournal(store, row, pulse, **{**usual, **told})
+
+
 async def committing(store: Any, row: QueuedJob, *, leaving: bool = False, stale: bool = False) -> Any:
     """Commit a result; return the journal, what was published, and what was told of the database."""
     pulse = NoPulse()
     pulse.fresh = not stale
     told: list[LocalError | None] = []
     published: list[str] = []
-    journal = StoreJournal(
-        store,
-        row,
-        pulse,
-        leaves=lambda _: True,
-        here=lambda: "",
-        reached=lambda: None,
-        trouble=told.append,
-        leaving=lambda: leaving,
-        kill_limit=2,
-    )
+    journal = journal_of(store, row, pulse, trouble=told.append, leaving=lambda: leaving)
     error: LocalError | None = None
     try:
         await journal.commit(lambda: published.append("named"), (PICTURE,), {"seeds": {"1": 2}})
@@ -695,3 +698,57 @@ async def test_a_commit_that_does_not_count_is_tried_again_while_the_lease_holds
 async def put_and_take(store: SqlJobs) -> QueuedJob:
     await put(store, a_job())
     return await take(store)
+
+
+async def test_a_run_that_goes_on_with_a_prompt_has_it_on_the_server_and_counts_no_second_run(workers: Workers) -> None:
+    async with workers.open() as store:
+        row = await submit(store, await put_and_take(store))
+        reached: list[str] = []
+        journal = journal_of(store, row, NoPulse(), reached=lambda: reached.append("reached"))
+        assert (journal.touched, journal.sent, journal.prompt_id) == (False, None, row.prompt_id)
+        await journal.attached()
+        assert (journal.touched, journal.sent, reached) == (True, row.prompt_id, ["reached"])
+        assert (await kinds_of(store, row))[-1] is EventKind.ATTACHED
+        assert (await seen(store, row)).run_count == 1
+
+
+@pytest.mark.parametrize(
+    ("accepted", "lost", "here", "excused", "kill_limit", "renamed", "killed"),
+    [
+        pytest.param(True, True, HERE, False, 2, True, True, id="died under it"),
+        pytest.param(True, True, HERE, False, 1, True, True, id="and once too often"),
+        pytest.param(True, True, HERE, True, 2, True, False, id="not Ready for a while"),
+        pytest.param(True, True, "server:there:8188", False, 2, True, False, id="elsewhere"),
+        pytest.param(True, False, HERE, False, 2, True, False, id="ended"),
+        pytest.param(False, True, HERE, False, 2, True, True, id="perhaps sent"),
+        pytest.param(False, False, HERE, False, 2, False, False, id="never sent"),
+    ],
+)
+async def test_a_prompt_that_is_on_no_server_is_sent_again_under_its_name_only_if_it_never_was_there(
+    workers: Workers, accepted: bool, lost: bool, here: str, excused: bool, kill_limit: int, renamed: bool, killed: bool
+) -> None:
+    async with workers.open() as store:
+        row = await put_and_take(store)
+        if accepted:
+            row = await submit(store, row)
+        else:
+            row = await store.write_ahead(
+                row.id,
+                row.token,
+                place=HERE,
+                prompt_id=PromptId("00000000-0000-4000-8000-00000000cafe"),
+                counts_as_run=True,
+            )
+        journal = journal_of(store, row, NoPulse(), here=lambda: here, excused=lambda: excused, kill_limit=kill_limit)
+        assert journal.earlier is not None
+        raised = False
+        try:
+            await journal.gone(lost=lost)
+        except ServerRestarted as error:
+            raised = error.details == {"prompt_id": row.prompt_id}
+        assert raised == (kill_limit == 1)
+        assert (journal.prompt_id != row.prompt_id, journal.killed) == (renamed, killed)
+        known: object = journal.earlier
+        assert known is None
+        left = await seen(store, row)
+        assert (left.phase, left.prompt_id) == (Phase.NONE, None)

@@ -397,6 +397,11 @@ async def test_a_draining_machine_is_not_ended_under_a_prompt_that_somebody_sent
     save = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "by hand"}}
     await machine.server.submit({"1": delay, "2": save}, prompt_id=PromptId(str(uuid4())))
     pool.pool.drain(machine.id, why="nothing is to do")
+    [member] = pool.pool._members
+    asking = member.asking
+    assert asking is not None
+    pool.pool._members.end_if_unused(member)
+    assert member.asking is asking  # it is asked already
     await asyncio.sleep(50)
     assert cloud.billing == [machine.machine.server_id]
     await pool.empty(within=60)
@@ -653,6 +658,24 @@ async def test_who_keeps_the_pool_now_has_its_machines_also_those_of_one_that_sl
                 assert cloud.billing == [machine.machine.server_id]
                 assert pool.machines[0].takes_jobs
         assert await gaps(cloud, second) == {}
+
+
+async def test_a_machine_that_is_not_there_any_more_takes_no_job_and_says_why(pool: RunningPool) -> None:
+    for drained, why in (("", "it is not there any more"), ("nothing is to do", "nothing is to do")):
+        machine = await pool.usable()
+        lease = pool.lease(machine)
+        if drained:
+            pool.pool.drain(machine.id, why=drained)
+        member = pool.pool._members.get(machine.id)
+        assert member is not None
+        pool.pool._members.vanished(member, "in no list")
+        assert (machine.gone, machine.draining, machine.takes_jobs, lease.void) == (True, why, False, True)
+        pool.pool._members.vanished(member, "in no list")  # harmless
+        pool.done(lease)
+        await pool.empty(within=10)
+        words = await story(pool.program, machine.id)
+        assert len([word for word in words if word.endswith("in no list")]) == 1
+    await pool.close()
 
 
 @pytest.mark.invariant("I7")

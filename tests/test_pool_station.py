@@ -18,7 +18,7 @@ from runcomfy.application.placing import JobFacts, Place, owed
 from runcomfy.application.pool_seat import LINE_UP_S, PRESUMED_S, REMEMBERED, Experience, PoolSeat
 from runcomfy.application.pool_station import LATE_S, PoolStation
 from runcomfy.application.pooled import MachineLease, PooledMachine
-from runcomfy.domain.exceptions import MachineFailed, MachineLost, NodeFailed, ServerUnreachable
+from runcomfy.domain.exceptions import BudgetExceeded, MachineFailed, MachineLost, NodeFailed, ServerUnreachable
 from runcomfy.domain.job import JobId, PromptId
 from runcomfy.domain.machine import MachineId
 from runcomfy.domain.placement import BackWhy, Spot
@@ -190,6 +190,28 @@ async def test_a_lost_seat_ends_what_the_job_does(
     assert machine.leases == []
 
 
+async def test_a_lost_seat_says_what_became_of_the_machine(
+    pool: StandingPool, client: ComfyUIWorkflowClient, clock: LoopClock
+) -> None:
+    machine, station = pool.add(client), station_of(pool, clock)
+    seat = await Stay(station).seat()
+    there = {"machine": machine.id, "server_id": "standing-1"}
+    machine.epoch += 1  # it has answered again since
+    assert "it was not Ready for a while" in seat.lost().message
+    machine.outran = True
+    assert "it was ended at the end of its lease" in seat.lost().message
+    machine.outran, machine.gone = False, True
+    lost = seat.lost()
+    assert isinstance(lost, MachineLost)
+    assert lost.message.endswith("was lost during the job: it went away")
+    assert lost.details == there
+    machine.unpaid = "the day's budget is used up"
+    broke = seat.lost()
+    assert isinstance(broke, BudgetExceeded)
+    assert "the day's budget is used up" in broke.message
+    assert broke.details == there
+
+
 async def test_a_seat_that_was_lost_before_the_job_came_to_it_is_no_place(
     pool: StandingPool, client: ComfyUIWorkflowClient, clock: LoopClock
 ) -> None:
@@ -206,7 +228,14 @@ async def test_who_only_looks_in_takes_no_seat(
 ) -> None:
     machine, station = pool.add(client), station_of(pool, clock)
     stay = Stay(station, facts=None, prefer=machine.key)
-    assert (await stay.there()).server is client
+    place = await stay.there()
+    assert (place.server, place.kind, place.key, place.machine) == (
+        client,
+        "pool machine",
+        machine.key,
+        machine.machine,
+    )
+    assert not place.alone
     assert machine.leases == []
     await stay.leave()
     with pytest.raises(ServerUnreachable):
