@@ -15,6 +15,7 @@ import pytest
 from runcomfy.application.books import Books, dearer
 from runcomfy.application.by_order import stop_whosever
 from runcomfy.application.launching import _is_as_good, _of_its_kind, _Try
+from runcomfy.application.machines import Boot
 from runcomfy.domain.budget import Budget, BudgetState, Period
 from runcomfy.domain.exceptions import (
     BootTimeout,
@@ -119,6 +120,38 @@ async def test_what_a_start_takes_is_learnt(program: Program) -> None:
     assert timedelta(seconds=180) <= expected <= timedelta(seconds=190)
     assert await program.machines.expected_boot("large") is None
     await end(program, machine)
+
+
+async def test_who_waits_for_a_machine_is_told_how_its_start_stands_in_the_providers_words(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    first, _ = await program.ready()
+    expected = await program.machines.expected_boot("medium")
+    cloud.next_machine(hidden_for=20, unlisted_for=20)
+    machine = await program.launch()
+    boots: list[Boot] = []
+    waiting = asyncio.create_task(program.machines.wait_ready(machine, on_boot=boots.append))
+    await asyncio.sleep(60)
+    cloud.next_call("GET servers/*", status=503, body={"message": "busy"}, times=None)
+    await asyncio.sleep(30)
+    cloud.behave()
+    ready, report = await waiting
+    words = list(dict.fromkeys(boot.status for boot in boots))
+    assert words[0] == "not visible yet"
+    assert [word for word in words if "cannot be asked" in word]
+    assert "Starting" in words
+    assert {boot.expected for boot in boots} == {expected}
+    assert boots[0].elapsed < timedelta(seconds=5)
+    assert [boot.elapsed for boot in boots] == sorted(boot.elapsed for boot in boots)
+    steps = len(await program.store.story(ready.id))
+    assert await program.machines.ready(ready, report) == ready  # said once more, it is no news
+    assert len(await program.store.story(ready.id)) == steps
+    later = ready.planned_stop_at + timedelta(minutes=5) if ready.planned_stop_at else None
+    moved = await program.machines.ready(ready, replace(report, stopping_at=later))
+    assert (moved.planned_stop_at, moved.ready_at) == (later, ready.ready_at)
+    assert (await program.store.story(ready.id))[-1].note == "planned stop"
+    for each in (first, moved):
+        await end(program, each)
 
 
 # -- launches whose answer is lost -------------------------------------------------------------------------
