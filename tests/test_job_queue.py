@@ -28,6 +28,7 @@ from runcomfy.domain.exceptions import (
 )
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import (
+    DEFAULT_JOB_TYPE,
     QUEUE_SCOPE,
     Ending,
     EventKind,
@@ -141,6 +142,8 @@ async def test_what_could_never_run_is_not_accepted(store: SqlJobs, settings: Qu
         await queue.enqueue(JobRequest("nowhere"))
     with pytest.raises(WorkflowNotFound):
         await queue.enqueue_many([JobRequest("image_invert"), JobRequest("nowhere"), JobRequest("image_invert")])
+    with pytest.raises(WorkflowNotFound):
+        await queue.enqueue_many([JobRequest("image_invert"), JobRequest("nowhere")])
     for priority in (0, -3, 1000):
         with pytest.raises(ValueInvalid):
             await queue.enqueue(JobRequest("image_invert"), priority=priority)
@@ -322,6 +325,18 @@ async def test_a_cancelled_job_is_failed_and_only_a_retry_starts_it_again(store:
     assert (await queue.wait(job)).cancelled
     assert (await queue.retry(job)).status is QueueStatus.PENDING
     assert [found.id for found in await take(store)] == [job.id]
+
+
+async def test_who_changed_a_job_by_hand_is_in_its_story(store: SqlJobs, queue: JobQueue) -> None:
+    job = await queue.enqueue(JobRequest("image_invert"))
+    assert job.job_type == DEFAULT_JOB_TYPE
+    typed = await queue.enqueue_many([NewJob(JobRequest("image_invert"), "w", job_type=kind) for kind in ("T2I", "")])
+    assert [one.job_type for one in typed] == ["T2I", DEFAULT_JOB_TYPE]
+    assert (await queue.set_priority(job, 7, by="ada")).priority == 7
+    await queue.cancel(job, by="ben")
+    await queue.retry(job, by="eve")
+    events = (await queue.show(job)).events
+    assert [event.data.get("by") for event in events] == [None, "ada", "ben", "eve"]
 
 
 async def test_the_queue_is_paused_and_resumed(queue: JobQueue) -> None:

@@ -503,6 +503,26 @@ async def test_a_machine_is_free_when_all_that_waits_and_computes_there_is_done(
     assert (machine.predicted_free_at(now), machine.seated) == (now + 20, 1)
 
 
+async def test_what_loading_takes_is_known_by_the_type_of_the_machine(clock: LoopClock) -> None:
+    at = clock.now()
+
+    def ran(server_type: str, seconds: float, *, cold: bool, workflow: str = "portrait") -> Work:
+        until = at + timedelta(seconds=seconds)
+        job = JobId(str(uuid4()))
+        return Work(MachineId("m"), job, 1, workflow, server_type, at, computing_at=at, computed_at=until, cold=cold)
+
+    known = Experience([ran("medium", 40, cold=True), ran("medium", 10, cold=False)])
+    known.learn(ran("large", 9, cold=True))
+    known.learn(ran("large", 4, cold=False))
+    assert [known.load_s("portrait", kind) for kind in ("medium", "large", "tiny")] == [30, 5, 0]
+    assert known.load_s("other", "large") == 5  # what is not known of a workflow is what others take there
+    assert [known.run_s("portrait", kind) for kind in ("medium", "large")] == [10, 4]
+    for _ in range(2):
+        known.learn(ran("large", 12, cold=False))  # what was said before does not stand for ever
+    assert known.run_s("portrait", "large") == 12
+    assert known.load_s("portrait", "large") == 0
+
+
 async def test_experience_forgets_the_oldest_runs(clock: LoopClock) -> None:
     at = clock.now()
     work = Work(MachineId("m"), JobId("j"), 1, "a", "medium", at, computing_at=at, computed_at=at)

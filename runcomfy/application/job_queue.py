@@ -158,12 +158,11 @@ class JobQueue:
     async def show(self, which: Which) -> JobStory:
         """Return a job with every attempt and every event. Raises JobNotFound."""
         job = await self.job(which)
-        events: list[JobEvent] = []
         # Asked for together: nearly every story is one page.
         attempts, page = await asyncio.gather(
             self.store.attempts(job.id), self.store.events(job_id=job.id, limit=EVENTS_AT_ONCE)
         )
-        events += page
+        events = list(page)
         while len(page) == EVENTS_AT_ONCE:
             page = await self.store.events(after=events[-1].number, job_id=job.id, limit=EVENTS_AT_ONCE)
             events += page
