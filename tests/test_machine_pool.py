@@ -26,6 +26,7 @@ from runcomfy.domain.exceptions import (
     StoreUnavailable,
     ValueInvalid,
 )
+from runcomfy.domain.health import ENOUGH_RUNS
 from runcomfy.domain.job import JobId, PromptId
 from runcomfy.domain.machine import Machine, MachineId, MachineState, OwnerId, Purpose, ServerId
 from runcomfy.domain.plan_view import Stage
@@ -675,6 +676,18 @@ async def test_a_machine_that_is_not_there_any_more_takes_no_job_and_says_why(po
         await pool.empty(within=10)
         words = await story(pool.program, machine.id)
         assert len([word for word in words if word.endswith("in no list")]) == 1
+    await pool.close()
+
+
+async def test_a_slow_machine_that_is_gone_excuses_no_other_one(pool: RunningPool) -> None:
+    machine, health = await pool.usable(), pool.pool._members.health
+    for _ in range(ENOUGH_RUNS):
+        health.observed("mesh", "medium", machine.id, 20.0)
+    health.observed("mesh", "medium", machine.id, 20.0 * health.rules.slow_factor + 10)
+    assert health.usual("mesh", "medium", MachineId("another")) is None  # slow there, too: the jobs may be longer
+    pool.pool.drain(machine.id, why="nothing is to do")
+    await pool.empty()
+    assert health.usual("mesh", "medium", MachineId("another")) == 20.0
     await pool.close()
 
 

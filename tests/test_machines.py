@@ -603,6 +603,7 @@ async def test_starting_for_ever_ends_at_the_boot_limit(cloud: RunComfyEmulator,
     with pytest.raises(BootTimeout) as caught:
         await program.machines.wait_ready(machine)
     assert caught.value.exit_code == 6
+    assert caught.value.details == {"server_id": machine.server_id, "status": "Starting"}
     await end(program, machine)
     assert cloud.alive == []
     assert await program.billed() == 0
@@ -613,8 +614,9 @@ async def test_a_machine_that_fails_is_said_so_at_once(
 ) -> None:
     cloud.next_machine(fails=True)
     machine = await program.launch()
-    with pytest.raises(MachineFailed):
+    with pytest.raises(MachineFailed) as failed:
         await program.machines.wait_ready(machine)
+    assert failed.value.details == {"server_id": machine.server_id}
     assert looptime < 200
     await end(program, machine)
     assert cloud.alive == []
@@ -634,8 +636,9 @@ async def test_a_machine_that_goes_away_while_it_starts_is_lost(cloud: RunComfyE
     machine = await program.launch()
     await asyncio.sleep(30)
     await program.machines.provider.stop_machine(ServerId(cloud.launched[0]))  # somebody, on RunComfy's page
-    with pytest.raises(MachineLost):
+    with pytest.raises(MachineLost) as lost:
         await program.machines.wait_ready(machine)
+    assert lost.value.details == {"server_id": machine.server_id}
     await end(program, machine)
     assert await program.billed() == 0
 
