@@ -34,7 +34,7 @@ from runcomfy.domain.exceptions import (
     WorkerDead,
 )
 from runcomfy.domain.job import JobRequest, PromptId
-from runcomfy.domain.queued import Ending, EventKind, NewJob, Outcome, Phase, QueuedJob, QueueStatus, Reason
+from runcomfy.domain.queued import Ending, EventKind, NewJob, Outcome, Phase, QueuedJob, QueueStatus, Reason, RowId
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.contracts.jobs_words import a_job, put, take
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
@@ -128,6 +128,15 @@ async def test_a_job_becomes_a_verified_file(worker: Worker, comfyui: ComfyUIEmu
     assert (attempt.outcome, attempt.worker_id, attempt.run) == (Outcome.DONE, worker.id, 1)
     assert attempt.prompt_id == comfyui.run_log[0].prompt_id
     await when(lambda: any("T2I_1_knight.yaml: done in" in said for said in worker.said), "the user is told")
+
+
+async def test_what_machines_did_to_a_job_is_forgotten_when_it_is_done(worker: Worker) -> None:
+    excused = worker.executor._bench.excused
+    job = await worker.queue.enqueue(JobRequest(picture(5)))
+    excused[job.id], excused[RowId(4711)] = 2, 1
+    assert (await worker.queue.wait(job)).status is QueueStatus.DONE
+    await when(lambda: not worker.executor._runs, "its run is over")
+    assert excused == {4711: 1}
 
 
 async def test_a_job_without_a_place_for_its_files_gets_a_folder_of_its_own(worker: Worker, tmp_path: Path) -> None:

@@ -679,6 +679,33 @@ async def test_a_machine_that_is_not_there_any_more_takes_no_job_and_says_why(po
     await pool.close()
 
 
+@pytest.mark.fault(16)
+async def test_a_machine_that_answers_again_knows_nothing_of_before_and_is_idle_only_without_jobs(
+    pool: RunningPool,
+) -> None:
+    machine, members = await pool.usable(), pool.pool._members
+    [member] = members
+    client = machine.server
+    assert client is not None
+    await pool.run(machine, 5)
+    for busy in (True, False):
+        lease = pool.lease(machine)
+        machine.warm.add("portrait")
+        before = machine.epoch
+        members.void(member, "it is not Ready")
+        assert (machine.void, machine.idle_since, machine.warm, lease.void) == (True, None, set(), True)
+        if not busy:
+            pool.done(lease)
+        members.usable(member, client)
+        now = asyncio.get_running_loop().time()
+        assert machine.idle_since == (None if busy else now)
+        assert (machine.void, machine.epoch > before, machine.expected_ready_at) == (False, True, now)
+        assert (machine.warm, lease.void, machine.takes_jobs) == (set(), True, True)
+        if busy:
+            pool.done(lease)
+    await pool.close()
+
+
 async def test_a_slow_machine_that_is_gone_excuses_no_other_one(pool: RunningPool) -> None:
     machine, health = await pool.usable(), pool.pool._members.health
     for _ in range(ENOUGH_RUNS):
