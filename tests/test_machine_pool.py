@@ -405,6 +405,7 @@ async def test_a_draining_machine_is_not_ended_under_a_prompt_that_somebody_sent
     assert member.asking is asking  # it is asked already
     await asyncio.sleep(50)
     assert cloud.billing == [machine.machine.server_id]
+    assert member.by_hand
     await pool.empty(within=60)
     assert cloud.alive == []
     assert len([said for said in pool.program.said if "by hand" in said]) == 1
@@ -677,6 +678,23 @@ async def test_a_machine_that_is_not_there_any_more_takes_no_job_and_says_why(po
         words = await story(pool.program, machine.id)
         assert len([word for word in words if word.endswith("in no list")]) == 1
     await pool.close()
+
+
+@pytest.mark.invariant("I7")
+async def test_a_machine_that_another_process_took_over_is_left_to_it_at_the_first_word_that_is_refused(
+    cloud: RunComfyEmulator, programs: Programs, program: Program, pool: RunningPool
+) -> None:
+    machine, members = await pool.usable(), pool.pool._members
+    lease, [member] = pool.lease(machine), members
+    row = await program.store.machine(machine.id)
+    assert row is not None
+    async with programs.start() as other:
+        theirs = await other.books.take_over(row, note="it is mine by now")
+        assert not await members.write(member, "still ours?")
+        assert (pool.machines, lease.void) == ((), True)
+        assert "is looked after by another process now; left to it" in program.said[-1]
+        assert cloud.billing == [theirs.server_id]
+        await other.machines.stop(theirs, reason="the test is over")
 
 
 @pytest.mark.fault(16)
