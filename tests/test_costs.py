@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from runcomfy.adapters.balance_file import BalanceFile
+from runcomfy.application.spending import AT_ONCE, spending
 from runcomfy.bootstrap import App
 from runcomfy.cost_optimizer import By, CostOptimizer, Report
 from runcomfy.domain.budget import Budget, Period
@@ -219,6 +220,24 @@ async def test_forecasts_come_from_the_same_hours_of_past_weeks(
     assert month.spent == rate * Decimal("6.5")  # one machine ran in October
     assert (month.method, month.samples) == (Method.WEEKS, 2)  # ten days are left: two and three weeks before
     assert month.spent < month.low < month.expected < month.high
+
+
+async def test_the_money_at_a_glance_is_the_same_however_few_machines_are_read_at_a_time(
+    money: CostOptimizer, past: Past, clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = clock.now()
+    for number in range(2 * AT_ONCE + 1):
+        machine = await past.machine(now - timedelta(minutes=170 - 3 * number), timedelta(minutes=40))
+        for second in range(0, 600, 120):
+            await past.job(machine, second, 90)
+    silence = timedelta(seconds=0)
+    glance = await spending(money, now=now, silence=silence)
+    monkeypatch.setattr("runcomfy.application.spending.AT_ONCE", 1_000)
+    assert await spending(money, now=now, silence=silence) == glance
+    report = await money.report(now.replace(hour=0))
+    assert glance.today.usd == report.total.usd == sum(slot.usd for slot in glance.hours)
+    assert glance.today.jobs == 5 * (2 * AT_ONCE + 1)
+    assert glance.today.busy + glance.today.idle == (2 * AT_ONCE + 1) * timedelta(minutes=40)
 
 
 async def test_young_history_forecasts_by_its_average_and_says_so(

@@ -18,7 +18,7 @@ from runcomfy.application.books import Books
 from runcomfy.application.costs import By, Report, Row, grouped
 from runcomfy.application.costs_check import Checked, Finding, balance_finding, examine
 from runcomfy.application.estimating import JobEstimate, estimate, past_of
-from runcomfy.application.ledger import MachineBill, read_bills
+from runcomfy.application.ledger import MachineBill, read_bills, with_works
 from runcomfy.domain.balance import Balance, BalanceCheck, compare
 from runcomfy.domain.budget import Budget, BudgetState, Period, Window
 from runcomfy.domain.decision import Decision
@@ -93,7 +93,7 @@ class CostOptimizer:
     async def forecast(self) -> tuple[Forecast, Forecast]:
         """Return what the day and the month (UTC) will have cost at their end. Raises LocalError."""
         now = self._clock.now()
-        return self._forecasts(await self._bills(_looked_back(now), now=now), now=now)
+        return self._forecasts(await self._bills(_looked_back(now), now=now, works=False), now=now)
 
     def _forecasts(self, bills: Sequence[MachineBill], *, now: datetime) -> tuple[Forecast, Forecast]:
         pieces = [piece for bill in bills for piece in bill.pieces]
@@ -102,17 +102,24 @@ class CostOptimizer:
         day, month = (forecast(str(period), window, pieces, machines, now=now) for period, window in windows)
         return day, month
 
-    async def bills(self, *, since: datetime | None = None) -> list[MachineBill]:
-        """Return the bill of every machine that was open at `since` or later (None: of all). Raises LocalError."""
-        return await self._bills(since, now=self._clock.now())
+    async def bills(self, *, since: datetime | None = None, works: bool = True) -> list[MachineBill]:
+        """Return the bill of every machine that was open at `since` or later (None: of all). Raises LocalError.
+
+        `works`: with the jobs that were there, which `with_works` can add later, for some.
+        """
+        return await self._bills(since, now=self._clock.now(), works=works)
+
+    async def with_works(self, bills: Sequence[MachineBill]) -> list[MachineBill]:
+        """Return bills with the jobs that were at their machines. Raises LocalError."""
+        return await with_works(self._store, bills)
 
     async def standing(self, budgets: Sequence[Budget]) -> Sequence[BudgetState]:
         """Return how these budgets would stand now, whether they are set or not. Raises LocalError."""
         return await self._store.budgets(budgets, now=self._clock.now())
 
-    async def _bills(self, since: datetime | None, *, now: datetime) -> list[MachineBill]:
-        books = self._books
-        return await read_bills(self._store, provider=books.provider, account=books.account, now=now, since=since)
+    async def _bills(self, since: datetime | None, *, now: datetime, works: bool = True) -> list[MachineBill]:
+        account = self._books.provider, self._books.account
+        return await read_bills(self._store, provider=account[0], account=account[1], now=now, since=since, works=works)
 
     async def decisions(self, *, since: datetime | None = None, limit: int = 200) -> Sequence[Decision]:
         """Return what the plan has decided and why, the newest so many, oldest first. Raises LocalError."""

@@ -179,19 +179,34 @@ class Slot:
     """Different jobs that were at a machine in it."""
 
 
-def slots(bills: Sequence[MachineBill], cuts: Sequence[datetime], *, silence: timedelta) -> list[Slot]:
-    """Return what was spent between each two cuts, all of them, also those without money. Blocks for many jobs."""
-    sums = {start: _Sum() for start in cuts[:-1]}
-    for cell in _cells(bills, cuts, silence=silence):
-        sums[cell.day].add(cell)
-    pieces = [(piece.start, piece.end) for bill in bills for piece in bill.pieces]
-    found = []
-    for start, end in pairwise(cuts):
-        billed = sum((max(timedelta(0), min(e, end) - max(s, start)) for s, e in pieces), timedelta(0))
-        one = sums[start]
-        usd = one.busy_usd + one.idle_usd
-        found.append(Slot(start, end, usd, one.busy, max(timedelta(0), billed - one.busy), len(one.jobs)))
-    return found
+class Slots:
+    """Adds up what was spent between each two cuts, some machines at a time: a month has more jobs than memory."""
+
+    def __init__(self, cuts: Sequence[datetime], *, silence: timedelta) -> None:
+        """`cuts` are in order. Nothing is spent yet."""
+        self._cuts, self._silence = cuts, silence
+        self._sums = {start: _Sum() for start in cuts[:-1]}
+        self._billed = dict.fromkeys(cuts[:-1], timedelta(0))
+
+    def add(self, bills: Sequence[MachineBill]) -> None:
+        """Add the bills of machines, with their works; each machine once. Blocks for many jobs."""
+        for cell in _cells(bills, self._cuts, silence=self._silence):
+            self._sums[cell.day].add(cell)
+        pieces = [(piece.start, piece.end) for bill in bills for piece in bill.pieces]
+        for start, end in pairwise(self._cuts):
+            self._billed[start] += sum(
+                (max(timedelta(0), min(e, end) - max(s, start)) for s, e in pieces), timedelta(0)
+            )
+
+    @property
+    def found(self) -> list[Slot]:
+        """All slots in their order, also those without money."""
+        found = []
+        for start, end in pairwise(self._cuts):
+            one = self._sums[start]
+            idle = max(timedelta(0), self._billed[start] - one.busy)
+            found.append(Slot(start, end, one.busy_usd + one.idle_usd, one.busy, idle, len(one.jobs)))
+        return found
 
 
 @dataclass(frozen=True, slots=True)

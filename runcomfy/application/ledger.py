@@ -8,7 +8,8 @@ was closed is taken from the ledger as it was posted.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 
@@ -41,9 +42,11 @@ class MachineBill:
 
 
 async def read_bills(
-    store: Store, *, provider: str, account: str, now: datetime, since: datetime | None = None
+    store: Store, *, provider: str, account: str, now: datetime, since: datetime | None = None, works: bool = True
 ) -> list[MachineBill]:
     """Return the bills of the account's machines that were open at `since` or later (None: of all), oldest first.
+
+    `works`: with the jobs that were there; of a month those are many (`with_works` adds them for some).
 
     Each bill is whole, also what of it lies before `since`: what a job pays depends on the jobs before it. Raises
     LocalError.
@@ -58,15 +61,16 @@ async def read_bills(
     for entry in await store.ledger(since=begun if since is not None else None):
         if entry.machine_id in ids:
             entries[entry.machine_id].append(entry)
-    works: dict[MachineId, list[Work]] = defaultdict(list)
-    for work in await store.works(machine_ids=ids):
-        works[work.machine_id].append(work)
-    return [
-        MachineBill(
-            machine,
-            tuple(entries[machine.id]),
-            tuple(billed(machine, entries[machine.id], now=now)),
-            tuple(works[machine.id]),
-        )
+    bills = [
+        MachineBill(machine, tuple(entries[machine.id]), tuple(billed(machine, entries[machine.id], now=now)), ())
         for machine in machines
     ]
+    return await with_works(store, bills) if works else bills
+
+
+async def with_works(store: Store, bills: Sequence[MachineBill]) -> list[MachineBill]:
+    """Return bills with the jobs that were at their machines. Raises LocalError."""
+    works: dict[MachineId, list[Work]] = defaultdict(list)
+    for work in await store.works(machine_ids={bill.machine.id for bill in bills}):
+        works[work.machine_id].append(work)
+    return [replace(bill, works=tuple(works[bill.machine.id])) for bill in bills]

@@ -14,13 +14,16 @@ from decimal import Decimal
 from typing import Final
 
 from runcomfy.application.cost_optimizer import CostOptimizer
-from runcomfy.application.costs import Slot, slots
+from runcomfy.application.costs import Slot, Slots
+from runcomfy.application.ledger import MachineBill
 from runcomfy.domain.budget import Budget, BudgetState, Period
 from runcomfy.domain.forecast import Forecast, spent_between
 from runcomfy.domain.shares import Billed
 
 HOURS: Final = 48
 DAYS: Final = 31
+AT_ONCE: Final = 8
+"""Machines whose jobs are in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +57,20 @@ async def spending(money: CostOptimizer, *, now: datetime, silence: timedelta) -
     hour = Budget(Period.HOUR).window(now).start or now
     days = [day - timedelta(days=back) for back in range(DAYS - 1, -1, -1)]
     hours = [hour - timedelta(hours=back) for back in range(HOURS - 1, -1, -1)]
-    bills = await money.bills(since=min(days[0], month))
+    bills = await money.bills(since=min(days[0], month), works=False)
     _, forecast = await money.forecast()
     end = now + timedelta(microseconds=1)
 
-    def add_up() -> tuple[Slot, Slot, list[Slot], list[Slot]]:
-        today = slots(bills, [day, end], silence=silence)[0]
-        whole = slots(bills, [month, end], silence=silence)[0]
-        return today, whole, slots(bills, [*hours, end], silence=silence), slots(bills, [*days, end], silence=silence)
+    sums = [Slots([*cuts, end], silence=silence) for cuts in ([day], [month], hours, days)]
 
-    # In a thread: many jobs take a while, and this may be a program that renews leases.
-    today, whole, by_hour, by_day = await asyncio.to_thread(add_up)
+    def add_up(some: Sequence[MachineBill]) -> None:
+        for one in sums:
+            one.add(some)
+
+    for start in range(0, len(bills), AT_ONCE):
+        some = await money.with_works(bills[start : start + AT_ONCE])
+        await asyncio.to_thread(add_up, some)  # many jobs take a while, and this may be a program that renews leases
+    [today], [whole], by_hour, by_day = (one.found for one in sums)
     pieces = [piece for bill in bills for piece in bill.pieces]
     states = await money.budgets()
     committed = (await money.standing([Budget(Period.DAY)]))[0].committed
