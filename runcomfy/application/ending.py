@@ -184,18 +184,26 @@ class Ending:
                 return await self._close(effort.machine, note=reason, gone_at=ended)
             # A word that nobody knows may say that it is on its way out; of one that ran on before, it says nothing.
             ran_on = look.phase is Phase.UNKNOWN and effort.complained
-            effort.confirmed = look.phase is Phase.STOPPING or (effort.confirmed and look.phase is None)
+            if look.phase is Phase.STOPPING:  # once its time is up, that need not be because of a stop
+                effort.confirmed = effort.confirmed or not self._time_is_up(effort.machine)
+            elif look.phase is not None:
+                effort.confirmed = False
             if (judged is AfterLook.RUNS or ran_on) and look.phase is not None:
                 await self._reopen(effort, look.phase)
             on_its_way = effort.accepted is not None and look.phase in (Phase.STOPPING, Phase.UNKNOWN)
             if on_its_way and loop.time() - (effort.accepted or 0.0) >= cloud.stop_alarm_after.total_seconds():
                 if self._is_news(effort.machine, "still listed"):
                     self._books.tell(f"RunComfy accepted the stop of {effort.machine.server_id} but still lists it")
+                await self._doubt_last_yes(effort)  # whoever goes on does not know what was seen here
                 return effort.machine
             if loop.time() >= effort.next_alarm and not on_its_way:
                 self._alarm(effort)
             await asyncio.sleep(effort.delay.total_seconds())
             effort.delay = min(effort.delay * 1.5, max(cloud.poll_interval, timedelta(seconds=1)) * 6)
+
+    def _time_is_up(self, machine: Machine) -> bool:
+        planned = _most_planned(machine)
+        return planned is not None and planned <= self._clock.now()
 
     def _is_news(self, machine: Machine, kind: str) -> bool:
         return self._said.setdefault(machine.id, Said()).due(kind)
