@@ -16,9 +16,8 @@ import base64
 import binascii
 import json
 import re
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -129,8 +128,9 @@ class _State:
             root=settings.root, workflows_file=settings.workflows_file, shipped=workflows.names
         )
         self.alone: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self.under_way: Counter[str] = Counter()
-        """Requests of each client that may put a job in."""
+        self.judging: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.under_way: dict[str, set[str]] = {}
+        """Client -> the keys of its requests that were let in and may put a job in."""
 
 
 _STATES: WeakKeyDictionary[App, _State] = WeakKeyDictionary()
@@ -169,14 +169,14 @@ class Intake:
         Raises BadInput, TooLarge, TooManyRequests, RequestValidationError: nothing was queued and nothing is kept;
         LocalError.
         """
-        backend, store = self._backend, self._backend.queue.store
+        store = self._backend.queue.store
         client = self._client(request)
         said = key_of(request)
         key = f"{client}{said}" if said is not None else f"{client}/{uuid4()}"
-        async with self._alone(key), self._under_way(client):
+        async with self._alone(key), AsyncExitStack() as stack:
             known = said is not None and key in await store.known_keys([key])
             if not known:
-                backend.guard.admit_jobs(backend.guard.principal_of(request), 1, waiting=await self._waiting(client))
+                await stack.enter_async_context(self._let_in(request, client, key))
             form = Form()
             try:
                 given = await self._read(request)
@@ -208,10 +208,10 @@ class Intake:
         """Put the same job in once more, with another seed. Raises BadInput, TooManyRequests, LocalError."""
         if job.request is None:
             raise ValueInvalid("the job's row says nothing of what to run", hint="put a new job in")
-        client, guard = self._client(request), self._backend.guard
-        async with self._under_way(client):
-            guard.admit_jobs(guard.principal_of(request), 1, waiting=await self._waiting(client))
-            return await self._again(job, job.request, seed, f"{client}/{uuid4()}")
+        client = self._client(request)
+        key = f"{client}/{uuid4()}"
+        async with self._let_in(request, client, key):
+            return await self._again(job, job.request, seed, key)
 
     async def _again(self, job: QueuedJob, before: JobRequest, seed: int | None, key: str) -> QueuedJob:
         fresh = replace(
@@ -252,29 +252,32 @@ class Intake:
             yield
 
     @asynccontextmanager
-    async def _under_way(self, client: str) -> AsyncIterator[None]:
-        """Count a request as a job that waits, until it is one."""
-        counted = _state_of(self._app).under_way
-        counted[client] += 1
+    async def _let_in(self, request: Request, client: str, key: str) -> AsyncIterator[None]:
+        """Let a request of a client put a job in, and count it as one until it has. Raises TooManyRequests, LocalError.
+
+        One of a client's requests is judged after the other, so that none is refused for one that is refused itself.
+        """
+        guard, state = self._backend.guard, _state_of(self._app)
+        under_way = state.under_way.setdefault(client, set())
+        async with state.judging.setdefault(client, asyncio.Lock()):
+            guard.admit_jobs(guard.principal_of(request), 1, waiting=await self._waiting(client, frozenset(under_way)))
+            under_way.add(key)
         try:
             yield
         finally:
-            counted[client] -= 1
+            under_way.discard(key)
 
-    async def _waiting(self, client: str) -> int:
-        """Return how many jobs of a client wait, those counted that come in at this moment, except this one.
+    async def _waiting(self, client: str, coming: frozenset[str]) -> int:
+        """Return how many jobs of a client wait, with those that come in at this moment.
 
         Only when many wait at all is it looked whose they are.
         """
         queue = self._backend.queue
-        coming = (
-            _state_of(self._app).under_way[client] - 1
-        )  # first: one that is put in meanwhile counts twice, not never
         pending = (await queue.counts()).get(QueueStatus.PENDING, 0)
-        if pending + coming < self._backend.guard.http.max_waiting:
+        if pending + len(coming) < self._backend.guard.http.max_waiting:
             return 0
-        waiting = await queue.list(status=QueueStatus.PENDING)
-        return sum((job.idempotency_key or "").startswith(client) for job in waiting) + coming
+        keys = {job.idempotency_key or "" for job in await queue.list(status=QueueStatus.PENDING)}
+        return len(coming | {key for key in keys if key.startswith(client)})
 
     # -- reading -------------------------------------------------------------------------------------------
 
