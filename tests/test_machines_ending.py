@@ -62,6 +62,18 @@ async def states(program: Program) -> list[str]:
     return [str(row.state) for row in await program.books.rows(open_only=False)]
 
 
+class FullAfterLaunch:
+    """Nothing can be written of machines from the first answer to a launch on, until it is mended."""
+
+    def __init__(self) -> None:
+        self.full = self.mended = False
+
+    def visit(self, place: str) -> None:
+        self.full = not self.mended and (self.full or place == "after provider.launch_machine")
+        if self.full and place in ("before store.record", "before store.change", "before store.close_bill"):
+            raise DiskFull("no space left on device")
+
+
 async def assert_bill_and_ledger_agree(cloud: RunComfyEmulator, program: Program) -> None:
     assert await discrepancies(cloud, program) == []
 
@@ -647,21 +659,14 @@ async def test_what_a_full_disk_kept_from_the_books_is_written_with_the_next_tha
     cloud: RunComfyEmulator, programs: Programs
 ) -> None:
     """The answer to a launch and the ready time come while nothing can be written; the machine ignores its stop."""
-    full = False
-
-    def visit(place: str) -> None:
-        nonlocal full
-        full = full or place == "after provider.launch_machine"
-        if full and place in ("before store.record", "before store.change", "before store.close_bill"):
-            raise DiskFull("no space left on device")
-
+    disk = FullAfterLaunch()
     cloud.next_machine(boot_time=1, ignores_delete=True)
-    async with programs.start(visit=visit) as program:
+    async with programs.start(visit=disk.visit) as program:
         intent = program.intent()
         launching = asyncio.create_task(program.launch(intent))
         await asyncio.sleep(30)
         assert cloud.billing
-        full = False
+        disk.mended = True
         await asyncio.sleep(30)
         row = await program.store.machine(intent.id)
         assert row is not None
@@ -681,20 +686,13 @@ async def test_a_machine_that_came_and_went_while_nothing_could_be_written_is_cl
     cloud: RunComfyEmulator, programs: Programs
 ) -> None:
     """I9: its row knew of a launch without an answer, and would take the next machine that fits for its own."""
-    full, mended = False, False
-
-    def visit(place: str) -> None:
-        nonlocal full
-        full = not mended and (full or place == "after provider.launch_machine")
-        if full and place in ("before store.record", "before store.change", "before store.close_bill"):
-            raise DiskFull("no space left on device")
-
-    async with programs.start(visit=visit) as program:
+    disk = FullAfterLaunch()
+    async with programs.start(visit=disk.visit) as program:
         intent = program.intent()
         with pytest.raises(LocalError):
             await program.launch(intent)
         assert cloud.alive == []
-        mended = True
+        disk.mended = True
         await asyncio.sleep(600)
         row = await program.store.machine(intent.id)
         assert row is not None
@@ -715,22 +713,15 @@ async def test_a_machine_that_is_ours_and_could_not_be_written_down_is_what_no_o
     cloud: RunComfyEmulator, programs: Programs
 ) -> None:
     """I3: one machine, one row, also while only this process knows whose it is."""
-    full = False
-
-    def visit(place: str) -> None:
-        nonlocal full
-        full = full or place == "after provider.launch_machine"
-        if full and place in ("before store.record", "before store.change", "before store.close_bill"):
-            raise DiskFull("no space left on device")
-
+    disk = FullAfterLaunch()
     cloud.next_machine(boot_time=1, ignores_delete=True)
-    async with programs.start(visit=visit) as program:
+    async with programs.start(visit=disk.visit) as program:
         other = program.intent()
         launching = asyncio.create_task(program.launch(program.intent()))
         await asyncio.sleep(30)
         [report] = await program.machines.provider.list_machines()
         assert await program.machines.books.fitting(other, [report]) == ([], [])
-        full = False
+        disk.mended = True
         await asyncio.sleep(60)
         cloud.machines[cloud.launched[0]].traits.ignores_delete = False
         with pytest.raises(LocalError):
