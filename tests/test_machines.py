@@ -446,6 +446,22 @@ async def test_a_strangers_machine_of_another_type_does_not_disturb_a_lost_launc
 
 
 @pytest.mark.fault(13)
+@pytest.mark.invariant("I2")
+@pytest.mark.invariant("I3")
+@pytest.mark.parametrize("told", ["?", "Medium", "gpu-48gb"])
+async def test_a_machine_whose_type_is_told_in_a_word_nobody_knows_is_what_a_lost_launch_started(
+    cloud: RunComfyEmulator, program: Program, told: str
+) -> None:
+    cloud.next_machine(fields={"server_type": told})
+    cloud.next_call("POST servers", reply="lost")
+    machine = await program.launch()
+    assert cloud.launched == [machine.server_id]
+    assert machine.server_type == "medium"
+    await end(program, machine)
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(13)
 async def test_a_machine_with_an_id_that_cannot_be_used_disturbs_nobody_elses_launch_and_end(
     cloud: RunComfyEmulator, program: Program
 ) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from runcomfy.domain.budget import Budget, BudgetState, made_out
-from runcomfy.domain.evidence import may_be_it
+from runcomfy.domain.evidence import may_be_it, same_type
 from runcomfy.domain.exceptions import (
     BudgetExceeded,
     LeaseLost,
@@ -64,11 +64,6 @@ def dearer(before: Machine, after: Machine) -> MachineFailed | None:
         hint="it is ended; try again, or another --server-type; look at RunComfy's page if it happens again",
         details={"server_id": after.server_id, "asked": before.server_type, "got": after.server_type},
     )
-
-
-def _plain(server_type: str) -> str:
-    """Return a type's name without what spellings differ in."""
-    return "".join(letter for letter in server_type.casefold() if letter.isalnum())
 
 
 def quiet(_: str) -> None:
@@ -182,7 +177,7 @@ class Books:
         It is billed at that price from now on. A name without a price proves nothing (providers rename things): it is
         told once, and the books stay as they are. Raises LeaseLost.
         """
-        if not report.server_type or _plain(report.server_type) == _plain(machine.server_type):
+        if not report.server_type or same_type(report.server_type, machine.server_type):
             return machine
         real = foreign_text(report.server_type, 40)
         rate = self.settings.rates.find(report.server_type)
@@ -497,7 +492,7 @@ class Books:
         with suppress(LocalError):
             rows += await self.rows(open_only=False)
         known = {row.server_id for row in rows if row.server_id is not None and row.id != machine.id}
-        return may_be_it(machine, reports, known)
+        return may_be_it(machine, reports, known, types=self.settings.rates.rates)
 
     def kept_until(self, machine: Machine, report: MachineReport) -> datetime:
         """Return until when a machine that belongs to no process may live: its planned stop, known or reckoned."""

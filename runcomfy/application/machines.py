@@ -290,13 +290,16 @@ class Machines:
         return machine
 
     async def confirmed(self, machine: Machine, report: MachineReport) -> Machine | None:
-        """Write down what running time the provider says a machine has; None if it does not say."""
+        """Write down what running time the provider says a machine has; None if it does not say.
+
+        What cannot be written is kept in memory: it may run that long. Raises LeaseLost.
+        """
         if report.stopping_at is None or report.ready_at is None:
             return None
         got = report.stopping_at - report.ready_at
         kept = {"kept_until": report.stopping_at} if machine.kept_until is not None else {}
         asked = f"asked to be {machine.asked_duration.total_seconds():.0f} s, " if machine.asked_duration else ""
-        machine = await self.books.change(
+        machine = await self.books.change_softly(
             machine,
             note=f"running time {asked}is {got.total_seconds():.0f} s",
             duration=got,

@@ -240,9 +240,6 @@ class Watch:
             except LeaseLost:
                 self._members.taken(member)
                 return
-            except LocalError as error:
-                facts = {"machine": member.machine.id, "error": error.code}
-                log.warning("lease_not_recorded", extra={"fields": facts})
         if asked is not None and abs(got - asked) > EXACT_ENOUGH:
             fields: dict[str, object] = {
                 "machine": member.machine.id,

@@ -39,14 +39,28 @@ class Launched(Enum):
     LOOK_AGAIN = auto()
 
 
+def same_type(one: str, other: str) -> bool:
+    """Whether two names of machine types differ in their spelling alone."""
+    return _plain(one) == _plain(other)
+
+
+def _plain(server_type: str) -> str:
+    """Return a type's name without what spellings differ in."""
+    return "".join(letter for letter in server_type.casefold() if letter.isalnum())
+
+
 def may_be_it(
-    machine: Machine, reports: Sequence[MachineReport], known: Collection[ServerId]
+    machine: Machine, reports: Sequence[MachineReport], known: Collection[ServerId], *, types: Collection[str]
 ) -> tuple[list[MachineReport], list[MachineReport]]:
     """Return the reports that may be what a launch started: new since it, not `known` as another, of the same kind.
 
     The second list has those that are new and of its type but differ otherwise: likely somebody else's, yet with them
     around it cannot be said that nothing was started.
+
+    `types`: those with a price; one of another of them is somebody else's. What is not told contradicts nothing, and a
+    type's name that nobody knows tells nothing: clouds rename things (fault 13).
     """
+    others = {_plain(name) for name in types} - {_plain(machine.server_type)}
     new = [
         report
         for report in reports
@@ -54,7 +68,7 @@ def may_be_it(
         and report.server_id not in known
         and report.server_id != machine.server_id
         and report.phase is not Phase.GONE
-        and report.server_type in ("", machine.server_type)
+        and _plain(report.server_type) not in others
     ]
     exact = [
         report

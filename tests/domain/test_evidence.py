@@ -43,18 +43,23 @@ FITS = MachineReport(
     ServerId("new"), Phase.READY, "Ready", "medium", duration=timedelta(minutes=10), workflow_version_id="v1"
 )
 
+TYPES = ("medium", "large")
+
 
 @pytest.mark.parametrize(
     "report",
     [
         FITS,
+        replace(FITS, server_type="MEDIUM"),
+        replace(FITS, server_type="?"),
+        replace(FITS, server_type="gpu-48gb"),
         replace(FITS, server_type="", duration=None, workflow_version_id=""),  # what is not told contradicts nothing
         replace(FITS, phase=Phase.UNKNOWN),
         replace(FITS, phase=Phase.STOPPING),
     ],
 )
 def test_what_is_new_and_of_the_kind_may_be_it(report: MachineReport) -> None:
-    assert may_be_it(OURS, [report], ()) == ([report], [])
+    assert may_be_it(OURS, [report], (), types=TYPES) == ([report], [])
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,7 @@ def test_what_is_new_and_of_the_kind_may_be_it(report: MachineReport) -> None:
     ],
 )
 def test_what_differs_a_little_leaves_a_doubt(report: MachineReport) -> None:
-    assert may_be_it(OURS, [report], ()) == ([], [report])
+    assert may_be_it(OURS, [report], (), types=TYPES) == ([], [report])
 
 
 @pytest.mark.parametrize(
@@ -77,11 +82,12 @@ def test_what_differs_a_little_leaves_a_doubt(report: MachineReport) -> None:
         replace(FITS, server_id=ServerId("mistaken")),
         replace(FITS, phase=Phase.GONE),
         replace(FITS, server_type="large"),
+        replace(FITS, server_type=" Large"),
     ],
 )
 def test_what_was_there_or_is_known_or_is_of_another_type_is_not_it(report: MachineReport) -> None:
     ours = replace(OURS, server_id=ServerId("mistaken"))
-    assert may_be_it(ours, [report], {ServerId("known")}) == ([], [])
+    assert may_be_it(ours, [report], {ServerId("known")}, types=TYPES) == ([], [])
 
 
 def test_a_machine_that_starts_is_taken_only_when_no_second_one_can_appear() -> None:

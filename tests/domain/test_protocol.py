@@ -89,7 +89,7 @@ def test_a_code_that_takes_silence_for_gone_is_found_out(monkeypatch: pytest.Mon
 
 
 def test_a_code_that_sees_no_difference_between_machines_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def blind(machine: object, reports: list[MachineReport], known: object) -> object:
+    def blind(machine: object, reports: list[MachineReport], known: object, *, types: object) -> object:
         return list(reports), []
 
     monkeypatch.setattr(launch, "may_be_it", blind)

@@ -16,6 +16,7 @@ import pytest
 from runcomfy.application.machine_pool import MachinePool
 from runcomfy.domain.exceptions import (
     BudgetExceeded,
+    DiskFull,
     MachineLost,
     NoCapacity,
     OutOfCredit,
@@ -406,6 +407,39 @@ async def test_renewals_that_fail_for_a_while_are_tried_again_before_the_lease_i
         await asyncio.sleep(900)
         assert not lease.void
         pool.done(lease)
+
+
+@pytest.mark.fault(24)
+@pytest.mark.fault(54)
+@pytest.mark.invariant("I9")
+async def test_a_longer_time_that_could_not_be_written_down_is_billed_all_the_same(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    """What was asked for is in the books, what was granted is not; then somebody deletes the machine."""
+    full = mended = False
+
+    def visit(place: str) -> None:
+        nonlocal full
+        full = not mended and (full or place == "after provider.change_duration")
+        if full and place == "before store.change":
+            raise DiskFull("no space left on device")
+
+    async with programs.start(visit=visit) as program, running_pool(program) as pool:
+        machine = await pool.usable()
+        pool.lease(machine)
+        cloud_machine = cloud.machines[cloud.launched[0]]
+        first = cloud_machine.stops_at
+        assert first is not None
+        await until(lambda: program.machines.clock.now() > first, within=700, what="its first time to be over")
+        await asyncio.sleep(60)
+        row = await program.store.machine(machine.id)
+        assert row is not None
+        assert row.planned_stop_at == first
+        cloud.end_by_hand(cloud_machine)
+        await until(lambda: machine.gone, within=NOTICED_WITHIN, what="it to be seen gone")
+        mended = True
+        await pool.empty(within=30)
+        assert all(0 <= gap <= NOTICED_WITHIN for gap in (await gaps(cloud, program)).values())
 
 
 @pytest.mark.fault(24)

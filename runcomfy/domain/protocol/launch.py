@@ -355,7 +355,7 @@ def _fitting(
         )
         for number, server in listed
     ]
-    exact, near = may_be_it(machine, reports, {ServerId(str(number)) for number in known})
+    exact, near = may_be_it(machine, reports, {ServerId(str(number)) for number in known}, types=())
     return exact, near
 
 
