@@ -27,31 +27,36 @@ if TYPE_CHECKING:
     from runcomfy.bootstrap import App
 
 FRESH_S: Final = 5.0
-"""How long an answer of the provider, or a sum of all bills, is good enough for everybody."""
+"""How long an answer of the provider, or a sum of all bills, is good enough for everybody, at least."""
+SHARE_MOST: Final = 0.05
+"""Of the time that sums of all bills may take: those of a hundred thousand jobs are made less often."""
 STOP_WAIT_S: Final = 20.0
 """How long a client waits for a stopped machine to be seen gone; it is stopped all the same."""
 ALL: Final = "all"
 """The scope of a budget that counts everything."""
 
 
-class _Kept:
-    """An answer that is asked for once in a while; who comes meanwhile waits for the same."""
+class Kept:
+    """An answer that is asked for once in a while, and more seldom where it takes long; who comes meanwhile waits."""
 
-    def __init__(self, ask: Callable[[], Awaitable[Any]], *, fresh_s: float) -> None:
-        self._ask, self._fresh_s = ask, fresh_s
-        self._at, self._value = float("-inf"), None
+    def __init__(self, ask: Callable[[], Awaitable[Any]], *, fresh_s: float, share: float = 1.0) -> None:
+        """An answer is good for `fresh_s` seconds, and for so long that asking takes `share` of the time at most."""
+        self._ask, self._fresh_s, self._share = ask, fresh_s, share
+        self._until, self._value = float("-inf"), None
         self._asking = asyncio.Lock()
 
     async def get(self) -> Any:
+        """Return the answer, asked for anew if the last one is too old. Raises what asking raises."""
         async with self._asking:
             loop = asyncio.get_running_loop()
-            if loop.time() - self._at >= self._fresh_s:
+            if (began := loop.time()) >= self._until:
                 self._value = await self._ask()
-                self._at = loop.time()
+                self._until = (now := loop.time()) + max(self._fresh_s, (now - began) / self._share)
             return self._value
 
     def forget(self) -> None:
-        self._at = float("-inf")
+        """Let the next who comes ask."""
+        self._until = float("-inf")
 
 
 class Glances:
@@ -59,8 +64,8 @@ class Glances:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._list = _Kept(self._listed, fresh_s=FRESH_S)
-        self._money = _Kept(self._spending, fresh_s=FRESH_S)
+        self._list = Kept(self._listed, fresh_s=FRESH_S)
+        self._money = Kept(self._spending, fresh_s=FRESH_S, share=SHARE_MOST)
         self._office: CostOptimizer | None = None
         self._stopping: set[asyncio.Task[Any]] = set()
 

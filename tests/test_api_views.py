@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import error_body, status_of
 from launcher.files import NOTHING, disposition, range_of
+from launcher.glances import Kept
 from launcher.intake import uploads_of
 from launcher.teller import teller_of
 from launcher.views import job_view, without_paths
@@ -131,6 +132,25 @@ async def test_a_running_job_costs_its_machines_price_for_its_time_there(tmp_pat
         assert Decimal(shown["cost_usd"]) == pytest.approx(rate.usd_per_hour / 2, rel=Decimal("0.01"))
         assert shown["machine"] == {"server_type": "medium", "id": None}
         watching.over()
+
+
+@pytest.mark.parametrize(("takes", "good_for"), [(0.1, 5), (0.5, 10), (3.0, 60)])
+async def test_what_takes_long_to_add_up_is_added_up_more_seldom_and_once_for_all(takes: float, good_for: int) -> None:
+    loop, asked = asyncio.get_running_loop(), []
+
+    async def add_up() -> int:
+        await asyncio.sleep(takes)
+        asked.append(loop.time())
+        return len(asked)
+
+    kept = Kept(add_up, fresh_s=5, share=0.05)
+    assert await asyncio.gather(*(kept.get() for _ in range(100))) == [1] * 100
+    await asyncio.sleep(good_for - 0.5)
+    assert await kept.get() == 1
+    await asyncio.sleep(1)
+    assert await kept.get() == 2
+    kept.forget()
+    assert await kept.get() == 3
 
 
 async def test_what_tells_of_an_app_goes_with_it(tmp_path: Path, clock: LoopClock) -> None:
