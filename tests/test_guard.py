@@ -21,6 +21,7 @@ from runcomfy.domain.machine import Machine, MachineState, Purpose
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import START, LoopClock
 from runcomfy.testing.contracts.store import a_machine
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
 
@@ -367,6 +368,31 @@ async def test_a_prompt_that_was_sent_by_hand_keeps_the_dev_server(cloud: RunCom
         await asyncio.sleep(1500)
         assert cloud.billing == [machine.server_id]
         await asyncio.sleep(500 + 700)
+        assert cloud.billing == []
+
+
+@pytest.mark.fault(39)
+@pytest.mark.fault(69)
+async def test_a_prompt_that_waits_at_a_dead_worker_keeps_no_dev_server(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as program, guarding(programs):
+        machine = await dev_server(program)
+        found = await program.dev.find()
+        assert found is not None
+        assert found[1].url is not None
+        comfyui = cloud.machines[cloud.launched[0]].comfyui
+        assert isinstance(comfyui, ComfyUIEmulator)
+        comfyui.kill_worker()
+        server = program.placer.comfyui(found[1].url)
+        graph = {
+            "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+            "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "by-hand"}},
+        }
+        await server.submit(graph, prompt_id="7d1f2b86-2b10-4e39-bb0b-52a5a39d8d11")  # type: ignore[arg-type]
+        await asyncio.sleep(900)
+        assert cloud.billing == [machine.server_id]  # once it is taken for use
+        await asyncio.sleep(400)
         assert cloud.billing == []
 
 

@@ -33,6 +33,7 @@ from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.settings import CloudSettings, PoolSettings
 from runcomfy.domain.work import Work
 from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, settings_for
 from runcomfy.testing.rented_pools import RunningPool, gaps, running_pool, story, until
@@ -409,6 +410,34 @@ async def test_a_draining_machine_is_not_ended_under_a_prompt_that_somebody_sent
     await pool.empty(within=60)
     assert cloud.alive == []
     assert len([said for said in pool.program.said if "by hand" in said]) == 1
+    await pool.close()
+
+
+@pytest.mark.fault(39)
+@pytest.mark.fault(69)
+async def test_a_draining_machine_is_ended_when_what_was_sent_by_hand_waits_and_nothing_runs(
+    cloud: RunComfyEmulator, pool: RunningPool
+) -> None:
+    """A prompt runs and is waited for; the worker dies after it, and the one behind it never will run."""
+    machine = await pool.usable()
+    assert machine.server is not None
+    comfyui = cloud.machines[cloud.launched[0]].comfyui
+    assert isinstance(comfyui, ComfyUIEmulator)
+    for seconds in (100, 5):
+        delay = {
+            "class_type": "EmulatorDelay",
+            "inputs": {"seconds": seconds, "steps": 1, "previews": False, "seed": 1},
+        }
+        save = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "by hand"}}
+        await machine.server.submit({"1": delay, "2": save}, prompt_id=PromptId(str(uuid4())))
+    pool.pool.drain(machine.id, why="nothing is to do")
+    await asyncio.sleep(10)
+    comfyui.kill_worker()
+    await asyncio.sleep(130)
+    assert [run.outcome for run in comfyui.run_log] == ["success"]
+    assert cloud.billing == [machine.machine.server_id]
+    await pool.empty(within=60)
+    assert cloud.alive == []
     await pool.close()
 
 

@@ -471,3 +471,20 @@ async def test_a_machine_where_somebody_computes_by_hand_is_not_ended_for_having
     assert cloud.alive == []
     assert [(run.prompt_id, run.outcome) for run in server.run_log] == [(by_hand, "success")]
     assert await discrepancies(cloud, program) == []
+
+
+@pytest.mark.fault(39)
+@pytest.mark.fault(69)
+async def test_a_prompt_that_waits_at_a_dead_worker_keeps_no_machine(
+    cloud: RunComfyEmulator, program: Program, station: CloudStation
+) -> None:
+    """Nothing computes there, and nothing ever would: it is ended, and not paid for until somebody looks."""
+    place = await stay(station, 5)
+    server = comfyui_of(cloud)
+    server.kill_worker()
+    await place.server.submit(drawing(5, 1), prompt_id=PromptId(str(uuid4())))
+    await asyncio.sleep(IDLE.total_seconds() + 15)
+    assert len(cloud.billing) == 1
+    await asyncio.sleep(90)
+    assert cloud.alive == []
+    assert server.run_log == []

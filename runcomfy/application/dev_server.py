@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 
+from runcomfy.application.by_hand import ByHand
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.health import Layer, check_comfyui, wait_until_usable
@@ -29,11 +31,18 @@ from runcomfy.domain.exceptions import (
     MachineFailed,
     MachineLost,
     MachineNotFound,
-    RunComfyError,
     StopUnconfirmed,
 )
 from runcomfy.domain.lease import Use
-from runcomfy.domain.machine import IllegalTransition, Machine, MachineReport, MachineState, Phase, Purpose
+from runcomfy.domain.machine import (
+    IllegalTransition,
+    Machine,
+    MachineId,
+    MachineReport,
+    MachineState,
+    Phase,
+    Purpose,
+)
 from runcomfy.domain.money import cost_of
 from runcomfy.domain.secret import SecretUrl
 from runcomfy.ports.comfyui import ComfyUI
@@ -76,6 +85,7 @@ class DevServer:
         self._comfyui = comfyui
         self._clock = machines.clock
         self._cloud = machines.settings.cloud
+        self._by_hand: defaultdict[MachineId, ByHand] = defaultdict(ByHand)
 
     # -- finding -------------------------------------------------------------------------------------------
 
@@ -410,7 +420,10 @@ class DevServer:
         return machine
 
     async def computes(self, machine: Machine) -> bool:
-        """Whether the dev server's ComfyUI has anything to do, whoever sent it; not if it cannot be asked."""
+        """Whether the dev server's ComfyUI has anything to do, whoever sent it; not if it cannot be asked.
+
+        Nor if it does nothing about it: asked again, the same prompt waits and nothing runs.
+        """
         if machine.server_id is None:
             return False
         report = await self._machines.provider.get_machine_status(machine.server_id)
@@ -418,12 +431,9 @@ class DevServer:
             return False
         server = self._comfyui(report.url)
         try:
-            queue = await server.queue()
-        except RunComfyError:
-            return False
+            return await self._by_hand[machine.id].used(server)
         finally:
             await server.close()
-        return bool(queue.running or queue.pending)
 
     async def used(self, machine: Machine) -> None:
         """Say that the dev server is wanted now: its idle time begins anew. What cannot be written does not matter."""

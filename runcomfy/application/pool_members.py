@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final
 
-from runcomfy.application.by_hand import by_hand_words, used_by_hand
+from runcomfy.application.by_hand import ByHand, by_hand_words
 from runcomfy.application.ending import Said
 from runcomfy.application.finish import finish
 from runcomfy.application.machines import Machines
@@ -88,6 +88,7 @@ class Member:
     """Finds out whether somebody's own prompt computes there."""
     by_hand: bool = False
     """Whether that was so when it was asked last: it has no job any more, and is in use all the same."""
+    hand: ByHand = field(default_factory=ByHand)
     said: Said = field(default_factory=Said)
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -325,7 +326,7 @@ class Members:
 
         It is asked again with the next list; meanwhile the machine is paid like one that has a job.
         """
-        used = member.client is not None and await used_by_hand(member.client, ours=member.prompts)
+        used = member.client is not None and await member.hand.used(member.client, ours=member.prompts)
         if used and member.said.due("by hand"):
             self.books.tell(by_hand_words(member.name, str(member.machine.server_id)))
         member.by_hand = used
