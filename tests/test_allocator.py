@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 
+import psutil
 import pytest
 
-from runcomfy.adapters.allocator import ARENAS, share_arenas
+from runcomfy.adapters.allocator import ARENAS, EVERY, keep_giving_back, share_arenas
 
 THREADS = """
 import ctypes, os, sys, tempfile, threading
@@ -34,7 +38,10 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
+with_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
+
+
+@with_glibc
 def test_the_threads_of_a_program_share_few_arenas() -> None:
     def told(how: str) -> list[str]:
         return subprocess.run(
@@ -48,3 +55,28 @@ def test_the_threads_of_a_program_share_few_arenas() -> None:
 def test_what_the_user_has_set_for_the_allocator_stands() -> None:
     assert not share_arenas({"MALLOC_ARENA_MAX": "8"})
     assert not share_arenas({"GLIBC_TUNABLES": "glibc.malloc.arena_max=8"})
+
+
+@with_glibc
+async def test_what_is_free_between_two_things_that_stay_is_given_back_every_minute() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    size, resident = 50_000, psutil.Process().memory_info
+    buffers = [libc.malloc(size) for _ in range(1_000)]
+    for buffer in buffers:
+        ctypes.memset(buffer, 1, size)
+    stay, go = buffers[::10], [buffer for number, buffer in enumerate(buffers) if number % 10]
+    before = resident().rss
+    tidying = asyncio.create_task(keep_giving_back())
+    for buffer in go:
+        libc.free(buffer)
+    await asyncio.sleep(EVERY.total_seconds() - 1)
+    kept = before - resident().rss
+    await asyncio.sleep(2)
+    given = before - resident().rss
+    tidying.cancel()
+    with suppress(asyncio.CancelledError):
+        await tidying
+    for buffer in stay:
+        libc.free(buffer)
+    assert kept < size * len(go) / 2 < given

@@ -33,11 +33,9 @@ def _work_options(command: Command) -> Command:
 
 
 def _run(task: Task, where: Mapping[str, Any]) -> int:
-    from runcomfy.adapters.allocator import share_arenas
     from runcomfy.cli.agent_work import work
 
-    share_arenas()
-    return run_async(lambda interrupts: work(interrupts, task, where))
+    return run_async(lambda interrupts: work(interrupts, task, where), stays=True)
 
 
 @click.group()

@@ -26,10 +26,7 @@ def guard(once: bool, period: str | None) -> int:
     the last machine. There is one per account and state folder. A busy machine whose owner renews its lease is never
     touched, nor is one that is not ours.
     """
-    from runcomfy.adapters.allocator import share_arenas
-
-    share_arenas()
-    return run_async(lambda interrupts: _guard(interrupts, once=once, period=period))
+    return run_async(lambda interrupts: _guard(interrupts, once=once, period=period), stays=True)
 
 
 async def _guard(interrupts: Interrupts, *, once: bool, period: str | None) -> int:

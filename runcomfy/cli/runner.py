@@ -80,13 +80,19 @@ def _signals() -> list[int]:
     return numbers
 
 
-def run_async(work: Callable[[Interrupts], Coroutine[Any, Any, int]]) -> int:
-    """Run `work` and return its exit code."""
+def run_async(work: Callable[[Interrupts], Coroutine[Any, Any, int]], *, stays: bool = False) -> int:
+    """Run `work` and return its exit code. What `stays` for days gets by with little memory."""
+    tidy: Callable[[], Coroutine[Any, Any, None]] | None = None
+    if stays:
+        from runcomfy.adapters.allocator import keep_giving_back, share_arenas
+
+        tidy = keep_giving_back if share_arenas() else None
 
     async def main() -> int:
         interrupts = Interrupts(asyncio.current_task())
         loop = asyncio.get_running_loop()
         loop.call_later(STARTING_SECONDS, gc.enable)
+        tidying = asyncio.create_task(tidy()) if tidy is not None else None
         before: list[tuple[int, Any]] = []
         for number in _signals():
             try:
@@ -104,6 +110,8 @@ def run_async(work: Callable[[Interrupts], Coroutine[Any, Any, int]]) -> int:
                 tell(line)
             return 130
         finally:
+            if tidying is not None:
+                tidying.cancel()
             for changed, handler in before:
                 signal.signal(changed, handler)
 

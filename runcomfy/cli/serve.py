@@ -53,13 +53,11 @@ def serve(as_json: bool, **options: Any) -> int:
     of what keeps jobs from being begun (8: a budget, 4: no machine can be had, 2: the queue is paused), or 5 if jobs
     failed in this run.
     """
-    from runcomfy.adapters.allocator import share_arenas
     from runcomfy.cli.serve_work import Asked, work
 
-    share_arenas()
     where = {"database": options.pop("database"), "config": options.pop("config")}
     asked = Asked(**options, as_json=as_json)
-    return run_async(lambda interrupts: work(interrupts, asked, where))
+    return run_async(lambda interrupts: work(interrupts, asked, where), stays=True)
 
 
 def main() -> None:
