@@ -313,12 +313,11 @@ class CloudOracle:
     def _shown_for(self, machine: EmulatedMachine, ready: datetime) -> float:
         """Return for how many seconds it billed after the first list that somebody read who lived on."""
         end = machine.billed_until or machine.gone_at or self.world.cloud.now()
-        patience = self.world.services.settings.cloud.request_timeout.total_seconds()
         begin = self.world.now - timedelta(seconds=self.world.seconds)
         for call in self.world.cloud.calls:
             if call.method != "GET" or call.path.partition("?")[0] != "servers" or not ready <= call.at < end:
                 continue
-            if call.reply is not None or not call.worked or call.status != 200 or call.delay >= patience:
+            if self._unanswered(call) or call.status != 200:
                 continue
             at = (call.at - begin).total_seconds()
             if not self._disturbed(PROGRAM_FAULTS, at, at + 60):
@@ -341,11 +340,29 @@ class CloudOracle:
 
         What I9 promises of one that crashed or was deleted by hand (22, 68), it promises for pools that look as often
         as they do by themselves. In a simulated day they look more rarely, and a list that was read for something else
-        meanwhile (for a launch, by the guard) tells the pool nothing.
+        meanwhile (for a launch, by the guard) tells the pool nothing. If a list was refused meanwhile, that may have
+        been the pool's, and it looks again only a round later.
         """
-        if not any(blow.number in (22, 68) and blow.machine == machine.server_id for blow in self.harm.blows):
+        end = machine.billed_until or machine.gone_at
+        if end is None or not any(
+            blow.number in (22, 68) and blow.machine == machine.server_id for blow in self.harm.blows
+        ):
             return 0.0
-        return float((POOL["status_every"] - PoolSettings().status_every).total_seconds())
+        round_, usual = POOL["status_every"], PoolSettings().status_every
+        refused = [
+            call.at
+            for call in self.world.cloud.calls
+            if (call.method, call.path) == ("GET", "servers") and (self._unanswered(call) or call.status != 200)
+        ]
+        until = end + round_
+        while any(until - round_ <= at <= until for at in refused):
+            until += round_
+        return float((until - end - usual).total_seconds())
+
+    def _unanswered(self, call: CallRecord) -> bool:
+        """Whether who made a call learned nothing by it."""
+        patience = self.world.services.settings.cloud.request_timeout.total_seconds()
+        return call.reply is not None or not call.worked or call.delay >= patience
 
     def _unheard(self, machine: EmulatedMachine) -> float:
         """Return for how many seconds after a machine's end nobody was told of it, by two good lists.
@@ -357,12 +374,11 @@ class CloudOracle:
         end, ready = machine.billed_until or machine.gone_at, machine.ready_at
         if end is None or ready is None:
             return 0.0
-        patience = self.world.services.settings.cloud.request_timeout.total_seconds()
         begin = self.world.now - timedelta(seconds=self.world.seconds)
         good, heard, longer, asked_in_vain = 0, False, False, False
         for call in self.world.cloud.calls:
             about, lists = call.path == f"servers/{machine.server_id}", call.path == "servers"
-            unanswered = call.reply is not None or not call.worked or call.delay >= patience
+            unanswered = self._unanswered(call)
             if call.path == f"servers/{machine.server_id}/update-estimated-duration":
                 longer = longer or unanswered or call.status >= 500
             if call.method != "GET" or not (about or lists) or call.at < ready:
