@@ -181,10 +181,11 @@ async def unlisted(harm: Harm) -> None:
     machine = harm.draw.choice(harm.machines())
     age = (harm.world.now - machine.launched_at).total_seconds()
     seconds = harm.draw.choice((20.0, 60.0, 110.0))
-    if age < VISIBLE_AFTER:
-        # With 9 on top of it, it would first show after the time in which every machine shows: a launch that was not
-        # answered counts as absent then (I3), and nothing else tells whose it is.
-        seconds = min(seconds, VISIBLE_AFTER - age)
+    rows = await harm.world.services.machines(open_only=False)
+    if age < VISIBLE_AFTER or machine.server_id not in {row.server_id for row in rows}:
+        # With 9 on top of it, or with lists that failed so far, it would first show after the time in which every
+        # machine shows: a launch that was not answered counts as absent then (I3), and nothing else tells whose it is.
+        seconds = min(seconds, max(0.0, VISIBLE_AFTER - age))
     machine.traits.unlisted_for = age + seconds
     harm.note(11, f"is missing from lists for {seconds:.0f} s", lasts=seconds, machine=machine.server_id)
 

@@ -151,7 +151,7 @@ class CloudOracle:
         cloud = self.world.services.settings.cloud
         machines = len(self.world.cloud.machines)
         lease = lease_for(min(machines, 100), lease=cloud.run_lease, requests_per_second=cloud.requests_per_second)
-        ahead, most = asked - used, lease.total_seconds() + 60
+        ahead, most = asked - used, lease.total_seconds() + 60 + (self._early(machine) if machine is not None else 0.0)
         if ahead > most and not (machine is not None and self._misled(machine)):
             subject = machine.server_id if machine is not None else ""
             self.found.add("I5", f"a machine was paid {ahead:.0f} s ahead, a lease is {most:.0f} s", subject, at=now)
@@ -329,7 +329,9 @@ class CloudOracle:
         machine = self.world.cloud.machines[server_id]
         billed = machine.seconds(self.world.cloud.now())
         entries = await self.world.services.books.ledger(machine_id=row.id)
-        ours = sum((seconds_between(e.started_at, e.ended_at) for e in entries), Decimal(0))
+        since = machine.ready_at if machine.ready_at is not None and self._early(machine) else row.requested_at
+        spans = ((max(entry.started_at, since), max(entry.ended_at, since)) for entry in entries)
+        ours = sum((seconds_between(start, end) for start, end in spans), Decimal(0))
         allowed = max(Decimal(SLACK), billed / 100) + Decimal(self._unheard(machine) + self._unwatched(machine))
         if abs(ours - billed) > allowed and not self._misled(machine):
             what = f"our ledger has {ours:.1f} s, the cloud bills {billed:.1f} s (at most {allowed:.0f} s may differ)"
@@ -403,8 +405,17 @@ class CloudOracle:
 
         Such a word means that it is alive and bills (row 13 of the catalogue), and nobody could know better.
         """
-        words = any(blow.number == 13 and blow.machine == machine.server_id for blow in self.harm.blows)
-        return words and machine.ready_at is None
+        return machine.ready_at is None and bool(self._renamed(machine))
+
+    def _early(self, machine: EmulatedMachine) -> float:
+        """Return for how many seconds before it was ready the cloud may have called it so, in its own words."""
+        if machine.ready_at is None:
+            return 0.0
+        ready = self.world.seconds - (self.world.now - machine.ready_at).total_seconds()
+        return max((ready - blow.at for blow in self._renamed(machine) if blow.at < ready), default=0.0)
+
+    def _renamed(self, machine: EmulatedMachine) -> list[Blow]:
+        return [blow for blow in self.harm.blows if blow.number == 13 and blow.machine == machine.server_id]
 
     # -- what was wrong ------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 LATE_MOST: Final = 600.0
 """Undisturbed seconds after a prompt's end in which its result must be there, sockets or none."""
+DEATHS: Final = frozenset({1, 2, 3, 61})
+"""Faults of the catalogue with which a program is killed."""
 MORE_RUNS: Final = 5
 """Runs that cost a job nothing, beside those that its limit allows: kill_limit 2 and lost_limit 3."""
 
@@ -143,14 +145,20 @@ class JobsOracle:
         """I13: a prompt is begun once, unless its server doubled it or a program sent it that had slept meanwhile.
 
         One that vanished from queue and history (37) does not count: it may be sent again if nobody had heard of it.
+        Nor does one whose server died under it (38), if whoever had sent it died before it could say so.
         """
         for number, known in runs.items():
-            heard = [(server, record) for server, record in known if not record.forgotten]
+            heard = [(server, record) for server, record in known if not record.forgotten and not self._unsaid(record)]
             times = Counter(record.prompt_id for server, record in heard if server not in self.harm.doubled)
             for prompt_id, count in times.items():
                 begun = [self._of(record.started) for _, record in known if record.prompt_id == prompt_id]
                 if count > 1 and not self._woke(min(begun), max(begun)):
                     self._say("I13", f"its prompt {prompt_id} was begun {count} times", f"job-{number}")
+
+    def _unsaid(self, record: RunRecord) -> bool:
+        """Whether a run was lost with its server, and a program died when it began."""
+        at = self._of(record.started)
+        return record.outcome == "lost" and self.harm.any_of(DEATHS, at - 1.0, at + 1.0)
 
     def _woke(self, start: float, end: float) -> bool:
         """Whether something that had slept since before may have gone on where it stood."""
