@@ -18,6 +18,7 @@ from alembic import command
 from hypothesis import HealthCheck, settings
 
 from runcomfy.adapters.log import unconfigure_logging
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.remembered import Remembered
 from runcomfy.testing.signals import no_longer_ignored
 
@@ -110,3 +111,9 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     monkeypatch.setenv("RUNCOMFY_GUARD", "false")  # a process that outlives its test; stories about it start it
     yield
     unconfigure_logging()
+
+
+@pytest.fixture
+def comfyui(comfyui_server: ComfyUIEmulator) -> ComfyUIEmulator:
+    """An emulated ComfyUI, where nothing else is said of it."""
+    return comfyui_server
