@@ -1,4 +1,4 @@
-"""Workers that die, freeze and wake, fall out with their database: nothing is lost and nothing counts twice."""
+"""Workers that die, freeze and wake, alone or many: nothing is lost and nothing counts twice."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -15,100 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.config import load_settings
 from runcomfy.adapters.stores.jobs import SqlJobs
-from runcomfy.application.heartbeat import Heart, OnBeat, Pulse
-from runcomfy.application.planner import PLANNER, Planner
-from runcomfy.application.store_journal import StoreJournal
-from runcomfy.domain.exceptions import DiskFull, LocalError, ServerRestarted, StoreUnavailable
-from runcomfy.domain.job import JobRequest, Output, OutputKind, PromptId
-from runcomfy.domain.machine import OwnerId
+from runcomfy.application.heartbeat import Heart, Pulse
+from runcomfy.domain.exceptions import DiskFull
+from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import EventKind, NewJob, Outcome, Phase, QueuedJob, QueueStatus, WorkerId
 from runcomfy.testing.clock import LoopClock
-from runcomfy.testing.contracts.jobs_words import HERE, a_job, an_owner, put, seen, submit, take
-from runcomfy.testing.contracts.jobs_words import kinds as kinds_of
-from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
+from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.worker_stories import is_in, kinds, no_pulse, picture, pictures, ran, when, workers_at
 from runcomfy.testing.workers import Worker, Workers, queue_settings_for
-
-PATIENCE = timedelta(milliseconds=20)
-"""How long a statement waits for a lock, in real time."""
-
-
-def picture(seconds: float = 0.05, *, name: object = "out") -> dict[str, Any]:
-    inputs = {"seconds": seconds, "steps": max(1, int(seconds)), "previews": False, "seed": 1}
-    return {
-        "1": {"class_type": "EmulatorDelay", "inputs": inputs},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": str(name)}},
-    }
-
-
-@pytest_asyncio.fixture
-async def comfyui() -> AsyncIterator[ComfyUIEmulator]:
-    async with ComfyUIEmulator() as emulator:
-        yield emulator
 
 
 @pytest.fixture
 def workers(comfyui: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> Workers:
-    settings = load_settings(overrides={})
-    settings = replace(settings, files=replace(settings.files, durable=False))
-    return Workers(settings, queue_settings_for(comfyui.url, tmp_path), clock)
+    return workers_at(comfyui, tmp_path, clock)
 
 
-async def when(condition: Callable[[], Any], what: str, *, within: float = 3_600, every: float = 0.25) -> None:
-    for _ in range(int(within / every)):
-        found = condition()
-        if asyncio.iscoroutine(found):
-            found = await found
-        if found:
-            return
-        await asyncio.sleep(every)
-    pytest.fail(f"did not happen: {what}")
-
-
-def ran(comfyui: ComfyUIEmulator) -> list[str]:
-    return [run.outcome for run in comfyui.run_log]
-
-
-def pictures(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "jobs" / "finished").rglob("*.png"))
-
-
-async def kinds(worker: Worker, job: QueuedJob) -> list[EventKind]:
-    return [event.kind for event in (await worker.queue.show(job)).events]
+# -- dying -------------------------------------------------------------------------------------------------
 
 
 def has_begun(comfyui: ComfyUIEmulator, number: int) -> bool:
     return len(comfyui.run_log) == number
-
-
-async def is_in(worker: Worker, job: QueuedJob, phase: Phase) -> bool:
-    return (await worker.queue.job(job)).phase is phase
-
-
-class NoPulse:
-    """A heart that has stopped."""
-
-    def start(self, on_beat: OnBeat) -> None:
-        """Do nothing."""
-
-    def hurry(self) -> None:
-        """Do nothing."""
-
-    fresh = True
-
-    async def stop(self) -> None:
-        """Do nothing."""
-
-
-def no_pulse(store: SqlJobs, worker: WorkerId) -> Pulse:
-    return NoPulse()
-
-
-# -- dying -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.01, 0.05, 0.15, 0.3, 1, 3, 12, 29.5, 30.05, 30.3, 30.6])
@@ -427,328 +356,3 @@ async def test_a_defect_ends_the_worker_loudly_and_costs_the_job_nothing(workers
     async with workers.start() as other:
         again = await other.queue.wait(await other.queue.enqueue(JobRequest(picture())))
         assert again.status is QueueStatus.DONE
-
-
-# -- a database that refuses -------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(workers: Workers) -> Iterator[None]:
-    """Hold the database's write lock, as another program may."""
-    with closing(sqlite3.connect(workers.queue_settings.database.reveal(), isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        yield
-        other.execute("ROLLBACK")
-
-
-@pytest.mark.fault(55)
-async def test_a_database_that_is_locked_for_a_while_delays_the_commit_and_nothing_else(
-    workers: Workers, comfyui: ComfyUIEmulator, tmp_path: Path
-) -> None:
-    """Invariant I23."""
-    async with workers.start(busy_timeout=PATIENCE) as worker:
-        job, next_one = await worker.queue.enqueue_many([JobRequest(picture(10, name=n)) for n in (1, 2)])
-        await when(lambda: is_in(worker, job, Phase.SUBMITTED), "the prompt is on the server")
-        with locked(workers):
-            await asyncio.sleep(45)
-            assert ran(comfyui) == ["success"]
-            assert pictures(tmp_path) == []
-        assert (await worker.queue.wait(job, timeout=timedelta(seconds=30))).run_count == 1
-        assert (await worker.queue.wait(next_one)).status is QueueStatus.DONE
-        refusals = [sentence for sentence in worker.said if "nothing new is begun" in sentence]
-        assert len(refusals) == 1
-        assert "the database works again" in worker.said
-    assert ran(comfyui) == ["success"] * 2
-    assert len(pictures(tmp_path)) == 2
-
-
-@pytest.mark.fault(55)
-async def test_a_result_that_could_not_be_committed_within_the_lease_is_fetched_by_the_next_owner(
-    workers: Workers, comfyui: ComfyUIEmulator, tmp_path: Path
-) -> None:
-    async with workers.start(busy_timeout=PATIENCE) as worker:
-        job = await worker.queue.enqueue(JobRequest(picture(10)))
-        await when(lambda: is_in(worker, job, Phase.SUBMITTED), "the prompt is on the server")
-        with locked(workers):
-            await asyncio.sleep(300)
-            assert not worker.executor._runs
-            assert pictures(tmp_path) == []
-        async with workers.start() as other:
-            done = await other.queue.wait(job)
-            assert (done.status, done.run_count) == (QueueStatus.DONE, 1)
-    assert ran(comfyui) == ["success"]
-    assert len(pictures(tmp_path)) == 1
-
-
-@pytest.mark.fault(55)
-async def test_nothing_is_sent_before_its_id_could_be_written_down(workers: Workers, comfyui: ComfyUIEmulator) -> None:
-    comfyui.faults.add("GET", "/object_info/*", Fault.late(3), times=2)
-    async with workers.start(busy_timeout=PATIENCE) as worker:
-        job = await worker.queue.enqueue(JobRequest(picture(1)))
-        await when(lambda: comfyui.count("GET", "/object_info/SaveImage"), "the job is claimed, and being checked")
-        with locked(workers):
-            await asyncio.sleep(30)
-            assert comfyui.count("POST", "/prompt") == 0
-        assert (await worker.queue.wait(job)).run_count == 1
-
-
-@pytest.mark.fault(54)
-async def test_a_full_disk_under_the_database_accepts_no_job_and_what_runs_goes_on(
-    workers: Workers, comfyui: ComfyUIEmulator
-) -> None:
-    """Invariant I23: accept no job, say so."""
-    async with workers.start() as worker:
-        job = await worker.queue.enqueue(JobRequest(picture(60)))
-        await when(lambda: is_in(worker, job, Phase.SUBMITTED), "the prompt is on the server")
-
-        def pages(limit: str) -> Callable[[Any], Any]:
-            return lambda connection: connection.exec_driver_sql(f"PRAGMA max_page_count = {limit}").scalar()
-
-        await worker.store.run(pages("1"))  # not one page more than there are
-        big = JobRequest(picture(), sets={"1.seed": 1}, prompt="x" * 200_000)
-        with pytest.raises(DiskFull):
-            await worker.queue.enqueue(big)
-        await asyncio.sleep(90)
-        await worker.store.run(pages("1073741823"))
-        done = await worker.queue.wait(job, timeout=timedelta(minutes=3))
-        assert (done.status, done.run_count) == (QueueStatus.DONE, 1)
-    assert ran(comfyui) == ["success"]
-
-
-@pytest.mark.fault(54)
-async def test_results_that_cannot_be_written_pause_this_computer_and_are_fetched_later(
-    workers: Workers, tmp_path: Path
-) -> None:
-    folder = tmp_path / "jobs" / "finished"
-    folder.parent.mkdir()
-    folder.write_text("a file where a folder should be")
-    async with workers.start() as worker:
-        await _paused_by_a_bad_folder(worker, folder)
-
-
-async def _paused_by_a_bad_folder(worker: Worker, folder: Path) -> None:
-    job = await worker.queue.enqueue(JobRequest(picture()))
-    await when(worker.queue.pauses, "the worker pauses")
-    [pause] = await worker.queue.pauses()
-    assert pause.scope == "host:emulated"
-    waiting = await worker.queue.job(job)
-    assert (waiting.status, waiting.retries_attempted, waiting.run_count) == (QueueStatus.PENDING, 0, 0)
-    await asyncio.to_thread(folder.unlink)
-    done = await worker.queue.wait(job, timeout=timedelta(minutes=2))
-    assert (done.status, done.run_count) == (QueueStatus.DONE, 1)
-
-
-# -- the planner and the journal by themselves -------------------------------------------------------------
-
-
-class Planning:
-    """A planner of one process, and what was heard of it."""
-
-    def __init__(self, workers: Workers, store: Any, name: str, **changes: Any) -> None:
-        self.said: list[str] = []
-        self.troubles: list[LocalError | None] = []
-        self.back: list[list[QueuedJob]] = []
-        settings = replace(workers.queue_settings, **changes)
-        self.planner = Planner(
-            store,
-            settings,
-            an_owner(name),
-            workers.processes,
-            tell=self.said.append,
-            trouble=self.troubles.append,
-            after=self._after,
-        )
-
-    async def _after(self, back: Any) -> None:
-        self.back.append(list(back))
-
-
-class Refusing:
-    """A database that refuses some calls a number of times; a refused `finish` may have been kept all the same."""
-
-    def __init__(self, store: SqlJobs, *, kept: bool = True, error: type[LocalError] = StoreUnavailable, **times: int):
-        self._store, self._kept, self._error = store, kept, error
-        self.left = times
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._store, name)
-        if name not in self.left:
-            return found
-
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            if self.left[name] <= 0:
-                return await found(*args, **kwargs)
-            self.left[name] -= 1
-            if self._kept and name == "finish":
-                await found(*args, **kwargs)
-            raise self._error("locked")
-
-        return call
-
-
-async def test_a_planner_takes_the_role_and_the_jobs_of_the_dead_and_counts_each_that_is_set_aside(
-    workers: Workers,
-) -> None:
-    async with workers.open() as store:
-        for name in ("gone", "old", "new"):
-            await store.register_owner(an_owner(name))
-        old, new = (Planning(workers, store, name, lost_limit=2) for name in ("old", "new"))
-        assert (old.planner.epoch, new.planner.epoch) == (None, None)
-        assert await old.planner.round() == []
-        await new.planner.round()
-        assert (old.planner.epoch, new.planner.epoch) == (1, None)
-        jobs = await put(store, *(a_job(config_name=f"{number}.yaml") for number in range(2)))
-        for lost in (1, 2):
-            for _ in jobs:
-                await take(store, WorkerId("gone"))
-            workers.processes.dead |= {OwnerId("gone"), OwnerId("old")}
-            back = await new.planner.round()
-            assert new.planner.epoch == 2  # the dead one's role, at once
-            assert [job.lost_count for job in back] == [lost, lost]
-            assert new.back[-1] == list(back)
-            assert new.planner.set_aside == (0 if lost == 1 else 2)
-        assert {(await seen(store, job)).reason for job in jobs} == {"quarantined"}
-        assert [sentence.partition(":")[0] for sentence in new.said] == ["0.yaml", "1.yaml"] * 2
-        assert "its worker is gone" in new.said[0]
-        assert "vanished 2 times" in new.said[-1]
-        assert (old.said, new.troubles) == ([], [None, None])
-        await new.planner.stop()
-        assert new.planner.epoch is None
-        third = await store.take_role(PLANNER, OwnerId("gone"), lease=workers.queue_settings.lease)
-        assert third == 3  # it was given up, and need not run out
-
-
-async def test_a_planner_without_its_database_tells_and_goes_on_with_its_role(workers: Workers) -> None:
-    async with workers.open() as store:
-        await store.register_owner(an_owner("me"))
-        refusing = Refusing(store, reap=1)
-        mine = Planning(workers, refusing, "me")
-        assert await mine.planner.round() == []
-        assert await mine.planner.round() == []
-        assert [type(trouble) for trouble in mine.troubles] == [StoreUnavailable, type(None)]
-        assert mine.back == [[], []]
-        assert mine.planner.epoch == 1
-
-
-PICTURE = Output("2", OutputKind.IMAGE, "/out/knight.png", 7, "5e", name="knight")
-
-
-def journal_of(store: Any, row: QueuedJob, pulse: Pulse, **told: Any) -> StoreJournal:
-    usual: dict[str, Any] = {
-        "leaves": lambda _: True,
-        "here": lambda: HERE,
-        "reached": lambda: None,
-        "trouble": lambda _: None,
-        "leaving": lambda: False,
-        "kill_limit": 2,
-    }
-    return StoreJournal(store, row, pulse, **{**usual, **told})
-
-
-async def committing(store: Any, row: QueuedJob, *, leaving: bool = False, stale: bool = False) -> Any:
-    """Commit a result; return the journal, what was published, and what was told of the database."""
-    pulse = NoPulse()
-    pulse.fresh = not stale
-    told: list[LocalError | None] = []
-    published: list[str] = []
-    journal = journal_of(store, row, pulse, trouble=told.append, leaving=lambda: leaving)
-    error: LocalError | None = None
-    try:
-        await journal.commit(lambda: published.append("named"), (PICTURE,), {"seeds": {"1": 2}})
-    except LocalError as refused:
-        error = refused
-    return journal, published, told, error
-
-
-@pytest.mark.fault(55)
-async def test_whether_an_unheard_commit_counts_is_asked_until_it_is_known(workers: Workers, looptime: float) -> None:
-    async with workers.open() as store:
-        row = await submit(store, await put_and_take(store))
-        began = float(looptime)
-        journal, published, told, error = await committing(Refusing(store, finish=1, attempts=7), row, stale=True)
-        assert error is None
-        assert looptime - began == pytest.approx(0.25 + 0.5 + 1 + 2 + 4 + 5 + 5, abs=0.2)
-        assert (journal.done.status, journal.done.id, published) == (QueueStatus.DONE, row.id, ["named"])
-        assert journal.done.result == {"seeds": {"1": 2}, "outputs": [{**PICTURE.as_dict(), "name": "knight"}]}
-        assert [type(trouble) for trouble in told] == [StoreUnavailable] * 8
-        # Whoever must leave before it is known lets the names stand.
-        row = await submit(store, await put_and_take(store))
-        journal, published, told, error = await committing(Refusing(store, finish=1, attempts=9), row, leaving=True)
-        assert (journal.done, published, error, len(told)) == (None, ["named"], None, 2)
-
-
-@pytest.mark.fault(55)
-async def test_a_commit_that_does_not_count_is_tried_again_while_the_lease_holds_and_then_refused(
-    workers: Workers, looptime: float
-) -> None:
-    async with workers.open() as store:
-        row = await submit(store, await put_and_take(store))
-        for error in (StoreUnavailable, DiskFull):
-            refusing = Refusing(store, finish=1, kept=False, error=error)
-            journal, published, told, refused = await committing(refusing, row, stale=True)
-            assert (type(refused), journal.done, published) == (error, None, [])
-            assert (await seen(store, row)).status is QueueStatus.PROCESSING
-        began = float(looptime)
-        journal, published, told, refused = await committing(Refusing(store, finish=2, kept=False), row)
-        assert (refused, journal.done.status, published) == (None, QueueStatus.DONE, ["named"])
-        assert looptime - began == pytest.approx(0.75, abs=0.2)
-        assert [type(trouble) for trouble in told] == [StoreUnavailable, StoreUnavailable, type(None)]
-
-
-async def put_and_take(store: SqlJobs) -> QueuedJob:
-    await put(store, a_job())
-    return await take(store)
-
-
-async def test_a_run_that_goes_on_with_a_prompt_has_it_on_the_server_and_counts_no_second_run(workers: Workers) -> None:
-    async with workers.open() as store:
-        row = await submit(store, await put_and_take(store))
-        reached: list[str] = []
-        journal = journal_of(store, row, NoPulse(), reached=lambda: reached.append("reached"))
-        assert (journal.touched, journal.sent, journal.prompt_id) == (False, None, row.prompt_id)
-        await journal.attached()
-        assert (journal.touched, journal.sent, reached) == (True, row.prompt_id, ["reached"])
-        assert (await kinds_of(store, row))[-1] is EventKind.ATTACHED
-        assert (await seen(store, row)).run_count == 1
-
-
-@pytest.mark.parametrize(
-    ("accepted", "lost", "here", "excused", "kill_limit", "renamed", "killed"),
-    [
-        pytest.param(True, True, HERE, False, 2, True, True, id="died under it"),
-        pytest.param(True, True, HERE, False, 1, True, True, id="and once too often"),
-        pytest.param(True, True, HERE, True, 2, True, False, id="not Ready for a while"),
-        pytest.param(True, True, "server:there:8188", False, 2, True, False, id="elsewhere"),
-        pytest.param(True, False, HERE, False, 2, True, False, id="ended"),
-        pytest.param(False, True, HERE, False, 2, True, True, id="perhaps sent"),
-        pytest.param(False, False, HERE, False, 2, False, False, id="never sent"),
-    ],
-)
-async def test_a_prompt_that_is_on_no_server_is_sent_again_under_its_name_only_if_it_never_was_there(
-    workers: Workers, accepted: bool, lost: bool, here: str, excused: bool, kill_limit: int, renamed: bool, killed: bool
-) -> None:
-    async with workers.open() as store:
-        row = await put_and_take(store)
-        if accepted:
-            row = await submit(store, row)
-        else:
-            row = await store.write_ahead(
-                row.id,
-                row.token,
-                place=HERE,
-                prompt_id=PromptId("00000000-0000-4000-8000-00000000cafe"),
-                counts_as_run=True,
-            )
-        journal = journal_of(store, row, NoPulse(), here=lambda: here, excused=lambda: excused, kill_limit=kill_limit)
-        assert journal.earlier is not None
-        raised = False
-        try:
-            await journal.gone(lost=lost)
-        except ServerRestarted as error:
-            raised = error.details == {"prompt_id": row.prompt_id}
-        assert raised == (kill_limit == 1)
-        assert (journal.prompt_id != row.prompt_id, journal.killed) == (renamed, killed)
-        known: object = journal.earlier
-        assert known is None
-        left = await seen(store, row)
-        assert (left.phase, left.prompt_id) == (Phase.NONE, None)
