@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
+from runcomfy.adapters.stores.choose import store_from
 from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.adapters.stores.sql import SqlStore
 from runcomfy.application.axis import Axis
@@ -43,6 +44,8 @@ from runcomfy.testing.light_comfyui import LightClient, LightComfyUIs
 from runcomfy.testing.programs import EmulatedProcesses, settings_for
 from runcomfy.testing.standing_pool import StandingPool
 
+MINUTES: Final = 60.0
+HOURS: Final = 3_600.0
 ACCOUNT: Final = CloudSettings(
     base_url="http://127.0.0.1:9", user_id="u", tokens=(Secret("t"),), workflow_version_id="v", server_type="medium"
 )
@@ -271,3 +274,11 @@ class Office:
             await self.books.put_work(replace(work, outcome="done", cold=cold))
             count += 1
         return count
+
+
+@asynccontextmanager
+async def an_office(clock: SettableClock, folder: Path) -> AsyncIterator[Office]:
+    """Open an office with empty books and an empty queue in a folder."""
+    queue = store_from(folder / "queue.sqlite3", clock=clock, durable=False, wake_interval=timedelta(seconds=10))
+    async with SqlStore(folder / "books.sqlite3", clock=clock, durable=False) as books, SqlJobs(queue) as jobs:
+        yield Office(books, jobs, clock, folder / "state")
