@@ -1,4 +1,4 @@
-"""Requests that a serverless deployment has taken, to their end: what goes wrong on the way, who leaves, what is broken."""
+"""Requests that a serverless deployment has taken: trouble on the way, how they end, who leaves, broken files."""
 
 from __future__ import annotations
 
