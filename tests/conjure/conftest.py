@@ -37,13 +37,26 @@ def draw(path: Path) -> None:
     Image.radial_gradient("L").resize((128, 128)).convert("RGBA").save(path)
 
 
-@pytest.fixture
-def conjure_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CONJURE's folder with the user's prompt and render in it."""
-    root = tmp_path / "CONJURE"
+def lay_out(root: Path) -> Path:
+    """Make CONJURE's folder with the user's prompt and render in it."""
     draw(root / RENDER)
     (root / PROMPT).parent.mkdir(parents=True)
     (root / PROMPT).write_text("a bronze statue\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CONJURE's folder, the working directory."""
+    root = lay_out(tmp_path / "CONJURE")
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture
+def conjure_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CONJURE's folder with its state in it, the working directory."""
+    root = lay_out(tmp_path / "CONJURE")
     (root / STATE).parent.mkdir(parents=True)
     state = {"generation_mode": "local_comfyui", "app_status": "running"}
     (root / STATE).write_text(json.dumps(state), encoding="utf-8")

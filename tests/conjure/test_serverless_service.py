@@ -53,18 +53,6 @@ def write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CONJURE's folder with the user's prompt and render in it."""
-    root = tmp_path / "CONJURE"
-    (root / RENDER).parent.mkdir(parents=True)
-    Image.radial_gradient("L").resize((128, 128)).convert("RGBA").save(root / RENDER)
-    (root / PROMPT).parent.mkdir(parents=True)
-    (root / PROMPT).write_text("a bronze statue\n", encoding="utf-8")
-    monkeypatch.chdir(root)
-    return root
-
-
 @pytest_asyncio.fixture
 async def deployment(
     clock: LoopClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
