@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
-from runcomfy.adapters.comfyui.client import ComfyUIWorkflowClient
+from runcomfy.comfyui_workflow_client import ComfyUIWorkflowClient
 from runcomfy.domain.job import FileRef, PromptId
 from runcomfy.domain.secret import SecretUrl
 from runcomfy.domain.settings import ComfySettings
