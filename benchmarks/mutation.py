@@ -59,9 +59,9 @@ WORDS: Final = "4"
 
 APPLICATION: Final = (
     "machine_pool", "pool_health", "pool_members", "pool_renewal", "pool_seat", "pool_station", "pool_watch",
-    "pool_works", "pooled", "fleet", "fleet_demand", "fleet_offers", "planner", "job_queue", "executor", "job_run",
-    "store_journal", "claims", "work_book", "working_off", "reconciler", "reaper", "ending", "launching", "machines",
-    "books", "ledger", "purse", "spending",
+    "pool_works", "pooled", "fleet", "fleet_demand", "fleet_failing", "fleet_offers", "planner", "job_queue",
+    "executor", "job_run", "store_journal", "claims", "work_book", "working_off", "reconciler", "reaper", "ending",
+    "launching", "machines", "books", "ledger", "purse", "spending",
 )  # fmt: skip
 STORES: Final = (
     "jobs", "jobs_claim", "jobs_finish", "jobs_intake", "jobs_look", "jobs_reap", "jobs_rows", "jobs_steps", "sql",

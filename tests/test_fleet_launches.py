@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from runcomfy.application.fleet import FAILED_FIRST, FAILED_MOST, GIVEN_UP_AFTER, _worth_s
+from runcomfy.application.fleet import _worth_s
+from runcomfy.application.fleet_failing import FAILED_FIRST, FAILED_MOST, GIVEN_UP_AFTER
 from runcomfy.application.fleet_offers import UNKNOWN_RUN, FleetOffers, wait_usd_per_hour
 from runcomfy.application.job_queue import host_scope
 from runcomfy.domain.budget import Budget, Period

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from runcomfy.application.axis import Axis
 from runcomfy.application.fleet_demand import FleetDemand, FleetSignals
+from runcomfy.application.fleet_failing import Failing
 from runcomfy.application.fleet_offers import FleetOffers
 from runcomfy.application.gate import standing_pause
 from runcomfy.application.job_queue import host_scope
@@ -41,7 +42,6 @@ from runcomfy.domain.exceptions import (
     RunComfyError,
     foreign_text,
 )
-from runcomfy.domain.health import Blame, blame_of
 from runcomfy.domain.plan_view import (
     Action,
     Backlog,
@@ -71,11 +71,6 @@ PLAN_GAP: Final = 0.5
 """Seconds between two plans: a busy queue changes a thousand times a second."""
 BUDGETS_EVERY: Final = 5.0
 """Seconds for which what was read of the budgets is believed, to look ahead by; the cap itself is the store's."""
-FAILED_FIRST: Final = 10.0
-FAILED_MOST: Final = 300.0
-"""Seconds until a type is tried again that could not be launched; doubled each time."""
-GIVEN_UP_AFTER: Final = 3
-"""Launches of a type in a row that failed after which somebody who waits for it is told that it will not come."""
 SOON: Final = 0.05
 
 
@@ -85,25 +80,6 @@ class _Coming:
 
     offer: str
     asked_at: float
-
-
-@dataclass(slots=True)
-class _Failing:
-    """A type that could not be launched."""
-
-    wait: float = FAILED_FIRST
-    until: float = float("-inf")
-    why: str = ""
-    error: RunComfyError | None = None
-    """What the last launch failed with."""
-    times: int = 0
-    """How many launches in a row did."""
-
-    @property
-    def given_up(self) -> RunComfyError | None:
-        """Return the error if trying on is not worth waiting for: it has failed often, or somebody has to mend it."""
-        hopeless = self.error is not None and blame_of(self.error) in (Blame.ACCOUNT, Blame.REFUSED)
-        return self.error if hopeless or self.times >= GIVEN_UP_AFTER else None
 
 
 @dataclass(slots=True)
@@ -140,7 +116,7 @@ class Fleet:
         self._coming: dict[asyncio.Task[None], _Coming] = {}
         self._known: set[str] = set()
         """Machines that answered launches have become."""
-        self._failing: dict[str, _Failing] = {}
+        self._failing: dict[str, Failing] = {}
         self._kept: dict[str, float] = {}
         """Machine -> since when it was idle when it was last said that it is kept."""
         self._waiting: Sequence[Waiting] = ()
@@ -509,13 +485,11 @@ class Fleet:
             await self._write([self._decided("refused", offer, f"{error.message}; {error.hint}", 0.0)])
 
     async def _failed(self, offer: str, error: RunComfyError) -> None:
-        now, known = asyncio.get_running_loop().time(), self._failing.setdefault(offer, _Failing())
+        now, known = asyncio.get_running_loop().time(), self._failing.setdefault(offer, Failing())
         everywhere = isinstance(error, AuthRejected | OutOfCredit)
         news = known.why != error.message
         for name in self._with.offers.types if everywhere else (offer,):
-            failing = self._failing.setdefault(name, _Failing())
-            failing.until, failing.wait = now + failing.wait, min(failing.wait * 2, FAILED_MOST)
-            failing.why, failing.error, failing.times = error.message, error, failing.times + 1
+            self._failing.setdefault(name, Failing()).failed(error, now=now)
         log.warning("launch_failed", extra={"fields": {"type": offer, "error": error.code, "message": error.message}})
         if news:
             again = "" if known.given_up else "; it is tried again"
