@@ -27,8 +27,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +42,7 @@ from benchmarks.results import Figure, Result, keep, told_to_keep
 from benchmarks.soak_clients import Books, Clients, job_file, write_workflow
 from benchmarks.soak_oracles import Found, Judge, read_rows
 from benchmarks.soak_outside import ACCOUNTS, spoil
+from benchmarks.soak_outsiders import Outsiders, outsiders
 from benchmarks.soak_plan import Deed, plan
 from benchmarks.soak_processes import Kept, course, environment, growth, guards
 from runcomfy.adapters.clock import SystemClock
@@ -110,56 +111,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-class Outsiders:
-    """The process of the clouds, as this one talks to it."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self._turn = asyncio.Lock()
-
-    async def told(self) -> Any:
-        """Return its next line."""
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the emulated clouds' process has died")
-        said = json.loads(line)
-        if isinstance(said, dict) and "error" in said:
-            raise RuntimeError(f"the emulated clouds' process: {said['error']}")
-        return said
-
-    async def do(self, kind: str, **more: Any) -> Any:
-        """Have something done there, and return what it says."""
-        assert self._process.stdin is not None
-        async with self._turn:
-            self._process.stdin.write(json.dumps({"kind": kind, **more}).encode() + b"\n")
-            return await self.told()
-
-
-@asynccontextmanager
-async def outsiders(folder: Path) -> AsyncIterator[tuple[Outsiders, dict[str, Any]]]:
-    """Run the emulated clouds in another process for the block."""
-    log = (folder / "logs" / "outside.log").open("ab")
-    with log:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "benchmarks.soak_outside", str(folder / "outside"),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment(),
-            limit=1 << 26,
-        )  # fmt: skip
-    try:
-        outside = Outsiders(process)
-        yield outside, await outside.told()
-    finally:
-        if process.stdin is not None:
-            process.stdin.close()
-        try:
-            async with asyncio.timeout(30):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
 
 
 class Soak:
