@@ -382,7 +382,10 @@ class DevServer:
 
     async def shutdown(self, *, reason: str = "shutdown asked for by the user") -> list[Machine]:
         """Stop every dev server of the account, and the machine the state file names; return those that ended."""
-        await self._from_hint()
+        try:
+            await self._from_hint()
+        except LocalError as error:  # what our books name is ended all the same
+            self._machines.tell(f"the dev server state file could not be read: {error.message}")
         doomed = [
             row
             for row in await self._machines.books.rows()

@@ -1,0 +1,246 @@
+"""The dev server when two ask at once, the cloud answers oddly, or the state file cannot be written."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runcomfy.application.machines import Boot
+from runcomfy.domain.exceptions import BootTimeout, LeaseLost, ProviderError, StopUnconfirmed
+from runcomfy.domain.machine import Machine, MachineReport, MachineState
+from runcomfy.domain.settings import CloudSettings
+from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
+    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
+
+
+@pytest.fixture
+async def program(programs: Programs) -> AsyncIterator[Program]:
+    async with programs.start() as program:
+        yield program
+
+
+async def start(program: Program, **options: Any) -> tuple[Machine, MachineReport, bool]:
+    return await program.dev.start(server_type="medium", duration=HOUR, **options)
+
+
+async def killed_start(programs: Programs, after: float = 60) -> None:
+    """Leave a machine on its way up whose starter was killed."""
+    async with programs.start() as victim:
+        task = asyncio.create_task(start(victim))
+        await asyncio.sleep(after)
+        await victim.kill(task)
+
+
+# -- looking -----------------------------------------------------------------------------------------------
+
+
+async def test_a_launch_that_has_no_answer_yet_is_no_dev_server_and_is_left_alone(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_call("POST servers", delay=60)
+    async with programs.start() as one, programs.start() as two:
+        task = asyncio.create_task(start(one))
+        await asyncio.sleep(30)
+        assert await two.dev.find() is None
+        assert await two.dev.status() is None
+        machine, _, reused = await task
+        assert not reused
+        assert cloud.billing == [machine.server_id]
+        await two.dev.shutdown()
+        assert await discrepancies(cloud, two) == []
+
+
+@pytest.mark.fault(68)
+async def test_two_who_see_at_once_that_it_was_stopped_on_the_website_bill_it_once(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    machine, _, _ = await start(program)
+    await asyncio.sleep(600)
+    (rented,) = cloud.machines.values()
+    cloud.end_by_hand(rented)
+    await asyncio.sleep(30)
+    async with programs.start() as other:
+        seen = await asyncio.gather(program.dev.find(), other.dev.find())
+        assert list(seen) == [None, None]
+        assert await other.books.rows() == []
+        [entry] = await other.store.ledger()
+        assert entry.machine_id == machine.id
+        assert await discrepancies(cloud, other) == []
+
+
+async def test_a_dev_server_that_one_answer_denies_is_kept_as_long_as_before(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _, _ = await start(program)
+    cloud.next_call("GET servers/*", status=404)
+    assert await program.dev.find() is None
+    row = await program.books.latest(machine.id)
+    assert row is not None
+    assert (row.state, row.owner_id, row.kept_until) == (MachineState.READY, None, machine.kept_until)
+    assert cloud.billing == [machine.server_id]
+    found = await program.dev.find()
+    assert found is not None
+    assert found[0].id == machine.id
+    await program.dev.shutdown()
+    assert await discrepancies(cloud, program) == []
+
+
+async def test_a_machine_of_the_state_file_is_taken_up_when_it_is_ready_and_not_before(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    cloud.next_machine(flaps=40)
+    machine, _, _ = await start(program)
+    await asyncio.sleep(45)  # it says Starting once more
+    async with programs.start(in_memory=True) as without_books:
+        assert await without_books.dev.find() is None
+        assert await without_books.books.rows() == []
+        await asyncio.sleep(60)
+        found = await without_books.dev.find()
+        assert found is not None
+        assert found[0].server_id == machine.server_id
+    await program.dev.shutdown()
+
+
+# -- starting ----------------------------------------------------------------------------------------------
+
+
+async def test_waiting_for_the_start_of_another_process_has_an_end_and_says_whose_it_is(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(stuck=True)
+    boots: list[Boot] = []
+    short = timedelta(minutes=3)
+    async with programs.start() as one, programs.start(boot_timeout=short, comfyui_timeout=short) as two:
+        first = asyncio.create_task(start(one))
+        await asyncio.sleep(30)
+        with pytest.raises(BootTimeout, match=f"the process {one.owner.pid} has not brought its dev server up"):
+            await start(two, on_boot=boots.append)
+        assert boots
+        assert {boot.status for boot in boots} == {"starting (another process)"}
+        assert cloud.alive == cloud.launched  # it is the other's to end
+        first.cancel()
+        with suppress(asyncio.CancelledError):
+            await first
+    assert cloud.alive == []
+
+
+async def test_of_two_who_find_a_killed_start_one_takes_it_over_and_the_other_waits(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    await killed_start(programs)
+    async with programs.start() as one, programs.start() as two:
+        first, second = await asyncio.gather(start(one), start(two))
+        assert first[0].server_id == second[0].server_id == cloud.launched[0]
+        assert len(cloud.launched) == 1
+        await two.dev.shutdown()
+        assert await discrepancies(cloud, two) == []
+
+
+async def test_breaking_off_the_wait_for_a_killed_start_ends_its_machine(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    await killed_start(programs)
+    async with programs.start() as program:
+        task = asyncio.create_task(start(program))
+        await asyncio.sleep(30)
+        assert cloud.alive == cloud.launched
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        assert cloud.alive == []
+        assert await program.books.rows() == []
+        assert await discrepancies(cloud, program) == []
+
+
+def in_the_way(programs: Programs) -> None:
+    """Put a folder where the state file belongs, which nobody can read or replace."""
+    file = programs.folder / "dev_server_state.json"
+    file.unlink(missing_ok=True)
+    file.mkdir()
+    (file / "somebody's").touch()
+
+
+# -- what is written and said ------------------------------------------------------------------------------
+
+
+async def test_a_state_file_that_cannot_be_written_is_said_and_the_dev_server_is_used_all_the_same(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    task = asyncio.create_task(start(program))
+    await asyncio.sleep(60)
+    in_the_way(programs)
+    machine, _, _ = await task
+    assert any("the dev server state file could not be written" in said for said in program.said)
+    again, _, reused = await start(program)
+    assert (again.id, reused) == (machine.id, True)
+    await program.dev.shutdown()
+
+
+async def test_a_state_file_that_cannot_be_read_keeps_no_dev_server_from_being_stopped(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    await start(program)
+    in_the_way(programs)
+    assert [ended.server_id for ended in await program.dev.shutdown()] == cloud.launched
+    assert cloud.alive == []
+    assert any("the dev server state file could not be read" in said for said in program.said)
+    assert await discrepancies(cloud, program) == []
+
+
+async def test_of_two_shutdowns_at_once_none_leaves_a_machine(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    cloud.next_machine(delete_takes=120)
+    await start(program)
+    async with programs.start() as other:
+        done = await asyncio.gather(program.dev.shutdown(), other.dev.shutdown(), return_exceptions=True)
+        lists = [outcome for outcome in done if isinstance(outcome, list)]
+        assert lists  # one ends it; the other does so too, or is told that somebody has it
+        assert all(isinstance(outcome, list | LeaseLost | StopUnconfirmed) for outcome in done)
+        assert cloud.alive == []
+        assert await other.books.rows() == []
+        assert await discrepancies(cloud, other) == []
+
+
+async def test_prolonging_where_the_cloud_does_not_say_when_it_stops_is_not_taken_for_done(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    machine, _, _ = await start(program)
+    (rented,) = cloud.machines.values()
+    before = rented.stops_at
+    assert before is not None
+    rented.traits.fields = {"estimated_stopping_at": None}
+    with pytest.raises(ProviderError, match="runs longer now cannot be read back"):
+        await program.dev.extend(by=timedelta(minutes=30))
+    assert rented.stops_at == before + timedelta(minutes=30)  # as asked for, though nobody can know
+    row = await program.books.latest(machine.id)
+    assert row is not None
+    assert row.planned_stop_at == before
+    rented.traits.fields = {}
+    await program.dev.shutdown()
+    assert await discrepancies(cloud, program) == []
+
+
+async def test_when_it_stops_is_known_from_our_books_without_a_question(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    assert await program.dev.planned_stop() is None
+    machine, _, _ = await start(program)
+    asked = len(cloud.calls)
+    assert await program.dev.planned_stop() == cloud.machines[str(machine.server_id)].stops_at
+    assert len(cloud.calls) == asked
+    await program.dev.shutdown()
