@@ -177,3 +177,33 @@ async def test_a_machine_of_a_jobs_own_that_vanishes_is_a_lost_machine(
     with pytest.raises(MachineLost):
         await job()
     assert cloud.alive == []
+
+
+@pytest.mark.parametrize(("word", "why"), [("Error", "RunComfy says 'Error' of it"), ("Deleting", "stopping it")])
+async def test_a_job_whose_machine_is_said_to_fail_or_to_stop_is_broken_off_and_the_machine_ended(
+    cloud: RunComfyEmulator, program: Program, word: str, why: str
+) -> None:
+    async def job() -> None:
+        async with at(program):
+            cloud.machines[cloud.launched[0]].traits.status = word
+            await asyncio.sleep(600)
+
+    task = asyncio.create_task(job())
+    await asyncio.sleep(300)
+    cloud.machines[cloud.launched[0]].traits.status = None
+    with pytest.raises(MachineLost, match=why):
+        await task
+    assert cloud.alive == []
+    assert await discrepancies(cloud, program) == []
+
+
+async def test_a_job_runs_on_while_nobody_can_be_asked_whether_its_machine_is_there(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    async with at(program):
+        cloud.next_call("GET servers/*", status=500, times=None, lasts=timedelta(minutes=2))
+        await asyncio.sleep(180)
+        assert cloud.billing == cloud.launched
+    assert any(call.status == 500 for call in cloud.calls)
+    assert cloud.alive == []
+    assert await discrepancies(cloud, program) == []
