@@ -441,6 +441,25 @@ class SetClock(LoopClock):
         return super().now() + self.off
 
 
+@pytest.mark.fault(68)
+async def test_an_idle_dev_server_that_was_stopped_on_the_website_is_closed_in_our_books_and_not_asked_to_stop(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as starter:
+        await starter.dev.start(server_type="medium", duration=timedelta(hours=3))
+    async with guarding(programs) as guard:
+        await asyncio.sleep(60)
+        (rented,) = cloud.machines.values()
+        cloud.end_by_hand(rented)
+        await asyncio.wait_for(guard.task, timeout=4 * 3600)
+        assert await guard.program.books.rows() == []
+        assert not any(call.method == "DELETE" for call in cloud.calls)
+        [entry] = await guard.program.store.ledger()
+        assert rented.gone_at is not None
+        assert entry.ended_at is not None
+        assert rented.gone_at <= entry.ended_at <= guard.program.machines.clock.now()
+
+
 @pytest.mark.fault(60)
 @without_comfyui
 @pytest.mark.parametrize("jump", [timedelta(days=1), timedelta(days=-1)])
