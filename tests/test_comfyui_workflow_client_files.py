@@ -112,7 +112,9 @@ async def test_one_cancelled_upload_does_not_hurt_the_other(
     second = asyncio.create_task(client.upload(str(tmp_path / "a.png")))
     await asyncio.sleep(1)
     first.cancel()
-    assert await second
+    name = await second
+    assert (comfyui.folders.input / name).read_bytes() == b"same"
+    assert first.cancelled()
 
 
 async def test_what_the_server_will_not_take_is_not_sent(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ async def test_a_batch_finds_its_machines_there_and_leaves_none(office: Office) 
         await asyncio.sleep(5 * MINUTES)
         assert (office.pool.machines, len(office.pool.asked)) == ((), 4)
     reasons = [one.why for one in await office.decisions("stop")]
+    assert len(reasons) == 4
     assert all(why == "the batch is done" or "machines are enough" in why for why in reasons)
 
 

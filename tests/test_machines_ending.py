@@ -433,11 +433,25 @@ async def test_on_a_full_disk_a_machine_is_still_stopped(cloud: RunComfyEmulator
     assert ended.state is MachineState.STOPPED
     assert cloud.alive == []
     await disk.free()
-    reaped = await program.reaper.reap()  # by us, who still live: the books catch up when we are gone
+    reaped = await program.reaper.reap()  # by us, who still live: the books catch up
     assert reaped.ended == []
-    program.die()
-    assert [m.server_id for m in (await program.reaper.reap()).ended] == cloud.launched
     assert await states(program) == ["stopped"]
+    await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(54)
+async def test_what_was_stopped_on_a_full_disk_by_a_process_that_died_is_ended_in_the_books_by_another(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    machine, _ = await program.ready()
+    disk = FullDisk(program)
+    await disk.fill()
+    await program.machines.stop(machine, reason="the test is over")
+    await disk.free()
+    program.die()
+    async with programs.start() as other:
+        assert [m.server_id for m in (await other.reaper.reap()).ended] == cloud.launched
+        assert await states(other) == ["stopped"]
 
 
 @pytest.mark.fault(54)

@@ -263,11 +263,35 @@ class Books:
                 self._unposted.add(machine.id)
                 self.tell(f"the cost of {machine.server_id} could not be written down: {error}")
 
+    async def write_end(self, row: Machine) -> bool:
+        """Return whether this process has seen a machine gone whose row is open still; the row and its bill are ended.
+
+        Raises LocalError: it cannot be written down yet. Raises LeaseLost: it is somebody else's.
+        """
+        if "gone_at" not in self._owed.get(row.id, {}):
+            return False
+        await self._write_answer(row)
+        if row.id in self._owed:
+            gone = await self.record(row, MachineEvent.GONE, note="gone; written later")
+            await self.post(gone, note="ready until gone, written later")
+        return True
+
+    async def _write_ends(self) -> None:
+        for machine_id in [machine_id for machine_id, owed in self._owed.items() if "gone_at" in owed]:
+            row = await self.store.machine(machine_id)
+            if row is None or not row.is_open or row.owner_id != self.owner.id:
+                self._owed.pop(machine_id, None)
+            else:
+                await self.write_end(row)
+
     async def close_bills(self) -> list[Machine]:
         """Bring every ledger up to the end of its bill that a write was refused for, or an older version left so (I9).
 
-        Return the machines concerned. Raises LocalError.
+        Before that, rows are ended whose machines this process has seen gone. Return the machines concerned. Raises
+        LocalError.
         """
+        with suppress(LeaseLost):
+            await self._write_ends()
         began, seen = self.clock.now(), self._bills_seen
         behind = list(await self.store.unbilled(provider=self.provider, account=self.account, since=seen))
         for machine in behind:

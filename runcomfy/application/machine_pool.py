@@ -424,6 +424,8 @@ class MachinePool:
             fate = "does not keep the pool any more" if lives else "is gone"
             taken = row
             if row.owner_id == self._me:  # of an earlier term of this process
+                if await self._books.write_end(row):  # it was seen gone while nothing could be written
+                    continue
                 self._books.hold(row)
             elif (found := await self._books.try_take_over(row, note=f"taken over: its process {fate}")) is not None:
                 taken = found

@@ -442,6 +442,38 @@ async def test_a_longer_time_that_could_not_be_written_down_is_billed_all_the_sa
         assert all(0 <= gap <= NOTICED_WITHIN for gap in (await gaps(cloud, program)).values())
 
 
+@pytest.mark.fault(22)
+@pytest.mark.fault(54)
+@pytest.mark.invariant("I9")
+@pytest.mark.parametrize("by", ["adopt", "reap"])
+async def test_a_machine_that_was_seen_gone_while_nothing_could_be_written_is_ended_in_the_books_and_not_gone_on_with(
+    cloud: RunComfyEmulator, programs: Programs, by: str
+) -> None:
+    full = False
+
+    def visit(place: str) -> None:
+        if full and place in ("before store.record", "before store.change", "before store.close_bill"):
+            raise DiskFull("no space left on device")
+
+    async with programs.start(visit=visit) as program, running_pool(program) as pool:
+        machine = await pool.usable()
+        full = True
+        cloud.end_by_hand(cloud.machines[cloud.launched[0]])
+        await pool.empty(within=60)
+        await asyncio.sleep(300)
+        assert (await program.books.rows())[0].state is MachineState.READY
+        full = False
+        if by == "adopt":
+            assert await pool.pool.adopt() == []
+        else:
+            await program.reaper.reap()
+        assert pool.machines == ()
+        row = await program.store.machine(machine.id)
+        assert row is not None
+        assert row.state is MachineState.STOPPED
+        assert all(0 <= gap <= NOTICED_WITHIN for gap in (await gaps(cloud, program)).values())
+
+
 @pytest.mark.fault(24)
 async def test_a_yes_that_was_not_done_is_not_believed_and_the_bill_ends_with_what_was_confirmed(
     cloud: RunComfyEmulator, programs: Programs
