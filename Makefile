@@ -41,7 +41,7 @@ lint: install
 	@$(BIN)/ruff check .
 
 types: install
-	@$(BIN)/mypy
+	@$(BIN)/mypy -n 2
 
 floors: install
 	@$(BIN)/lint-imports --no-cache
