@@ -24,7 +24,7 @@ from runcomfy.domain.exceptions import (
     ProviderError,
     StopUnconfirmed,
 )
-from runcomfy.domain.machine import Machine, MachineReport, MachineState, Phase, ServerId
+from runcomfy.domain.machine import Machine, MachineEvent, MachineReport, MachineState, Phase, ServerId
 from runcomfy.domain.secret import Secret
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import START, LoopClock
@@ -693,6 +693,41 @@ async def test_what_a_full_disk_kept_from_the_books_is_written_with_the_next_tha
         assert ended is not None
         assert ended.state is MachineState.STOPPED
         await assert_bill_and_ledger_agree(cloud, program)
+
+
+@pytest.mark.fault(54)
+async def test_an_answer_that_could_not_be_written_is_written_before_any_other_change_of_its_machine(
+    programs: Programs, program: Program
+) -> None:
+    """I2: who reads the row afterwards finds a machine, and not a launch that nobody has answered."""
+    intent = program.intent()
+    await program.books.add_intent(intent)
+    disk = FullDisk(program)
+    await disk.fill()
+    answered = await program.books.record_softly(
+        intent, MachineEvent.LISTED, note="answered", changes={"server_id": ServerId("srv-1")}
+    )
+    await disk.free()
+    left = await program.books.hand_over(answered, kept_until=START + timedelta(hours=1), note="left on")
+    assert (left.state, left.server_id) == (MachineState.BOOTING, "srv-1")
+    async with programs.start() as other:
+        gone = await other.books.record(await other.books.take_over(left, note="?"), MachineEvent.GONE, note="gone")
+    assert gone.state is MachineState.STOPPED
+
+
+@pytest.mark.fault(54)
+async def test_an_end_that_the_books_do_not_allow_is_not_tried_again_each_round(program: Program) -> None:
+    odd, plain = program.intent(), program.intent()
+    for machine in (odd, plain):
+        await program.books.add_intent(machine)
+    answered = await program.books.record(
+        plain, MachineEvent.LISTED, note="answered", changes={"server_id": ServerId("srv-1")}
+    )
+    for machine in (odd, answered):
+        program.books.owe(machine, gone_at=START)
+    assert await program.books.close_bills() == []
+    assert await states(program) == ["requested", "stopped"], "a launch without an answer has no end"
+    assert not await program.books.write_end(odd)
 
 
 @pytest.mark.fault(54)

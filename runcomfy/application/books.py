@@ -272,7 +272,12 @@ class Books:
             return False
         await self._write_answer(row)
         if row.id in self._owed:
-            gone = await self.record(row, MachineEvent.GONE, note="gone; written later")
+            try:
+                gone = await self.record(row, MachineEvent.GONE, note="gone; written later")
+            except IllegalTransition as error:  # the books are odd: what they say is not tried again each round
+                self._owed.pop(row.id, None)
+                log.warning("machine_end_not_recorded", extra={"fields": {**self.facts(row), "error": error.code}})
+                return False
             await self.post(gone, note="ready until gone, written later")
         return True
 
@@ -282,7 +287,8 @@ class Books:
             if row is None or not row.is_open or row.owner_id != self.owner.id:
                 self._owed.pop(machine_id, None)
             else:
-                await self.write_end(row)
+                with suppress(LeaseLost):
+                    await self.write_end(row)
 
     async def close_bills(self) -> list[Machine]:
         """Bring every ledger up to the end of its bill that a write was refused for, or an older version left so (I9).
@@ -290,8 +296,7 @@ class Books:
         Before that, rows are ended whose machines this process has seen gone. Return the machines concerned. Raises
         LocalError.
         """
-        with suppress(LeaseLost):
-            await self._write_ends()
+        await self._write_ends()
         began, seen = self.clock.now(), self._bills_seen
         behind = list(await self.store.unbilled(provider=self.provider, account=self.account, since=seen))
         for machine in behind:
@@ -323,6 +328,7 @@ class Books:
 
     async def change(self, machine: Machine, *, note: str, **fields: Any) -> Machine:
         """Change fields without an event, fenced by the epoch; raises LeaseLost, LocalError."""
+        await self._write_answer(machine)
         after = await self.store.change(
             machine.id,
             at=self.clock.now(),
@@ -400,7 +406,6 @@ class Books:
         Raises LeaseLost, as `record_softly` does.
         """
         try:
-            await self._write_answer(machine)
             return await self.change(machine, note=note, **fields)
         except LeaseLost:
             self._let_go(machine)
