@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runcomfy.application.machines import Boot
-from runcomfy.domain.exceptions import BootTimeout, LeaseLost, ProviderError, StopUnconfirmed
+from runcomfy.domain.exceptions import BootTimeout, MachineLost, ProviderError
 from runcomfy.domain.machine import Machine, MachineReport, MachineState
 from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
@@ -150,6 +150,90 @@ async def test_of_two_who_find_a_killed_start_one_takes_it_over_and_the_other_wa
         assert await discrepancies(cloud, two) == []
 
 
+@pytest.mark.parametrize("after", [0, 30, 100])
+async def test_a_shutdown_ends_a_start_that_went_on_with_the_machine_of_a_killed_one_and_that_one_gives_up(
+    cloud: RunComfyEmulator, programs: Programs, after: float
+) -> None:
+    await killed_start(programs)
+    async with programs.start() as one, programs.start() as two:
+        task = asyncio.create_task(start(one))
+        await asyncio.sleep(5 + after)
+        assert [row.owner_id for row in await two.dev.rows()] == [one.books.owner.id]
+        await two.dev.shutdown()
+        with pytest.raises(MachineLost, match="was shut down while it was starting"):
+            await task
+        assert cloud.alive == []
+        assert len(cloud.launched) == 1
+        assert await discrepancies(cloud, two) == []
+
+
+async def test_who_waits_for_the_start_of_another_process_gives_up_when_that_is_shut_down(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as one, programs.start() as waiting, programs.start() as two:
+        starts = [asyncio.create_task(start(one))]
+        await asyncio.sleep(30)
+        starts.append(asyncio.create_task(start(waiting)))
+        await asyncio.sleep(30)
+        await two.dev.shutdown()
+        done = await asyncio.gather(*starts, return_exceptions=True)
+        assert [type(outcome) for outcome in done] == [MachineLost, MachineLost]
+        assert cloud.alive == []
+        assert len(cloud.launched) == 1
+
+
+async def test_who_waits_for_the_start_of_another_process_launches_when_that_one_fails_or_is_killed(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as one, programs.start() as two:
+        first = asyncio.create_task(start(one))
+        await asyncio.sleep(30)
+        second = asyncio.create_task(start(two))
+        await asyncio.sleep(30)
+        first.cancel()
+        with suppress(asyncio.CancelledError):
+            await first
+        await second
+        assert len(cloud.launched) == 2
+        assert len(cloud.alive) == 1
+        await two.dev.shutdown()
+        assert await discrepancies(cloud, two) == []
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.5, 3.0, 20.0])
+async def test_two_shutdowns_at_once_both_end_well_and_each_sees_the_machine_gone(
+    cloud: RunComfyEmulator, programs: Programs, lag: float
+) -> None:
+    cloud.next_machine(delete_takes=60)
+    async with programs.start() as program:
+        await start(program)
+    async with programs.start() as one, programs.start() as two:
+        first = asyncio.create_task(one.dev.shutdown())
+        await asyncio.sleep(lag)
+        second = asyncio.create_task(two.dev.shutdown())
+        ended = [*await first, *await second]
+        assert [machine.state for machine in ended] == [MachineState.STOPPED, MachineState.STOPPED]
+        assert cloud.alive == []
+        assert await two.books.rows() == []
+        assert await discrepancies(cloud, two) == []
+
+
+async def test_a_shutdown_goes_on_with_what_another_one_was_stopping_that_was_killed(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(delete_takes=150)
+    async with programs.start() as program:
+        await start(program)
+    async with programs.start() as one, programs.start() as two:
+        first = asyncio.create_task(one.dev.shutdown())
+        await asyncio.sleep(10)
+        second = asyncio.create_task(two.dev.shutdown())
+        await asyncio.sleep(10)
+        await two.kill(second)
+        assert [machine.state for machine in await first] == [MachineState.STOPPED]
+        assert await discrepancies(cloud, one) == []
+
+
 async def test_breaking_off_the_wait_for_a_killed_start_ends_its_machine(
     cloud: RunComfyEmulator, programs: Programs
 ) -> None:
@@ -199,21 +283,6 @@ async def test_a_state_file_that_cannot_be_read_keeps_no_dev_server_from_being_s
     assert cloud.alive == []
     assert any("the dev server state file could not be read" in said for said in program.said)
     assert await discrepancies(cloud, program) == []
-
-
-async def test_of_two_shutdowns_at_once_none_leaves_a_machine(
-    cloud: RunComfyEmulator, programs: Programs, program: Program
-) -> None:
-    cloud.next_machine(delete_takes=120)
-    await start(program)
-    async with programs.start() as other:
-        done = await asyncio.gather(program.dev.shutdown(), other.dev.shutdown(), return_exceptions=True)
-        lists = [outcome for outcome in done if isinstance(outcome, list)]
-        assert lists  # one ends it; the other does so too, or is told that somebody has it
-        assert all(isinstance(outcome, list | LeaseLost | StopUnconfirmed) for outcome in done)
-        assert cloud.alive == []
-        assert await other.books.rows() == []
-        assert await discrepancies(cloud, other) == []
 
 
 async def test_prolonging_where_the_cloud_does_not_say_when_it_stops_is_not_taken_for_done(

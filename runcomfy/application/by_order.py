@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
-from runcomfy.domain.exceptions import MachineNotFound, foreign_text
-from runcomfy.domain.machine import Machine, Purpose, ServerId
+from runcomfy.domain.exceptions import LeaseLost, MachineNotFound, foreign_text
+from runcomfy.domain.lease import OWNER_SILENT_AFTER
+from runcomfy.domain.machine import Machine, MachineState, Purpose, ServerId
 
 if TYPE_CHECKING:
     from runcomfy.application.machines import Machines
@@ -20,9 +22,40 @@ async def stop_whosever(cloud: Machines, server_id: str, *, note: str) -> Machin
     machine = await open_row(cloud, server_id)
     if machine is None:
         machine = await taken(cloud, server_id, note=note)
-    elif machine.owner_id != cloud.books.owner.id:
-        machine = await cloud.books.take_over(machine, note=note)
-    return await cloud.stop(machine, reason=note)
+    return await stop_by_order(cloud, machine, note=note)
+
+
+async def stop_by_order(cloud: Machines, machine: Machine, *, note: str) -> Machine:
+    """Stop a machine of our books, whoever holds it, and return it as it is when its stop came to an end.
+
+    Of two that were ordered to at once, one has it stopped and the other waits for that; it takes the machine back if
+    that one dies or is still at it after 90 s. Raises StopUnconfirmed, ProviderError, LocalError.
+    """
+    me = cloud.books.owner.id
+    while machine.is_open:
+        try:
+            if machine.owner_id != me:
+                machine = await cloud.books.take_over(machine, note=note)
+            machine = await cloud.stop(machine, reason=note)
+            if machine.owner_id == me:
+                return machine
+        except LeaseLost:
+            machine = await cloud.books.latest(machine.id) or machine
+        machine = await _left_to_another(cloud, machine)
+    return machine
+
+
+async def _left_to_another(cloud: Machines, machine: Machine) -> Machine:
+    """Wait for the end of a machine that another living process is stopping; return it as the books have it then."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + OWNER_SILENT_AFTER.total_seconds()
+    while machine.state is MachineState.STOPPING and machine.owner_id is not None and loop.time() < until:
+        owner = (await cloud.store.owners([machine.owner_id])).get(machine.owner_id)
+        if owner is None or not cloud.processes.lives(owner, now=cloud.clock.now()):
+            break
+        await asyncio.sleep(cloud.settings.cloud.poll_interval.total_seconds())
+        machine = await cloud.books.latest(machine.id) or machine
+    return machine
 
 
 async def open_row(cloud: Machines, server_id: str) -> Machine | None:

@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 
 from runcomfy.application.by_hand import ByHand
+from runcomfy.application.by_order import stop_by_order
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.finish import finish
 from runcomfy.application.health import Layer, check_comfyui, wait_until_usable
@@ -153,10 +154,11 @@ class DevServer:
     ) -> tuple[Machine, MachineReport, bool]:
         """Launch or reuse the one dev server; return it with the provider's word, and whether it was there before.
 
-        One whose starter died is waited for in its place. One that does not become usable is ended and replaced.
+        One whose starter died is waited for in its place. One that does not become usable is ended and replaced; one
+        that is shut down while it starts is not.
 
-        Raises BudgetExceeded, ValueInvalid (nothing was sent), ProviderError, BootTimeout, MachineFailed; what was
-        launched is stopped again then.
+        Raises BudgetExceeded, ValueInvalid (nothing was sent), ProviderError, BootTimeout, MachineFailed, MachineLost;
+        what was launched is stopped again then.
         """
         intent = self._machines.books.intent(
             purpose=Purpose.DEV, server_type=server_type, duration=duration, reason="dev server asked for by the user"
@@ -222,13 +224,20 @@ class DevServer:
     ) -> tuple[Machine, MachineReport] | None:
         """Return the dev server that is there, waiting for one that is coming; None if there is none.
 
-        Raises BootTimeout if another living process does not come to an end with its start.
+        Raises BootTimeout if another living process does not come to an end with its start, MachineLost if somebody
+        ordered its end meanwhile.
         """
         loop = asyncio.get_running_loop()
         began, told = loop.time(), False
         patience = self._cloud.boot_timeout + self._cloud.comfyui_timeout
-        while (row := await self._newest()) is not None:
-            now = self._clock.now()
+        waited_for: Machine | None = None
+        while True:
+            row = await self._newest()
+            if waited_for is not None and (row is None or row.id != waited_for.id):
+                await self._unless_ordered_away(waited_for)
+            if row is None:
+                return None
+            waited_for, now = None, self._clock.now()
             owner = (await self._machines.store.owners([row.owner_id])).get(row.owner_id) if row.owner_id else None
             if owner is not None and self._machines.processes.lives(owner, now=now):
                 if not told:
@@ -242,11 +251,30 @@ class DevServer:
                     )
                 if on_boot is not None:
                     on_boot(Boot("starting (another process)", max(now - row.requested_at, timedelta(0)), None))
+                waited_for = row
                 await asyncio.sleep(self._cloud.poll_interval.total_seconds())
                 continue
             if (found := await self._ours_now(row, on_boot, on_wait)) is not None:
                 return found
-        return None
+
+    async def _unless_ordered_away(self, machine: Machine) -> None:
+        """Raise MachineLost if a machine was taken from the process that had it, and ended.
+
+        Only a person orders that while the process lives; one that gave up by itself has ended, or ends, its machine.
+        """
+        row = await self._machines.books.latest(machine.id)
+        if row is None or row.owner_id == machine.owner_id or row.state in (MachineState.BOOTING, MachineState.READY):
+            return
+        holder = machine.owner_id
+        owner = (await self._machines.store.owners([holder])).get(holder) if holder is not None else None
+        signed_off = owner is not None and owner.ended_at is not None
+        if owner is None or not (signed_off or self._machines.processes.lives(owner, now=self._clock.now())):
+            return
+        raise MachineLost(
+            f"the dev server {machine.server_id} was shut down while it was starting",
+            hint="somebody ordered that; start it again if it is wanted all the same",
+            details={"server_id": machine.server_id},
+        )
 
     async def _ours_now(
         self, row: Machine, on_boot: Callable[[Boot], None] | None, on_wait: Callable[[str], None] | None
@@ -260,6 +288,7 @@ class DevServer:
         try:
             return await self._bring_up(taken, on_boot, on_wait)
         except (MachineLost, MachineFailed, BootTimeout) as error:
+            await self._unless_ordered_away(taken)
             self._machines.tell(f"the dev server {row.server_id} is not usable ({error.message}); replacing it")
             await finish(self._end(taken, f"not usable: {error.code}"))
             return None
@@ -401,9 +430,7 @@ class DevServer:
 
     async def stop_one(self, machine: Machine, *, reason: str) -> Machine:
         """Stop one dev server on the user's order, whoever holds it."""
-        if machine.owner_id != self._machines.books.owner.id:
-            machine = await self._machines.books.take_over(machine, note=reason)
-        stopped = await self._machines.stop(machine, reason=reason)
+        stopped = await stop_by_order(self._machines, machine, note=reason)
         if stopped.is_open and stopped.stop_accepted_at is None:
             raise StopUnconfirmed(f"machine {machine.server_id} was not seen gone")
         return stopped
