@@ -216,6 +216,17 @@ async def test_a_submission_may_fail_and_yet_be_queued(client: Client, comfyui: 
             await client.queue()
     await asyncio.sleep(10)
     assert [record.outcome for record in comfyui.run_log] == ["success"]
+    assert [submit.answered for submit in comfyui.submit_log] == [False]
+
+
+@pytest.mark.parametrize("fault", [None, Fault.late(5), Fault(twice=True)])
+async def test_a_submission_that_was_answered_well_is_known_as_that(
+    client: Client, comfyui: ComfyUIEmulator, fault: Fault | None
+) -> None:
+    if fault is not None:
+        comfyui.faults.add("POST", "/prompt", fault)
+    await client.queue()
+    assert [submit.answered for submit in comfyui.submit_log] == [True]
 
 
 async def test_a_submission_may_be_queued_twice(client: Client, comfyui: ComfyUIEmulator) -> None:

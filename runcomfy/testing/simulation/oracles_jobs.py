@@ -145,20 +145,40 @@ class JobsOracle:
         """I13: a prompt is begun once, unless its server doubled it or a program sent it that had slept meanwhile.
 
         One that vanished from queue and history (37) does not count: it may be sent again if nobody had heard of it.
-        Nor does one whose server died under it (38), if whoever had sent it died before it could say so.
+        Nor does one of which nothing is left since its server died (38), if whoever had sent it died before it could
+        say so: at once while it ran, or without an answer.
         """
+        submits = self._submits()
         for number, known in runs.items():
-            heard = [(server, record) for server, record in known if not record.forgotten and not self._unsaid(record)]
-            times = Counter(record.prompt_id for server, record in heard if server not in self.harm.doubled)
+            answered = {(server, each.prompt_id, each.boot) for server, each in submits[number] if each.answered}
+            begun: dict[str, list[tuple[float, str, int]]] = defaultdict(list)
+            for server, record in known:
+                begun[record.prompt_id].append((self._of(record.started), server, record.boot))
+            times = Counter(
+                record.prompt_id
+                for server, record in known
+                if not (server in self.harm.doubled or record.forgotten)
+                and not self._unsaid(
+                    record,
+                    answered=(server, record.prompt_id, record.boot) in answered,
+                    last=max(begun[record.prompt_id]),
+                    server=server,
+                )
+            )
             for prompt_id, count in times.items():
-                begun = [self._of(record.started) for _, record in known if record.prompt_id == prompt_id]
-                if count > 1 and not self._woke(min(begun), max(begun)):
+                if count > 1 and not self._woke(min(begun[prompt_id])[0], max(begun[prompt_id])[0]):
                     self._say("I13", f"its prompt {prompt_id} was begun {count} times", f"job-{number}")
 
-    def _unsaid(self, record: RunRecord) -> bool:
-        """Whether a run was lost with its server, and a program died when it began."""
-        at = self._of(record.started)
-        return record.outcome == "lost" and self.harm.any_of(DEATHS, at - 1.0, at + 1.0)
+    def _unsaid(self, record: RunRecord, *, answered: bool, last: tuple[float, str, int], server: str) -> bool:
+        """Whether nothing is left of a run, and a program died when it began, or before any answer to it.
+
+        `last`: when and where its prompt was begun the last time.
+        """
+        at, (again, where, boot) = self._of(record.started), last
+        if answered:
+            return record.outcome == "lost" and self.harm.any_of(DEATHS, at - 1.0, at + 1.0)
+        restarted = where == server and boot > record.boot
+        return (record.outcome == "lost" or restarted) and self.harm.any_of(DEATHS, at - 1.0, max(at + 1.0, again))
 
     def _woke(self, start: float, end: float) -> bool:
         """Whether something that had slept since before may have gone on where it stood."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -140,6 +140,11 @@ class Fault:
     redirect: str | None = None
     twice: bool = False
     keep: int | None = None
+
+    @property
+    def answers_well(self) -> bool:
+        """Whether the answer is a good one, if late."""
+        return replace(self, delay=0.0, twice=False, keep=None) == Fault()
 
     @classmethod
     def page(cls, status: int = 200) -> Fault:

@@ -15,6 +15,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 PROCESS = web.AppKey("process", ServerProcess)
 
+SUBMITTED = "submitted"
+"""Where a request to queue a prompt has its `SubmitRecord`, once that is accepted."""
+
 NO_FAULT = Fault()
 
 _fault: ContextVar[Fault] = ContextVar("fault_of_this_call", default=NO_FAULT)

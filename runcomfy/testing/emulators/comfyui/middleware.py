@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 from yarl import URL
 
-from runcomfy.testing.emulators.comfyui.keys import Handler, OutsideFolder, struck_by
+from runcomfy.testing.emulators.comfyui.keys import SUBMITTED, Handler, OutsideFolder, struck_by
 from runcomfy.testing.emulators.comfyui.misbehave import misbehave
 from runcomfy.testing.emulators.comfyui.process import ServerProcess
 
@@ -80,6 +80,8 @@ def make_middlewares(process: ServerProcess, requests: list[RequestRecord]) -> l
             with struck_by(found[0]):
                 response = await misbehave(process, request, handler, *found)
         await process.awake()
+        if SUBMITTED in request:
+            request[SUBMITTED].answered = (found is None or found[0].answers_well) and not process.over.is_set()
         if options.round_trip:
             await asyncio.sleep(options.round_trip / 2)
         return response

@@ -62,7 +62,7 @@ class RunRecord:
     """Whether it vanished: neither queue nor history knew it afterwards."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SubmitRecord:
     """A prompt that was accepted into the queue; for tests that ask when."""
 
@@ -71,6 +71,8 @@ class SubmitRecord:
     """Wall stamp, seconds."""
     boot: int
     graph: Mapping[str, Any]
+    answered: bool = False
+    """Whether the answer was sent as it should be; not if it was lost or spoilt, or the server died before."""
 
 
 class ServerProcess:
