@@ -9,14 +9,14 @@ from contextvars import ContextVar
 from aiohttp import web
 
 from runcomfy.testing.emulators.comfyui.faults import Fault
-from runcomfy.testing.emulators.comfyui.process import ServerProcess
+from runcomfy.testing.emulators.comfyui.process import ServerProcess, SubmitRecord
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 PROCESS = web.AppKey("process", ServerProcess)
 
-SUBMITTED = "submitted"
-"""Where a request to queue a prompt has its `SubmitRecord`, once that is accepted."""
+submitted: ContextVar[SubmitRecord | None] = ContextVar("submitted", default=None)
+"""What this call has queued."""
 
 NO_FAULT = Fault()
 

@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 from yarl import URL
 
-from runcomfy.testing.emulators.comfyui.keys import SUBMITTED, Handler, OutsideFolder, struck_by
+from runcomfy.testing.emulators.comfyui.keys import Handler, OutsideFolder, struck_by, submitted
 from runcomfy.testing.emulators.comfyui.misbehave import misbehave
 from runcomfy.testing.emulators.comfyui.process import ServerProcess
 
@@ -72,6 +72,7 @@ def make_middlewares(process: ServerProcess, requests: list[RequestRecord]) -> l
         requests.append(RequestRecord(request.method, path, request.query_string, process.boot))
         if options.round_trip:
             await asyncio.sleep(options.round_trip / 2)
+        submitted.set(None)  # calls of one connection share their context
         await process.awake()
         found = process.faults.next_http(request.method, path)
         if found is None:
@@ -80,8 +81,8 @@ def make_middlewares(process: ServerProcess, requests: list[RequestRecord]) -> l
             with struck_by(found[0]):
                 response = await misbehave(process, request, handler, *found)
         await process.awake()
-        if SUBMITTED in request:
-            request[SUBMITTED].answered = (found is None or found[0].answers_well) and not process.over.is_set()
+        if (accepted := submitted.get()) is not None:
+            accepted.answered = (found is None or found[0].answers_well) and not process.over.is_set()
         if options.round_trip:
             await asyncio.sleep(options.round_trip / 2)
         return response

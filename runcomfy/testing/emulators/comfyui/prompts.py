@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from runcomfy.testing.emulators.comfyui.keys import SUBMITTED, fault_of_this_call, process_of
+from runcomfy.testing.emulators.comfyui.keys import fault_of_this_call, process_of, submitted
 from runcomfy.testing.emulators.comfyui.process import ServerProcess, SubmitRecord
 from runcomfy.testing.emulators.comfyui.validation import Validator, problem
 
@@ -64,8 +64,8 @@ async def post_prompt(request: web.Request) -> web.Response:
         return web.json_response({"error": verdict.error, "node_errors": verdict.node_errors}, status=400)
     secrets = _prepare_extra(process, request, extra)
     process.queue.put((number, prompt_id, graph, extra, verdict.outputs, secrets))
-    submitted = request[SUBMITTED] = SubmitRecord(prompt_id, process.now(), process.boot, graph)
-    process.submits.append(submitted)
+    process.submits.append(SubmitRecord(prompt_id, process.now(), process.boot, graph))
+    submitted.set(process.submits[-1])
     if fault_of_this_call().twice:
         process.queue.put((process.counter, prompt_id, graph, extra, verdict.outputs, secrets))
         process.counter += 1
