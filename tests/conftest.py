@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,11 @@ from alembic import command
 from hypothesis import HealthCheck, settings
 
 from runcomfy.adapters.log import unconfigure_logging
+from runcomfy.domain.settings import CloudSettings
+from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
+from runcomfy.testing.programs import Program, Programs, settings_for
 from runcomfy.testing.remembered import Remembered
 from runcomfy.testing.signals import no_longer_ignored
 
@@ -117,3 +121,16 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
 def comfyui(comfyui_server: ComfyUIEmulator) -> ComfyUIEmulator:
     """An emulated ComfyUI, where nothing else is said of it."""
     return comfyui_server
+
+
+@pytest.fixture
+def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
+    """Programs that share an emulated account and a state folder."""
+    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
+
+
+@pytest.fixture
+async def program(programs: Programs) -> AsyncIterator[Program]:
+    """One of them, which runs during the test."""
+    async with programs.start() as program:
+        yield program

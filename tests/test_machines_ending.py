@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -30,36 +29,14 @@ from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import START, LoopClock
 from runcomfy.testing.contracts.store_words import a_machine
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
+from runcomfy.testing.programs import Program, Programs, assert_bill_and_ledger_agree, end, settings_for, states
 from runcomfy.testing.rented_pools import until
 
 pytestmark = pytest.mark.cloud(comfyui=False)
 
 
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
-
-
-@pytest.fixture
-async def program(programs: Programs) -> AsyncIterator[Program]:
-    async with programs.start() as program:
-        yield program
-
-
-async def end(program: Program, machine: Machine) -> Machine:
-    """Stop a machine as its owner does at the end."""
-    current = await program.books.latest(machine.id)
-    assert current is not None
-    return await program.machines.stop(current, reason="the test is over")
-
-
 def stops(cloud: RunComfyEmulator) -> list[Any]:
     return [call for call in cloud.calls if call.method == "DELETE"]
-
-
-async def states(program: Program) -> list[str]:
-    return [str(row.state) for row in await program.books.rows(open_only=False)]
 
 
 class FullAfterLaunch:
@@ -72,10 +49,6 @@ class FullAfterLaunch:
         self.full = not self.mended and (self.full or place == "after provider.launch_machine")
         if self.full and place in ("before store.record", "before store.change", "before store.close_bill"):
             raise DiskFull("no space left on device")
-
-
-async def assert_bill_and_ledger_agree(cloud: RunComfyEmulator, program: Program) -> None:
-    assert await discrepancies(cloud, program) == []
 
 
 # -- ending ------------------------------------------------------------------------------------------------

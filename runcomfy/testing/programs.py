@@ -203,6 +203,25 @@ async def discrepancies(cloud: RunComfyEmulator, program: Program) -> list[str]:
     return found
 
 
+async def assert_bill_and_ledger_agree(cloud: RunComfyEmulator, program: Program) -> None:
+    """Raise AssertionError where our ledger and the cloud's own books differ."""
+    if found := await discrepancies(cloud, program):
+        raise AssertionError("; ".join(found))
+
+
+async def states(program: Program) -> list[str]:
+    """Return the state of every machine in the books, also of those that have ended."""
+    return [str(row.state) for row in await program.books.rows(open_only=False)]
+
+
+async def end(program: Program, machine: Machine) -> Machine:
+    """Stop a machine as its owner does at the end."""
+    current = await program.books.latest(machine.id)
+    if current is None:
+        raise AssertionError(f"the books know no machine {machine.id}")
+    return await program.machines.stop(current, reason="the test is over")
+
+
 def settings_for(cloud: CloudSettings, folder: Path) -> Settings:
     """Return the defaults with another account and state folder, read from nothing outside."""
     settings = load_settings(overrides={})
