@@ -100,7 +100,7 @@ GROUPS: Final = {
         (*(f"runcomfy/application/{name}.py" for name in APPLICATION),),
         (
             "tests/test_machine_pool.py", "tests/test_machines.py", "tests/test_lost_launches.py",
-            "tests/test_machines_ending.py", "tests/test_books.py",
+            "tests/test_machines_ending.py", "tests/test_machines_full_disk.py", "tests/test_books.py",
             "tests/test_reaper.py", "tests/test_reconciler.py", "tests/test_fleet.py", "tests/test_fleet_launches.py",
             "tests/test_fleet_signals.py", "tests/test_pool_health.py", "tests/test_pool_members.py",
             "tests/test_pool_station.py", "tests/test_job_queue.py", "tests/test_work_book.py",
