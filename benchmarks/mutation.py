@@ -99,12 +99,12 @@ GROUPS: Final = {
     "application": Group(
         (*(f"runcomfy/application/{name}.py" for name in APPLICATION),),
         (
-            "tests/test_machine_pool.py", "tests/test_machines.py", "tests/test_lost_launches.py",
-            "tests/test_machines_ending.py", "tests/test_machines_full_disk.py", "tests/test_books.py",
-            "tests/test_reaper.py", "tests/test_reconciler.py", "tests/test_fleet.py", "tests/test_fleet_launches.py",
-            "tests/test_fleet_signals.py", "tests/test_pool_health.py", "tests/test_pool_members.py",
-            "tests/test_pool_station.py", "tests/test_job_queue.py", "tests/test_work_book.py",
-            "tests/test_executor.py", "tests/test_job_run.py", "tests/test_journal.py",
+            "tests/test_machine_pool.py", "tests/test_machine_pool_life.py", "tests/test_machines.py",
+            "tests/test_lost_launches.py", "tests/test_machines_ending.py", "tests/test_machines_full_disk.py",
+            "tests/test_books.py", "tests/test_reaper.py", "tests/test_reconciler.py", "tests/test_fleet.py",
+            "tests/test_fleet_launches.py", "tests/test_fleet_signals.py", "tests/test_pool_health.py",
+            "tests/test_pool_members.py", "tests/test_pool_station.py", "tests/test_job_queue.py",
+            "tests/test_work_book.py", "tests/test_executor.py", "tests/test_job_run.py", "tests/test_journal.py",
             "tests/test_budgets_enforced.py", "tests/test_presence.py", "tests/test_costs.py", "tests/test_serve.py",
             "tests/stories/test_other_type.py", "tests/stories/test_pool_faults.py", "tests/test_executor_crashes.py",
             "tests/test_executor_database.py", "tests/test_planner_and_journal.py",

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import AsyncIterator, Generator, Iterator
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -18,12 +19,13 @@ from alembic import command
 from hypothesis import HealthCheck, settings
 
 from runcomfy.adapters.log import unconfigure_logging
-from runcomfy.domain.settings import CloudSettings
+from runcomfy.domain.settings import CloudSettings, PoolSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, settings_for
 from runcomfy.testing.remembered import Remembered
+from runcomfy.testing.rented_pools import RunningPool, running_pool
 from runcomfy.testing.signals import no_longer_ignored
 
 pytest_plugins = ["runcomfy.testing.plugin"]
@@ -134,3 +136,17 @@ async def program(programs: Programs) -> AsyncIterator[Program]:
     """One of them, which runs during the test."""
     async with programs.start() as program:
         yield program
+
+
+@pytest.fixture
+def keepers(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
+    """Programs that may keep a pool of up to four machines of one account, one after the other."""
+    ours = settings_for(cloud_settings, tmp_path / "state")
+    return Programs(cloud, replace(ours, pool=PoolSettings(max_machines=4)), clock)
+
+
+@pytest.fixture
+async def pool(program: Program) -> AsyncIterator[RunningPool]:
+    """The pool of `program`; tests close it themselves, in virtual time."""
+    async with running_pool(program) as pool:
+        yield pool

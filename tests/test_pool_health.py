@@ -40,26 +40,13 @@ from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, settings_for
-from runcomfy.testing.rented_pools import RunningPool, gaps, running_pool, story, until
+from runcomfy.testing.rented_pools import RunningPool, gaps, story, until
 
 
 @pytest.fixture
 def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
     settings = settings_for(cloud_settings, tmp_path / "state")
     return Programs(cloud, replace(settings, pool=PoolSettings(max_machines=8)), clock)
-
-
-@pytest.fixture
-async def program(programs: Programs) -> AsyncIterator[Program]:
-    async with programs.start() as program:
-        yield program
-
-
-@pytest.fixture
-async def pool(program: Program) -> AsyncIterator[RunningPool]:
-    """Tests close it themselves, in virtual time."""
-    async with running_pool(program) as pool:
-        yield pool
 
 
 def comfyui_of(cloud: RunComfyEmulator, number: int = -1) -> ComfyUIEmulator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,12 +27,6 @@ from runcomfy.testing.programs import Program, Programs, settings_for
 def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
     settings = settings_for(cloud_settings, tmp_path / "state")
     return Programs(cloud, replace(settings, pool=PoolSettings(max_machines=8)), clock)
-
-
-@pytest.fixture
-async def program(programs: Programs) -> AsyncIterator[Program]:
-    async with programs.start() as program:
-        yield program
 
 
 # -- one machine of a pool ---------------------------------------------------------------------------------------

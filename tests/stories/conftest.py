@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,10 @@ import pytest_asyncio
 
 from runcomfy.adapters.clock import SystemClock
 from runcomfy.adapters.stores.choose import store_from
-from runcomfy.domain.settings import CloudSettings, PoolSettings
+from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Programs, settings_for
 from runcomfy.testing.queue_programs import QueuePrograms
 from runcomfy.testing.serving import Services
 
@@ -60,13 +58,6 @@ async def programs(
     """Executors over that database and that server."""
     async with QueuePrograms(queue_database, comfyui, clock, tmp_path) as programs:
         yield programs
-
-
-@pytest.fixture
-def keepers(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    """Programs that may keep a pool of up to four machines of one account, one after the other."""
-    settings = settings_for(cloud_settings, tmp_path / "state")
-    return Programs(cloud, replace(settings, pool=PoolSettings(max_machines=4)), clock)
 
 
 @pytest_asyncio.fixture

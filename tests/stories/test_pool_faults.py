@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,10 +26,9 @@ from runcomfy.domain.exceptions import (
 from runcomfy.domain.machine import MachineId, MachineState
 from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.secret import Secret
-from runcomfy.domain.settings import CloudSettings, PoolSettings
-from runcomfy.testing.clock import LoopClock
+from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Programs, settings_for
+from runcomfy.testing.programs import Programs
 from runcomfy.testing.rented_pools import RunningPool, gaps, running_pool, story, until
 
 NOTICED_WITHIN = 15
@@ -38,9 +36,8 @@ NOTICED_WITHIN = 15
 
 
 @pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    settings = settings_for(cloud_settings, tmp_path / "state")
-    return Programs(cloud, replace(settings, pool=PoolSettings(max_machines=4)), clock)
+def programs(keepers: Programs) -> Programs:
+    return keepers
 
 
 @asynccontextmanager
