@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 from alembic import command
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 from runcomfy.adapters.log import unconfigure_logging
+from runcomfy.cli.main import call, comfyctl
 from runcomfy.domain.settings import CloudSettings, PoolSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
@@ -150,3 +152,27 @@ async def pool(program: Program) -> AsyncIterator[RunningPool]:
     """The pool of `program`; tests close it themselves, in virtual time."""
     async with running_pool(program) as pool:
         yield pool
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A picture of one colour, 64 by 48."""
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (64, 48), (200, 100, 50)).save(path)
+    return path
+
+
+@pytest.fixture
+def comfy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run comfyctl in a folder of the test's own; returns exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = call(comfyctl, list(arguments))
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err
+        return code, shown.out, shown.err
+
+    return run

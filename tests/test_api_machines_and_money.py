@@ -9,7 +9,6 @@ from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 from runcomfy.adapters.config import load_settings
 from runcomfy.domain.budget import Budget, Period
@@ -18,14 +17,7 @@ from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.web import Web, serving_web
-
-
-def picture(seconds: float = 0.05) -> dict[str, Any]:
-    inputs = {"seconds": seconds, "steps": max(1, int(seconds)), "previews": False, "seed": 1}
-    return {
-        "1": {"class_type": "EmulatorDelay", "inputs": inputs},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "out"}},
-    }
+from runcomfy.testing.worker_stories import picture
 
 
 @asynccontextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import io
 import os
 import stat
 import time
@@ -14,7 +13,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-from PIL import Image
 
 from launcher.errors import NotFound
 from launcher.files import THUMBNAILS, Wanted, send_thumbnail, sweep_thumbnails
@@ -22,13 +20,8 @@ from launcher.tidying import FIRST_AFTER_S, SWEEP_EVERY_S
 from launcher.upload_store import USED_BY, UploadStore
 from runcomfy.domain.secret import Secret
 from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.samples import one_color as png
 from runcomfy.testing.web import Answer, Serving, Web, serving_web
-
-
-def png(color: str = "red", side: int = 16) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), color).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def form(data: bytes, name: str = "file", file: str = "a.png") -> aiohttp.FormData:

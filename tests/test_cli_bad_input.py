@@ -52,13 +52,6 @@ def account(cloud: InThread[RunComfyEmulator], monkeypatch: pytest.MonkeyPatch) 
     assert cloud.call(lambda c: c.billing) == []
 
 
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "picture.png"
-    Image.new("RGB", (64, 48), (200, 100, 50)).save(path)
-    return path
-
-
 class Refused:
     """What a refused command printed."""
 

@@ -49,13 +49,6 @@ async def comfy(server: ComfyUIEmulator, tmp_path: Path) -> AsyncIterator[Connec
         yield connection
 
 
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "picture.png"
-    Image.new("RGB", (64, 48), (200, 100, 50)).save(path)
-    return path
-
-
 async def test_a_job_brings_verified_files(comfy: Connection, picture: Path, tmp_path: Path) -> None:
     result = await comfy.run("image_invert", image=picture, out_dir=tmp_path / "mine", convert="webp")
     (output,) = result.outputs

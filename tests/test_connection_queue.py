@@ -42,13 +42,6 @@ async def comfy(server: ComfyUIEmulator, tmp_path: Path) -> AsyncIterator[Connec
         yield connection
 
 
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "picture.png"
-    Image.new("RGB", (64, 48), (200, 100, 50)).save(path)
-    return path
-
-
 @asynccontextmanager
 async def executor(comfy: Connection) -> AsyncIterator[None]:
     """Have the connection's own process work on the queue for the block."""

@@ -22,18 +22,11 @@ from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, settings_for
+from runcomfy.testing.worker_stories import picture
 from runcomfy.testing.workers import Worker, Workers, queue_settings_for
 
 pytestmark = pytest.mark.cloud(boot_time=180)
 IDLE = timedelta(minutes=2)
-
-
-def picture(seconds: float = 0.05, *, name: object = "out") -> dict[str, Any]:
-    inputs = {"seconds": seconds, "steps": max(1, int(seconds)), "previews": False, "seed": 1}
-    return {
-        "1": {"class_type": "EmulatorDelay", "inputs": inputs},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": str(name)}},
-    }
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from runcomfy.domain.job import JobId
 from runcomfy.domain.machine import MachineId
 from runcomfy.domain.money import seconds_between
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Program
+from runcomfy.testing.programs import Program, Programs
 
 _numbers = count(1)
 
@@ -98,6 +98,22 @@ async def running_pool(program: Program, *, in_charge: Callable[[], bool] = lamb
         yield running
     finally:
         await running.close()
+
+
+@asynccontextmanager
+async def told(cloud: RunComfyEmulator, programs: Programs) -> AsyncIterator[RunningPool]:
+    """Run a pool for a story. Raises AssertionError if something runs at its end, or the ledger is not the bill."""
+    async with programs.start() as program:
+        async with running_pool(program) as pool:
+            yield pool
+        left = {
+            "running": list(cloud.alive),
+            "seconds more than billed": await gaps(cloud, program),
+            "held": dict(program.books.held),
+            "open in the books": list(await program.books.rows()),
+        }
+    if any(left.values()):
+        raise AssertionError(f"left at the end: {left}")
 
 
 async def until(true: Callable[[], object], *, within: float, what: str, every: float = 0.5) -> None:

@@ -44,6 +44,13 @@ def png(width: int = 64, height: int = 48, rgb: tuple[int, int, int] = (200, 30,
     return png_from(png_header(width, height), *extra, png_chunk(b"IDAT", zlib.compress(rows)))
 
 
+def one_color(color: str = "red", side: int = 16, form: str = "PNG") -> bytes:
+    """Return a square picture of one colour, in a format of Pillow's."""
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), color).save(out, form)
+    return out.getvalue()
+
+
 def picture(form: str, *, width: int = 64, height: int = 48, frames: int = 1, **options: Any) -> bytes:
     """Return a picture in a format of Pillow's (`JPEG`, `WEBP`, `GIF`, `PNG`), animated if there are several frames."""
     stills = [Image.linear_gradient("L").resize((width, height)).rotate(90 * n).convert("RGB") for n in range(frames)]

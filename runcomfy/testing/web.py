@@ -8,6 +8,8 @@ virtual time.
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
@@ -138,3 +140,21 @@ async def serving_web(
             leave.set()
             with suppress(asyncio.CancelledError):
                 await serving
+
+
+def data_url(data: bytes) -> str:
+    """Return a picture as it may stand in a body of JSON."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def refused(answer: Answer, status: int, *words: str) -> None:
+    """Raise AssertionError unless the answer has that status, the shape of every error, and says these words."""
+    said = answer.json
+    whole = set(said) == {"detail", "error"} and set(said["error"]) == {"code", "message", "hint", "details"}
+    if answer.status != status or not whole or not all(word in json.dumps(said) for word in words):
+        raise AssertionError(f"{answer} is no {status} that says {words}")
+
+
+async def uploads(api: Web) -> list[Path]:
+    """Return the files that were uploaded and are kept."""
+    return await asyncio.to_thread(lambda: list((api.state / "uploads").glob("*/*")))

@@ -7,7 +7,6 @@ story makes a machine that ignores its lease, so that what is forgotten bills fo
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -21,17 +20,9 @@ from runcomfy.testing.pool_keepers import kept
 from runcomfy.testing.programs import Programs
 from runcomfy.testing.rented_pools import until
 from runcomfy.testing.serving import Services
+from runcomfy.testing.worker_stories import picture
 
 pytestmark = pytest.mark.cloud(boot_time=30)
-
-
-def picture(seconds: float, *, name: str) -> dict[str, Any]:
-    """A graph that takes its time and then saves a picture."""
-    inputs = {"seconds": seconds, "steps": int(seconds), "previews": False, "seed": 1}
-    return {
-        "1": {"class_type": "EmulatorDelay", "inputs": inputs},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": name}},
-    }
 
 
 @pytest.mark.fault(26)

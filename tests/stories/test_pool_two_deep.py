@@ -33,16 +33,8 @@ from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Programs, settings_for
 from runcomfy.testing.rented_pools import running_pool
 from runcomfy.testing.standing_pool import StandingPool
+from runcomfy.testing.worker_stories import picture
 from runcomfy.testing.workers import Worker, Workers, queue_settings_for
-
-
-def picture(seconds: float, *, name: object = "out") -> dict[str, Any]:
-    """A graph that takes its time and then saves a picture."""
-    inputs = {"seconds": seconds, "steps": max(1, int(seconds)), "previews": False, "seed": 1}
-    return {
-        "1": {"class_type": "EmulatorDelay", "inputs": inputs},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": str(name)}},
-    }
 
 
 def job(seconds: float, name: object, *, workflow: str = "w", **options: Any) -> NewJob:

@@ -6,12 +6,11 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from runcomfy.adapters import media, media_child
-from runcomfy.domain.exceptions import LocalError, OutputCorrupt
+from runcomfy.domain.exceptions import LocalError
 from runcomfy.domain.job import OutputKind
 from runcomfy.ports.results import Media
 from runcomfy.testing import samples
@@ -21,32 +20,6 @@ LIMIT = 250_000_000
 
 Inspect = Callable[..., Media]
 Refusal = Callable[..., str]
-
-
-@pytest.fixture
-def inspect(tmp_path: Path) -> Inspect:
-    """Inspect some bytes as a result."""
-
-    def run(content: bytes, expected: OutputKind | None = None, **options: Any) -> Media:
-        path = tmp_path / "result"
-        path.write_bytes(content)
-        return media.inspect(path, **{"max_pixels": LIMIT, "expected": expected} | options)
-
-    return run
-
-
-@pytest.fixture
-def refusal(inspect: Inspect) -> Callable[..., str]:
-    """Return why some bytes are refused."""
-
-    def run(content: bytes, expected: OutputKind | None = None, **options: Any) -> str:
-        with pytest.raises(OutputCorrupt) as caught:
-            inspect(content, expected, **options)
-        assert caught.value.hint
-        assert caught.value.exit_code == 7
-        return caught.value.message
-
-    return run
 
 
 @pytest.mark.processes
