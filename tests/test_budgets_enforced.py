@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
@@ -18,10 +17,9 @@ from runcomfy.domain.budget import Budget, Period
 from runcomfy.domain.exceptions import BudgetExceeded, ProviderError
 from runcomfy.domain.machine import MachineState, Purpose
 from runcomfy.domain.queued import Barred
-from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
+from runcomfy.testing.programs import Program, Programs, discrepancies
 
 pytestmark = pytest.mark.cloud(comfyui=False)
 
@@ -31,17 +29,6 @@ LEASE_USD = Decimal("0.165")
 
 def capped(programs: Programs, *budgets: Budget) -> None:
     programs.settings = replace(programs.settings, budgets=budgets)
-
-
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
-
-
-@pytest.fixture
-async def program(programs: Programs) -> AsyncIterator[Program]:
-    async with programs.start() as program:
-        yield program
 
 
 @pytest.mark.threat("S14")

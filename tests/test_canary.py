@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -19,23 +18,10 @@ from runcomfy.application.doctor import lease_finding
 from runcomfy.application.guard import Guard
 from runcomfy.cli.main import call, comfyctl
 from runcomfy.domain.exceptions import MachineLost
-from runcomfy.domain.settings import CloudSettings
-from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
+from runcomfy.testing.programs import Program, Programs, discrepancies
 
 pytestmark = pytest.mark.cloud(comfyui=False)
-
-
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
-
-
-@pytest.fixture
-async def program(programs: Programs) -> AsyncIterator[Program]:
-    async with programs.start() as program:
-        yield program
 
 
 async def test_a_provider_that_keeps_its_word_is_told_with_its_lag(

@@ -22,11 +22,10 @@ from runcomfy.domain.exceptions import JobNotFound
 from runcomfy.domain.machine import MachineState
 from runcomfy.domain.progress import Progress, Step
 from runcomfy.domain.queued import FLEET_SCOPE, QUEUE_SCOPE, Pause, Phase, QueuedJob, QueueStatus
-from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.contracts.jobs_words import a_job
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Programs, settings_for
+from runcomfy.testing.programs import Programs
 
 NOW = datetime(2026, 11, 20, 10, tzinfo=UTC)
 
@@ -150,11 +149,6 @@ async def test_the_voice_of_executors_in_a_terminal_and_in_a_pipe(
 
 
 # -- machines --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
 
 
 async def test_what_may_still_bill_is_said_with_what_ends_it(programs: Programs) -> None:

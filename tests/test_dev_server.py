@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
 from decimal import Decimal
@@ -26,29 +25,14 @@ from runcomfy.domain.exceptions import (
     StopUnconfirmed,
 )
 from runcomfy.domain.lease import Use
-from runcomfy.domain.machine import Machine, MachineReport, MachineState, Purpose
-from runcomfy.domain.settings import CloudSettings
+from runcomfy.domain.machine import Machine, MachineState, Purpose
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
+from runcomfy.testing.programs import Program, Programs, discrepancies
+from runcomfy.testing.programs import start_dev as start
 
 HOUR = timedelta(hours=1)
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
-
-
-@pytest.fixture
-async def program(programs: Programs) -> AsyncIterator[Program]:
-    async with programs.start() as program:
-        yield program
-
-
-async def start(program: Program, **options: Any) -> tuple[Machine, MachineReport, bool]:
-    return await program.dev.start(server_type="medium", duration=HOUR, **options)
 
 
 def published(programs: Programs) -> dict[str, Any] | None:

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from runcomfy.application.machines import Boot
 from runcomfy.domain.exceptions import BootTimeout, MachineLost, ProviderError
-from runcomfy.domain.machine import Machine, MachineReport, MachineState
-from runcomfy.domain.settings import CloudSettings
-from runcomfy.testing.clock import LoopClock
+from runcomfy.domain.machine import MachineState
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
-
-HOUR = timedelta(hours=1)
-
-
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
-
-
-@pytest.fixture
-async def program(programs: Programs) -> AsyncIterator[Program]:
-    async with programs.start() as program:
-        yield program
-
-
-async def start(program: Program, **options: Any) -> tuple[Machine, MachineReport, bool]:
-    return await program.dev.start(server_type="medium", duration=HOUR, **options)
+from runcomfy.testing.programs import Program, Programs, discrepancies
+from runcomfy.testing.programs import start_dev as start
 
 
 async def killed_start(programs: Programs, after: float = 60) -> None:

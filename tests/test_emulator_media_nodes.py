@@ -108,12 +108,6 @@ class Client:
 
 
 @pytest.fixture
-async def comfyui() -> AsyncIterator[ComfyUIEmulator]:
-    async with ComfyUIEmulator() as emulator:
-        yield emulator
-
-
-@pytest.fixture
 async def client(comfyui: ComfyUIEmulator, tmp_path: Path) -> AsyncIterator[Client]:
     async with aiohttp.ClientSession(comfyui.url) as http:
         yield Client(http, tmp_path)

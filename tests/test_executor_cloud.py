@@ -17,21 +17,15 @@ import pytest
 from runcomfy.application.station import CloudStation
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import EventKind, Outcome, Phase, QueuedJob, QueueStatus
-from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Program, Programs, settings_for
+from runcomfy.testing.programs import Program, Programs
 from runcomfy.testing.worker_stories import picture
 from runcomfy.testing.workers import Worker, Workers, queue_settings_for
 
 pytestmark = pytest.mark.cloud(boot_time=180)
 IDLE = timedelta(minutes=2)
-
-
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
 
 
 @pytest.fixture

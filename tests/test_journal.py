@@ -137,12 +137,6 @@ def picture(seconds: float = 0.05, prefix: str = "out") -> dict[str, Any]:
     }
 
 
-@pytest_asyncio.fixture
-async def comfyui() -> AsyncIterator[ComfyUIEmulator]:
-    async with ComfyUIEmulator() as emulator:
-        yield emulator
-
-
 @dataclass
 class Worker:
     """One process that runs jobs: a client of its own, and the runs it is busy with."""

@@ -48,12 +48,6 @@ def graph(seconds: float = 4, *, previews: bool = False, colour: int = 1) -> dic
     }
 
 
-@pytest_asyncio.fixture
-async def comfyui() -> AsyncIterator[ComfyUIEmulator]:
-    async with ComfyUIEmulator() as emulator:
-        yield emulator
-
-
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     settings = load_settings(overrides={})

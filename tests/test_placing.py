@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runcomfy.application.placing import Place
-from runcomfy.domain.exceptions import (
-    MachineLost,
-)
+from runcomfy.domain.exceptions import MachineLost
 from runcomfy.domain.job import JobId
-from runcomfy.domain.machine import Machine, MachineReport
-from runcomfy.domain.settings import CloudSettings
-from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Program, Programs, discrepancies, settings_for
-
-HOUR = timedelta(hours=1)
-
-
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
-
-
-@pytest.fixture
-async def program(programs: Programs) -> AsyncIterator[Program]:
-    async with programs.start() as program:
-        yield program
-
-
-async def start(program: Program, **options: Any) -> tuple[Machine, MachineReport, bool]:
-    return await program.dev.start(server_type="medium", duration=HOUR, **options)
+from runcomfy.testing.programs import Program, Programs, discrepancies
+from runcomfy.testing.programs import start_dev as start
 
 
 def at(program: Program, *, server_type: str | None = None) -> Any:

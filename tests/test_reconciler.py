@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import pytest
 
@@ -17,18 +16,12 @@ from runcomfy.application.reconciler import Reconciler
 from runcomfy.domain.exceptions import LeaseLost, MachineLost
 from runcomfy.domain.machine import Machine, Purpose
 from runcomfy.domain.place_key import machine_key
-from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.past import Past
-from runcomfy.testing.programs import Killed, Program, Programs, discrepancies, settings_for
+from runcomfy.testing.programs import Killed, Program, Programs, discrepancies
 
 pytestmark = pytest.mark.cloud(comfyui=False)
-
-
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
 
 
 @asynccontextmanager

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -27,25 +26,13 @@ from runcomfy.domain.exceptions import (
     WorkerDead,
 )
 from runcomfy.domain.job import JobId, PromptId
-from runcomfy.domain.settings import CloudSettings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Killed, Program, Programs, discrepancies, settings_for
+from runcomfy.testing.programs import Killed, Program, Programs, discrepancies
 from runcomfy.testing.queue_programs import drawing
 
 IDLE = timedelta(minutes=2)
-
-
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
-
-
-@pytest.fixture
-async def program(programs: Programs) -> AsyncIterator[Program]:
-    async with programs.start() as program:
-        yield program
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from PIL import Image
 
 from runcomfy.application.time_left import READ_EVERY, TimeLeftBook, let_go_of_old
@@ -26,12 +25,6 @@ from runcomfy.ports.jobs import JobStore
 from runcomfy.testing.clock import START, LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.timed_runs import Look, TimedRuns, timed_runs
-
-
-@pytest_asyncio.fixture
-async def comfyui() -> AsyncIterator[ComfyUIEmulator]:
-    async with ComfyUIEmulator() as emulator:
-        yield emulator
 
 
 class Counted:

@@ -39,12 +39,6 @@ SETTINGS = ComfySettings()
 POLL = SETTINGS.poll_interval.total_seconds()
 
 
-@pytest_asyncio.fixture
-async def comfyui() -> AsyncIterator[ComfyUIEmulator]:
-    async with ComfyUIEmulator() as emulator:
-        yield emulator
-
-
 @dataclass
 class Job:
     """One prompt on its way, in a task of its own."""

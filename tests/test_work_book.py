@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,24 +15,11 @@ from runcomfy.application.work_book import WorkBook, outcome_of
 from runcomfy.domain.exceptions import Interrupted, NodeFailed, PromptInterrupted, StoreUnavailable
 from runcomfy.domain.job import JobId
 from runcomfy.domain.machine import Machine, MachineId
-from runcomfy.domain.settings import CloudSettings
 from runcomfy.domain.work import Work
 from runcomfy.testing.clock import LoopClock
-from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import Program, Programs, settings_for
+from runcomfy.testing.programs import Program, Programs
 
 FACTS = JobFacts("portrait", 3, "ann", "film")
-
-
-@pytest.fixture
-def programs(cloud: RunComfyEmulator, cloud_settings: CloudSettings, clock: LoopClock, tmp_path: Path) -> Programs:
-    return Programs(cloud, settings_for(cloud_settings, tmp_path / "state"), clock)
-
-
-@pytest.fixture
-async def program(programs: Programs) -> AsyncIterator[Program]:
-    async with programs.start() as program:
-        yield program
 
 
 def at(program: Program, **options: Any) -> Any:

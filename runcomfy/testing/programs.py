@@ -222,6 +222,11 @@ async def end(program: Program, machine: Machine) -> Machine:
     return await program.machines.stop(current, reason="the test is over")
 
 
+async def start_dev(program: Program, **options: Any) -> tuple[Machine, MachineReport, bool]:
+    """Start a development server for an hour."""
+    return await program.dev.start(server_type="medium", duration=timedelta(hours=1), **options)
+
+
 def settings_for(cloud: CloudSettings, folder: Path) -> Settings:
     """Return the defaults with another account and state folder, read from nothing outside."""
     settings = load_settings(overrides={})
