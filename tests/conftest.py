@@ -21,14 +21,18 @@ from PIL import Image
 
 from runcomfy.adapters.log import unconfigure_logging
 from runcomfy.cli.main import call, comfyctl
+from runcomfy.comfyui_workflow_client import ComfyUIWorkflowClient
 from runcomfy.domain.settings import CloudSettings, PoolSettings
 from runcomfy.testing.clock import LoopClock
+from runcomfy.testing.comfyui_clients import a_client
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, settings_for
 from runcomfy.testing.remembered import Remembered
 from runcomfy.testing.rented_pools import RunningPool, running_pool
 from runcomfy.testing.signals import no_longer_ignored
+from runcomfy.testing.worker_stories import workers_at
+from runcomfy.testing.workers import Worker, Workers
 
 pytest_plugins = ["runcomfy.testing.plugin"]
 
@@ -125,6 +129,26 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
 def comfyui(comfyui_server: ComfyUIEmulator) -> ComfyUIEmulator:
     """An emulated ComfyUI, where nothing else is said of it."""
     return comfyui_server
+
+
+@pytest.fixture
+async def client(comfyui: ComfyUIEmulator) -> AsyncIterator[ComfyUIWorkflowClient]:
+    """A client of it, under virtual time."""
+    async with a_client(comfyui.url) as client:
+        yield client
+
+
+@pytest.fixture
+def workers(comfyui: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> Workers:
+    """What starts workers on that server, with a queue in the test's folder."""
+    return workers_at(comfyui, tmp_path, clock)
+
+
+@pytest.fixture
+async def worker(workers: Workers) -> AsyncIterator[Worker]:
+    """One of them, which works during the test."""
+    async with workers.start() as worker:
+        yield worker
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from aiohttp import web
 
 from runcomfy.comfyui_workflow_client import ComfyUIWorkflowClient
@@ -20,13 +19,6 @@ from runcomfy.domain.secret import SecretUrl
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.comfyui_clients import PAGE, SETTINGS, a_client, an_id, picture, put
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
-
-
-@pytest_asyncio.fixture
-async def client(comfyui: ComfyUIEmulator) -> AsyncIterator[ComfyUIWorkflowClient]:
-    async with a_client(comfyui.url) as client:
-        yield client
-
 
 # --- addresses ----------------------------------------------------------------------------------------------
 

@@ -8,11 +8,9 @@ import itertools
 import math
 import os
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,13 +20,6 @@ from runcomfy.domain.exceptions import AnswerUnreadable, DiskFull, DownloadFaile
 from runcomfy.domain.job import FileRef
 from runcomfy.testing.comfyui_clients import PAGE, a_client, put
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
-
-
-@pytest_asyncio.fixture
-async def client(comfyui: ComfyUIEmulator) -> AsyncIterator[ComfyUIWorkflowClient]:
-    async with a_client(comfyui.url) as client:
-        yield client
-
 
 # --- uploading ----------------------------------------------------------------------------------------------
 

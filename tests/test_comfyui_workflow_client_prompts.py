@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-import pytest_asyncio
 
 from runcomfy.comfyui_workflow_client import ComfyUIWorkflowClient
 from runcomfy.domain.exceptions import PromptRejected, ServerRestarted, ServerUnreachable, WorkflowInvalid
 from runcomfy.domain.progress import Said
 from runcomfy.testing.comfyui_clients import SETTINGS, a_client, an_id, picture, runs_of, slow, until
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
-
-
-@pytest_asyncio.fixture
-async def client(comfyui: ComfyUIEmulator) -> AsyncIterator[ComfyUIWorkflowClient]:
-    async with a_client(comfyui.url) as client:
-        yield client
-
 
 # --- submitting ---------------------------------------------------------------------------------------------
 

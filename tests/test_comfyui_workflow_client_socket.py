@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from runcomfy.comfyui_workflow_client import ComfyUIWorkflowClient
 from runcomfy.domain.exceptions import ServerUnreachable
 from runcomfy.domain.progress import Said, SocketDown, SocketUp
 from runcomfy.testing.comfyui_clients import SETTINGS, a_client, an_id, picture, runs_of, slow, until
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, SocketFault
-
-
-@pytest_asyncio.fixture
-async def client(comfyui: ComfyUIEmulator) -> AsyncIterator[ComfyUIWorkflowClient]:
-    async with a_client(comfyui.url) as client:
-        yield client
 
 
 async def test_a_socket_is_kept_between_jobs(comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient) -> None:

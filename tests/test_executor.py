@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from PIL import Image
 
 from runcomfy.domain.exceptions import JobBusy, JobNotFound
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import EventKind, NewJob, Outcome, Phase, QueuedJob, QueueStatus, RowId
-from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
 from runcomfy.testing.worker_stories import is_in as _phase_is
-from runcomfy.testing.worker_stories import kinds, picture, ran, when, workers_at
+from runcomfy.testing.worker_stories import kinds, picture, ran, when
 from runcomfy.testing.workers import Worker, Workers
-
-
-@pytest.fixture
-def workers(comfyui: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> Workers:
-    return workers_at(comfyui, tmp_path, clock)
-
-
-@pytest_asyncio.fixture
-async def worker(workers: Workers) -> AsyncIterator[Worker]:
-    async with workers.start() as worker:
-        yield worker
-
 
 # -- the way of a job --------------------------------------------------------------------------------------
 

@@ -24,14 +24,8 @@ from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import EventKind, NewJob, Outcome, Phase, QueuedJob, QueueStatus, WorkerId
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
-from runcomfy.testing.worker_stories import is_in, kinds, no_pulse, picture, pictures, ran, when, workers_at
+from runcomfy.testing.worker_stories import is_in, kinds, no_pulse, picture, pictures, ran, when
 from runcomfy.testing.workers import Worker, Workers, queue_settings_for
-
-
-@pytest.fixture
-def workers(comfyui: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> Workers:
-    return workers_at(comfyui, tmp_path, clock)
-
 
 # -- dying -------------------------------------------------------------------------------------------------
 

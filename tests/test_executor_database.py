@@ -15,18 +15,12 @@ import pytest
 from runcomfy.domain.exceptions import DiskFull
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.queued import Phase, QueueStatus
-from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
-from runcomfy.testing.worker_stories import is_in, picture, pictures, ran, when, workers_at
+from runcomfy.testing.worker_stories import is_in, picture, pictures, ran, when
 from runcomfy.testing.workers import Worker, Workers
 
 PATIENCE = timedelta(milliseconds=20)
 """How long a statement waits for a lock, in real time."""
-
-
-@pytest.fixture
-def workers(comfyui: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> Workers:
-    return workers_at(comfyui, tmp_path, clock)
 
 
 @contextmanager

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from runcomfy.application.job_run import EXCUSED_DELAY, EXCUSES, FLAPS_EXCUSED, JobRun, Why
 from runcomfy.application.journal import EarlierPrompt
@@ -30,22 +27,8 @@ from runcomfy.domain.exceptions import (
 )
 from runcomfy.domain.job import JobRequest, PromptId
 from runcomfy.domain.queued import Ending, Outcome, QueueStatus, Reason
-from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.contracts.jobs_words import a_job, put, take
-from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
-from runcomfy.testing.worker_stories import workers_at
-from runcomfy.testing.workers import Worker, Workers
-
-
-@pytest.fixture
-def workers(comfyui: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> Workers:
-    return workers_at(comfyui, tmp_path, clock)
-
-
-@pytest_asyncio.fixture
-async def worker(workers: Workers) -> AsyncIterator[Worker]:
-    async with workers.start() as worker:
-        yield worker
+from runcomfy.testing.workers import Worker
 
 
 class Told(Seat):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,17 +15,10 @@ from runcomfy.domain.exceptions import DiskFull, LocalError, ServerRestarted, St
 from runcomfy.domain.job import Output, OutputKind, PromptId
 from runcomfy.domain.machine import OwnerId
 from runcomfy.domain.queued import EventKind, Phase, QueuedJob, QueueStatus, WorkerId
-from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.contracts.jobs_words import HERE, a_job, an_owner, put, seen, submit, take
 from runcomfy.testing.contracts.jobs_words import kinds as kinds_of
-from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
-from runcomfy.testing.worker_stories import NoPulse, workers_at
+from runcomfy.testing.worker_stories import NoPulse
 from runcomfy.testing.workers import Workers
-
-
-@pytest.fixture
-def workers(comfyui: ComfyUIEmulator, tmp_path: Path, clock: LoopClock) -> Workers:
-    return workers_at(comfyui, tmp_path, clock)
 
 
 class Planning:
