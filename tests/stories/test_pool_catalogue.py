@@ -1,4 +1,4 @@
-"""Faults of the catalogue on the path of the pool: those that `test_pool_faults` has no story of.
+"""Faults of the catalogue on the path of the pool: those that `test_pool_faults` and `test_pool_account` leave out.
 
 Each story keeps a pool as the service does (taking over, reconciling, watching, paying), lets the cloud or the computer
 misbehave, and ends with nothing running and our ledger equal to the cloud's own bill to the second.
