@@ -261,7 +261,7 @@ async def test_an_end_that_the_books_do_not_allow_is_not_tried_again_each_round(
     for machine in (odd, answered):
         program.books.owe(machine, gone_at=START)
     assert await program.books.close_bills() == []
-    assert await states(program) == ["requested", "stopped"], "a launch without an answer has no end"
+    assert sorted(await states(program)) == ["requested", "stopped"], "a launch without an answer has no end"
     assert not await program.books.write_end(odd)
 
 
