@@ -197,6 +197,39 @@ async def test_a_stop_that_waited_for_its_turn_is_booked_from_when_it_was_sent(
 
 
 @pytest.mark.fault(18)
+@pytest.mark.fault(25)
+@pytest.mark.invariant("I9")
+async def test_a_stop_that_was_turned_away_is_booked_from_the_try_that_nobody_answered(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(delete_takes=1)
+    machine, _ = await program.ready()
+    cloud.next_call("DELETE *", status=503, headers={"Retry-After": "60"}, times=2)
+    cloud.next_call("DELETE *", status=429, headers={"Retry-After": "60"})
+    cloud.next_call("DELETE *", reply="never", works=True)
+    await end(program, machine)
+    [entry], [bill] = await program.store.ledger(), cloud.books.values()
+    assert bill.seconds >= 180
+    assert abs((entry.ended_at - entry.started_at).total_seconds() - float(bill.seconds)) < 1
+
+
+@pytest.mark.fault(18)
+@pytest.mark.invariant("I9")
+async def test_a_stop_that_worked_and_was_answered_with_an_error_is_booked_from_then_and_not_from_a_later_no(
+    cloud: RunComfyEmulator, program: Program
+) -> None:
+    cloud.next_machine(delete_takes=1)
+    machine, _ = await program.ready()
+    await asyncio.sleep(100)
+    cloud.next_call("DELETE *", status=503, headers={"Retry-After": "60"}, works=True)
+    await end(program, machine)
+    [entry], [bill] = await program.store.ledger(), cloud.books.values()
+    assert bill.seconds < 110
+    assert sum(call.method == "DELETE" for call in cloud.calls) == 2
+    assert abs((entry.ended_at - entry.started_at).total_seconds() - float(bill.seconds)) < 1
+
+
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("works", [True, False])
 async def test_between_a_stop_that_nobody_answered_and_the_planned_one_the_middle_is_booked(
     cloud: RunComfyEmulator, program: Program, works: bool

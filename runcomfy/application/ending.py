@@ -98,7 +98,9 @@ class _Effort:
     tried_at: datetime | None = None
     """When the last stop was asked for of which it was not heard whether it worked."""
     left_at: datetime | None = None
-    """When the first stop left; it may have waited for its turn until then."""
+    """When the first stop left, or the first that got no answer at all; it may have waited for its turn until then."""
+    left_unheard: bool = False
+    """Whether that one got no answer: it is likelier to have worked than one that was answered with an error."""
     unheard_since: datetime | None = None
     """When the first stop left that got no answer at all, since the machine was last seen to run."""
     complained: bool = False
@@ -239,27 +241,34 @@ class Ending:
 
     async def _ask_to_stop(self, effort: _Effort) -> bool:
         """Call stop once; keep the provider's yes, which is until when it bills. Without it, it may have worked."""
-        machine, tries = effort.machine, list[datetime]()
+        machine, tries, denied = effort.machine, list[datetime](), list[datetime]()
         server_id = server_id_of(machine)
         slow = asyncio.get_running_loop().call_later(SLOW_STOP.total_seconds(), self._say_slow, machine)
         try:
-            accepted = await self._provider.stop_machine(server_id, leaving=lambda: tries.append(self._clock.now()))
+            accepted = await self._provider.stop_machine(
+                server_id,
+                leaving=lambda: tries.append(self._clock.now()),
+                denied=lambda: denied.append(tries.pop()),
+            )
         except ProviderError as error:
             if self._is_news(machine, error.code):
                 self._books.tell(f"stopping {server_id} failed for now ({error.code}); trying again until it works")
             log.warning("machine_stop_failed", extra={"fields": {**self._books.facts(machine), "error": error.code}})
             if isinstance(error, HOPELESS):
                 raise
+            if tries or denied:
+                effort.tried_at = (tries or denied)[0]
             if tries:
-                effort.tried_at = tries[0]
-            if tries and error.details.get("status") is None and error.details.get("arrived", True):
                 since, seen = effort.unheard_since, effort.seen_at
                 effort.unheard_since = tries[0] if since is None or (seen is not None and seen > since) else since
             return False
+        else:
+            if not accepted and tries:
+                denied.append(tries.pop())  # no such machine: if a stop has ended it, it was one before
         finally:
             slow.cancel()
-            if tries and effort.left_at is None:
-                effort.left_at = tries[0]
+            if not effort.left_unheard and (tries or (denied and effort.left_at is None)):
+                effort.left_at, effort.left_unheard = (tries or denied)[0], bool(tries)
         faultpoint("stop.answered")
         if accepted and machine.stop_accepted_at is None:
             machine = await self._books.change_softly(machine, note="stop accepted", stop_accepted_at=self._clock.now())

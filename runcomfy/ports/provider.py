@@ -66,10 +66,17 @@ class Provider(Protocol):
         """
         ...
 
-    async def stop_machine(self, server_id: ServerId, *, leaving: Callable[[], None] | None = None) -> bool:
+    async def stop_machine(
+        self,
+        server_id: ServerId,
+        *,
+        leaving: Callable[[], None] | None = None,
+        denied: Callable[[], None] | None = None,
+    ) -> bool:
         """Ask once for the machine to be stopped (with retries where no answer came: stopping twice is harmless).
 
-        `leaving` is called when a request is about to leave, which may be long after this call where there is a limit.
+        `leaving` is called when a request is about to leave, which may be long after this call where there is a limit;
+        `denied` if that one never arrived, or was answered with an error.
 
         True: the provider accepted, and bills no longer as of now. False: it answered that it knows no such machine.
         Neither means that the machine is gone: look until it is.

@@ -155,11 +155,19 @@ class RunComfyAPIClient:
         self._notice(report)
         return report
 
-    async def stop_machine(self, server_id: ServerId, *, leaving: Callable[[], None] | None = None) -> bool:
+    async def stop_machine(
+        self,
+        server_id: ServerId,
+        *,
+        leaving: Callable[[], None] | None = None,
+        denied: Callable[[], None] | None = None,
+    ) -> bool:
         """Ask for the machine to be stopped; True: accepted, and from now on it bills no longer. False: not known."""
         call = self._call("DELETE", _SERVER, "stop a machine", server_id=server_id, urgent=True)
         if leaving is not None:
             call = replace(call, leaving=leaving)
+        if denied is not None:
+            call = replace(call, denied=denied)
 
         def read(answer: Answer) -> bool:
             if answer.status in (202, 204) and not answer.body.strip():

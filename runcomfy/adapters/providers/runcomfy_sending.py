@@ -78,6 +78,8 @@ class Call:
     """How often to try at most; None: as the settings say."""
     leaving: Callable[[], None] = _nothing
     """Called when a try of it is about to leave: it may have waited for its turn until then."""
+    denied: Callable[[], None] = _nothing
+    """Called when the try that left last never arrived, or was answered with an error."""
 
     @property
     def name(self) -> str:
@@ -151,6 +153,8 @@ class Sender:
             try:
                 return await self._attempt(call, read, attempt, token)
             except Failure as failure:
+                if not failure.arrived or failure.error.details.get("status") is not None:
+                    call.denied()
                 if failure.other_token:
                     refused[token] = failure
                     self._token = self._other_token(refused, token)
