@@ -227,6 +227,21 @@ async def test_who_keeps_the_pool_now_has_its_machines_also_those_of_one_that_sl
         assert await gaps(cloud, second) == {}
 
 
+@pytest.mark.fault(9)
+async def test_a_machine_that_one_list_and_one_answer_deny_and_a_second_list_has_is_kept(
+    cloud: RunComfyEmulator, pool: RunningPool
+) -> None:
+    machine = await pool.usable()
+    lease = pool.lease(machine)
+    cloud.next_call("GET servers", body=[])
+    cloud.next_call("GET servers/*", status=404)
+    await until(lambda: any(call.path == f"servers/{cloud.launched[0]}" for call in cloud.calls), within=60, what="it")
+    await asyncio.sleep(20)
+    assert (lease.void, machine.gone, machine.draining, machine.suspect) == (False, False, "", "")
+    pool.done(lease)
+    await pool.close()
+
+
 async def test_a_machine_that_is_not_there_any_more_takes_no_job_and_says_why(pool: RunningPool) -> None:
     for drained, why in (("", "it is not there any more"), ("nothing is to do", "nothing is to do")):
         machine = await pool.usable()

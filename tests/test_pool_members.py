@@ -13,11 +13,12 @@ import pytest
 from runcomfy.application.pool_members import Member, Members
 from runcomfy.application.pool_watch import LIST_AGAIN_MOST, Watch
 from runcomfy.application.pooled import PooledMachine
-from runcomfy.domain.exceptions import MachineLost
+from runcomfy.domain.exceptions import AnswerUnreadable, MachineLost, RunComfyError, ServerTooOld, ServerUnreachable
 from runcomfy.domain.machine import MachineEvent, MachineReport, MachineState, Phase, ServerId
 from runcomfy.domain.plan_view import Stage
 from runcomfy.domain.secret import SecretUrl
 from runcomfy.domain.settings import CloudSettings, PoolSettings
+from runcomfy.ports.comfyui import ServerInfo
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, settings_for
@@ -333,3 +334,180 @@ async def test_the_list_is_read_often_while_machines_start_and_rarely_when_it_ca
     for watch._failures in (1, 2, 3, 99):
         pauses.append(watch._pause())
     assert pauses == [every, every * 2, LIST_AGAIN_MOST, LIST_AGAIN_MOST]
+
+
+async def test_a_machine_that_is_started_anew_again_and_again_is_replaced(program: Program) -> None:
+    listed = await a_listed(program)
+    member, pooled = listed.member, listed.pooled
+    times = listed.times(ago=0.0)
+    await listed.sees(Phase.READY, **times)
+    member.url = SecretUrl("https://comfyui-0.runcomfy.com")
+    member.gate = listed.members.spawn(asyncio.sleep(3_600), name="gate")  # nobody is asked at these addresses
+    for flips in range(1, listed.members.health.rules.flip_limit + 1):
+        assert (member.ended, pooled.draining) == (False, "")
+        listed.members.usable(member, object())  # type: ignore[arg-type]
+        member.client = None
+        await asyncio.sleep(5)
+        member.gate = listed.members.spawn(asyncio.sleep(3_600), name="gate")
+        await listed.sees(Phase.READY, url=SecretUrl(f"https://comfyui-{flips}.runcomfy.com"), **times)
+    assert member.ended
+    assert pooled.draining.startswith("ill: ")
+    await listed.over()
+
+
+async def test_a_machine_whose_end_has_begun_is_not_taken_for_one_that_was_started_anew(program: Program) -> None:
+    listed = await a_listed(program)
+    member = listed.member
+    times = listed.times(ago=0.0)
+    await listed.sees(Phase.READY, **times)
+    member.url = SecretUrl("https://one-comfyui.runcomfy.com")
+    async with member.writing:  # something is written down about it, which takes a while
+        longer = listed.times(ago=0.0, lease=900.0)
+        seen = asyncio.create_task(
+            listed.sees(Phase.READY, url=SecretUrl("https://two-comfyui.runcomfy.com"), **longer), name="list"
+        )
+        await asyncio.sleep(1)
+        listed.members.end(member, "nothing is to do")
+    await seen
+    assert member.confirmed_s == 900.0  # what it has run is billed
+    assert member.url.reveal() == "https://one-comfyui.runcomfy.com"
+    await listed.over()
+
+
+async def test_a_draining_machine_that_the_provider_stops_keeps_the_reason_people_were_told(program: Program) -> None:
+    listed = await a_listed(program)
+    member, pooled = listed.member, listed.pooled
+    await listed.sees(Phase.READY, **listed.times(ago=0.0))
+    listed.members.usable(member, object())  # type: ignore[arg-type]
+    pooled.draining = "nothing is to do"
+    await listed.sees(Phase.STOPPING)
+    assert (pooled.draining, pooled.void) == ("nothing is to do", True)
+    assert member.machine.stop_accepted_at == listed.books.clock.now()
+    await listed.over()
+
+
+# -- whether its ComfyUI answers -------------------------------------------------------------------------------------
+
+
+class Slow:
+    """A ComfyUI whose answer, or what is wrong with it, comes when the test says so."""
+
+    def __init__(self, wrong: RunComfyError | None = None) -> None:
+        self.wrong, self.asked, self.closed = wrong, 0, False
+        self.may_answer = asyncio.Event()
+
+    async def probe(self, *, fresh: bool = False) -> ServerInfo:
+        self.asked += 1
+        await self.may_answer.wait()
+        if self.wrong is not None:
+            raise self.wrong
+        return ServerInfo("0.3.60", interrupts_by_id=True, cancels_jobs=False)
+
+    async def class_names(self) -> frozenset[str]:
+        return frozenset({"KSampler"})
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def a_usable(program: Program, server: Slow) -> Listed:
+    listed = await a_listed(program)
+    await listed.sees(Phase.READY, **listed.times(ago=0.0))
+    listed.members.usable(listed.member, server)  # type: ignore[arg-type]
+    return listed
+
+
+async def test_an_answer_that_comes_with_the_end_of_a_machine_gives_nobody_hope(program: Program) -> None:
+    listed, server = await a_listed(program), Slow()
+    listed.members.comfyui = lambda url: server  # type: ignore[assignment, return-value]
+    await listed.sees(Phase.READY, url=SecretUrl("https://one-comfyui.runcomfy.com"), **listed.times(ago=0.0))
+    await asyncio.sleep(1)
+    server.may_answer.set()
+    listed.members.end(listed.member, "the pool ends")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert (listed.member.was_usable, listed.pooled.void) == (False, True)
+    await listed.members.quiet()
+    assert server.closed
+
+
+@pytest.mark.fault(16)
+async def test_a_silence_of_before_a_restart_does_not_end_the_machine_that_starts_again(program: Program) -> None:
+    server = Slow(ServerUnreachable("nobody answers"))
+    listed = await a_usable(program, server)
+    listed.watch.doubt(listed.member, "a job heard nothing", within=timedelta(seconds=1))
+    await asyncio.sleep(2)
+    assert server.asked == 1
+    await listed.sees(Phase.STARTING)
+    listed.watch.listed_at = asyncio.get_running_loop().time()
+    server.may_answer.set()
+    await asyncio.sleep(1)
+    assert (listed.member.ended, listed.pooled.draining, listed.member.health.dead) == (False, "", "")
+    await listed.over()
+
+
+async def test_an_answer_of_before_a_restart_vouches_for_nothing_after_it(program: Program) -> None:
+    server = Slow()
+    listed = await a_usable(program, server)
+    listed.watch.doubt(listed.member, "a job heard nothing")
+    await asyncio.sleep(1)
+    await listed.sees(Phase.STARTING)
+    server.may_answer.set()
+    await asyncio.sleep(1)
+    assert listed.pooled.suspect == "a job heard nothing"
+    await listed.over()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "ended"),
+    [(ServerTooOld("it is 0.1"), True), (AnswerUnreadable("it is no JSON"), False)],
+    ids=["too old to be driven", "an answer that nobody understands"],
+)
+async def test_a_server_that_answers_and_cannot_be_used_is_given_up_but_not_for_one_odd_answer(
+    program: Program, wrong: RunComfyError, ended: bool
+) -> None:
+    server = Slow(wrong)
+    server.may_answer.set()
+    listed = await a_usable(program, server)
+    listed.watch.doubt(listed.member, "a job heard nothing")
+    await asyncio.sleep(1)
+    assert listed.member.ended is ended
+    assert listed.pooled.suspect == "a job heard nothing"
+    assert listed.pooled.draining == ("ill: it is 0.1" if ended else "")
+    await listed.over()
+
+
+async def test_a_machine_that_is_let_go_of_before_it_is_asked_is_not_asked(
+    program: Program, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Slow()
+    listed = await a_usable(program, server)
+    listed.member.probed_at = float("-inf")
+    listed.watch._look_after_the_idle()
+    listed.members.let_go(listed.member)
+    await listed.members.quiet()
+    assert (server.asked, server.closed, listed.pooled.suspect) == (0, True, "")
+    assert "pool_defect" not in caplog.text
+
+
+@pytest.mark.invariant("I7")
+@pytest.mark.parametrize("news", ["a longer time", "another type", "another type, and that it failed"])
+async def test_what_a_list_says_of_a_machine_that_turns_out_to_be_anothers_is_not_acted_upon(
+    programs: Programs, program: Program, news: str
+) -> None:
+    listed, server = await a_listed(program), Slow()
+    listed.members.comfyui = lambda url: server  # type: ignore[assignment, return-value]
+    await listed.sees(Phase.READY, **listed.times(ago=0.0))
+    listed.member.asked = timedelta(seconds=900)
+    row = await program.store.machine(listed.member.machine.id)
+    assert row is not None
+    async with programs.start() as other:
+        await other.books.take_over(row, note="it is mine by now")
+        told = listed.times(ago=0.0, lease=900.0) if news == "a longer time" else {"server_type": "large"}
+        phase = Phase.FAILED if news.endswith("failed") else Phase.READY
+        await listed.sees(phase, url=SecretUrl("https://one-comfyui.runcomfy.com"), **told)
+        await asyncio.sleep(1)
+        assert len(listed.members) == 0
+        assert (server.asked, listed.member.client) == (0, None)
+        assert "is looked after by another process now; left to it" in listed.said[-1]
+    await listed.over()

@@ -36,6 +36,8 @@ from runcomfy.domain.exceptions import (
     foreign_text,
 )
 from runcomfy.domain.machine import MachineEvent, MachineReport, MachineState, Phase, ServerId
+from runcomfy.domain.secret import SecretUrl
+from runcomfy.ports.comfyui import ComfyUI
 
 log = logging.getLogger("runcomfy.pool")
 
@@ -135,6 +137,8 @@ class Watch:
         if member.ended:
             return
         wrong = await self._wrong_type(member, report)
+        if not self._is_ours(member):
+            return
         match report.phase:
             case Phase.READY:
                 await self._ready(member, report, began)
@@ -155,6 +159,10 @@ class Watch:
         if member.pooled.suspect.startswith(MISSING):
             self._members.suspect(member, "")
 
+    def _is_ours(self, member: Member) -> bool:
+        """Whether nobody else has taken the machine over, as far as what was written down since tells."""
+        return self._members.get(member.machine.id) is member
+
     async def _wrong_type(self, member: Member, report: MachineReport) -> tuple[str, str] | None:
         """Book the type that the provider says it has; return the one asked for, and why that is too dear to keep."""
         if report.server_type in ("", member.machine.server_type):
@@ -174,6 +182,8 @@ class Watch:
         if (news or times_are_news(report, member.machine)) and not await self._note_ready(member, report):
             return
         await self._note_time(member, report, began)
+        if not self._is_ours(member):
+            return
         if not member.ended:
             await self._moved(member, report)
         if member.ended or member.usable or member.machine.state is not MachineState.READY:
@@ -182,7 +192,7 @@ class Watch:
             self._limit(member)
         elif member.gate is None or member.gate.done():
             member.url = report.url
-            member.gate = self._members.spawn(self._gate(member), name=f"gate {member.machine.id}")
+            member.gate = self._members.spawn(self._gate(member, report.url), name=f"gate {member.machine.id}")
 
     async def _moved(self, member: Member, report: MachineReport) -> None:
         """Rely on nothing of a machine that came back at another address: it was started anew (fault 71)."""
@@ -346,11 +356,10 @@ class Watch:
         unknown = [member for member in doubted[:ASKED_PER_ROUND] if await self._is_unknown(member) and member.seen]
         if not unknown:
             return
-        listed = await self._list()
-        for member in unknown if listed is not None else ():
-            if member.ended or member.machine.server_id is None:
-                continue
-            report = listed.get(member.machine.server_id) if listed is not None else None
+        if (listed := await self._list()) is None:
+            return
+        for member in unknown:
+            report = listed.get(member.machine.server_id or ServerId(""))
             if report is not None and report.phase is not Phase.GONE:
                 await self._seen(member, report, self.listed_at)
             else:
@@ -383,18 +392,15 @@ class Watch:
 
     # -- whether it can be used ----------------------------------------------------------------------------
 
-    async def _gate(self, member: Member) -> None:
+    async def _gate(self, member: Member, url: SecretUrl) -> None:
         """Let jobs go to a machine that is Ready when its ComfyUI answers; replace it if that never comes."""
-        if member.url is None:
-            return
         since = _now()
-        client = member.client or self._members.comfyui(member.url)
+        client = member.client or self._members.comfyui(url)
         member.client = client
         try:
             info = await wait_until_usable(client, within=self._cloud.comfyui_timeout)
         except RunComfyError as error:
-            if not member.ended:
-                self._members.ill(member, error.message, dead=True)
+            self._members.ill(member, error.message, dead=True)
             return
         if member.ended or member.machine.state is not MachineState.READY:
             return
@@ -410,12 +416,12 @@ class Watch:
         self._members.suspect(member, why)
         self._members.look_now.set()  # it may be gone altogether
         within = within or self._members.settings.comfy.unreachable_timeout
-        member.proof = self._members.spawn(self._prove(member, within), name=f"proof {member.machine.id}")
+        member.proof = self._members.spawn(
+            self._prove(member, member.client, within), name=f"proof {member.machine.id}"
+        )
 
-    async def _prove(self, member: Member, within: timedelta) -> None:
-        began, epoch, client = _now(), member.pooled.epoch, member.client
-        if client is None:
-            return
+    async def _prove(self, member: Member, client: ComfyUI, within: timedelta) -> None:
+        began, epoch = _now(), member.pooled.epoch
         try:
             await wait_until_usable(client, within=within)
         except MachineFailed as error:
