@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ from runcomfy.domain.machine import MachineState
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, discrepancies
 from runcomfy.testing.programs import start_dev as start
+
+STATE_FILE = "dev_server_state.json"
 
 
 async def killed_start(programs: Programs, after: float = 60) -> None:
@@ -229,9 +232,66 @@ async def test_breaking_off_the_wait_for_a_killed_start_ends_its_machine(
         assert await discrepancies(cloud, program) == []
 
 
+async def test_breaking_off_a_start_in_the_moment_it_left_the_machine_to_itself_ends_the_machine(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    await killed_start(programs)
+    task: asyncio.Task[Any] | None = None
+
+    def visit(place: str) -> None:
+        if task is not None and place == "after store.take_over" and (programs.folder / STATE_FILE).exists():
+            task.cancel()
+
+    async with programs.start(visit=visit) as program:
+        task = asyncio.create_task(start(program))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        task = None
+        assert cloud.alive == []
+        [row] = await program.books.rows(open_only=False)
+        assert row.owner_id == program.owner.id, "nobody else was to take it up while it was ended"
+        assert not (programs.folder / STATE_FILE).exists()
+        assert await discrepancies(cloud, program) == []
+
+
+async def test_breaking_off_the_wait_for_a_machine_that_was_just_shut_down_elsewhere_stops_it_no_second_time(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    await killed_start(programs)
+    async with programs.start(poll_interval=timedelta(minutes=5)) as one, programs.start() as two:
+        task = asyncio.create_task(start(one))
+        await asyncio.sleep(30)
+        await two.dev.shutdown()
+        told = len(one.said)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len([call for call in cloud.calls if call.method == "DELETE"]) == 1
+        assert one.said[told:] == []
+        assert await discrepancies(cloud, two) == []
+
+
+async def test_who_waits_for_the_start_of_a_process_that_was_killed_and_cleared_away_launches_anew(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    slowly = timedelta(minutes=1)
+    async with programs.start() as one, programs.start(poll_interval=slowly) as two, programs.start() as third:
+        first = asyncio.create_task(start(one))
+        await asyncio.sleep(30)
+        second = asyncio.create_task(start(two))
+        await asyncio.sleep(30)
+        await one.kill(first)
+        await third.reaper.reap()
+        machine, _, reused = await second
+        assert (reused, machine.server_id) == (False, cloud.launched[-1])
+        assert cloud.alive == [machine.server_id]
+        await two.dev.shutdown()
+        assert await discrepancies(cloud, two) == []
+
+
 def in_the_way(programs: Programs) -> None:
     """Put a folder where the state file belongs, which nobody can read or replace."""
-    file = programs.folder / "dev_server_state.json"
+    file = programs.folder / STATE_FILE
     file.unlink(missing_ok=True)
     file.mkdir()
     (file / "somebody's").touch()
