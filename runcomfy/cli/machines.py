@@ -114,10 +114,12 @@ async def _adopted(cloud: Machines, server_id: str) -> Machine:
         machine = await taken(cloud, server_id, note=note)
     else:
         owner = (await cloud.store.owners([machine.owner_id])).get(machine.owner_id) if machine.owner_id else None
-        if machine.state is MachineState.STOPPING or (
-            owner is not None and cloud.processes.lives(owner, now=cloud.clock.now())
-        ):
-            held = f"process {owner.pid} holds it" if owner is not None else "it is being stopped"
+        held = ""
+        if machine.state is MachineState.STOPPING:
+            held = "it is being stopped"
+        elif owner is not None and cloud.processes.lives(owner, now=cloud.clock.now()):
+            held = f"process {owner.pid} holds it"
+        if held:
             raise ValueInvalid(
                 f"machine {machine.server_id} is ours already, and {held}",
                 hint="`comfyctl machines ls` says what it is for",
