@@ -28,8 +28,7 @@ ONCE = ServeOptions(pool=False, guard=False, once=True)
 async def services(
     cloud: RunComfyEmulator, cloud_settings: CloudSettings, comfyui: ComfyUIEmulator, clock: LoopClock, tmp_path: Path
 ) -> AsyncIterator[Services]:
-    where = {"where": "server", "api_base_url": comfyui.url}
-    async with Services(cloud, cloud_settings, clock, tmp_path, **where) as services:
+    async with Services(cloud, cloud_settings, clock, tmp_path, where="server", api_base_url=comfyui.url) as services:
         yield services
 
 

@@ -196,6 +196,19 @@ async def test_a_caller_that_leaves_while_it_submits_ends_what_that_brought(
     assert not deployment.going_on
 
 
+async def test_a_caller_that_leaves_while_its_submit_is_refused_has_nothing_to_end(
+    runs: ServerlessRuns, deployment: ServerlessEmulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    deployment.next_call("POST inference", delay=5, status=403, body={"error": "no"}, times=None)
+    task = asyncio.create_task(run(runs))
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert "serverless_submit_left" in caplog.text
+    assert not [call for call in deployment.calls if call.path.endswith("/cancel")]
+
+
 async def test_a_cancellation_that_is_not_answered_holds_nobody_up_for_long(
     runs: ServerlessRuns, deployment: ServerlessEmulator, clock: LoopClock
 ) -> None:
@@ -229,6 +242,35 @@ async def test_a_request_that_somebody_else_cancels_is_told_as_cancelled(
     with pytest.raises(errors.PromptInterrupted):
         await task
     assert await api.cancel(Submitted(RequestId(request_id))) is False
+
+
+@pytest.mark.parametrize("answer", [{"status": 404}, {"status": 502}, {"body": []}], ids=["unknown", "away", "odd"])
+async def test_a_cancelled_request_is_over_though_its_result_cannot_be_had(
+    runs: ServerlessRuns, api: RunComfyServerless, deployment: ServerlessEmulator, answer: dict[str, Any]
+) -> None:
+    deployment.next_call("GET requests/*/result", times=None, **answer)
+    task = asyncio.create_task(run(runs))
+    await asyncio.sleep(10)
+    (request_id,) = deployment.requests
+    assert await api.cancel(Submitted(RequestId(request_id))) is True
+    with pytest.raises(errors.PromptInterrupted):
+        await asyncio.wait_for(task, 60)
+
+
+async def test_a_result_that_stays_unknown_is_given_up(runs: ServerlessRuns, deployment: ServerlessEmulator) -> None:
+    deployment.next_call("GET requests/*/result", status=404, times=None)
+    with pytest.raises(errors.RequestNotFound):
+        await asyncio.wait_for(run(runs), 900)
+
+
+async def test_a_result_that_says_no_more_than_the_status_is_asked_for_again(
+    runs: ServerlessRuns, deployment: ServerlessEmulator
+) -> None:
+    def bare(answer: dict[str, Any]) -> dict[str, Any]:
+        return {"request_id": answer["request_id"], "status": "completed"}
+
+    deployment.next_call("GET requests/*/result", change=bare, times=3)
+    assert set((await run(runs)).outputs) == {"flux", "mesh"}
 
 
 # --- files -----------------------------------------------------------------------------------------------------
