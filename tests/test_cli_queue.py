@@ -123,6 +123,19 @@ def test_an_error_is_an_object_for_whoever_reads_json(say: Say, arguments: tuple
     assert err.startswith("error: ")
 
 
+def test_a_second_file_of_that_name_elsewhere_is_not_taken_up_and_the_command_fails(say: Say, project: Path) -> None:
+    first = write(project)
+    (project / "jobs" / "processing" / "mesh").mkdir()
+    second = f"jobs/processing/mesh/{KNIGHT}"
+    (project / second).write_text((project / first).read_text(encoding="utf-8") + "# another\n", encoding="utf-8")
+    assert say("comfyctl", "queue", "add", first)[0] == 0
+    code, out, _ = say("comfyctl", "queue", "add", second)
+    assert code == 2
+    assert f"{KNIGHT} is not taken up: another file, elsewhere, has this name" in out
+    [(source,)] = rows(project, "SELECT source_path FROM jobs")
+    assert Path(source) == project / first
+
+
 # -- looking -------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +200,13 @@ def test_a_job_is_known_by_name_path_number_and_uid(say: Say, project: Path) -> 
     for name in (KNIGHT, path, "1", uid):
         code, out, _ = say("comfyctl", "queue", "show", name, "--json")
         assert (code, json.loads(out)["uid"]) == (0, uid)
+
+
+def test_a_name_like_no_other_is_answered_with_where_names_are_listed(say: Say, project: Path) -> None:
+    say("e3", "add", write(project))
+    _, _, err = say("e3", "queue", "show", "zzz")
+    assert "`comfyctl queue ls` lists the jobs" in err
+    assert "did you mean" not in err
 
 
 @pytest.mark.parametrize("typed", ["T2I_20250809123001_1_kniht.yaml", "knight", "T2I_20250809123001_1_knight"])
@@ -296,6 +316,14 @@ def test_a_cancelled_job_comes_back_by_retry_only(say: Say, project: Path) -> No
     assert listed(say)[0]["status"] == "failed"
     assert say("e3", "retry", KNIGHT)[1] == f"{KNIGHT} waits to be run\n"
     assert listed(say)[0]["status"] == "pending"
+
+
+def test_orders_are_answered_with_objects_for_whoever_reads_json(say: Say, project: Path) -> None:
+    say("e3", "add", write(project))
+    job = json.loads(say("comfyctl", "queue", "cancel", KNIGHT, "--json")[1])
+    assert (job["config_name"], job["status"]) == (KNIGHT, "failed")
+    pause = json.loads(say("comfyctl", "queue", "pause", "--reason", "moving house", "--json")[1])
+    assert (pause["message"], pause["until"]) == ("moving house", None)
 
 
 def test_a_pause_is_told_wherever_the_queue_is_looked_at(say: Say, project: Path) -> None:
