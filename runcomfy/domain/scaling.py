@@ -99,7 +99,7 @@ class _Planning:
     def plan(self) -> Plan:
         actions: list[Action] = []
         if self._main is not None and not self._view.limits.why_not:
-            actions = list(self._launches())
+            actions = list(self._launches(self._main))
         if actions:
             # What could be stopped is asked again with the new ones in sight.
             self._look(self._now + 1)
@@ -213,7 +213,7 @@ class _Planning:
         billed = self._run_s(offer) + offer.load_s + (offer.boot_s if offer.boot_billed else 0.0)
         return max(billed, offer.minimum_s, offer.step_s) * offer.usd_per_hour / cheapest
 
-    def _launches(self) -> list[Launch]:
+    def _launches(self, main: OfferView) -> list[Launch]:
         free = [(self._free_in(machine), machine.offer) for machine in self._there]
         found: list[Launch] = []
         taken, spent_s, have, of_type = 0, 0.0, len(self._there), dict.fromkeys(self._offers, 0)
@@ -225,10 +225,10 @@ class _Planning:
                 found.append(replace(launch, count=count, expected_usd=launch.expected_usd * count / launch.count))
                 taken, spent_s = taken + (0 if offer.own else count), spent_s + count * self._least_s(offer)
                 have += count
-        wanted = self._ahead(have)
-        if wanted is not None and self._main is not None:
-            left = self._main.room - of_type[self._main.name]
-            count = min(wanted.count, self._room(self._main, taken, spent_s), left)
+        wanted = self._ahead(main, have)
+        if wanted is not None:
+            left = main.room - of_type[main.name]
+            count = min(wanted.count, self._room(main, taken, spent_s), left)
             if count > 0:
                 found.append(replace(wanted, count=count, expected_usd=wanted.expected_usd * count / wanted.count))
         return found
@@ -288,25 +288,20 @@ class _Planning:
             return f"{jobs}, and no machine that fits is there or on its way"
         return f"{jobs}: {before / count:.0f} s each with what is there, {left / count:.0f} s with this"
 
-    def _ahead(self, have: int) -> Launch | None:
+    def _ahead(self, main: OfferView, have: int) -> Launch | None:
         """Return the launch for what is to come: the largest number that anything asks for."""
-        main, limits = self._main, self._view.limits
-        if main is None:
-            return None
-        start = self._start_cost(main)
-        asks: list[Launch] = [*self._for_batches(have), *self._for_people(have)]
+        limits, start = self._view.limits, self._start_cost(main)
+        asks: list[Launch] = [*self._for_batches(main, have), *self._for_people(main, have)]
         if have < limits.min_machines:
             why = f"min_machines is {limits.min_machines}"
             asks.append(Launch(main.name, limits.min_machines - have, why, start * (limits.min_machines - have)))
         if have and self._rate > 0 and not self._outlived():
-            asks += self._for_rate(have)
-        asks += self._instead_of_bridge()
+            asks += self._for_rate(main, have)
+        asks += self._instead_of_bridge(main)
         return max(asks, key=lambda launch: launch.count, default=None)
 
-    def _for_rate(self, have: int) -> list[Launch]:
-        main, staffing = self._main, self._staffing()
-        if main is None:
-            return []
+    def _for_rate(self, main: OfferView, have: int) -> list[Launch]:
+        staffing = self._staffing()
         best = staffing.best(have, have + main.room)
         if best <= have:
             return []
@@ -320,14 +315,13 @@ class _Planning:
         )
         return [Launch(main.name, best - have, why, start - saved * self._knobs.pays_within_s / _HOUR)]
 
-    def _instead_of_bridge(self) -> list[Launch]:
+    def _instead_of_bridge(self, main: OfferView) -> list[Launch]:
         """Return the launch of the cheaper machine that takes over from a bridge.
 
         Taking over costs a load. As with skis, one changes when the premium paid so far is as much; at once if somebody
         is there, since they will go on.
         """
-        main = self._main
-        if main is None or not self._there:
+        if not self._there:
             return []
         dearest = [self._offer_of(machine) for machine in self._there]
         if len(self._bridges) < len(self._there):
@@ -360,25 +354,22 @@ class _Planning:
                     number, why = wanted, f"{batch.count} jobs come in {seconds:.0f} s, {work:.0f} s of work"
         return number, why
 
-    def _for_batches(self, have: int) -> list[Launch]:
-        main = self._main
-        if main is None:
-            return []
+    def _for_batches(self, main: OfferView, have: int) -> list[Launch]:
         number, why = self._due(have + self._room(main, 0, 0.0))
         if number <= have:
             return []
         return [Launch(main.name, number - have, why, (number - have) * self._start_cost(main))]
 
-    def _for_people(self, have: int) -> list[Launch]:
-        main, presence = self._main, self._view.presence
-        if main is None or have:
+    def _for_people(self, main: OfferView, have: int) -> list[Launch]:
+        presence = self._view.presence
+        if have:
             return []
         start = self._start_cost(main)
         if presence.expected_until is not None and presence.expected_until > self._now:
             return [Launch(main.name, 1, "work was announced", start, self._knobs.hold_s)]
         if not presence.present:
             return []
-        if self._given_up():
+        if self._now >= self._given_up_at(main):  # silent for so long that no machine is kept for them
             return []
         begin = self._now if presence.since is None else presence.since + presence.lead_s - self._start_s(main)
         if begin > self._now:
@@ -391,11 +382,6 @@ class _Planning:
         if spared <= usd:
             return []
         return [Launch(main.name, 1, "somebody is there and will want a machine", usd - spared)]
-
-    def _given_up(self) -> bool:
-        """Return whether who is there has been silent for so long that no machine is kept for them."""
-        main = self._main
-        return main is not None and self._now >= self._given_up_at(main)
 
     def _given_up_at(self, offer: OfferView) -> float:
         """Return from when on no machine is kept for who is there, if no work comes."""

@@ -15,7 +15,14 @@ import workflows
 from runcomfy.domain.binding import bind
 from runcomfy.domain.exceptions import BadInput, PreflightFailed
 from runcomfy.domain.job import JobRequest
-from runcomfy.domain.preflight import Problem, files_to_check, model_files, preflight, require_runnable
+from runcomfy.domain.preflight import (
+    MAX_INPUTS,
+    Problem,
+    files_to_check,
+    model_files,
+    preflight,
+    require_runnable,
+)
 from runcomfy.domain.sidecar import Sidecar
 from runcomfy.domain.workflow import Workflow
 
@@ -425,6 +432,63 @@ def test_slots_that_bring_inputs_of_their_own_bring_them_only_when_used() -> Non
     assert judged(values__a=1, extra="x") == {"extra.strength: input-missing"}
     assert judged(values__a=1, extra="x", extra__strength=2) == {"extra.strength: value-too-large"}
     assert judged(values__b="no") == {"values.a: input-missing", "values.b: value-unreadable"}
+
+
+def test_a_choice_behind_the_first_brings_its_own_inputs() -> None:
+    picture = {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}}
+
+    def judged(level: int) -> set[tuple[str, str]]:
+        inputs = {"images": ["1", 0], "filename_prefix": "x", "format": "exr", "format.level": level}
+        graph = {"1": picture, "2": {"class_type": "SaveImageAdvanced", "inputs": inputs}}
+        return {(problem.input_name, problem.code) for problem in preflight(graph, NODE_INFO)}
+
+    assert judged(9) == set()
+    assert judged(10) == {("format.level", "value-too-large")}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "of another kind",
+        {"input": {"required": {"v": ["INT", {}]}}, "prefix": "v", "min": 1},
+        {"input": {"required": {"v": ["INT", {}]}}, "names": "ab", "min": 1},
+        {"input": ["v"], "names": ["a"], "min": 1},
+        {"input": {"required": {}}, "names": ["a"], "min": 1},
+        {"input": {"required": {"v": []}}, "names": ["a"], "min": 1},
+    ],
+)
+def test_a_row_that_a_server_describes_in_words_unknown_to_us_is_left_to_the_server(template: Any) -> None:
+    graph = {"1": {"class_type": "N", "inputs": {"values.a": "x", "y": "much"}}}
+    info = {"N": entry([], output_node=True, values=["COMFY_AUTOGROW_V3", {"template": template}], y=["FLOAT", {}])}
+    assert [problem.input_name for problem in preflight(graph, info)] == ["y"]
+
+
+def test_a_row_of_optional_inputs_is_judged_where_no_required_one_is_described() -> None:
+    template = {"input": {"required": {}, "optional": {"v": ["INT", {}]}}, "names": ["a", "b"], "min": 1}
+    info = {"N": entry([], output_node=True, values=["COMFY_AUTOGROW_V3", {"template": template}])}
+    graph = {"1": {"class_type": "N", "inputs": {"values.b": "no"}}}
+    assert [(p.input_name, p.code) for p in preflight(graph, info)] == [("values.b", "value-unreadable")]
+
+
+def test_an_input_that_is_listed_as_required_and_as_optional_is_required() -> None:
+    info = {"N": entry([], output_node=True, optional={"x": ["INT", {}]}, x=["INT", {}])}
+    graph: dict[str, Any] = {"1": {"class_type": "N", "inputs": {}}}
+    assert [(p.input_name, p.code) for p in preflight(graph, info)] == [("x", "input-missing")]
+
+
+def test_a_link_to_a_node_whose_outputs_the_server_does_not_list_is_left_to_the_server() -> None:
+    graph = {"1": {"class_type": "S", "inputs": {}}, "2": {"class_type": "N", "inputs": {"x": ["1", 7]}}}
+    info = {"S": {"input": {"required": {}}}, "N": entry([], output_node=True, x=["IMAGE"])}
+    assert preflight(graph, info) == []
+
+
+@pytest.mark.threat("S10")
+def test_of_a_server_that_lists_inputs_without_end_only_so_many_are_looked_at() -> None:
+    row = {"input": {"required": {"v": ["INT", {}]}}, "prefix": "v", "min": 10**9, "max": 10**9}
+    rows = {name: ["COMFY_AUTOGROW_V3", {"template": row}] for name in "abc"}
+    problems = preflight({"1": {"class_type": "N", "inputs": {}}}, {"N": entry([], output_node=True, **rows)})
+    assert len(problems) == MAX_INPUTS
+    assert {problem.code for problem in problems} == {"input-missing"}
 
 
 def test_only_what_an_output_node_needs_is_judged() -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from runcomfy.domain import evidence
-from runcomfy.domain.machine import MachineReport, Phase
+from runcomfy.domain.machine import MachineReport, MachineState, Phase
 from runcomfy.domain.protocol import launch, rejected, stop, submit
 from runcomfy.domain.protocol.launch import Launches
 from runcomfy.domain.protocol.lease import Leases
@@ -106,6 +106,51 @@ def test_a_code_without_its_fence_is_found_out(monkeypatch: pytest.MonkeyPatch) 
     against = search(Submits()).against
     assert against is not None
     assert against.invariant.startswith(("I11", "I12"))
+
+
+# -- what a model says of one state ---------------------------------------------------------------------------------
+
+
+def test_a_machine_that_no_intent_tells_of_breaks_the_protocol_also_when_its_request_was_answered() -> None:
+    def alone(shown: str) -> launch.State:
+        return launch.State((launch.Process(at="done"),), servers=(launch.Server(0, shown),))
+
+    assert Launches().broken(alone("ready")).startswith("I1")
+    assert Launches().broken(alone("gone")) == ""
+
+
+def test_a_launch_that_nobody_has_looked_after_is_not_the_end() -> None:
+    asked = launch.State((launch.Process(at="done"),), rows=(launch.Row(owner=None),))
+    assert not Launches().ended(asked)
+    known = asked._replace(rows=(launch.Row(owner=None, state=MachineState.NEVER),))
+    assert Launches().ended(known)
+
+
+def test_the_machine_that_a_dead_process_left_is_ended_before_another_is_launched() -> None:
+    left = launch.State(
+        (launch.Process(at="locked"),),
+        rows=(launch.Row(owner=None, state=MachineState.BOOTING, server=0),),
+        servers=(launch.Server(0, "ready"),),
+        lock=0,
+        faults=0,
+        strangers=0,
+    )
+    [ends] = Launches().steps(left)
+    assert isinstance(ends.after, launch.State)
+    assert ends.after.servers[0].shown == "gone"
+    assert ends.after.rows[0].state is MachineState.STOPPED
+    [launches] = Launches().steps(ends.after)
+    assert launches.words == "A may launch"
+
+
+def test_writing_the_intent_after_the_call_leaves_a_machine_unknown_only_until_it_is_written() -> None:
+    late = Launches(intent_after_the_call=True)
+    after = launch.State((launch.Process(at="sent unwritten", row=0),), sent=(0,), lock=0, faults=0, strangers=0)
+    assert late.broken(after).startswith("I1")
+    [written] = [step.after for step in late.steps(after) if step.words == "A writes the intent"]
+    assert isinstance(written, launch.State)
+    assert late.broken(written) == ""
+    assert written.processes[0].at == "sends"
 
 
 # -- the search itself ---------------------------------------------------------------------------------------------

@@ -83,6 +83,11 @@ def test_nothing_there_and_nothing_known_is_left_alone() -> None:
     assert plan(EMPTY) == Plan()
 
 
+def test_with_no_type_to_be_had_at_all_nothing_is_launched_or_stopped() -> None:
+    there = (idle("a", 1e6), booting("b", 30))
+    assert plan(replace(EMPTY, offers=(), backlog=waiting(3), machines=there)) == Plan()
+
+
 def test_a_job_that_waits_gets_a_machine() -> None:
     assert launched(replace(EMPTY, backlog=waiting(1))) == {"standard": 1}
 
@@ -140,6 +145,16 @@ def test_the_cheaper_machine_takes_over_from_the_bridge() -> None:
     assert launched(replace(both, machines=(working,))) == {"standard": 1}
     there = (replace(idle("b", 5, BRIDGE)), idle("m", 1))
     assert stopped(replace(both, machines=there)) == ["b"]
+
+
+def test_nothing_takes_over_from_a_bridge_that_is_let_go_itself() -> None:
+    both = replace(EMPTY, offers=(STANDARD, BRIDGE), keep_alive_s=600.0)
+    rented_long_ago = replace(idle("b", 599, BRIDGE), billed_since=NOW - 1e6)
+    assert launched(replace(both, machines=(rented_long_ago,))) == {"standard": 1}
+    let_go = replace(idle("b", 601, BRIDGE), billed_since=NOW - 1e6)
+    [action] = plan(replace(both, machines=(let_go,))).actions
+    assert isinstance(action, Stop)
+    assert action.why == "kept for the 600 s that are set"
 
 
 # -- letting go ----------------------------------------------------------------------------------------------------
@@ -264,6 +279,21 @@ def test_a_known_batch_gets_its_machines_in_time_and_none_is_kept_after_it() -> 
     assert plan(soon).actions == ()
     done = DemandView(only_batches=True, silences=(400.0,) * 300)
     assert stopped(replace(EMPTY, demand=done, machines=(idle("a", 0), idle("b", 31)))) == ["b", "a"]
+
+
+def test_of_two_batches_the_one_that_deserves_more_machines_decides() -> None:
+    batches = (BatchView(30, 900.0, NOW), BatchView(2, 60.0, NOW))
+    for known in (batches, batches[::-1]):
+        found = plan(replace(EMPTY, presence=PresenceView(batches=known))).actions
+        assert [(action.count, action.why.split(" come")[0]) for action in found if isinstance(action, Launch)] == [
+            (10, "30 jobs")
+        ]
+
+
+def test_who_is_there_since_nobody_knows_when_gets_a_machine_and_keeps_it() -> None:
+    view = replace(EMPTY, presence=PresenceView(present=1))
+    assert launched(view) == {"standard": 1}
+    assert stopped(replace(view, machines=(idle("a", 61),))) == []
 
 
 def test_the_number_for_a_batch_balances_starts_against_waiting() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -143,6 +144,22 @@ def test_a_node_that_tells_its_own_progress_is_believed_the_more_the_farther_it_
     assert 54 < early.expected_s - rest < 75
 
 
+def test_the_first_of_very_many_steps_says_nothing_of_the_rest() -> None:
+    asked = at("sample", began_s=20, now_s=25, done=("load",))
+    assert asked.timeline is not None
+    facts: dict[str, Any] = {"node_id": "sample", "done": frozenset({"load"}), "labels": LABELS}
+    line = asked.timeline.seen(Progress(Step.RUNNING, value=1.0, maximum=1e9, **facts), 25)
+    assert line.pace is not None
+    told = left(Experience(ALIKE), replace(asked, timeline=line))
+    assert told.expected_s == pytest.approx(55 + 40 + 2 + 4, rel=0.03)
+
+
+def test_a_run_of_which_no_node_is_heard_counts_down_as_a_whole() -> None:
+    line = Timeline().seen(Progress(Step.RUNNING), 10)
+    told = left(Experience(ALIKE), Asked(MESH, "large", timeline=line, now_s=40))
+    assert told.expected_s == pytest.approx(122 - 30 + 4, rel=0.05)
+
+
 def test_a_node_that_takes_longer_than_ever_is_expected_to_end_soon() -> None:
     told = [left(Experience(ALIKE), at("sample", began_s=20, now_s=now, done=("load",))) for now in (80, 95, 300)]
     rests = [one.expected_s - 46 for one in told]
@@ -265,6 +282,14 @@ def test_runs_without_a_timeline_are_told_as_a_whole() -> None:
     old = [past_of(MESH, DAY, {"timings": {"execute": 90.0, "fetch": 4.0}, "server_type": "large"}) for _ in range(6)]
     told = left(Experience([one for one in old if one is not None]), at("sample", began_s=0, now_s=30))
     assert told.expected_s == pytest.approx(64, rel=0.1)
+
+
+def test_runs_that_were_cached_whole_tell_only_what_comes_before_and_after() -> None:
+    nodes = [{"node_id": node, "class_type": kind, "cached": True} for node, kind in CLASSES.items()]
+    said = {"nodes": nodes, "timings": {"upload": 3.0, "fetch": 4.0}, "server_type": "large"}
+    cached = [past_of(MESH, DAY + timedelta(hours=number), said) for number in range(10)]
+    told = left(Experience([one for one in cached if one is not None]), Asked(MESH, "large"))
+    assert told.expected_s == pytest.approx(7, rel=0.1)
 
 
 def test_a_job_of_another_process_counts_down_from_when_it_was_begun() -> None:
