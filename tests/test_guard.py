@@ -481,6 +481,83 @@ async def test_a_clock_that_is_set_ends_no_machine_of_a_living_owner(
         await owner.machines.stop(latest, reason="the test is over")
 
 
+@pytest.mark.fault(60)
+async def test_a_clock_that_was_set_is_believed_after_a_while(programs: Programs, clock: LoopClock) -> None:
+    programs.clock = moved = SetClock()
+    async with programs.start() as program:
+        guard = await looked(program)
+        moved.off = timedelta(days=1)
+        for minutes, believed in ((0, False), (29, False), (2, True)):
+            await asyncio.sleep(60 * minutes)
+            guard._watch_clock()
+            assert (guard._now(owner_lives=True) == moved.now()) is believed
+
+
+# -- between a look and its deed ---------------------------------------------------------------------------
+
+
+async def looked(program: Program) -> Guard:
+    """Return a guard that has read the books, and does nothing by itself."""
+    guard = Guard(program.machines, program.dev, period=PERIOD)
+    await guard._read()
+    return guard
+
+
+@without_comfyui
+async def test_a_machine_that_somebody_took_in_hand_since_the_guard_looked_is_theirs_to_end(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(ignores_stop_time=True)
+    await killed_when_ready(programs)
+    await asyncio.sleep(2 * LEASE.total_seconds())
+    async with programs.start() as other, programs.start() as program:
+        guard = await looked(program)
+        [row] = guard._rows
+        theirs = await other.books.take_over(row, note="it is mine by now")
+        await guard._end(row, "its lease is over")
+        assert program.said == []
+        assert cloud.billing == [theirs.server_id]
+        await other.machines.stop(theirs, reason="the test is over")
+        await guard._end(row, "its lease is over")  # it has ended by now
+        assert program.said == []
+        assert len([call for call in cloud.calls if call.method == "DELETE"]) == 1
+
+
+@without_comfyui
+async def test_a_machine_whose_lease_was_renewed_since_the_guard_looked_is_kept_whoever_cannot_be_asked(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start() as owner, programs.start() as program:
+        machine, _ = await owner.ready()
+        guard = await looked(program)
+        [row] = guard._rows
+        machine = await owner.machines.extend(machine, total=timedelta(hours=1))
+        away = cloud.next_call("GET servers/*", status=500, times=None)
+        await guard._end(row, "its lease is over")
+        assert cloud.forget_call(away)
+        assert program.said == []
+        assert cloud.billing == [machine.server_id]
+        await owner.machines.stop(machine, reason="the test is over")
+        assert await discrepancies(cloud, owner) == []
+
+
+async def test_an_idle_dev_server_that_a_job_took_in_the_moment_of_its_end_is_given_back(
+    cloud: RunComfyEmulator, programs: Programs, clock: LoopClock
+) -> None:
+    async with programs.start() as owner, programs.start() as program:
+        machine = await dev_server(owner)
+        guard = await looked(program)
+        [row] = guard._rows
+        await owner.store.begin_use(Use(machine.id, owner.owner.id, "job-1", clock.now()))
+        await guard._end(row, "nothing ran on it for 600 s (CONJURE_IDLE_TIMEOUT)")
+        assert cloud.billing == [machine.server_id]
+        found = await owner.store.machine(machine.id)
+        assert found is not None
+        assert (found.owner_id, found.kept_until) == (None, machine.kept_until)
+        await owner.dev.shutdown()
+        assert await discrepancies(cloud, owner) == []
+
+
 # -- the rule --------------------------------------------------------------------------------------------------
 
 
