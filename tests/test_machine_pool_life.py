@@ -228,13 +228,16 @@ async def test_who_keeps_the_pool_now_has_its_machines_also_those_of_one_that_sl
 
 
 @pytest.mark.fault(9)
-async def test_a_machine_that_one_list_and_one_answer_deny_and_a_second_list_has_is_kept(
-    cloud: RunComfyEmulator, pool: RunningPool
+@pytest.mark.parametrize("second", ["has it", "cannot be read"])
+async def test_a_machine_that_one_list_and_one_answer_deny_is_kept_unless_a_second_list_denies_it_too(
+    cloud: RunComfyEmulator, pool: RunningPool, second: str
 ) -> None:
     machine = await pool.usable()
     lease = pool.lease(machine)
     cloud.next_call("GET servers", body=[])
     cloud.next_call("GET servers/*", status=404)
+    if second == "cannot be read":
+        cloud.next_call("GET servers", status=500, times=None, lasts=timedelta(seconds=15))
     await until(lambda: any(call.path == f"servers/{cloud.launched[0]}" for call in cloud.calls), within=60, what="it")
     await asyncio.sleep(20)
     assert (lease.void, machine.gone, machine.draining, machine.suspect) == (False, False, "", "")
