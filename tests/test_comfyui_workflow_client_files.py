@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
 import itertools
 import math
@@ -16,7 +17,16 @@ from hypothesis import strategies as st
 
 from runcomfy.adapters.comfyui.upload import clean_name
 from runcomfy.comfyui_workflow_client import ComfyUIWorkflowClient
-from runcomfy.domain.exceptions import AnswerUnreadable, DiskFull, DownloadFailed, InputFileInvalid, OutputMissing
+from runcomfy.domain.exceptions import (
+    AnswerUnreadable,
+    DiskFull,
+    DownloadFailed,
+    InputFileInvalid,
+    InputFileMissing,
+    NotComfyUI,
+    OutputMissing,
+    ServerUnreachable,
+)
 from runcomfy.domain.job import FileRef
 from runcomfy.testing.comfyui_clients import PAGE, a_client, put
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator, Fault
@@ -44,6 +54,7 @@ async def test_a_cut_upload_is_made_good(
     [
         Fault(work=False, status=200, body=b""),
         Fault(work=False, status=405, body=b""),
+        Fault(work=False, status=501, body=b""),
         Fault(endless=True, body=b"[" * 1000),
     ],
 )
@@ -58,6 +69,61 @@ async def test_a_proxy_that_hides_lengths_does_not_hide_an_upload(
     comfyui.faults.add("POST", "/upload/image", Fault(keep=10))
     name = await client.upload(str(tmp_path / "b.png"))
     assert (comfyui.folders.input / name).read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.fault(53)
+async def test_an_upload_of_which_nothing_was_stored_is_told_as_that(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(os.urandom(5000))
+    comfyui.faults.add("HEAD", "/view", Fault(work=False, status=405, body=b""), times=math.inf)
+    comfyui.faults.add("POST", "/upload/image", Fault(keep=0), times=math.inf)
+    with pytest.raises(ServerUnreachable, match="holds 0 of 5000 bytes"):
+        await client.upload(str(tmp_path / "a.png"))
+
+
+async def test_a_stranger_who_answers_when_an_upload_is_looked_up_is_not_asked_again(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(os.urandom(5000))
+    comfyui.faults.add("HEAD", "/view", Fault(redirect="https://login.example/"), times=math.inf)
+    with pytest.raises(NotComfyUI):
+        await client.upload(str(tmp_path / "a.png"))
+    assert comfyui.count("GET", "/view") == 0
+
+
+async def test_a_large_file_that_is_written_to_while_it_is_sent_is_refused(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    (tmp_path / "big.bin").write_bytes(bytes(9 * 1024 * 1024))
+    comfyui.faults.add("POST", "/upload/image", Fault(delay=5))
+    sending = asyncio.create_task(client.upload(str(tmp_path / "big.bin"), kind="file"))
+    await asyncio.sleep(2)
+    with (tmp_path / "big.bin").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputFileInvalid, match="changed while it was uploaded"):
+        await sending
+
+
+async def test_a_large_file_that_is_deleted_while_it_is_sent_again_is_missing(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    (tmp_path / "big.bin").write_bytes(bytes(9 * 1024 * 1024))
+    comfyui.faults.add("POST", "/upload/image", Fault(delay=5, reply="lost"))
+    sending = asyncio.create_task(client.upload(str(tmp_path / "big.bin"), kind="file"))
+    await asyncio.sleep(2)
+    (tmp_path / "big.bin").unlink()
+    with pytest.raises(InputFileMissing, match="went away while it was uploaded"):
+        await sending
+
+
+async def test_a_folder_is_not_uploaded(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    with pytest.raises(InputFileMissing, match="cannot be read") as caught:
+        await client.upload(str(tmp_path), kind="file")
+    assert "ordinary file" in caught.value.hint
+    assert comfyui.count("POST", "/upload/image") == 0
 
 
 @pytest.mark.fault(32)
@@ -261,6 +327,84 @@ async def test_parts_of_two_files_are_never_joined(
 
     comfyui.faults.add("GET", "/view", Fault(corrupt=change, truncate=500_000))
     assert await fetched(client, file, tmp_path) == newer
+
+
+@pytest.mark.fault(52)
+async def test_a_part_of_another_place_than_was_asked_for_is_not_joined(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    file = put(comfyui, "a.bin", CONTENT)
+    comfyui.faults.add("GET", "/view", Fault(truncate=300_000))
+    rest, stat = len(CONTENT) - 300_000, (comfyui.folders.output / "a.bin").stat()
+    elsewhere = {
+        "Content-Range": f"bytes 0-{rest - 1}/{len(CONTENT)}",
+        "ETag": f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"',
+    }
+    comfyui.faults.add("GET", "/view", Fault(status=206, corrupt=lambda *_: CONTENT[:rest], headers=elsewhere))
+    assert await fetched(client, file, tmp_path) == CONTENT
+
+
+@pytest.mark.fault(49)
+async def test_a_server_that_sends_less_than_was_asked_for_is_asked_for_the_rest(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    file = put(comfyui, "a.bin", CONTENT)
+    comfyui.faults.add("GET", "/view", Fault(truncate=300_000))
+    comfyui.faults.add("GET", "/view", Fault(corrupt=lambda body, _: body[:100_000]), times=6)
+    assert await fetched(client, file, tmp_path) == CONTENT
+
+
+@pytest.mark.fault(50)
+async def test_a_proxy_that_compresses_what_was_asked_for_as_it_is_gets_another_try(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    file = put(comfyui, "a.bin", CONTENT)
+    packed = Fault(corrupt=lambda body, _: gzip.compress(body), headers={"Content-Encoding": "gzip"})
+    comfyui.faults.add("GET", "/view", packed)
+    assert await fetched(client, file, tmp_path) == CONTENT
+    comfyui.faults.add("GET", "/view", packed, times=99)
+    with pytest.raises(DownloadFailed, match="it came compressed"):
+        await client.fetch(file, str(tmp_path / "b"))
+
+
+@pytest.mark.fault(50)
+async def test_a_gateways_page_that_says_not_found_is_not_the_servers_word(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    file = put(comfyui, "a.bin", CONTENT)
+    comfyui.faults.add("GET", "/view", Fault.page(404), times=2)
+    assert await fetched(client, file, tmp_path) == CONTENT
+
+
+@pytest.mark.parametrize("status", [405, 501])
+async def test_a_proxy_that_lets_no_head_through_does_not_hide_that_a_file_is_still_the_same(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path, status: int
+) -> None:
+    file = put(comfyui, "a.bin", CONTENT)
+    comfyui.faults.add("HEAD", "/view", Fault.error(status), times=math.inf)
+    assert await fetched(client, file, tmp_path) == CONTENT
+
+
+async def test_what_is_here_whole_is_not_fetched_again_because_the_last_question_was_not_answered(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    file = put(comfyui, "a.bin", CONTENT)
+    comfyui.faults.add("HEAD", "/view", Fault.error(503))
+    assert await fetched(client, file, tmp_path) == CONTENT
+    assert comfyui.count("GET", "/view") == 2  # the file, and what lies behind its last byte
+
+
+async def test_a_server_that_stays_away_in_the_middle_of_a_download_is_given_up(
+    comfyui: ComfyUIEmulator, client: ComfyUIWorkflowClient, tmp_path: Path
+) -> None:
+    file = put(comfyui, "a.bin", CONTENT)
+    comfyui.faults.add("GET", "/view", Fault(rate=100_000))
+    fetching = asyncio.create_task(client.fetch(file, str(tmp_path / "a")))
+    await asyncio.sleep(3.5)
+    await comfyui.kill()
+    with pytest.raises(ServerUnreachable):
+        await fetching
+    assert not any(tmp_path.iterdir())  # noqa: ASYNC240
 
 
 @pytest.mark.fault(32)

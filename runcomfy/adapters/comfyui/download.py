@@ -285,8 +285,7 @@ class _Download:
                 hint="a cached run names files that may have been deleted since; run again with another seed",
                 details={**self._details, "status": status},
             )
-        if status != 404:
-            self._exchange.refuse_strangers(status, headers)
+        self._exchange.refuse_strangers(status, headers)
 
     async def _join(self, headers: Mapping[str, str]) -> None:
         """Make sure that the part that comes belongs behind what is here."""

@@ -156,7 +156,7 @@ class Exchange:
             return await self._read_again(path)
 
     async def ask(self, method: str, path: str, *, repeat: bool = True, **request: Any) -> Answer:
-        """Return the answer whatever its status; a 5xx or 429 counts as no answer.
+        """Return the answer whatever its status; a 5xx or 429 counts as no answer, but for a HEAD that is not known.
 
         `repeat` says that a second copy of this request does no harm.
         """
@@ -166,7 +166,8 @@ class Exchange:
     async def _ask_well(self, method: str, path: str, **request: Any) -> Answer:
         answer = await self.once(method, path, **request)
         self.refuse_strangers(answer.status, answer.headers)
-        if answer.status >= 500 or answer.status == 429:
+        unknown = method == "HEAD" and answer.status == 501  # what stands in between lets none through, also later
+        if (answer.status >= 500 and not unknown) or answer.status == 429:
             raise self.busy(answer)
         return answer
 
