@@ -41,7 +41,7 @@ lint: install
 	@$(BIN)/ruff check .
 
 types: install
-	@$(BIN)/mypy -n 2
+	@$(BIN)/mypy
 
 floors: install
 	@$(BIN)/lint-imports --no-cache
