@@ -146,6 +146,20 @@ async def test_a_job_that_nobody_awaits_is_ended_with_the_block(server: ComfyUIE
     assert [record.outcome for record in server.run_log] == ["interrupted"]
 
 
+async def test_whoever_waits_only_for_the_end_of_a_job_hears_nothing_of_how_it_ended(comfy: Connection) -> None:
+    broken = comfy.start(BROKEN)
+    await broken.ended()
+    with pytest.raises(NodeFailed):
+        await broken
+    slow = comfy.start(SLOW)
+    awaiting = asyncio.ensure_future(slow)
+    await asyncio.sleep(5)
+    awaiting.cancel()
+    await slow.ended()
+    with pytest.raises(asyncio.CancelledError):
+        await slow
+
+
 async def test_jobs_run_side_by_side(comfy: Connection) -> None:
     results = await asyncio.gather(*(comfy.run(SLOW, sets={"2.seed": n, "2.seconds": 1}) for n in range(5)))
     assert len({result.outputs[0].path for result in results}) == 5

@@ -80,6 +80,13 @@ async def test_the_same_key_finds_the_same_job_and_another_body_is_an_error(comf
     assert (await comfy.queue.counts())[QueueStatus.PENDING] == 1
 
 
+async def test_a_request_may_be_given_whole(comfy: Connection, picture: Path) -> None:
+    job = await comfy.queue.enqueue(JobRequest("image_invert", image=str(picture), seed=3), priority=9)
+    assert (job.status, job.priority, job.workflow_id) == (QueueStatus.PENDING, 9, "image_invert")
+    assert job.request is not None
+    assert job.request.seed == 3
+
+
 async def test_what_could_never_run_is_not_accepted(comfy: Connection, picture: Path) -> None:
     with pytest.raises(WorkflowNotFound):
         await comfy.queue.enqueue("no-such-workflow", image=picture)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runcomfy.conjure import progress_tracker as remembered
 from runcomfy.conjure.progress_tracker import MAX_WORKFLOWS, FluxMeshProgressTracker
 from runcomfy.domain.progress import Progress, Step
 from runcomfy.testing.clock import LoopClock
@@ -146,6 +147,26 @@ def test_memory_is_bounded_and_what_runs_stays_longest(tracker: FluxMeshProgress
         tracker.handle_workflow_completion(f"p{number}")
     assert len(tracker.active_workflows) == MAX_WORKFLOWS
     assert "runs" in tracker.active_workflows
+
+
+def test_a_workflow_of_more_nodes_than_are_remembered_goes_on_with_those_that_are(
+    tracker: FluxMeshProgressTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "MAX_NODES", 30)
+    tracker.start_workflow_tracking("generate_flux_mesh", "p", "c")
+    for number in range(29):
+        tracker.update_node_progress("p", f"other-{number}", "executed")
+    tracker.update_node_progress("p", "3", "executing")  # what it needs finds no room
+    known = tracker.update_node_progress("p", "24", "executed")
+    assert known is not None
+    assert (len(known.nodes), known.nodes["3"].status, "24" in known.nodes) == (30, "executing", False)
+    tracker.observe("p", Progress(Step.RUNNING, node_id="24", value=1.0, maximum=2.0))
+    tracker.observe("p", Progress(Step.FETCHING))
+    known = tracker.get_workflow_progress("p")
+    assert known is not None
+    assert (len(known.nodes), known.nodes["3"].status, "24" in known.nodes) == (30, "executed", False)
+    tracker.observe("p", Progress(Step.FINISHED))
+    assert bar(tracker) == 100
 
 
 def test_many_threads_may_tell_and_ask_at_once(tracker: FluxMeshProgressTracker) -> None:
