@@ -210,11 +210,13 @@ def _shown(path: str | os.PathLike[str]) -> str:
 
 
 def _decode_other(file: BinaryIO, form: str, max_pixels: int) -> None:
-    from PIL import Image
+    from PIL.BmpImagePlugin import BmpImageFile
+    from PIL.TiffImagePlugin import TiffImageFile
 
     file.seek(0)
     try:
-        with Image.open(file, formats=[form]) as picture:
+        # Not by `Image.open`: that has a limit of its own, and calls what is above it broken.
+        with (BmpImageFile if form == "BMP" else TiffImageFile)(file) as picture:
             width, height = picture.size
             if width * height > max_pixels:
                 raise TooManyPixels(width, height, max_pixels)

@@ -12,6 +12,8 @@ from runcomfy.adapters.media import check_input_file, check_input_image
 from runcomfy.domain.exceptions import InputFileInvalid, InputFileMissing
 from runcomfy.testing import samples
 
+BMP = samples.picture("BMP")
+
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_pictures_that_comfyui_can_load_are_accepted(tmp_path: Path, form: str) -> None:
@@ -32,6 +34,8 @@ def test_pictures_that_comfyui_can_load_are_accepted(tmp_path: Path, form: str) 
         (samples.picture("JPEG")[:300], "damaged"),
         (samples.picture("BMP")[:500], "damaged"),
         (samples.png_from(samples.png_header(10_000, 10_000)), "100 megapixels; 64 megapixels are allowed"),
+        (BMP[:18] + struct.pack("<ii", 10_000, 10_000) + BMP[26:], "100 megapixels; 64 megapixels are allowed"),
+        (BMP[:18] + struct.pack("<ii", 20_000, 20_000) + BMP[26:], "400 megapixels; 64 megapixels are allowed"),
         (struct.pack("<6sHHB", b"GIF89a", 10_000, 10_000, 0) + b"\0\0;", "100 megapixels"),
     ],
 )
