@@ -154,6 +154,8 @@ def test_a_named_file_brings_its_project_with_it(load: Load, project: Path, tmp_
     assert "names no file" in refused(load, config_file=tmp_path / "none.yaml").message
     loose = write(tmp_path / "loose.yaml", "slots: 3\nagent: {slots: 2}")
     assert load(config_file=loose).root == str(tmp_path)
+    plain = write(tmp_path / "elsewhere" / "config" / "global_config.yaml", "retry_limit: 4")
+    assert load(config_file=plain).root == str(tmp_path / "elsewhere")
 
 
 def test_the_projects_folder_may_be_named_in_the_environment_and_in_the_file(load: Load, tmp_path: Path) -> None:
@@ -330,6 +332,24 @@ def test_every_mistake_is_told_with_file_line_and_key(load: Load) -> None:
 )
 def test_what_cannot_be_is_refused(load: Load, text: str, words: str) -> None:
     assert words in refused(load, text, env={"RUNCOMFY_API_TOKEN": "t0ken"}).message
+
+
+def test_what_is_left_empty_is_as_if_it_were_not_there(load: Load) -> None:
+    names = [each.name for each in fields(QueueSettings) if each.name not in ("sources", "config_file")]
+    usual = load("")
+    for text in ("---\n", "paths:\nagent:\n", "retry_limit: ~\npoll_interval_ms: null\ndefault_priority:\n"):
+        assert {name: getattr(load(text), name) for name in names} == {name: getattr(usual, name) for name in names}
+    assert load(overrides={"retry_limit": None, "where": ""}).sources["retry_limit"] == "default"
+
+
+def test_a_folder_of_the_project_that_cannot_be_is_refused_once(load: Load, tmp_path: Path) -> None:
+    home = refused(load, env={"COMFYUI_AGENT_ROOT": "~nobodyhere/x"})
+    assert len(home.details["problems"]) == 1
+    assert "unknown user's home" in home.message
+    home = refused(load, "paths: {root: '~nobodyhere/x'}")
+    assert len(home.details["problems"]) == 1
+    none = refused(load, f"paths: {{root: '{(tmp_path / 'none').as_posix()}'}}")
+    assert "line 1, paths.root names no folder" in none.message
 
 
 def test_misspelt_keys_and_variables_are_named_with_what_was_meant(load: Load) -> None:

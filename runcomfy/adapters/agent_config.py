@@ -137,7 +137,9 @@ class _Loader:
 
     def _wrong(self, place: str, words: str, hint: str, key: str, *, colon: bool = False) -> None:
         separator = " " if words[:1].isalpha() and not colon else ": "
-        self._problems.append({"message": f"{place}{separator}{words}", "hint": hint, "setting": key, "place": place})
+        problem = {"message": f"{place}{separator}{words}", "hint": hint, "setting": key, "place": place}
+        if problem not in self._problems:  # the project's folder is read before all else, and again with it
+            self._problems.append(problem)
 
     def _error(self) -> SettingInvalid:
         problems = self._problems
@@ -253,7 +255,9 @@ class _Loader:
         if new_root is None:
             return given, None
         chosen = self._read({"root": new_root}).get("root")
-        if chosen is None or not Path(chosen).is_dir():
+        if chosen is None:
+            return given, None
+        if not Path(chosen).is_dir():
             self._wrong(new_root.place, "names no folder", "name a folder", "root")
             return given, None
         return {name: replace(each, base=Path(chosen)) for name, each in given.items()}, Path(chosen)
