@@ -349,6 +349,7 @@ def test_a_users_prices_may_stand_alone(tmp_path: Path) -> None:
         'as_of = 2027-01-02\n[types."two words"]\npayg = 1',
         "as_of = 2027-01-02\nformat = 2\n[types.medium]\npayg = 1",
         "as_of = 2027-01-02\nx = " + "[" * 5000,
+        "as_of = 2027-01-02\n[types.medium]\npayg = 1\n" + "#" * 1024 * 1024,
     ],
 )
 def test_a_broken_rate_table_is_refused_by_name(tmp_path: Path, text: str) -> None:

@@ -104,6 +104,7 @@ def test_machines_that_are_kept_are_not_more_than_may_be_rented() -> None:
         ("LATENCY_TARGET", "0"),
         ("KEEP_ALIVE", "-1s"),
         ("KEEP_ALIVE", "soon"),
+        ("KEEP_ALIVE", "8785h"),
         ("PLAN_EVERY", "0"),
         ("FLIP_LIMIT", "2.5"),
         ("SLOW_FACTOR", "1"),

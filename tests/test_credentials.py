@@ -291,6 +291,19 @@ def test_a_file_found_by_chance_cannot_send_the_users_token_elsewhere(home: Path
         load_settings(env={"RUNCOMFY_API_TOKEN": TOKEN}, cwd=home)
 
 
+def test_a_file_found_by_chance_may_send_the_users_token_to_this_computer(home: Path) -> None:
+    write(home / "credentials.txt", f"userID:{USER}\nRUNCOMFY_API_BASE_URL:http://127.0.0.1:8080")
+    settings = load_settings(env={"RUNCOMFY_API_TOKEN": TOKEN}, cwd=home)
+    assert settings.cloud.base_url == "http://127.0.0.1:8080"
+
+
+def test_a_misspelt_key_of_the_file_is_named_with_what_was_meant(home: Path) -> None:
+    warnings = load(home, f"{GOOD}\nRUNCOMFY_API_TOKN:x\nmy_own_note:x").warnings
+    [told] = [warning for warning in warnings if "is not a key" in warning]
+    assert told.startswith("RUNCOMFY_API_TOKN in ")
+    assert told.endswith("did you mean RUNCOMFY_API_TOKEN?")
+
+
 def test_a_file_may_name_the_address_for_its_own_tokens(home: Path) -> None:
     write(home / "credentials.txt", f"{GOOD}\nRUNCOMFY_API_BASE_URL:https://beta-api.runcomfy.net")
     assert load_settings(env={}, cwd=home).cloud.base_url == "https://beta-api.runcomfy.net"

@@ -155,6 +155,21 @@ def test_the_console_gets_a_line_for_people(tmp_path: Path, capsys: pytest.Captu
     assert shown.err.endswith(" warning machine_lost machine=m-1 token=***\n")
 
 
+def test_a_program_without_a_standard_error_loses_nothing_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(settings(tmp_path), console=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)  # as in a program with windows and without a console
+        log.warning("machine_lost")
+    log.warning("machine_found")
+    assert [line["event"] for line in lines(tmp_path / "state" / "logs" / "comfyctl.log")] == [
+        "machine_lost",
+        "machine_found",
+    ]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 # --- secrets ------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from runcomfy.adapters.media_mesh import EMBEDDED_LIMIT
 from runcomfy.domain.job import OutputKind
 from runcomfy.ports.results import Media
 from runcomfy.testing import samples
@@ -162,6 +163,42 @@ def test_gltf_in_json_must_carry_its_buffers(inspect: Inspect, refusal: Refusal)
     assert (found.extension, found.details["vertices"]) == (".gltf", 4)
     document["buffers"][0]["uri"] = "mesh.bin"
     assert "never fetched" in refusal(json.dumps(document).encode(), MESH)
+    document["buffers"][0]["uri"] = "data:application/octet-stream," + "A" * len(binary)
+    assert "in a form that is not read" in refusal(json.dumps(document).encode(), MESH)
+
+
+def test_gltf_in_json_is_read_up_to_a_size(refusal: Refusal) -> None:
+    whole = json.dumps(samples.gltf()[0]).encode()
+    assert "more than 64 MB is not read" in refusal(whole + b" " * EMBEDDED_LIMIT, MESH)
+
+
+def test_a_texture_may_lie_in_the_file_itself(inspect: Inspect, refusal: Refusal) -> None:
+    document, binary = samples.gltf()
+    document["images"] = [{"bufferView": 0}, {"bufferView": 1}, {"uri": "data:image/png;base64,iVBORw0K"}]
+    assert inspect(samples.glb(document, binary), MESH).details["vertices"] == 4
+    document["images"][1] = {"bufferView": len(document["bufferViews"])}
+    assert "textures has no data" in refusal(samples.glb(document, binary), MESH)
+
+
+def test_positions_may_be_whole_numbers(inspect: Inspect) -> None:
+    document, _ = samples.gltf()  # as KHR_mesh_quantization has them
+    points = struct.pack("<12H", *[0xFFFF] * 12)
+    document["bufferViews"][0] |= {"byteLength": len(points)}
+    document["accessors"][0] |= {"componentType": 5123}
+    faces = struct.pack("<12H", *[number for face in samples.FACES for number in face])
+    document["bufferViews"][1] |= {"byteOffset": len(points), "byteLength": len(faces)}
+    document["buffers"][0]["byteLength"] = len(points + faces)
+    assert inspect(samples.glb(document, points + faces), MESH).details["vertices"] == 4
+
+
+def test_positions_that_are_all_replaced_need_no_data_of_their_own(inspect: Inspect, refusal: Refusal) -> None:
+    document, binary = samples.gltf()
+    accessor = document["accessors"][0]
+    accessor["sparse"] = {"count": 4, "indices": {"bufferView": 1, "componentType": 5123}, "values": {"bufferView": 0}}
+    del accessor["bufferView"]
+    assert inspect(samples.glb(document, binary), MESH).details["vertices"] == 4
+    del accessor["sparse"]
+    assert "have no data" in refusal(samples.glb(document, binary), MESH)
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,12 @@ def test_what_stands_before_the_segment_and_odd_numbers_are_passed_over(inspect:
     assert "seconds" not in inspect(endless).details
     live = samples.webm(live=True)
     assert inspect(live + samples.element(b"\x1f\x43\xb6\x75", samples.element(b"\xe7", b"\0"))).details["width"] == 64
+    for track, ending, mime in ((1, ".mkv", "video/x-matroska"), (2, ".mka", "audio/x-matroska")):
+        web, mkv = (
+            samples.element(b"\x1a\x45\xdf\xa3", samples.element(b"\x42\x82", kind)) for kind in (b"webm", b"matroska")
+        )
+        other = samples.webm(track=track).replace(web, mkv)
+        assert (inspect(other).extension, inspect(other).mime) == (ending, mime)
     wide = samples.webm().replace(samples.element(b"\xb0", b"\x40"), samples.element(b"\xb1", b"\x40"))
     assert "width" not in inspect(wide).details
 
