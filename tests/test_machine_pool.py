@@ -335,7 +335,8 @@ async def test_a_job_that_waits_behind_one_of_its_workflow_finds_the_machine_war
     pool.done(first)
     pool.done(second)
     await asyncio.sleep(1)
-    assert [work.cold for work in await program.store.works()] == [True, False]
+    cold = {work.job_id: work.cold for work in await program.store.works()}
+    assert cold == {first.job_id: True, second.job_id: False}
     await pool.close()
 
 

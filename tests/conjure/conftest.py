@@ -24,8 +24,11 @@ from launcher.part import open_backend
 from launcher.routes import conjure
 from runcomfy.application.service import ServeOptions
 from runcomfy.bootstrap import App
+from runcomfy.conjure.client import ConjureAPIClient
+from runcomfy.domain.settings import CloudSettings, Settings
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
+from runcomfy.testing.programs import settings_for
 
 RENDER = Path("data/generated_images/gestureCamera/render.png")
 STATE = Path("data/input/state.json")
@@ -43,6 +46,24 @@ def lay_out(root: Path) -> Path:
     (root / PROMPT).parent.mkdir(parents=True)
     (root / PROMPT).write_text("a bronze statue\n", encoding="utf-8")
     return root
+
+
+@pytest.fixture
+def settings(cloud_settings: CloudSettings, tmp_path: Path) -> Settings:
+    """The defaults with the emulated account, in a folder of their own."""
+    return settings_for(cloud_settings, tmp_path)
+
+
+@pytest.fixture
+def open_app(settings: Settings, clock: LoopClock) -> Callable[..., App]:
+    """What opens the product for one call of CONJURE's."""
+    return lambda given=None: App(given or settings, clock=clock, launches=False)
+
+
+@pytest.fixture
+def client(settings: Settings, open_app: Callable[..., App]) -> ConjureAPIClient:
+    """CONJURE's client of the account."""
+    return ConjureAPIClient(office=open_app, settings=settings)
 
 
 @pytest.fixture

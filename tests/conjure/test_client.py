@@ -18,24 +18,8 @@ from runcomfy.domain.settings import CloudSettings, Settings
 from runcomfy.runcomfy_client import MachineInfo, MachineStatus, RunComfyAPIClient, ServerType, WorkflowInfo
 from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import settings_for
 
 Make = Callable[..., ConjureAPIClient]
-
-
-@pytest.fixture
-def settings(cloud_settings: CloudSettings, tmp_path: Path) -> Settings:
-    return settings_for(cloud_settings, tmp_path)
-
-
-@pytest.fixture
-def open_app(settings: Settings, clock: LoopClock) -> Callable[..., App]:
-    return lambda given=None: App(given or settings, clock=clock, launches=False)
-
-
-@pytest.fixture
-def client(settings: Settings, open_app: Callable[..., App]) -> ConjureAPIClient:
-    return ConjureAPIClient(office=open_app, settings=settings)
 
 
 async def test_launch_wait_look_and_stop_as_conjure_does(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -12,25 +11,7 @@ from runcomfy.bootstrap import App
 from runcomfy.conjure.client import ConjureAPIClient
 from runcomfy.domain.exceptions import RunComfyError
 from runcomfy.domain.machine import Machine, MachineState, ServerId
-from runcomfy.domain.settings import CloudSettings, Settings
-from runcomfy.testing.clock import LoopClock
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
-from runcomfy.testing.programs import settings_for
-
-
-@pytest.fixture
-def settings(cloud_settings: CloudSettings, tmp_path: Path) -> Settings:
-    return settings_for(cloud_settings, tmp_path)
-
-
-@pytest.fixture
-def open_app(settings: Settings, clock: LoopClock) -> Callable[..., App]:
-    return lambda given=None: App(given or settings, clock=clock, launches=False)
-
-
-@pytest.fixture
-def client(settings: Settings, open_app: Callable[..., App]) -> ConjureAPIClient:
-    return ConjureAPIClient(office=open_app, settings=settings)
 
 
 async def row_of(open_app: Callable[..., App], server_id: str) -> Machine | None:
