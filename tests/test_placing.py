@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -10,17 +11,17 @@ from typing import Any
 import pytest
 
 from runcomfy.application.placing import Place
-from runcomfy.domain.exceptions import MachineLost
+from runcomfy.domain.exceptions import MachineLost, StoreUnavailable
 from runcomfy.domain.job import JobId
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, discrepancies
 from runcomfy.testing.programs import start_dev as start
 
 
-def at(program: Program, *, server_type: str | None = None) -> Any:
+def at(program: Program, *, server_type: str | None = None, job: str = "job-1") -> Any:
     steps: list[str] = []
     return program.placer.at(
-        server_url=None, server_type=server_type, job_id=JobId("job-1"), show=lambda _: None, step=steps.append
+        server_url=None, server_type=server_type, job_id=JobId(job), show=lambda _: None, step=steps.append
     )
 
 
@@ -33,6 +34,49 @@ async def test_a_job_uses_the_dev_server_and_leaves_it_running(cloud: RunComfyEm
     assert place.bill[0].seconds >= 120
     assert await program.store.uses([machine.id]) == []
     assert cloud.billing == [machine.server_id]
+    await program.dev.shutdown()
+
+
+def frugal(programs: Programs) -> Programs:
+    """Programs of somebody who has CONJURE_AUTO_SHUTDOWN on, on the same computer."""
+    app = replace(programs.settings.app, auto_shutdown=True)
+    saving = Programs(programs.cloud, replace(programs.settings, app=app), programs.clock)
+    saving.processes = programs.processes
+    return saving
+
+
+async def test_the_last_job_on_a_dev_server_stops_it_if_that_is_wished(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    await start(program)
+    async with frugal(programs).start() as saving:
+        async with at(program):
+            async with at(saving, job="job-2") as place:
+                assert place.kind == "dev server"
+            assert "CONJURE_AUTO_SHUTDOWN is on: another job uses it" in saving.said[-1]
+            assert cloud.billing == cloud.launched
+        assert cloud.billing == cloud.launched
+        async with at(saving):
+            pass
+        assert cloud.alive == []
+        assert await discrepancies(cloud, saving) == []
+
+
+async def test_a_dev_server_is_not_stopped_while_the_books_cannot_say_who_else_uses_it(
+    cloud: RunComfyEmulator, programs: Programs, program: Program
+) -> None:
+    locked = False
+
+    def visit(place: str) -> None:
+        if locked and place == "before store.uses":
+            raise StoreUnavailable("the database is locked")
+
+    await start(program)
+    async with frugal(programs).start(visit=visit) as saving:
+        async with at(saving):
+            locked = True
+        assert "another job uses it" in saving.said[-1]
+    assert cloud.billing == cloud.launched
     await program.dev.shutdown()
 
 
