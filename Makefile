@@ -51,7 +51,7 @@ check: lint types floors compiled
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Which lines and branches of runcomfy/ the tests reach, the programs included that they start; measuring it makes them
-# half as slow again. `RECORD=1` keeps the figures.
+# half as slow again. `RECORD=1` keeps the figures. Python 3.11 counts too little; see benchmarks/coverage_report.py.
 coverage: compiled
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report= $(ARGS); \
 		status=$$?; RECORD=$(RECORD) $(BIN)/python -m benchmarks.coverage_report && exit $$status

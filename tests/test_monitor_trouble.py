@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import pytest
 import pytest_asyncio
 
 from runcomfy.adapters.stores.jobs import SqlJobs
+from runcomfy.application.monitor import LOOKED_AT_AGAIN
 from runcomfy.bootstrap import App
-from runcomfy.domain.exceptions import FolderWatched, InputFileMissing, LocalError, StoreUnavailable
+from runcomfy.domain.exceptions import FolderWatched, InputFileMissing, JobFileInvalid, LocalError, StoreUnavailable
 from runcomfy.domain.queued import EventKind, Ingested, NewJob, QueuedJob, QueueStatus
+from runcomfy.ports.job_files import FoundFile
 from runcomfy.testing.clock import START, LoopClock
-from runcomfy.testing.job_folders import NAME, Project, Watching, a_project, job_text, settle
+from runcomfy.testing.job_folders import NAME, Counting, Project, Watching, a_project, job_text, settle
 
 
 @pytest_asyncio.fixture
@@ -243,3 +247,112 @@ async def test_a_stopped_monitor_leaves_at_once(project: Project) -> None:
     stop.set()
     await running
     assert asyncio.get_running_loop().time() - before < 0.1
+
+
+# --- files that change while they are read, and systems without locks -----------------------------------------
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Path], None]]:
+    """What others do to a file just before it is read, the last first; the very first for ever."""
+    deeds: list[Callable[[Path], None]] = []
+    reads = Counting.read
+
+    def read(self: Counting, found: FoundFile) -> bytes | JobFileInvalid | None:
+        if deeds:
+            (deeds.pop() if len(deeds) > 1 else deeds[0])(Path(found.path))
+        return reads(self, found)
+
+    monkeypatch.setattr(Counting, "read", read)
+    return deeds
+
+
+def goes_on(path: Path) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("# more\n")
+
+
+def nothing(_: Path) -> None:
+    pass
+
+
+def makes_it_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+async def test_a_file_that_is_added_while_it_is_written_is_taken_once_it_is_whole(
+    project: Project, meanwhile: list[Callable[[Path], None]]
+) -> None:
+    path = project.drop()
+    meanwhile.extend([nothing, goes_on, goes_on, goes_on])
+    what, job = await project.monitor().add(str(path))
+    assert (what, job.config_name) == (Ingested.NEW, NAME)
+
+
+async def test_a_file_that_is_written_for_ever_is_not_added(
+    project: Project, meanwhile: list[Callable[[Path], None]]
+) -> None:
+    path = project.drop()
+    meanwhile.append(goes_on)
+    with pytest.raises(JobFileInvalid, match="is still being written"):
+        await project.monitor().add(str(path))
+    assert await project.store.job(NAME) is None
+
+
+async def test_what_cannot_be_read_any_more_is_said_to_who_adds_it_and_to_who_watches(
+    project: Project, meanwhile: list[Callable[[Path], None]]
+) -> None:
+    path = project.drop()
+    meanwhile.append(makes_it_a_folder)
+    with pytest.raises(JobFileInvalid, match="cannot be read"):
+        await project.monitor().add(str(path))
+    path.rmdir()
+    project.drop()
+    long_ago = START.timestamp() - 3_600
+    os.utime(path, (long_ago, long_ago))
+    async with Watching(project.monitor()):
+        await asyncio.sleep(5)
+    (said,) = project.said
+    assert "cannot be read" in said
+
+
+async def test_a_file_that_changes_while_it_is_read_is_taken_when_it_has_settled(
+    project: Project, meanwhile: list[Callable[[Path], None]]
+) -> None:
+    project.drop()
+    meanwhile.extend([nothing, goes_on])
+    Counting.opened.clear()
+    async with Watching(project.monitor()):
+        await asyncio.sleep(10)
+    assert Counting.opened == [NAME, NAME]
+    assert (await project.job()).status is QueueStatus.PENDING
+    assert project.said == [f"{NAME}: in the queue"]
+
+
+async def test_of_many_broken_files_each_is_told_once(project: Project) -> None:
+    """Refused files are looked at again, some at each look, for what they lack may have come."""
+    for number in range(LOOKED_AT_AGAIN + 5):
+        project.drop("hello", name=f"{number}.yaml")
+    async with Watching(project.monitor()):
+        await asyncio.sleep(120)
+    assert len(project.said) == LOOKED_AT_AGAIN + 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="looks at POSIX locks")
+async def test_on_a_file_system_without_locks_it_is_said_once_that_one_monitor_is_to_watch(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    project.drop()
+    async with Watching(project.monitor()):
+        await asyncio.sleep(10)
+    said, taken = project.said
+    assert "make sure that only one monitor watches it" in said
+    assert taken == f"{NAME}: in the queue"
+    assert (await project.job()).status is QueueStatus.PENDING
