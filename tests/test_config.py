@@ -128,6 +128,8 @@ def test_a_variable_sets_its_field(name: str, text: str, section: str, field: st
         ("RUNCOMFY_LOG_LEVEL", "loud"),
         ("RUNCOMFY_STATE_DIR", "~nobody-of-that-name/state"),
         ("RUNCOMFY_STATE_COPIES", "~nobody-of-that-name/state"),
+        ("RUNCOMFY_STATE_DIR", "state\0"),
+        ("RUNCOMFY_SERVERLESS_FILE_HOSTS", "files.example, two words"),
         ("RUNCOMFY_RATES_FILE", "nowhere.toml"),
         ("RUNCOMFY_API_BASE_URL", "api.runcomfy.net"),
         ("RUNCOMFY_API_BASE_URL", "ftp://api.runcomfy.net"),

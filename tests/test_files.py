@@ -219,6 +219,25 @@ def test_flushing_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
             fsync_directory(tmp_path / "gone")
 
 
+@posix
+def test_a_file_system_that_cannot_flush_folders_does_as_well_as_it_can_and_a_broken_disk_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = errno.EINVAL
+    flushed: list[int] = []
+
+    def fsync(fd: int) -> None:
+        flushed.append(fd)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    fsync_directory(tmp_path)
+    code = errno.EIO
+    with pytest.raises(LocalError):
+        fsync_directory(tmp_path)
+    assert len(flushed) == 2
+
+
 # --- opening ---
 
 

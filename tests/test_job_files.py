@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import workflows
-from runcomfy.adapters.job_files import FOLDERS, YamlJobFiles
+from runcomfy.adapters.job_files import DEEPEST, FOLDERS, YamlJobFiles
 from runcomfy.adapters.workflow_registry import WorkflowRegistry
 from runcomfy.adapters.yaml_text import MAX_BYTES, read_yaml
 from runcomfy.domain.exceptions import FolderWatched, InputFileMissing, JobFileInvalid
@@ -391,6 +391,24 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     assert [found.name for found in scan.files] == [NAME]
     assert sorted(Path(each.path).name for each in scan.strange) == ["link.yaml", "up"]
     assert {each.why for each in scan.strange} == {"it is a link"}
+
+
+def test_what_is_no_file_or_lies_very_deep_is_not_taken(tmp_path: Path) -> None:
+    dropped(tmp_path, GUIDE)
+    processing = tmp_path / "jobs" / "processing"
+    deepest = processing.joinpath(*(["d"] * DEEPEST))
+    deepest.mkdir(parents=True)
+    (deepest / "deep.yaml").write_text(GUIDE)
+    (deepest / "deeper").mkdir()
+    (deepest / "deeper" / "lost.yaml").write_text(GUIDE)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(processing / "pipe.yaml")
+        (processing / "notes").symlink_to(tmp_path / "jobs" / "nothing-there")  # nothing that anybody would wait for
+    scan = job_files(tmp_path).scan()
+    assert sorted(found.name for found in scan.files) == sorted([NAME, "deep.yaml"])
+    (strange,) = scan.strange
+    assert strange.path == str(deepest / "deeper")
+    assert strange.why == f"it is more than {DEEPEST} folders deep"
 
 
 def test_a_file_that_became_a_link_after_it_was_found_is_not_read(tmp_path: Path) -> None:

@@ -310,6 +310,8 @@ def test_the_command_writes_without_any_account(
     assert call(comfyctl, ["presence", "batch", "--jobs", "20", "--work", "20m", "--at", "+1h", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["kind"], said["jobs"], said["work_seconds"]) == ("batch", 20, 1200)
+    assert call(comfyctl, ["presence", "batch", "--source", "night", "--jobs", "20", "--work", "20m"]) == 0
+    assert "20 jobs of night are expected at" in capsys.readouterr().out
     assert call(comfyctl, ["presence", "intent"]) == 0
     assert call(comfyctl, ["presence", "left", "--source", "conjure"]) == 0
     assert "conjure has left" in capsys.readouterr().out
