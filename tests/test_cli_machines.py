@@ -238,3 +238,24 @@ async def test_a_wrong_budget_keeps_nobody_from_stopping_and_an_empty_id_is_refu
     assert code == 0
     assert f"{stranger.server_id}: stopped" in out
     assert (await comfy("serve", "--once"))[0] == 3
+
+
+async def test_who_watches_an_account_that_cannot_be_asked_is_told_so_at_once(
+    cloud: RunComfyEmulator, comfy: Command
+) -> None:
+    cloud.next_call("GET servers", status=401, times=None)
+    code, out, err = await comfy("machines", "ls", "--watch")
+    assert code != 0
+    assert out == ""
+    assert "RUNCOMFY_API_TOKEN" in err
+
+
+async def test_the_story_of_a_machine_names_for_whom_it_was_and_what_ran_on_it(
+    cloud: RunComfyEmulator, comfy: Command
+) -> None:
+    stranger = cloud.foreign("large")
+    await comfy("machines", "adopt", stranger.server_id)
+    code, out, err = await comfy("machines", "show", stranger.server_id)
+    assert code == 0, err
+    assert re.search(r"ready; \$1\.75 per hour, .*; stops ", out.splitlines()[1])
+    await comfy("machines", "stop", stranger.server_id)
