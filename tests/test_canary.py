@@ -17,7 +17,7 @@ from runcomfy.application.canary import Canary
 from runcomfy.application.doctor import lease_finding
 from runcomfy.application.guard import Guard
 from runcomfy.cli.main import call, comfyctl
-from runcomfy.domain.exceptions import MachineLost
+from runcomfy.domain.exceptions import MachineLost, ValueInvalid
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.programs import Program, Programs, discrepancies
 
@@ -91,12 +91,22 @@ async def test_a_machine_that_somebody_stops_proves_nothing(cloud: RunComfyEmula
     assert await discrepancies(cloud, program) == []
 
 
+async def test_where_no_type_is_cheap_enough_nothing_is_planned_or_rented(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    async with programs.start(max_usd_per_hour=Decimal("0.01")) as poor:
+        with pytest.raises(ValueInvalid, match="no machine type is cheap enough") as caught:
+            Canary(poor.machines, tell=poor.said.append).plan()
+    assert "RUNCOMFY_MAX_USD_PER_HOUR" in str(caught.value.hint)
+    assert cloud.launched == []
+
+
 class TestTheCommand:
     """With a lease of a second, and a cloud in real time."""
 
     pytestmark = [
         pytest.mark.looptime(False),
-        pytest.mark.cloud(comfyui=False, now=None, boot_time=0.2, delete_takes=0.1, rate_limit=False),
+        pytest.mark.cloud(comfyui=False, now=None, boot_time=0, delete_takes=0, rate_limit=False),
     ]
 
     @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from runcomfy.domain.moment import moment
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 from runcomfy.testing.past import Past
 
-pytestmark = pytest.mark.cloud(comfyui=False, now=None, boot_time=0.2, delete_takes=0.1, rate_limit=False)
+pytestmark = pytest.mark.cloud(comfyui=False, now=None, boot_time=0, delete_takes=0, rate_limit=False)
 
 Command = Callable[..., Any]
 

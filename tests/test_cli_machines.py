@@ -14,7 +14,7 @@ import pytest
 from runcomfy.cli.main import call, comfyctl
 from runcomfy.testing.emulators.runcomfy import RunComfyEmulator
 
-pytestmark = pytest.mark.cloud(comfyui=False, now=None, boot_time=0.2, delete_takes=0.1, rate_limit=False)
+pytestmark = pytest.mark.cloud(comfyui=False, now=None, boot_time=0, delete_takes=0, rate_limit=False)
 
 Command = Callable[..., Any]
 

@@ -148,7 +148,7 @@ async def write_lonely_jobs(count: int, *, signals: bool = False) -> None:
                 await machines.store.signal(Signal(SignalKind.LEFT, "conjure", ready + timedelta(minutes=2)))
 
 
-cloud_without_servers = pytest.mark.cloud(comfyui=False, now=None, boot_time=0.2, delete_takes=0.1, rate_limit=False)
+cloud_without_servers = pytest.mark.cloud(comfyui=False, now=None, boot_time=0, delete_takes=0, rate_limit=False)
 
 
 @cloud_without_servers
