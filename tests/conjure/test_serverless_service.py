@@ -21,7 +21,14 @@ from launcher.conjure.engine import DirectEngine, close_engines
 from launcher.conjure.serverless import ServerlessGenerationService
 from launcher.generation_services import get_generation_service
 from runcomfy.bootstrap import App
-from runcomfy.domain.exceptions import DeploymentUnusable, GpuOutOfMemory, InputFileInvalid, JobTimeout, OutputMissing
+from runcomfy.domain.exceptions import (
+    DeploymentUnusable,
+    GpuOutOfMemory,
+    InputFileInvalid,
+    JobTimeout,
+    OutputMissing,
+    RequestNotFound,
+)
 from runcomfy.serverless_client import RequestStatus, ServerlessRequest, ServerlessRunComfyClient
 from runcomfy.serverless_service import ServerlessRunComfyService
 from runcomfy.testing.clock import LoopClock
@@ -444,6 +451,23 @@ def test_overrides_name_steps_only_where_they_differ(project: Path) -> None:
     other = client.build_conjure_overrides("a cat", str(RENDER), 5, steps_flux=30, steps_partpacker=60)
     assert other["43"] == {"inputs": {"value": 60}}
     assert other["44"] == {"inputs": {"value": 30}}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed"), [(None, 5), (b"a cat", 5), ("a cat", True), ("a cat", -1), ("a cat", 2**80), ("a cat", "7")]
+)
+def test_what_no_request_can_hold_is_a_value_error(project: Path, prompt: Any, seed: Any) -> None:
+    with pytest.raises(ValueError, match=r"the prompt is not a text|is not a whole number from 0 to"):
+        ServerlessRunComfyClient().build_conjure_overrides(prompt, str(RENDER), seed)
+
+
+@pytest.mark.parametrize("name", ["", "../../servers", "a b", "x" * 500])
+async def test_what_cannot_be_the_id_of_a_request_is_not_asked_for(
+    client: ServerlessRunComfyClient, deployment: ServerlessEmulator, name: str
+) -> None:
+    with pytest.raises(RequestNotFound, match="cannot be the id of a request"):
+        await client.get_request_status(name)
+    assert deployment.calls == []
 
 
 def test_a_client_without_settings_is_there_but_not_available(project: Path) -> None:

@@ -320,6 +320,17 @@ async def test_a_result_that_is_gone_or_elsewhere_is_told_at_once(
     assert not [call for call in deployment.calls if "elsewhere" in call.path]
 
 
+async def test_a_result_that_never_comes_is_given_up_in_time(
+    deployment: ServerlessEmulator, settings: Settings, clock: LoopClock, tmp_path: Path
+) -> None:
+    deployment.file_faults = ["never"] * 10
+    hurried = replace(settings.comfy, download_timeout=timedelta(seconds=40))
+    async with RunComfyServerless(settings.serverless, settings.cloud, clock=clock, files=hurried) as api:
+        with pytest.raises(errors.DownloadFailed, match="it took longer than 40 s"):
+            await run(ServerlessRuns(api, DiskResults(settings.files), settings, clock))
+    assert left(tmp_path / "out") == []
+
+
 async def test_a_result_beyond_the_limit_is_not_kept(
     deployment: ServerlessEmulator, settings: Settings, clock: LoopClock, tmp_path: Path
 ) -> None:
