@@ -35,6 +35,17 @@ def test_a_promise_that_is_broken_on_purpose_is_named_with_its_story_and_the_com
     assert "comfyctl simulate --seed 3 --hours 2 --break I17 --trace" in out
 
 
+def test_the_story_of_one_job_is_all_that_is_printed_of_the_day_beside_what_was_broken(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = typed(capsys, "--seed", "3", "--hours", "2", "--break", "i17", "--story", "job-1")
+    assert code == 1
+    lines = out.splitlines()
+    assert any("job-1: done in" in line for line in lines)
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["I17", "I17"]
+    assert "job-2" not in out
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
