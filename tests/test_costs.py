@@ -270,7 +270,7 @@ async def test_what_is_committed_is_in_every_forecast(
 async def test_budgets_are_shown_with_what_is_committed_and_left(app: App, clock: LoopClock, past: Past) -> None:
     machines, _ = await app.cloud()
     machine = await past.machine(clock.now() - timedelta(hours=2), timedelta(hours=1))
-    await past.job(machine, 0, 600, user="ann")
+    await past.job(machine, 0, 600, user="ann", project="film")
     await past.job(machine, 700, 200, user="bob")
     machines.books.settings = replace(
         app.settings,
@@ -279,6 +279,7 @@ async def test_budgets_are_shown_with_what_is_committed_and_left(app: App, clock
             Budget(Period.DAY, Decimal(5), Decimal(3)),
             Budget(Period.MONTH, user="*", hard=Decimal(2)),
             Budget(Period.MONTH, user="bob", hard=Decimal(9)),
+            Budget(Period.MONTH, project="*", hard=Decimal(4)),
         ),
     )
     states = {state.budget.name: state for state in await CostOptimizer(machines.books).budgets()}
@@ -289,7 +290,8 @@ async def test_budgets_are_shown_with_what_is_committed_and_left(app: App, clock
     assert states["month of user bob"].committed == Decimal("0.99") * 200 / 800
     assert states["month of user bob"].budget.hard == 9
     assert states["run"].window.end is None
-    assert len(states) == 4
+    assert states["month of project film"].committed == states["month of user ann"].committed
+    assert len(states) == 5
 
 
 async def test_advice_says_where_money_goes_and_what_is_cheaper(app: App, past: Past, clock: LoopClock) -> None:
@@ -315,10 +317,25 @@ async def test_advice_names_a_type_on_which_a_run_costs_less(app: App, past: Pas
         machine = await past.machine(clock.now() - timedelta(days=1), timedelta(hours=4), server_type=server_type)
         for second in range(0, 4 * 3_000, 3_000):
             await past.job(machine, second, seconds)
+        work = await past.job(machine, 4 * 3_000, 60, workflow="broken")
+        await machines.store.put_work(replace(work, outcome="failed"))  # what does not work is not cheaper anywhere
     found = [one for one in await CostOptimizer(machines.books).advice() if one.what == "run portrait on medium"]
     (advice,) = found
     assert advice.why == "a run of portrait computes for $0.8250 there and for $1.2475 on 2x-large"
     assert advice.usd == Decimal("1.69")
+
+
+async def test_advice_for_machines_that_idle_between_jobs_is_to_send_jobs_together(
+    app: App, past: Past, clock: LoopClock
+) -> None:
+    machines, _ = await app.cloud()
+    machine = await past.machine(clock.now() - timedelta(days=1), timedelta(hours=4))
+    for second in range(0, 4 * 3_600, 300):
+        await past.job(machine, second, 60)
+    [advice] = [one for one in await CostOptimizer(machines.books).advice() if "idle time" in one.why]
+    assert "send jobs together" in advice.what
+    assert advice.usd is not None
+    assert abs(advice.usd - Decimal("3.96") * 240 / 300) < CENT  # computes 60 s of each 300 s
 
 
 # --- estimates ------------------------------------------------------------------------------------------------
@@ -394,10 +411,31 @@ async def test_books_that_are_right_have_no_gap(app: App, money: CostOptimizer, 
     assert cloud.alive == []
 
 
-async def test_a_machine_that_came_back_is_a_gap_and_a_strangers_is_a_note(
+async def test_launches_that_started_nothing_and_machines_that_still_start_are_no_gap(
     app: App, money: CostOptimizer, cloud: RunComfyEmulator
 ) -> None:
+    cloud.next_call("POST servers", status=500, works=False)
+    _, dev = await app.cloud()
+    starting = asyncio.create_task(dev.start(server_type="medium", duration=timedelta(hours=1)))
+    await asyncio.sleep(200)
+    assert (len(cloud.alive), len(cloud.billing)) == (1, 0)
+    checked = await money.check()
+    assert (checked.machines, checked.findings) == (2, ())
+    await starting
+    await dev.shutdown()
+
+
+async def test_without_a_provider_there_is_nothing_to_check_against(app: App) -> None:
+    machines, _ = await app.cloud()
+    with pytest.raises(ValueInvalid, match="there is no provider to compare with"):
+        await CostOptimizer(machines.books).check()
+
+
+async def test_a_machine_that_came_back_is_a_gap_and_a_strangers_is_a_note(
+    app: App, money: CostOptimizer, cloud: RunComfyEmulator, clock: LoopClock
+) -> None:
     await run(app, 30)
+    await asyncio.sleep(60)
     (ours,) = cloud.machines.values()
     stranger = cloud.foreign("large")
     assert [(finding.kind, finding.gap) for finding in (await money.check()).findings] == [("not-ours", False)]
@@ -409,6 +447,7 @@ async def test_a_machine_that_came_back_is_a_gap_and_a_strangers_is_a_note(
     assert found[ours.server_id].kind == "gone-but-listed"
     assert found[ours.server_id].gap
     assert not found[stranger.server_id].gap
+    assert [one.gap for one in (await money.check(since=clock.now())).findings if one.what == ours.server_id] == [True]
 
 
 async def test_a_machine_that_the_provider_no_longer_lists_is_a_gap(
@@ -453,8 +492,9 @@ async def test_a_ledger_that_does_not_cover_the_bill_is_a_gap(
     missing = await past.machine(at, timedelta(hours=2), posts=False)
     twice = await past.machine(at, timedelta(hours=1))
     dear = await past.machine(at, timedelta(hours=1), posts=False)
-    entry = LedgerEntry(twice.id, at, at + timedelta(minutes=30), twice.usd_per_hour, Decimal("0.495"), at)
-    wrong = replace(entry, machine_id=dear.id, ended_at=at + timedelta(hours=1), amount_usd=Decimal(7))
+    later, until = at + timedelta(minutes=10), at + timedelta(minutes=40)
+    entry = LedgerEntry(twice.id, later, until, twice.usd_per_hour, Decimal("0.495"), at)
+    wrong = replace(entry, machine_id=dear.id, started_at=at, ended_at=at + timedelta(hours=1), amount_usd=Decimal(7))
     await machines.store.post([entry, wrong])
     found = {finding.what: finding for finding in (await money.check()).gaps}
     assert found.keys() == {short.server_id, missing.server_id, twice.server_id, dear.server_id}

@@ -352,3 +352,19 @@ async def test_when_it_stops_is_known_from_our_books_without_a_question(
     assert await program.dev.planned_stop() == cloud.machines[str(machine.server_id)].stops_at
     assert len(cloud.calls) == asked
     await program.dev.shutdown()
+
+
+# -- two who find it on its way up -------------------------------------------------------------------------
+
+
+async def test_two_who_go_on_with_a_start_whose_process_was_killed_get_one_dev_server(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    await killed_start(programs)
+    async with programs.start() as one, programs.start() as two:
+        found = await asyncio.gather(start(one), start(two))
+        assert {machine.server_id for machine, _, _ in found} == set(cloud.launched)
+        assert len(cloud.launched) == 1
+        await one.dev.shutdown()
+        assert cloud.alive == []
+        assert await discrepancies(cloud, two) == []

@@ -16,7 +16,7 @@ from runcomfy.adapters.stores.jobs import SqlJobs
 from runcomfy.application.gate import BUDGET_AGAIN, Gate
 from runcomfy.application.job_queue import JobQueue
 from runcomfy.domain.budget import Budget, BudgetState, Period, Window, exceeded
-from runcomfy.domain.exceptions import BudgetExceeded, DiskFull, ServerUnreachable
+from runcomfy.domain.exceptions import BudgetExceeded, DiskFull, NodeFailed, RunComfyError, ServerUnreachable
 from runcomfy.domain.job import JobRequest
 from runcomfy.domain.lease import Owner
 from runcomfy.domain.machine import OwnerId
@@ -37,6 +37,8 @@ class Door:
     store: SqlJobs
     asked: int = 0
     """How often it was asked whether jobs could run."""
+    wrong: RunComfyError | None = None
+    """Why none could."""
 
     async def refused(self, error: BudgetExceeded) -> None:
         decision = RetryPolicy().decide(
@@ -65,6 +67,8 @@ async def _door(tmp_path: Path, clock: LoopClock) -> AsyncIterator[Door]:
 
     async def ready() -> None:
         door.asked += 1
+        if door.wrong is not None:
+            raise door.wrong
 
     wake = timedelta(hours=1)  # nobody listens
     async with SqlJobs(store_from(settings.database, clock=clock, durable=False, wake_interval=wake)) as store:
@@ -96,6 +100,37 @@ async def test_a_budget_that_no_window_allows_is_for_somebody_to_mend(door: Door
     assert pause.until is None
     await asyncio.sleep(timedelta(days=2).total_seconds())
     assert not await door.gate.opens()
+
+
+async def test_a_pause_that_somebody_ordered_does_not_end_with_the_day_because_of_ours(
+    door: Door, clock: LoopClock
+) -> None:
+    await door.store.pause(scope=QUEUE_SCOPE, reason="by-hand", message="until Monday", retry_in=None, by="ann")
+    await door.refused(exceeded(TODAY, wanted=Decimal("0.2"), lease_of="medium"))
+    [pause] = await door.store.pauses()
+    assert (pause.reason, pause.message, pause.until) == ("by-hand", "until Monday", None)
+    await asyncio.sleep((MIDNIGHT - clock.now()).total_seconds() + 60)
+    assert not await door.gate.opens()
+    assert door.asked == 0
+
+
+async def test_where_no_job_waits_a_pause_ends_without_asking_whether_one_could_run(
+    door: Door, clock: LoopClock
+) -> None:
+    [job] = await door.store.jobs(limit=1)
+    await door.store.cancel(job.id, by="ann")
+    await door.refused(exceeded(TODAY, wanted=Decimal("0.2"), lease_of="medium"))
+    await asyncio.sleep((MIDNIGHT - clock.now()).total_seconds() + 60)
+    assert await door.gate.opens()
+    assert (door.asked, await door.store.pauses()) == (0, [])
+
+
+async def test_what_is_no_fault_of_the_place_lets_a_job_try(door: Door, clock: LoopClock) -> None:
+    await door.refused(exceeded(TODAY, wanted=Decimal("0.2"), lease_of="medium"))
+    door.wrong = NodeFailed("a node burst")
+    await asyncio.sleep((MIDNIGHT - clock.now()).total_seconds() + 60)
+    assert await door.gate.opens()
+    assert (door.asked, door.gate.on_trial, await door.store.pauses()) == (1, True, [])
 
 
 async def test_a_window_that_has_turned_for_the_database_and_not_for_us_is_asked_again_soon_and_not_at_once(

@@ -97,6 +97,7 @@ async def test_who_is_here_leaves_also_when_the_block_breaks(presence: Presence,
     [
         lambda p: p.opened(""),
         lambda p: p.opened("\x1b\n"),
+        lambda p: p.opened("a" * 100_000),
         lambda p: p.opened(lasts=timedelta(0)),
         lambda p: p.opened(lasts=timedelta(days=2)),
         lambda p: p.intent(lasts=timedelta(seconds=-1)),

@@ -18,6 +18,7 @@ from PIL import Image
 from runcomfy.adapters.log import register_secret
 from runcomfy.application.faultpoints import listening
 from runcomfy.bootstrap import App
+from runcomfy.domain.exceptions import ValueInvalid
 from runcomfy.domain.job import JobRequest, JobResult, JobStatus, OutputKind
 from runcomfy.domain.progress import Progress, Step
 from runcomfy.testing.clock import LoopClock
@@ -481,3 +482,15 @@ async def test_hundreds_of_jobs_at_once_all_end(app: App, server: ComfyUIEmulato
     results = await asyncio.gather(*(on_server(app, server, JobRequest(graph(n))) for n in range(100)))
     assert {r.status for r in results} == {JobStatus.DONE}
     assert len({r.outputs[0].path for r in results}) == 100
+
+
+async def test_what_pictures_cannot_be_made_into_is_refused_before_anything_is_rented(
+    app: App, cloud: RunComfyEmulator
+) -> None:
+    with pytest.raises(ValueInvalid, match="cannot be converted to 'gif'"):
+        await app.orchestrator().prepare(JobRequest(delay(1), convert="gif"))
+    result = await app.orchestrator().run(JobRequest(delay(1), convert="gif"))
+    assert result.status is JobStatus.FAILED
+    assert result.error is not None
+    assert result.error["code"] == ValueInvalid.code
+    assert cloud.launched == []

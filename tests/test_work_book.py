@@ -54,6 +54,24 @@ async def test_a_machine_of_ones_own(program: Program) -> None:
     assert 5 <= (work.ended_at - work.computed_at).total_seconds() < 6
 
 
+async def test_what_is_told_of_a_prompt_twice_counts_once_and_one_that_nobody_heard_begin_has_not_computed(
+    program: Program,
+) -> None:
+    async with at(program) as place:
+        await compute(place)
+        place.seat.computing()
+        place.seat.computed()
+    async with at(program, job_id=JobId("job-2")) as place:
+        await asyncio.sleep(30)
+        place.seat.computed()
+    works = {work.job_id: work for work in await program.store.works()}
+    told, unheard = works[JobId("job-1")], works[JobId("job-2")]
+    assert told.computing_at is not None
+    assert told.computed_at is not None
+    assert told.computed_at - told.computing_at == timedelta(seconds=10)
+    assert (unheard.computing_at, unheard.computed_at, unheard.outcome) == (None, None, "done")
+
+
 async def test_an_attempt_that_was_lost_counts_until_the_next_one_comes_whose_row_is_still_on_its_way(
     program: Program,
 ) -> None:
