@@ -177,6 +177,25 @@ async def test_an_unknown_word_is_waited_out_and_the_machine_is_stopped_at_the_l
         await assert_bill_and_ledger_agree(cloud, program)
 
 
+@pytest.mark.fault(13)
+@pytest.mark.invariant("I9")
+async def test_the_ready_time_told_with_an_unknown_word_is_billed_from_though_its_starter_is_killed(
+    cloud: RunComfyEmulator, programs: Programs
+) -> None:
+    cloud.next_machine(status="Provisioning", boot_time=60)
+    async with programs.start() as first:
+        waiting = asyncio.create_task(first.machines.wait_ready(await first.launch()))
+        await asyncio.wait({waiting}, timeout=80)
+        await first.kill(waiting)
+    (machine,) = cloud.machines.values()
+    machine.traits.status = "Starting"  # turned back: whoever looks now is told no times
+    await asyncio.sleep(150)
+    async with programs.start() as later:
+        await later.reaper.reap()
+        assert cloud.alive == []
+        await assert_bill_and_ledger_agree(cloud, later)
+
+
 @pytest.mark.fault(14)
 async def test_starting_for_ever_ends_at_the_boot_limit(cloud: RunComfyEmulator, program: Program) -> None:
     cloud.next_machine(stuck=True)

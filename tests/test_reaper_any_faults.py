@@ -56,6 +56,7 @@ ends = st.sampled_from(["in order", "cancelled", "killed"])
     jobs=st.lists(st.tuples(ends, st.sampled_from([0.0, 0.7, 4.0, 35.0, 130.0, 200.0])), min_size=1, max_size=3),
 )
 @example(faults=[], traits=[{}, {"hidden_for": 110, "boot_time": 0, "flaps": 3}], jobs=[("in order", 0.0)] * 2)
+@example(faults=[], traits=[{"status": "Provisioning", "flaps": 3, "delete_takes": 0}], jobs=[("killed", 200.0)])
 async def test_whatever_goes_wrong_nothing_of_ours_bills_afterwards_and_no_stranger_is_hurt(
     tmp_path_factory: pytest.TempPathFactory,
     faults: list[dict[str, Any]],

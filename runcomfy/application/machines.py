@@ -19,7 +19,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from runcomfy.application.books import Books, dearer
-from runcomfy.application.ending import HOPELESS, Ending, Look, ready_since, server_id_of
+from runcomfy.application.ending import HOPELESS, Ending, Look, ready_since, server_id_of, times_are_news
 from runcomfy.application.faultpoints import faultpoint
 from runcomfy.application.launching import Launching
 from runcomfy.application.monitors import looks_only
@@ -179,6 +179,8 @@ class Machines:
                 machine = await self.ready(machine, report, starting=starting)
             elif report is not None and report.phase is Phase.STARTING:
                 starting = asked_at
+            elif report is not None and report.phase is Phase.UNKNOWN:
+                machine = await self._note_times(machine, report)
             if (failed := dearer(asked, machine)) is not None:
                 raise failed
             if report is not None:
@@ -243,6 +245,17 @@ class Machines:
         machine = await self.books.record(machine, MachineEvent.ANSWERED, note=report.status, changes=changes)
         faultpoint("launch.ready")
         return machine
+
+    async def _note_times(self, machine: Machine, report: MachineReport) -> Machine:
+        """Write down since when a machine in a state nobody knows bills (fault 13): this look may be our last."""
+        if report.ready_at is None or (machine.ready_at is not None and not times_are_news(report, machine)):
+            return machine
+        return await self.books.change_softly(
+            machine,
+            note=f"it bills, though RunComfy says {report.status!r} and not Ready",
+            ready_at=ready_since(report, machine, now=self.clock.now()),
+            planned_stop_at=report.stopping_at,
+        )
 
     async def extend(self, machine: Machine, *, total: timedelta) -> Machine:
         """Set the machine's running time, counted from ready, and read back that the provider moved its stop.
