@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from datetime import timedelta
 import pytest
 
 from runcomfy.testing.simulation.run import Day, simulate
+from runcomfy.testing.simulation.world import World
 
 SEEDS = range(1, 31)
 """Whole days in every check; more of them are lived through at night (`make simulate`)."""
@@ -49,3 +51,17 @@ def test_another_seed_is_another_day() -> None:
     short = timedelta(hours=1)
 
     assert simulate(1, length=short).digest != simulate(2, length=short).digest
+
+
+def test_a_day_that_is_over_leaves_no_world_behind() -> None:
+    """Thousands are lived through in one process: what each of them kept would have to be looked through for ever."""
+
+    def worlds() -> set[World]:
+        gc.collect()
+        return {thing for thing in gc.get_objects() if isinstance(thing, World)}
+
+    before = worlds()
+
+    simulate(1, length=timedelta(hours=2))
+
+    assert worlds() == before

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from runcomfy.testing.emulators.comfyui import ComfyUIEmulator
 from runcomfy.testing.emulators.runcomfy.faults import CallFault
@@ -158,11 +157,6 @@ class Harm:
         return any(b.machine == machine and b.at <= before and b.until >= before - within for b in self.blows)
 
 
-_harms: WeakKeyDictionary[World, Harm] = WeakKeyDictionary()
-
-
 def harm_of(world: World) -> Harm:
     """Return what is wrong in a world."""
-    if world not in _harms:
-        _harms[world] = Harm(world)
-    return _harms[world]
+    return world.own(Harm)

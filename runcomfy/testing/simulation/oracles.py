@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Final
-from weakref import WeakKeyDictionary
 
 from runcomfy.testing.simulation.oracles_cloud import CloudOracle
 from runcomfy.testing.simulation.oracles_jobs import JobsOracle
@@ -36,18 +35,9 @@ class Oracles:
         self.cloud, self.jobs = CloudOracle(world, self.found), JobsOracle(world, self.found)
 
 
-_asked: WeakKeyDictionary[World, Oracles] = WeakKeyDictionary()
-
-
-def _of(world: World) -> Oracles:
-    if world not in _asked:
-        _asked[world] = Oracles(world)
-    return _asked[world]
-
-
 async def watch(world: World) -> None:
     """Look on until cancelled; to be begun before anything happens."""
-    oracles = _of(world)
+    oracles = world.own(Oracles)
     while True:
         await asyncio.sleep(EVERY)
         await oracles.cloud.look(EVERY)
@@ -57,7 +47,7 @@ async def watch(world: World) -> None:
 
 async def judge(world: World) -> list[Violation]:
     """Return what did not hold, in the order in which it was seen."""
-    oracles = _of(world)
+    oracles = world.own(Oracles)
     await oracles.cloud.judge()
     await oracles.jobs.judge()
     oracles.jobs.judge_lateness({job.config_name: job for job in await world.services.queue.list()})

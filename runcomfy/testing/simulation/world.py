@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from random import Random
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from runcomfy.application.finish import finish
 from runcomfy.application.guard import Guard
@@ -31,6 +31,8 @@ from runcomfy.testing.programs import Killed
 from runcomfy.testing.serving import Served, Services
 from runcomfy.testing.simulation.loop import MemoryLoop
 from runcomfy.testing.simulation.trace import Trace
+
+T = TypeVar("T")
 
 DAY: Final = timedelta(hours=24)
 CALM: Final = timedelta(hours=3)
@@ -102,7 +104,15 @@ class World:
         self._programs: dict[Served, asyncio.Task[None]] = {}
         self._over: dict[Served, asyncio.Event] = {}
         self._returning: set[asyncio.Task[None]] = set()
+        self._own: dict[Callable[[World], Any], Any] = {}
         self.folder: Path
+
+    def own(self, kind: Callable[[World], T]) -> T:
+        """Return the one thing of a kind that goes with this world; it is made when it is first asked for."""
+        if kind not in self._own:
+            self._own[kind] = kind(self)
+        found: T = self._own[kind]
+        return found
 
     # -- time and chance -----------------------------------------------------------------------------------
 
@@ -161,6 +171,7 @@ class World:
             await self.services.__aexit__(None, None, None)
         finally:
             await self.cloud.stop()
+            self.cloud.on_call.clear()  # aiohttp keeps the last applications, and with them the cloud they are part of
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- programs ------------------------------------------------------------------------------------------
