@@ -6,10 +6,13 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
+from runcomfy.testing.simulation import run
 from runcomfy.testing.simulation.run import Day, simulate
 from runcomfy.testing.simulation.world import World
 
@@ -53,15 +56,18 @@ def test_another_seed_is_another_day() -> None:
     assert simulate(1, length=short).digest != simulate(2, length=short).digest
 
 
-def test_a_day_that_is_over_leaves_no_world_behind() -> None:
+def test_a_day_that_is_over_leaves_no_world_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands are lived through in one process: what each of them kept would have to be looked through for ever."""
+    worlds: list[weakref.ref[World]] = []
 
-    def worlds() -> set[World]:
-        gc.collect()
-        return {thing for thing in gc.get_objects() if isinstance(thing, World)}
+    def noted(*arguments: Any, **options: Any) -> World:
+        world = World(*arguments, **options)
+        worlds.append(weakref.ref(world))
+        return world
 
-    before = worlds()
+    monkeypatch.setattr(run, "World", noted)
 
     simulate(1, length=timedelta(hours=2))
 
-    assert worlds() == before
+    gc.collect()
+    assert [world() for world in worlds] == [None]
